@@ -1,0 +1,75 @@
+"""The kernels a model runs on, chosen by name once."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from stree_core.errors import BackendUnavailable, nearest
+
+_MODULES = {
+    "torch": ("stree_kernels.tree_conv_ref", "stree_kernels.tree_scan_ref"),
+    "triton": ("stree_kernels.tree_conv", "stree_kernels.tree_scan"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """The two ops of a verify pass; signatures as in stree_kernels."""
+
+    name: str
+    tree_conv: Callable[..., None]
+    tree_scan: Callable[..., None]
+
+
+def load_backend(name: str, device: torch.device) -> Backend:
+    """Return the backend `name` ("torch" or "triton") for models on `device`.
+
+    Raises BackendUnavailable when the name is unknown, or the kernels cannot run on the device.
+    """
+    if name not in _MODULES:
+        raise BackendUnavailable(f"backend must be known, got {name!r}; {nearest(name, _MODULES)}")
+    if name == "triton" and device.type != "cuda":
+        raise BackendUnavailable(
+            f"backend triton needs a CUDA device, got {device.type}; use --backend torch"
+        )
+    try:
+        conv, scan = (importlib.import_module(module) for module in _MODULES[name])
+    except ImportError as err:
+        raise BackendUnavailable(
+            f"backend {name} cannot be imported ({err}); install it or use --backend torch"
+        ) from err
+    return Backend(name, conv.tree_conv, scan.tree_scan)
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn "auto", "cpu" or "cuda" into a device; raise BackendUnavailable when it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailable("device cuda is not on this machine; use --device cpu")
+    if name not in ("cpu", "cuda"):
+        raise BackendUnavailable(f"device must be auto, cpu or cuda, got {name!r}; use one of them")
+    return torch.device(name)
+
+
+def resolve_backend(name: str, device: torch.device) -> str:
+    """Turn "auto" into the backend for `device`: triton on CUDA, torch elsewhere."""
+    if name != "auto":
+        return name
+    return "triton" if device.type == "cuda" else "torch"
+
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Turn "auto" or a name into a dtype: bfloat16 on CUDA, float32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise BackendUnavailable(f"dtype must be known, got {name!r}; {nearest(name, DTYPES)}")
+    return DTYPES[name]

@@ -1,0 +1,215 @@
+"""The profile: what was decided for one pair, GPU, dataset and sampling, by batch size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+from stree_core.errors import ConfigError, TreeError
+from stree_core.files import dump_yaml, load_yaml, write_atomically
+from stree_core.tree import MAX_NODES, Tree
+
+Verdict = Literal["off", "chain", "tree"]
+Status = Literal["measured", "estimated"]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Field(min_length=1, max_length=200)]
+Rank = Annotated[int, Field(ge=0, le=MAX_NODES)]
+Paths = Annotated[
+    tuple[Annotated[tuple[Rank, ...], Field(max_length=MAX_NODES)], ...],
+    Field(max_length=MAX_NODES),
+]
+
+
+class Strict(BaseModel):
+    """Base of every file schema: unknown keys are errors, instances do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelRef(Strict):
+    """A model by name and by what its files say."""
+
+    name: Name
+    config_sha256: Sha256
+    tokenizer_sha256: Sha256 | None = None
+
+
+class GpuRef(Strict):
+    """The GPU that a profile is for; `estimated` when its runtime was not measured on it."""
+
+    name: Name
+    status: Status
+
+
+class Sampling(Strict):
+    """How the target samples and how drafts are accepted."""
+
+    rule: Literal["greedy"] = "greedy"
+    temperature: float = Field(default=0.0, ge=0.0, le=0.0)
+    top_p: float = Field(default=1.0, ge=1.0, le=1.0)
+
+
+class Interval(Strict):
+    """A 95 % interval."""
+
+    low: float
+    high: float
+
+
+class Predicted(Strict):
+    """What the tuner expects of a row; speedup is tokens/s over decoding with verdict off."""
+
+    tokens_per_step: float = Field(ge=1)
+    step_ms: float = Field(gt=0)
+    tokens_per_s: float = Field(gt=0)
+    speedup: float = Field(gt=0)
+    speedup_interval: Interval
+    gap: float | None = Field(default=None, ge=0)
+
+
+class TreeText(Strict):
+    """A tree as its list of paths."""
+
+    paths: Paths
+
+    @model_validator(mode="after")
+    def _is_a_tree(self) -> TreeText:
+        try:
+            self.build()
+        except TreeError as err:
+            raise ValueError(str(err)) from err
+        return self
+
+    def build(self) -> Tree:
+        """Return the tree."""
+        return Tree.from_paths(self.paths)
+
+
+class PolicyRow(Strict):
+    """What to run for up to `batch_size` active sequences, and why."""
+
+    batch_size: PositiveInt
+    verdict: Verdict
+    tree: TreeText
+    predicted: Predicted
+    reason: str = Field(max_length=500)
+
+    @model_validator(mode="after")
+    def _verdict_fits_tree(self) -> PolicyRow:
+        tree = self.tree.build()
+        kind = "off" if tree.num_nodes == 0 else "chain" if tree.is_chain else "tree"
+        if kind != self.verdict:
+            raise ValueError(f"verdict {self.verdict} must match its paths, which are {kind}")
+        return self
+
+
+class Measured(Strict):
+    """One row that `validate` ran live."""
+
+    batch_size: PositiveInt
+    mode: Name
+    tokens_per_step: float = Field(ge=1)
+    step_ms: float = Field(gt=0)
+    tokens_per_s: float = Field(gt=0)
+
+
+class MeasuredBlock(Strict):
+    """Live measurements and where they were taken."""
+
+    gpu: Name
+    date: Name
+    versions: dict[str, str]
+    rows: tuple[Measured, ...]
+
+
+class Source(Strict):
+    """A file that the profile was made from."""
+
+    name: Name
+    sha256: Sha256
+    status: Status
+    note: str | None = Field(default=None, max_length=500)
+
+
+class Sources(Strict):
+    """The runtime table and the acceptance trace."""
+
+    runtime: Source
+    trace: Source
+
+
+class Provenance(Strict):
+    """Who made the file, with what; the only block that may differ between equal runs."""
+
+    version: str
+    git_sha: str
+    versions: dict[str, str]
+    seed: int
+    command: str
+    date: str
+
+
+class Profile(Strict):
+    """Everything needed to decode, to judge and to reproduce one tuning."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["stree-profile"] = "stree-profile"
+    target: ModelRef
+    draft: ModelRef
+    gpu: GpuRef
+    dataset: Name
+    sampling: Sampling
+    context: PositiveInt
+    policy: Annotated[tuple[PolicyRow, ...], Field(min_length=1, max_length=64)]
+    measured: MeasuredBlock | None = None
+    sources: Sources
+    provenance: Provenance
+
+    @model_validator(mode="after")
+    def _rows_ascend(self) -> Profile:
+        sizes = [row.batch_size for row in self.policy]
+        if sizes != sorted(set(sizes)):
+            raise ValueError(f"policy rows must have ascending batch sizes, got {sizes}")
+        return self
+
+    @property
+    def estimated(self) -> bool:
+        """True when any source was estimated or borrowed rather than measured for this pair."""
+        sources = (self.sources.runtime, self.sources.trace)
+        return any(source.status == "estimated" for source in sources)
+
+    def row_for(self, num_sequences: int) -> PolicyRow:
+        """Return the row in use: the smallest batch size that is enough, else the largest."""
+        for row in self.policy:
+            if row.batch_size >= num_sequences:
+                return row
+        return self.policy[-1]
+
+
+def load_profile(path: Path) -> Profile:
+    """Read a profile; raise ConfigError when it is malformed."""
+    return load_yaml(path, Profile)
+
+
+def save_profile(profile: Profile, path: Path) -> None:
+    """Write a profile atomically."""
+    write_atomically(path, dump_yaml(profile))
+
+
+def require_writable(path: Path, *, force: bool, is_default: bool) -> None:
+    """Raise ConfigError when writing to `path` would destroy something that is not ours to replace.
+
+    The default output is replaced when it holds a profile; any other existing file needs `force`.
+    """
+    if force or not path.exists():
+        return
+    if not is_default:
+        raise ConfigError(f"{path} exists and was named by -o; pass --force to replace it")
+    try:
+        load_profile(path)
+    except ConfigError as err:
+        raise ConfigError(
+            f"{path} exists and is not a stree profile; pass --force or another -o"
+        ) from err

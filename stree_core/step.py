@@ -1,0 +1,149 @@
+"""One decoding step on the device: draft, verify, accept, commit.
+
+Nothing here waits for the device, so a step can be captured as one CUDA graph. A tree without nodes
+is decoding without speculation: the target runs one token, the draft is not touched.
+
+Shape letters: T tree tokens, B slots, L path capacity (tree depth + 1), W rows, C children,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stree_core.acceptance import accept_path, top_tokens
+from stree_core.cache import Cache
+from stree_core.model import Model
+from stree_core.tree_plan import DraftLevel, TreePlan
+
+
+@dataclass(frozen=True, slots=True)
+class StepBuffers:
+    """What a step reads and leaves behind, in place.
+
+    `root_B` and `predecessor_B` are the last emitted token and the one before it, `tokens_TB` the
+    tree's. `active_B` (int32, 1 or 0): an inactive slot computes but does not advance. `emitted_LB`
+    holds the step's tokens, the first `num_emitted_B` of them valid: the accepted ones and the
+    bonus token.
+    """
+
+    root_B: Tensor
+    predecessor_B: Tensor
+    tokens_TB: Tensor
+    active_B: Tensor
+    emitted_LB: Tensor
+    num_emitted_B: Tensor
+
+
+def make_buffers(plan: TreePlan, num_slots: int, device: torch.device) -> StepBuffers:
+    """Allocate the buffers of a step."""
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.zeros(*shape, dtype=dtype, device=device)
+
+    return StepBuffers(
+        zeros(num_slots),
+        zeros(num_slots),
+        zeros(plan.tree.num_tokens, num_slots),
+        zeros(num_slots, dtype=torch.int32),
+        zeros(plan.tree.depth + 1, num_slots),
+        zeros(num_slots, dtype=torch.int32),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Speculator:
+    """A target, its draft and their memory, bound to one tree."""
+
+    plan: TreePlan
+    target: Model
+    target_cache: Cache
+    draft: Model | None
+    draft_cache: Cache | None
+    buffers: StepBuffers
+
+    def step(self) -> None:
+        """Run one step for all slots; results are in the buffers, the caches are ready to flip."""
+        self.propose()
+        chosen_TB = self.verify()
+        if self.plan.tree.num_nodes == 0:
+            self.commit_one(chosen_TB)
+        else:
+            self.commit(chosen_TB, self.accept(chosen_TB))
+
+    def propose(self) -> None:
+        """Fill the tree's tokens, level by level."""
+        self.buffers.tokens_TB[0] = self.buffers.root_B
+        for level in self.plan.levels:
+            self.draft_level(level)
+
+    def draft_level(self, level: DraftLevel) -> None:
+        """Run the draft on one level's inner nodes and fill the next level's tokens."""
+        assert self.draft is not None
+        assert self.draft_cache is not None
+        assert self.plan.draft_block is not None
+        tokens_TB = self.buffers.tokens_TB
+        is_root = level.first == 0
+        if is_root:
+            inputs_WB = torch.stack((self.buffers.predecessor_B, self.buffers.root_B))
+        else:
+            inputs_WB = tokens_TB[level.nodes]
+        hidden_WBD = self.draft.forward(
+            inputs_WB, self.plan.draft_block, self.draft_cache, first=level.first, commit=is_root
+        )
+        logits_WBV = self.draft.logits(hidden_WBD[-1:] if is_root else hidden_WBD)
+        top_WBC = top_tokens(logits_WBV, level.num_children)
+        children_CB = top_WBC.transpose(1, 2)[level.source_C, level.rank_C]
+        tokens_TB[level.first_child : level.end_child] = children_CB
+
+    def verify(self) -> Tensor:
+        """Run the target over the tree; return the token that it picks after each node [T, B]."""
+        hidden_TBD = self.target.forward(
+            self.buffers.tokens_TB, self.plan.target_block, self.target_cache, first=0, commit=True
+        )
+        return top_tokens(self.target.logits(hidden_TBD), 1)[..., 0]
+
+    def accept(self, chosen_TB: Tensor) -> Tensor:
+        """Return every slot's last accepted node [B]."""
+        mask_TT = self.plan.target_block.mask_RR
+        return accept_path(
+            self.buffers.tokens_TB, chosen_TB, self.plan.parents_T, mask_TT, self.plan.depths_T
+        )
+
+    def commit(self, chosen_TB: Tensor, last_B: Tensor) -> None:
+        """Make the accepted path pending in both caches, and emit it with the bonus token."""
+        b, plan = self.buffers, self.plan
+        assert self.draft_cache is not None
+        path_BL = plan.target_path_TL[last_B]
+        num_tokens_B = plan.depths_T[last_B] + 1
+        emitted_LB = chosen_TB.gather(0, path_BL.t().long())
+        history_LB = torch.cat((b.root_B[None], emitted_LB))
+        latest_2B = torch.stack((num_tokens_B - 1, num_tokens_B)).long()
+        predecessor_B, root_B = history_LB.gather(0, latest_2B)
+        active_B = b.active_B.bool()
+        b.predecessor_B.copy_(torch.where(active_B, predecessor_B, b.predecessor_B))
+        b.root_B.copy_(torch.where(active_B, root_B, b.root_B))
+        b.emitted_LB.copy_(emitted_LB)
+        torch.mul(num_tokens_B, b.active_B, out=b.num_emitted_B)
+        _advance(self.target_cache, path_BL, b.num_emitted_B)
+        _advance(self.draft_cache, plan.draft_path_TL[last_B], b.num_emitted_B)
+
+    def commit_one(self, chosen_1B: Tensor) -> None:
+        """Commit and emit without speculation: the path is the root alone, row 0 of its block."""
+        b = self.buffers
+        active_B = b.active_B.bool()
+        b.predecessor_B.copy_(torch.where(active_B, b.root_B, b.predecessor_B))
+        b.root_B.copy_(torch.where(active_B, chosen_1B[0], b.root_B))
+        b.emitted_LB.copy_(chosen_1B)
+        b.num_emitted_B.copy_(b.active_B)
+        self.target_cache.pending.length_B.copy_(b.active_B)
+        self.target_cache.committed_B.add_(b.active_B)
+
+
+def _advance(cache: Cache, path_BL: Tensor, length_B: Tensor) -> None:
+    cache.pending.path_BL.copy_(path_BL)
+    cache.pending.length_B.copy_(length_B)
+    cache.committed_B.add_(length_B)

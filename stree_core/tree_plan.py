@@ -1,0 +1,110 @@
+"""A tree's tables on the device: what draft, verify, accept and commit look up.
+
+Rows of the target's block are the tree's nodes. Rows of the draft's block are the predecessor (the
+token before the root), the root, then every other node that has children, in node order. The draft
+runs the predecessor again in every step: its last accepted token may be a leaf, which it never saw,
+and running one row more costs a launch-bound pass nothing.
+
+Shape letters: T tree tokens, L path capacity (tree depth + 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stree_core.row_block import RowBlock, make_block
+from stree_core.tree import Tree
+
+PREDECESSOR_ROW = 0
+ROOT_ROW = 1
+
+
+@dataclass(frozen=True, slots=True)
+class DraftLevel:
+    """One draft pass: which rows it runs, and which nodes their likeliest tokens become.
+
+    `nodes` are the tree nodes whose tokens the pass reads (the root level also reads the
+    predecessor), `first` its first draft row. The `num_children` likeliest tokens of each scored
+    row are drawn; node `first_child + i` takes number `rank_C[i]` of scored row `source_C[i]`.
+    """
+
+    nodes: Tensor
+    first: int
+    num_children: int
+    first_child: int
+    end_child: int
+    source_C: Tensor
+    rank_C: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TreePlan:
+    """All tables of one tree. `target_path_TL` and `draft_path_TL` hold, for each last accepted
+    node, the rows to replay in the next step, which are depth + 1 in both."""
+
+    tree: Tree
+    target_block: RowBlock
+    draft_block: RowBlock | None
+    levels: tuple[DraftLevel, ...]
+    parents_T: Tensor
+    depths_T: Tensor
+    target_path_TL: Tensor
+    draft_path_TL: Tensor
+
+
+def make_plan(
+    tree: Tree,
+    target_conv_widths: frozenset[int],
+    draft_conv_widths: frozenset[int],
+    device: torch.device,
+) -> TreePlan:
+    """Build the tables of `tree` on `device`."""
+    inner = [node for node in range(1, tree.num_tokens) if tree.children[node]]
+    draft_row = {0: ROOT_ROW} | {node: ROOT_ROW + 1 + i for i, node in enumerate(inner)}
+    draft_parents = [-1, PREDECESSOR_ROW] + [draft_row[tree.parents[node]] for node in inner]
+    speculates = tree.num_nodes > 0
+
+    def table(values: Sequence[Sequence[int]]) -> Tensor:
+        capacity = tree.depth + 1
+        padded = [[*row, *[0] * (capacity - len(row))] for row in values]
+        return torch.tensor(padded, dtype=torch.int32, device=device)
+
+    draft_paths = [
+        [PREDECESSOR_ROW, *(draft_row[node] for node in path[:-1])] if speculates else []
+        for path in tree.node_paths
+    ]
+    return TreePlan(
+        tree,
+        make_block(tree.parents, target_conv_widths, device),
+        make_block(draft_parents, draft_conv_widths, device) if speculates else None,
+        tuple(_levels(tree, draft_row, device)),
+        torch.tensor((0, *tree.parents[1:]), device=device),
+        torch.tensor(tree.depths, dtype=torch.int32, device=device),
+        table(tree.node_paths),
+        table(draft_paths),
+    )
+
+
+def _levels(tree: Tree, draft_row: dict[int, int], device: torch.device) -> list[DraftLevel]:
+    levels = []
+    for depth in range(tree.depth):
+        nodes = [node for node in tree.levels[depth] if tree.children[node]]
+        children = tree.levels[depth + 1]
+        levels.append(
+            DraftLevel(
+                nodes=torch.tensor(nodes, device=device),
+                first=PREDECESSOR_ROW if depth == 0 else draft_row[nodes[0]],
+                num_children=max(len(tree.children[node]) for node in nodes),
+                first_child=children[0],
+                end_child=children[-1] + 1,
+                source_C=torch.tensor(
+                    [nodes.index(tree.parents[child]) for child in children], device=device
+                ),
+                rank_C=torch.tensor([tree.ranks[child] for child in children], device=device),
+            )
+        )
+    return levels
