@@ -48,7 +48,8 @@ class Mamba2Cache:
         s = self.shape
         start = s.inner_dim + s.num_groups * s.state_dim
         conv = self.conv_RBC[which].transpose(0, 1)
-        return conv[..., start:].unflatten(-1, (s.num_groups, s.state_dim))
+        c_BRGN: Tensor = conv[..., start:].unflatten(-1, (s.num_groups, s.state_dim))
+        return c_BRGN
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,10 +112,15 @@ def build_model(
     def get(key: str) -> Tensor:
         return fetch(key).to(device, dtype).contiguous()
 
+    # Norms read the residual stream, so their weights take its dtype once, here.
+    residual = torch.promote_types(dtype, torch.float32) if shape.residual_fp32 else dtype
     embed = get(shape.embed_key)
-    blocks = [(get(block.norm_key), _mixer_weights(block, get, fetch)) for block in shape.blocks]
+    blocks = [
+        (get(block.norm_key).to(residual), _mixer_weights(block, get, fetch))
+        for block in shape.blocks
+    ]
     head = embed if shape.lm_head_key == shape.embed_key else get(shape.lm_head_key)
-    weights = ModelWeights(embed, tuple(blocks), get(shape.final_norm_key), head)
+    weights = ModelWeights(embed, tuple(blocks), get(shape.final_norm_key).to(residual), head)
     return Model(shape, weights, backend)
 
 

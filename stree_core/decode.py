@@ -130,12 +130,7 @@ def _prefill(
         engine.release(slot)
     running = set()
     for slot, prompt in enumerate(group):
-        num_positions = len(prompt) + stop.max_new_tokens + engine.plan.tree.depth
-        if num_positions > engine.config.num_positions:
-            raise ConfigError(
-                f"prompt and output must fit {engine.config.num_positions} positions, they need "
-                f"{num_positions}; shorten them or raise --context"
-            )
+        engine.require_fits(len(prompt), stop.max_new_tokens)
         tokens, ended = stop.cut([engine.prefill(slot, prompt)], 0)
         batch[slot].tokens += tokens
         if ended:

@@ -11,27 +11,28 @@ from dataclasses import dataclass
 import torch
 
 from stree_core.acceptance import top_tokens
-from stree_core.cache import Cache, CacheSize
+from stree_core.cache import Cache
 from stree_core.errors import ConfigError
 from stree_core.model import Model
-from stree_core.row_block import RowBlock, make_block
-from stree_core.step import Speculator, make_buffers
+from stree_core.prefill import consume, prefill_cache
+from stree_core.step import Speculator, make_speculator
 from stree_core.tree import Tree
 from stree_core.tree_plan import make_plan
-
-PREFILL_CHUNK = 64
-"""Prompt tokens per prefill pass."""
 
 _WARM_UP_STEPS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Slots that run together, positions that each may fill (prompt and output)."""
+    """Slots that run together, positions that each may fill (prompt and output).
+
+    With `record` a step notes which child of the root was accepted but emits one token alone.
+    """
 
     num_slots: int = 1
     num_positions: int = 1024
     use_graph: bool = True
+    record: bool = False
 
 
 class Engine:
@@ -55,8 +56,12 @@ class Engine:
         draft_widths = self.draft.conv_widths if self.draft else frozenset()
         self.plan = make_plan(tree, target.conv_widths, draft_widths, target.device)
         with torch.inference_mode():
-            self._speculator = self._make_speculator()
-            self._prefill_caches = {id(m): self._prefill_cache(m) for m in self._models()}
+            self._speculator = make_speculator(
+                target, self.draft, self.plan, self.config.num_slots, self.config.num_positions
+            )
+            self._prefill_caches = {
+                id(m): prefill_cache(m, self.config.num_positions) for m in self._models()
+            }
             self._run = self._captured_step()
 
     @property
@@ -70,6 +75,16 @@ class Engine:
         caches = [*self._prefill_caches.values(), *self._caches()]
         return sum(cache.num_bytes for cache in caches)
 
+    def require_fits(self, prompt_tokens: int, new_tokens: int) -> None:
+        """Raise ConfigError unless a slot has the positions for a prompt and its output."""
+        # The last step may write a whole path behind the last token that is kept.
+        needed = prompt_tokens + new_tokens + self.plan.tree.depth
+        if needed > self.config.num_positions:
+            raise ConfigError(
+                f"prompt and output must fit {self.config.num_positions} positions, they need "
+                f"{needed}; shorten them or raise --context"
+            )
+
     @torch.inference_mode()
     def prefill(self, slot: int, prompt: Sequence[int]) -> int:
         """Consume a prompt into `slot`, make it active and return the first token.
@@ -78,11 +93,7 @@ class Engine:
         """
         if not prompt:
             raise ConfigError("a prompt must hold at least one token, got none; write something")
-        if len(prompt) + self.plan.tree.depth + 1 >= self.config.num_positions:
-            raise ConfigError(
-                f"prompt and output must fit {self.config.num_positions} positions, the prompt "
-                f"alone has {len(prompt)} tokens; shorten it or raise --context"
-            )
+        self.require_fits(len(prompt), 1)
         hidden = self._consume(self.target, prompt, slot, self._speculator.target_cache)
         first = int(top_tokens(self.target.logits(hidden[-1:]), 1))
         buffers = self._speculator.buffers
@@ -101,6 +112,11 @@ class Engine:
         rows = torch.cat((buffers.num_emitted_B[None].long(), buffers.emitted_LB)).t().tolist()
         return [row[1 : 1 + row[0]] for row in rows]
 
+    def accepted_nodes(self) -> list[int]:
+        """Return the node that each slot's last recording step accepted, 0 for none."""
+        nodes: list[int] = self._speculator.buffers.accepted_B.tolist()
+        return nodes
+
     @torch.inference_mode()
     def release(self, slot: int) -> None:
         """Make a slot inactive: it still computes, but no longer advances."""
@@ -113,49 +129,11 @@ class Engine:
         caches = (self._speculator.target_cache, self._speculator.draft_cache)
         return [cache for cache in caches if cache is not None]
 
-    def _make_speculator(self) -> Speculator:
-        def size(num_rows: int) -> CacheSize:
-            return CacheSize(
-                self.config.num_slots, num_rows, self.plan.tree.depth + 1,
-                self.config.num_positions,
-            )  # fmt: skip
-
-        draft_cache = None
-        if self.draft is not None and self.plan.draft_block is not None:
-            draft_cache = self.draft.make_cache(size(self.plan.draft_block.num_rows))
-        return Speculator(
-            self.plan,
-            self.target,
-            self.target.make_cache(size(self.plan.tree.num_tokens)),
-            self.draft,
-            draft_cache,
-            make_buffers(self.plan, self.config.num_slots, self.target.device),
-        )
-
-    def _prefill_cache(self, model: Model) -> Cache:
-        size = CacheSize(1, PREFILL_CHUNK, PREFILL_CHUNK, self.config.num_positions)
-        return model.make_cache(size)
-
     def _consume(
         self, model: Model, tokens: Sequence[int], slot: int, cache: Cache
     ) -> torch.Tensor:
-        """Run `tokens` through `model` as chains, each replayed by the next, into `slot`.
-
-        The last token is a chain of its own, so that what stays pending is a path of one row.
-        Returns the hidden states of the last chain.
-        """
         scratch = self._prefill_caches[id(model)]
-        scratch.reset()
-        hidden = torch.empty(0)
-        path_row = torch.arange(PREFILL_CHUNK, dtype=torch.int32, device=model.device)
-        scratch.pending.path_BL.copy_(path_row[None])
-        for chunk in _chunks(tokens):
-            block = _chain_block(len(chunk), model)
-            inputs = torch.tensor(chunk, device=model.device)[:, None]
-            hidden = model.forward(inputs, block, scratch, first=0, commit=True)
-            scratch.pending.length_B.fill_(len(chunk))
-            scratch.committed_B.add_(len(chunk))
-            scratch.flip()
+        hidden = consume(model, tokens, scratch)
         cache.adopt(slot, scratch)
         return hidden
 
@@ -169,7 +147,7 @@ class Engine:
         for _ in range(2):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                self._speculator.step()
+                self._step()
             graphs.append(graph)
             self._flip()
         for cache in self._caches():
@@ -182,20 +160,15 @@ class Engine:
         return replay
 
     def _plain_step(self) -> None:
-        self._speculator.step()
+        self._step()
         self._flip()
+
+    def _step(self) -> None:
+        if self.config.record:
+            self._speculator.record()
+        else:
+            self._speculator.step()
 
     def _flip(self) -> None:
         for cache in self._caches():
             cache.flip()
-
-
-def _chunks(tokens: Sequence[int]) -> list[Sequence[int]]:
-    """Split tokens into chains of at most PREFILL_CHUNK, the last token on its own."""
-    body = tokens[:-1]
-    chunks = [body[i : i + PREFILL_CHUNK] for i in range(0, len(body), PREFILL_CHUNK)]
-    return [*chunks, tokens[-1:]] if tokens else []
-
-
-def _chain_block(length: int, model: Model) -> RowBlock:
-    return make_block(range(-1, length - 1), model.conv_widths, model.device)

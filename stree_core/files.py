@@ -15,6 +15,7 @@ from stree_core.errors import ConfigError, nearest
 
 MAX_YAML_BYTES = 4 << 20
 MAX_YAML_DEPTH = 24
+MAX_YAML_VALUES = 250_000
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -123,10 +124,14 @@ _StrictLoader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
 def _refuse_surprises(text: bytes, name: str) -> None:
     """Walk the parser's events, which are flat, before anything recursive sees the text."""
-    depth = 0
+    depth = num_values = 0
     for event in yaml.parse(text, Loader=_SafeLoader):
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise ConfigError(f"{name} must not use YAML anchors or aliases; write values out")
+        if isinstance(event, yaml.NodeEvent):
+            num_values += 1
+        if num_values > MAX_YAML_VALUES:
+            raise ConfigError(f"{name} may hold at most {MAX_YAML_VALUES} values; check it")
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):
@@ -136,7 +141,9 @@ def _refuse_surprises(text: bytes, name: str) -> None:
 
 
 def _first_offence(err: ValidationError, model: type[BaseModel]) -> str:
-    offence = err.errors(include_url=False)[0]
+    offences = err.errors(include_url=False)
+    # a misspelt key is both unknown and missing; only the first of the two helps
+    offence = next((o for o in offences if o["type"] == "extra_forbidden"), offences[0])
     where = ".".join(map(str, offence["loc"])) or "the file"
     if offence["type"] == "extra_forbidden":
         known = _keys_beside(model, offence["loc"])
@@ -156,9 +163,9 @@ def _keys_beside(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str
         if isinstance(part, int):
             continue
         field = getattr(current, "model_fields", {}).get(part)
-        if field is None:
-            return list(getattr(current, "model_fields", {}))
-        current = _model_inside(field.annotation)
+        # a part that is no field is the key of a mapping whose values are models
+        if field is not None:
+            current = _model_inside(field.annotation)
     return list(getattr(current, "model_fields", {}))
 
 

@@ -105,8 +105,7 @@ class Model:
         """
         this = self._plan_pass(block, cache, first, tokens_TB.shape[0], commit)
         x_TBD = self.weights.embed_VD[tokens_TB]
-        if self.shape.residual_fp32:
-            x_TBD = x_TBD.to(torch.promote_types(self.dtype, torch.float32))
+        x_TBD = x_TBD.to(self.weights.final_norm.dtype)
         layers = zip(self.shape.blocks, self.weights.blocks, cache.layers, strict=True)
         for shape, (norm, weights), layer in layers:
             normed_TBD = self._norm(x_TBD, norm)

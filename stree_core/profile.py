@@ -23,9 +23,9 @@ Paths = Annotated[
 
 
 class Strict(BaseModel):
-    """Base of every file schema: unknown keys are errors, instances do not change."""
+    """Base of every file schema: unknown keys are errors, numbers finite, instances constant."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelRef(Strict):

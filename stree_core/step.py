@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stree_core.acceptance import accept_path, top_tokens
-from stree_core.cache import Cache
+from stree_core.cache import Cache, CacheSize
 from stree_core.model import Model
 from stree_core.tree_plan import DraftLevel, TreePlan
 
@@ -27,7 +27,7 @@ class StepBuffers:
     `root_B` and `predecessor_B` are the last emitted token and the one before it, `tokens_TB` the
     tree's. `active_B` (int32, 1 or 0): an inactive slot computes but does not advance. `emitted_LB`
     holds the step's tokens, the first `num_emitted_B` of them valid: the accepted ones and the
-    bonus token.
+    bonus token. `accepted_B` is the last node that a recording step would have accepted.
     """
 
     root_B: Tensor
@@ -36,6 +36,7 @@ class StepBuffers:
     active_B: Tensor
     emitted_LB: Tensor
     num_emitted_B: Tensor
+    accepted_B: Tensor
 
 
 def make_buffers(plan: TreePlan, num_slots: int, device: torch.device) -> StepBuffers:
@@ -51,6 +52,7 @@ def make_buffers(plan: TreePlan, num_slots: int, device: torch.device) -> StepBu
         zeros(num_slots, dtype=torch.int32),
         zeros(plan.tree.depth + 1, num_slots),
         zeros(num_slots, dtype=torch.int32),
+        zeros(num_slots),
     )
 
 
@@ -73,6 +75,14 @@ class Speculator:
             self.commit_one(chosen_TB)
         else:
             self.commit(chosen_TB, self.accept(chosen_TB))
+
+    def record(self) -> None:
+        """Run a recording step: note the accepted child, emit the target's next token alone."""
+        self.propose()
+        chosen_TB = self.verify()
+        last_B = self.accept(chosen_TB)
+        self.buffers.accepted_B.copy_(last_B)
+        self.commit(chosen_TB, torch.zeros_like(last_B))
 
     def propose(self) -> None:
         """Fill the tree's tokens, level by level."""
@@ -147,3 +157,24 @@ def _advance(cache: Cache, path_BL: Tensor, length_B: Tensor) -> None:
     cache.pending.path_BL.copy_(path_BL)
     cache.pending.length_B.copy_(length_B)
     cache.committed_B.add_(length_B)
+
+
+def make_speculator(
+    target: Model, draft: Model | None, plan: TreePlan, num_slots: int, num_positions: int
+) -> Speculator:
+    """Allocate the memory of a target and, for a tree with nodes, of its draft."""
+
+    def size(num_rows: int) -> CacheSize:
+        return CacheSize(num_slots, num_rows, plan.tree.depth + 1, num_positions)
+
+    draft_cache = None
+    if draft is not None and plan.draft_block is not None:
+        draft_cache = draft.make_cache(size(plan.draft_block.num_rows))
+    return Speculator(
+        plan,
+        target,
+        target.make_cache(size(plan.tree.num_tokens)),
+        draft,
+        draft_cache,
+        make_buffers(plan, num_slots, target.device),
+    )

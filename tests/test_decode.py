@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
+from tiny_models import VOCAB_SIZE, ours, perturbed, tiny_bamba, tiny_mamba2
+
 from stree_core.decode import Run, StopRule, generate, stream
 from stree_core.engine import Engine, EngineConfig
 from stree_core.errors import ConfigError
 from stree_core.model import Model
 from stree_core.tree import DEFAULT_TREE, Tree
-from tiny_models import VOCAB_SIZE, ours, perturbed, tiny_bamba, tiny_mamba2
 
 OFF = Tree.chain(0)
 RAGGED = Tree.from_paths(
@@ -84,8 +83,8 @@ def test_stream_yields_what_generate_returns(hybrid_pair: tuple[Model, Model]) -
     stop = StopRule(23)
     engine = Engine(*hybrid_pair, RAGGED, EngineConfig(num_positions=256))
     prompt = _prompts(1)[0]
-    pieces = list(stream(engine, prompt, stop))
-    assert sum(pieces, []) == generate(engine, [prompt], stop).generations[0].tokens
+    pieces = [token for piece in stream(engine, prompt, stop) for token in piece]
+    assert pieces == generate(engine, [prompt], stop).generations[0].tokens
 
 
 def test_bad_requests_end_in_one_sentence(hybrid_pair: tuple[Model, Model]) -> None:

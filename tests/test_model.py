@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from stree_core.cache import CacheSize
-from stree_core.engine import PREFILL_CHUNK, Engine, EngineConfig
-from stree_core.model import Model
-from stree_core.row_block import make_block
-from stree_core.tree import DEFAULT_TREE, Tree
 from stree_kernels.testing import assert_close
 from tiny_models import VOCAB_SIZE, ours, tiny_bamba, tiny_mamba2
 from transformers import PreTrainedModel
+
+from stree_core.cache import CacheSize
+from stree_core.engine import Engine, EngineConfig
+from stree_core.model import Model
+from stree_core.prefill import PREFILL_CHUNK
+from stree_core.row_block import make_block
+from stree_core.tree import DEFAULT_TREE, Tree
 
 # transformers computes the scan in fp32 whatever the model's dtype.
 TOLERANCE = 1e-5

@@ -5,11 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from transformers import (
+    BambaConfig,
+    BambaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    PreTrainedModel,
+)
+
 from stree_core.backend import load_backend
 from stree_core.checkpoint import load_model
 from stree_core.model import Model
-from transformers import BambaConfig, BambaForCausalLM, Mamba2Config, Mamba2ForCausalLM
-from transformers import PreTrainedModel
 
 VOCAB_SIZE = 96
 

@@ -6,9 +6,10 @@ G groups, K conv width - 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -60,12 +61,50 @@ def conv_ancestors(parents: Sequence[int], width: int) -> list[list[int]]:
     return table
 
 
-def is_packed(tensor: Tensor, num_dims: int) -> bool:
-    """Return whether the last `num_dims` dimensions lie in memory without gaps, last one fastest."""
-    expected = 1
-    sizes, strides = tensor.shape[-num_dims:], tensor.stride()[-num_dims:]
-    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
+def check_scan(
+    state: Tensor,
+    rows: ScanRows,
+    c: Tensor,
+    mask: Tensor,
+    heads: ScanHeads,
+    out: Tensor,
+    previous: ScanRows | None,
+    pending: Pending | None,
+) -> None:
+    """Raise ValueError unless a scan's tensors have the dtypes and strides a kernel relies on."""
+    if pending and not previous:
+        raise ValueError("a pending path needs the rows it names, got none; pass `previous`")
+    prev = previous if pending and previous else rows
+    blocks = (rows.x_BRHP, rows.b_BRGN, c, out, prev.x_BRHP, prev.b_BRGN)
+    vectors = (rows.dt_BRH, prev.dt_BRH, mask, *(pending or ()))
+    require_dtypes("x, B, C and the output", blocks, (torch.bfloat16, torch.float32))
+    require_dtypes("the state", (state,), (torch.float32, torch.bfloat16))
+    require_dtypes("A, D and the bias of dt", heads, (torch.float32,))
+    require_dtypes("the mask", (mask,), (torch.bool,))
+    require_dtypes("the path and its length", pending or (), (torch.int32,))
+    require_packed("the state", (state,), 3)
+    require_packed("a row of x, B, C or the output", blocks, 2)
+    require_packed("a row of dt, the mask or the path", vectors, 1)
+
+
+def require_packed(what: str, tensors: Iterable[Tensor], num_dims: int) -> None:
+    """Raise ValueError unless the last `num_dims` dimensions lie in memory without gaps."""
+    for tensor in tensors:
+        expected = 1
+        for dim in range(tensor.ndim - 1, tensor.ndim - 1 - num_dims, -1):
+            if tensor.shape[dim] != 1 and tensor.stride(dim) != expected:
+                raise ValueError(
+                    f"{what} lies without gaps, got strides {tensor.stride()} for "
+                    f"{tuple(tensor.shape)}; pass a contiguous buffer"
+                )
+            expected *= tensor.shape[dim]
+
+
+def require_dtypes(what: str, tensors: Iterable[Tensor], allowed: Sequence[torch.dtype]) -> None:
+    """Raise ValueError unless all tensors have one dtype, which is among `allowed`."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) > 1 or not dtypes <= set(allowed):
+        raise ValueError(
+            f"{what}: one dtype of {', '.join(map(str, allowed))}, got "
+            f"{', '.join(sorted(map(str, dtypes)))}; use the torch backend for others"
+        )

@@ -35,7 +35,8 @@ def tree_conv(
     `pending`, whose rows are in `previous_BRC`. `ancestors_RK` (int32) is `rows.conv_ancestors`.
     Writes silu(conv) to the same rows of `out_BRC`. Computes in fp32 at least.
     """
-    if pending is not None and previous_BRC is not None:
+    if pending is not None:
+        assert previous_BRC is not None
         _advance(state_BCK, previous_BRC, pending)
     dtype = torch.promote_types(inputs_BRC.dtype, torch.float32)
     end = first + num_tokens

@@ -1,19 +1,17 @@
 """Replay an accepted path and score a token tree with a Mamba2 layer's scan, in one Triton kernel.
 
-    c_i = sum_j M_ij d_j A
-    y_i = exp(c_i) C_i S^T + sum_j M_ij exp(c_i - c_j) d_j (C_i . B_j) x_j + D x_i
-    S  <- exp(sum_m d_m A) S + sum_m exp(sum_{l>m} d_l A) d_m x_m B_m^T        (m, l on the path)
-
-with d = softplus(dt + dt_bias) clamped to `dt_limit`. One program owns a tile of one head's state: it
-loads the tile once, replays the path, stores it once and scores all rows against its registers, so
-the state moves as often as in one autoregressive step. Everything is held transposed ([P, rows]): the
-state is then the first operand of every product it enters and never leaves registers.
+The formulas are those of `tree_scan_ref`. One program owns a tile of one head's state: it loads the
+tile once, replays the path, stores it once and scores all rows against its registers, so the state
+moves as often as in one autoregressive step. Rows lie in columns ([P, rows]): the state is then the
+first operand of every product it enters and never leaves registers.
 Source: Mamba-2 (arXiv:2405.21060) sec. 6; tree form: STree (arXiv:2505.14969).
 
 Shape letters: B batch, R rows of a block buffer, T rows scored by this pass, J their ancestors,
 L path capacity, H heads, P head dim, N state dim, G groups.
 """
 
+# The Triton DSL annotates its constants only.
+# mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stree_kernels.rows import Pending, ScanHeads, ScanRows, is_packed
+from stree_kernels.rows import Pending, ScanHeads, ScanRows, check_scan
 
 MAX_ROWS = 256
 HEAD_DIMS = (32, 64, 128)
@@ -32,8 +30,10 @@ STATE_DIMS = (16, 32, 64, 128, 256)
 
 @dataclass(frozen=True, slots=True)
 class ScanConfig:
-    """How one launch is cut: rows per tile, state values per program, warps of 32 threads."""
+    """How a launch is cut: rows of a tile, state values of a program, its warps of 32 threads."""
 
+    max_rows: int
+    max_state_dim: int
     block_rows: int
     state_values: int
     num_warps: int
@@ -43,135 +43,198 @@ class ScanConfig:
         return min(head_dim, 64, max(16, self.state_values // state_dim))
 
 
-# Fixed, never autotuned: the kernel updates the state in place, and one choice per size keeps decoding
-# reproducible. A path is replayed in tiles of 16, the least that a tensor core multiplies.
+# Never autotuned: the kernel updates the state in place, and one choice per size keeps decoding
+# reproducible. `benchmarks/aot.py` holds that none spills or outgrows the smallest shared memory.
 CONFIGS = (
-    ScanConfig(block_rows=16, state_values=8192, num_warps=4),
-    ScanConfig(block_rows=32, state_values=8192, num_warps=4),
-    ScanConfig(block_rows=64, state_values=8192, num_warps=4),
+    ScanConfig(max_rows=16, max_state_dim=128, block_rows=16, state_values=8192, num_warps=4),
+    ScanConfig(max_rows=32, max_state_dim=128, block_rows=32, state_values=8192, num_warps=4),
+    ScanConfig(max_rows=64, max_state_dim=128, block_rows=64, state_values=8192, num_warps=8),
+    ScanConfig(max_rows=16, max_state_dim=256, block_rows=16, state_values=8192, num_warps=8),
+    ScanConfig(max_rows=256, max_state_dim=256, block_rows=32, state_values=8192, num_warps=8),
 )
-TOKEN_CONFIG = ScanConfig(block_rows=1, state_values=4096, num_warps=4)
+FP32_CONFIG = ScanConfig(256, max_state_dim=128, block_rows=16, state_values=16, num_warps=8)
+TOKEN_CONFIG = ScanConfig(1, max_state_dim=256, block_rows=1, state_values=4096, num_warps=4)
+# The least that a tensor core multiplies; an accepted path is seldom longer.
 BLOCK_PATH = 16
 
 
-def pick_config(num_rows: int) -> ScanConfig:
-    """Return the config whose tile holds `num_rows` rows, or the largest."""
-    return next((config for config in CONFIGS if num_rows <= config.block_rows), CONFIGS[-1])
-
-
-@triton.jit
-def _softplus(value):
-    """log(1 + exp(value)) by the series of 2 atanh(u / (2 + u)): accurate where log(1 + u) is not."""
-    u = tl.exp(-tl.abs(value))
-    z = u / (2.0 + u)
-    square = z * z
-    series = 1.0 / 13.0 + square * (1.0 / 15.0)
-    series = 1.0 / 11.0 + square * series
-    series = 1.0 / 9.0 + square * series
-    series = 1.0 / 7.0 + square * series
-    series = 1.0 / 5.0 + square * series
-    series = 1.0 / 3.0 + square * series
-    return tl.maximum(value, 0.0) + 2.0 * z * (1.0 + square * series)
-
-
-@triton.jit
-def _time_steps(dt_ptr, valid, dt_bias, dt_min, dt_max):
-    """d of the rows that `dt_ptr` points to."""
-    dt = tl.load(dt_ptr, mask=valid, other=0.0).to(tl.float32)
-    return tl.minimum(tl.maximum(_softplus(dt + dt_bias), dt_min), dt_max)
-
-
-@triton.jit
-def _dot(left, right, total):
-    return tl.dot(left, right, total, input_precision="ieee")
+def pick_config(num_rows: int, state_dim: int, dtype: torch.dtype) -> ScanConfig:
+    """Return the first config that takes this many rows of this dtype against this state."""
+    return next(
+        config
+        for config in ((FP32_CONFIG,) if dtype == torch.float32 else CONFIGS)
+        if num_rows <= config.max_rows and state_dim <= config.max_state_dim
+    )
 
 
 @triton.jit
 def _dot_wide(wide, right, total):
     """total + wide @ right for an fp32 `wide`: with bf16 on the right, as two bf16 parts."""
     if right.dtype == tl.float32:
-        return _dot(wide, right, total)
-    high = wide.to(right.dtype)
-    low = (wide - high.to(tl.float32)).to(right.dtype)
-    return _dot(low, right, _dot(high, right, total))
+        total = tl.dot(wide, right, total, input_precision="ieee")
+    else:
+        high = wide.to(right.dtype)
+        low = (wide - high.to(tl.float32)).to(right.dtype)
+        total = tl.dot(low, right, tl.dot(high, right, total))
+    return total
 
 
 @triton.jit
-def _replay_tile(
-    state, x_ptr, dt_ptr, b_ptr, path_ptr, length, start, capacity,
-    stride_x_r, stride_dt_r, stride_b_r, a, dt_bias, dt_min, dt_max,
-    dims_P, dims_N, BLOCK_L: tl.constexpr,
-):  # fmt: skip
-    """The state tile [P, N] after entries start..start + BLOCK_L - 1 of the pending path."""
-    position = start + tl.arange(0, BLOCK_L)
-    listed = position < capacity
-    row = tl.load(path_ptr + position, mask=listed, other=0).to(tl.int64)
-    # Rows past the path are loaded too, so that no load waits for `length`; any bits may be there.
-    used = position < length
-    d = _time_steps(dt_ptr + row * stride_dt_r, listed, dt_bias, dt_min, dt_max)
-    d = tl.where(used, d, 0.0)
-    x_offsets = row[None, :] * stride_x_r + dims_P[:, None]
-    x = tl.load(x_ptr + x_offsets, mask=listed[None, :], other=0.0).to(tl.float32)
-    b_offsets = row[:, None] * stride_b_r + dims_N[None, :]
-    b = tl.load(b_ptr + b_offsets, mask=listed[:, None], other=0.0)
-    b = tl.where(used[:, None], b, 0.0).to(b.dtype)
-
-    log_decay = d * a
-    later = position[:, None] > position[None, :]
-    # A suffix sum, not a difference of prefix sums, which loses digits on long paths.
-    after = tl.sum(tl.where(later, log_decay[:, None], 0.0), axis=0)
-    weighted = tl.where(used[None, :], x * (tl.exp(after) * d)[None, :], 0.0)
-    return _dot_wide(weighted, b, state * tl.exp(tl.sum(log_decay, axis=0)))
+def _time_steps(dt, law):
+    """d of raw dt; `law` says how a head's dt becomes decay: (A, dt_bias, least d, greatest d)."""
+    value = dt.to(tl.float32) + law[1]
+    # log(1 + u) as the series of 2 atanh(u / (2 + u)): `log` loses the digits of a small u.
+    u = tl.exp(-tl.abs(value))
+    z = u / (2.0 + u)
+    series = 1.0 / 15.0
+    for term in tl.static_range(1, 8):
+        series = series * z * z + 1.0 / (15 - 2 * term)
+    softplus = tl.maximum(value, 0.0) + 2.0 * z * series
+    return tl.minimum(tl.maximum(softplus, law[2]), law[3])
 
 
 @triton.jit
-def _mask_tile(mask_ptr, rows_J, rows_T, num_rows, stride_mask_r):
-    """M transposed: [J, T] is True where row J is row T or its ancestor."""
-    offsets = rows_T[None, :].to(tl.int64) * stride_mask_r + rows_J[:, None]
+def _load_steps(source, row, valid, law):
+    """d of each row [rows]; a source is a pair (pointer at this sequence and head, row stride)."""
+    offsets = row.to(tl.int64) * source[1]
+    return _time_steps(tl.load(source[0] + offsets, mask=valid, other=0.0), law)
+
+
+@triton.jit
+def _load_rows(source, row, valid, dims):
+    """Rows of a source as they lie [rows, dims]."""
+    offsets = row.to(tl.int64)[:, None] * source[1] + dims[None, :]
+    return tl.load(source[0] + offsets, mask=valid[:, None], other=0.0)
+
+
+@triton.jit
+def _load_columns(source, row, valid, dims):
+    """Rows of a source transposed [dims, rows]."""
+    offsets = row.to(tl.int64)[None, :] * source[1] + dims[:, None]
+    return tl.load(source[0] + offsets, mask=valid[None, :], other=0.0)
+
+
+@triton.jit
+def _load_mask(mask, rows_J, rows_T, num_rows):
+    """M transposed [J, T]: True where row J is row T or its ancestor."""
+    offsets = rows_T.to(tl.int64)[None, :] * mask[1] + rows_J[:, None]
     valid = (rows_T[None, :] < num_rows) & (rows_J[:, None] < num_rows)
-    return tl.load(mask_ptr + offsets, mask=valid, other=0) != 0
+    return tl.load(mask[0] + offsets, mask=valid, other=0) != 0
 
 
 @triton.jit
-def _path_sum(
-    total_T, rows_T, stop, dt_ptr, mask_ptr, num_rows, stride_dt_r, stride_mask_r,
-    a, dt_bias, dt_min, dt_max, BLOCK_T: tl.constexpr,
-):  # fmt: skip
-    """total_T + the part of c that comes from ancestors in rows 0..stop - 1, whole tiles."""
+def _commit(pointers, state):
+    """Store the state; return what the next pass will read: rows are scored against that."""
+    rounded = state.to(pointers.dtype.element_ty)
+    tl.store(pointers, rounded)
+    return rounded.to(tl.float32)
+
+
+@triton.jit
+def _replay(state, rows, path_ptr, length, capacity, law, dims_P, dims_N, BLOCK_L: tl.constexpr):
+    """The state tile [P, N] after the pending path, tile by tile."""
+    x, dt, b = rows
+    for start in range(0, capacity, BLOCK_L):
+        position = start + tl.arange(0, BLOCK_L)
+        listed = position < capacity
+        row = tl.load(path_ptr + position, mask=listed, other=0)
+        # Rows past the path are loaded too: no load waits for `length`. Any bits may be there.
+        used = position < length
+        d = tl.where(used, _load_steps(dt, row, listed, law), 0.0)
+        x_PL = tl.where(used[None, :], _load_columns(x, row, listed, dims_P).to(tl.float32), 0.0)
+        b_LN = _load_rows(b, row, listed, dims_N)
+        b_LN = tl.where(used[:, None], b_LN, 0.0).to(b_LN.dtype)
+        log_decay = d * law[0]
+        # A suffix sum, not a difference of prefix sums, which loses digits on long paths.
+        later = position[:, None] > position[None, :]
+        after = tl.sum(tl.where(later, log_decay[:, None], 0.0), axis=0)
+        weighted_PL = x_PL * (tl.exp(after) * d)[None, :]
+        state = _dot_wide(weighted_PL, b_LN, state * tl.exp(tl.sum(log_decay, axis=0)))
+    return state
+
+
+@triton.jit
+def _path_sum(rows_T, stop, dt, mask, num_rows, law, BLOCK_T: tl.constexpr):
+    """The part of c that comes from ancestors in rows 0..stop - 1; `stop` is a tile's end."""
+    total_T = tl.full(rows_T.shape, 0.0, tl.float32)
     for start in range(0, stop, BLOCK_T):
         rows_J = start + tl.arange(0, BLOCK_T)
-        dt_J_ptr = dt_ptr + rows_J.to(tl.int64) * stride_dt_r
-        d_J = _time_steps(dt_J_ptr, rows_J < num_rows, dt_bias, dt_min, dt_max)
-        mask_JT = _mask_tile(mask_ptr, rows_J, rows_T, num_rows, stride_mask_r)
-        total_T += tl.sum(tl.where(mask_JT, (d_J * a)[:, None], 0.0), axis=0)
+        log_decay_J = _load_steps(dt, rows_J, rows_J < num_rows, law) * law[0]
+        mask_JT = _load_mask(mask, rows_J, rows_T, num_rows)
+        total_T += tl.sum(tl.where(mask_JT, log_decay_J[:, None], 0.0), axis=0)
     return total_T
 
 
 @triton.jit
 def _add_ancestors(y_PT, x_PJ, b_JN, c_NT, d_J, path_J, path_T, mask_JT):
     """y + sum_j M_ij exp(c_i - c_j) d_j (C_i . B_j) x_j for one tile of ancestors."""
-    score_JT = _dot(b_JN, c_NT, tl.full(mask_JT.shape, 0.0, tl.float32))
+    score_JT = tl.dot(b_JN, c_NT, input_precision="ieee")
     # Outside the mask the exponent may be positive and overflow, so the mask comes before exp.
     exponent_JT = tl.where(mask_JT, path_T[None, :] - path_J[:, None], float("-inf"))
     weight_JT = score_JT * tl.exp(exponent_JT) * d_J[:, None]
-    return _dot(x_PJ, weight_JT.to(x_PJ.dtype), y_PT)
+    return tl.dot(x_PJ, weight_JT.to(x_PJ.dtype), y_PT, input_precision="ieee")
+
+
+@triton.jit
+def _attend(
+    rows, c, mask, start, first, num_rows, law, skip, dims_P, dims_N, ONE_TILE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """What rows start..start + BLOCK_T - 1 owe to rows, not to the state; C and c of these rows."""
+    x, dt, b = rows
+    rows_T = start + tl.arange(0, BLOCK_T)
+    within = rows_T < num_rows
+    d_T = _load_steps(dt, rows_T, within, law)
+    mask_TT = _load_mask(mask, rows_T, rows_T, num_rows)
+    x_PT = _load_columns(x, rows_T, within, dims_P)
+    b_TN = _load_rows(b, rows_T, within, dims_N)
+    # The source `c` begins at row `first`.
+    c_NT = _load_columns(c, rows_T - first, within & (rows_T >= first), dims_N)
+    path_T = tl.sum(tl.where(mask_TT, (d_T * law[0])[:, None], 0.0), axis=0)
+    if not ONE_TILE:
+        path_T += _path_sum(rows_T, start, dt, mask, num_rows, law, BLOCK_T)
+    y_PT = skip * x_PT.to(tl.float32)
+    y_PT = _add_ancestors(y_PT, x_PT, b_TN, c_NT, d_T, path_T, path_T, mask_TT)
+    if not ONE_TILE:
+        for earlier in range(0, start, BLOCK_T):
+            rows_J = earlier + tl.arange(0, BLOCK_T)
+            within_J = rows_J < num_rows
+            path_J = _path_sum(rows_J, earlier + BLOCK_T, dt, mask, num_rows, law, BLOCK_T)
+            d_J = _load_steps(dt, rows_J, within_J, law)
+            x_PJ = _load_columns(x, rows_J, within_J, dims_P)
+            b_JN = _load_rows(b, rows_J, within_J, dims_N)
+            mask_JT = _load_mask(mask, rows_J, rows_T, num_rows)
+            y_PT = _add_ancestors(y_PT, x_PJ, b_JN, c_NT, d_J, path_J, path_T, mask_JT)
+    return y_PT, c_NT, path_T
+
+
+@triton.jit
+def _add_state(
+    y_PT, state, c_NT, path_T, out, start, first, num_rows, dims_P, BLOCK_T: tl.constexpr
+):
+    """Store y + exp(c) S C of rows start..start + BLOCK_T - 1."""
+    carried_PT = _dot_wide(state, c_NT, tl.full(y_PT.shape, 0.0, tl.float32))
+    row = start - first + tl.arange(0, BLOCK_T)
+    scored = (row >= 0) & (row < num_rows - first)
+    offsets = row.to(tl.int64)[None, :] * out[1] + dims_P[:, None]
+    tl.store(out[0] + offsets, y_PT + carried_PT * tl.exp(path_T)[None, :], mask=scored[None, :])
 
 
 @triton.jit(do_not_specialize=["first", "num_rows", "path_capacity", "stride_mask_r"])
 def _tree_scan_kernel(
     # pointers
-    state_ptr, x_ptr, dt_ptr, b_ptr, c_ptr, mask_ptr, out_ptr, a_ptr, skip_ptr, dt_bias_ptr,
-    prev_x_ptr, prev_dt_ptr, prev_b_ptr, path_ptr, length_ptr,
-    # sizes
-    first, num_rows, path_capacity, dt_min, dt_max,
+    state_ptr, x_ptr, dt_ptr, b_ptr, c_ptr, out_ptr, a_ptr, skip_ptr, dt_bias_ptr,
+    prev_x_ptr, prev_dt_ptr, prev_b_ptr, path_ptr, length_ptr, mask_ptr,
+    # sizes and limits
+    dt_min, dt_max, first, num_rows, path_capacity,
     # strides
-    stride_state_b, stride_x_b, stride_x_r, stride_dt_b, stride_dt_r, stride_b_b, stride_b_r,
-    stride_c_b, stride_c_t, stride_out_b, stride_out_t, stride_mask_r, stride_prev_x_b,
-    stride_prev_x_r, stride_prev_dt_b, stride_prev_dt_r, stride_prev_b_b, stride_prev_b_r,
-    stride_path_b,
+    stride_state_b, stride_x_b, stride_dt_b, stride_b_b, stride_c_b, stride_out_b,
+    stride_prev_x_b, stride_prev_dt_b, stride_prev_b_b, stride_path_b,
+    stride_prev_x_r, stride_prev_dt_r, stride_prev_b_r,
+    stride_x_r, stride_dt_r, stride_b_r, stride_c_t, stride_out_t, stride_mask_r,
     # meta
     HEADS_PER_GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, STATE_DIM: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr, ONE_TILE: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     sequence = tl.program_id(2).to(tl.int64)
@@ -179,79 +242,159 @@ def _tree_scan_kernel(
     dims_N = tl.arange(0, STATE_DIM)
     x_base = head * HEAD_DIM
     b_base = head // HEADS_PER_GROUP * STATE_DIM
-    a = tl.load(a_ptr + head)
-    skip = tl.load(skip_ptr + head)
-    dt_bias = tl.load(dt_bias_ptr + head)
-
+    law = (tl.load(a_ptr + head), tl.load(dt_bias_ptr + head), dt_min, dt_max)
     state_ptr += sequence * stride_state_b + x_base * STATE_DIM
-    state_offsets = dims_P[:, None] * STATE_DIM + dims_N[None, :]
-    state = tl.load(state_ptr + state_offsets).to(tl.float32)
+    state_ptrs = state_ptr + dims_P[:, None] * STATE_DIM + dims_N[None, :]
+    state = tl.load(state_ptrs).to(tl.float32)
+    x = (x_ptr + sequence * stride_x_b + x_base, stride_x_r)
+    dt = (dt_ptr + sequence * stride_dt_b + head, stride_dt_r)
+    b = (b_ptr + sequence * stride_b_b + b_base, stride_b_r)
+    c = (c_ptr + sequence * stride_c_b + b_base, stride_c_t)
+    out = (out_ptr + sequence * stride_out_b + x_base, stride_out_t)
+    mask = (mask_ptr, stride_mask_r)
+    skip = tl.load(skip_ptr + head)
+    if ONE_TILE:
+        # Before the replay, so that these loads wait together with the state's.
+        y_PT, c_NT, path_T = _attend(
+            (x, dt, b), c, mask, 0, first, num_rows, law, skip, dims_P, dims_N, True, BLOCK_T
+        )
     if path_ptr is not None:
-        length = tl.load(length_ptr + sequence)
-        for start in range(0, path_capacity, BLOCK_L):
-            state = _replay_tile(
-                state, prev_x_ptr + sequence * stride_prev_x_b + x_base,
-                prev_dt_ptr + sequence * stride_prev_dt_b + head,
-                prev_b_ptr + sequence * stride_prev_b_b + b_base,
-                path_ptr + sequence * stride_path_b, length, start, path_capacity,
-                stride_prev_x_r, stride_prev_dt_r, stride_prev_b_r, a, dt_bias, dt_min, dt_max,
-                dims_P, dims_N, BLOCK_L,
+        x_prev = (prev_x_ptr + sequence * stride_prev_x_b + x_base, stride_prev_x_r)
+        dt_prev = (prev_dt_ptr + sequence * stride_prev_dt_b + head, stride_prev_dt_r)
+        b_prev = (prev_b_ptr + sequence * stride_prev_b_b + b_base, stride_prev_b_r)
+        state = _replay(
+            state, (x_prev, dt_prev, b_prev), path_ptr + sequence * stride_path_b,
+            tl.load(length_ptr + sequence), path_capacity, law, dims_P, dims_N, BLOCK_L,
+        )  # fmt: skip
+        state = _commit(state_ptrs, state)
+    if ONE_TILE:
+        _add_state(y_PT, state, c_NT, path_T, out, 0, first, num_rows, dims_P, BLOCK_T)
+    else:
+        for start in range(first // BLOCK_T * BLOCK_T, num_rows, BLOCK_T):
+            y_PT, c_NT, path_T = _attend(
+                (x, dt, b), c, mask, start, first, num_rows, law, skip, dims_P, dims_N, False,
+                BLOCK_T,
             )  # fmt: skip
-        # Rows are scored against what the next pass will read, whatever the state's dtype.
-        rounded = state.to(state_ptr.dtype.element_ty)
-        tl.store(state_ptr + state_offsets, rounded)
-        state = rounded.to(tl.float32)
-
-    _score_rows(
-        state, x_ptr + sequence * stride_x_b + x_base, dt_ptr + sequence * stride_dt_b + head,
-        b_ptr + sequence * stride_b_b + b_base, c_ptr + sequence * stride_c_b + b_base, mask_ptr,
-        out_ptr + sequence * stride_out_b + x_base, first, num_rows, stride_x_r, stride_dt_r,
-        stride_b_r, stride_c_t, stride_out_t, stride_mask_r, a, skip, dt_bias, dt_min, dt_max,
-        dims_P, dims_N, BLOCK_P, BLOCK_T,
-    )  # fmt: skip
+            _add_state(y_PT, state, c_NT, path_T, out, start, first, num_rows, dims_P, BLOCK_T)
 
 
 @triton.jit
-def _score_rows(
-    state, x_ptr, dt_ptr, b_ptr, c_ptr, mask_ptr, out_ptr, first, num_rows, stride_x_r, stride_dt_r,
-    stride_b_r, stride_c_t, stride_out_t, stride_mask_r, a, skip, dt_bias, dt_min, dt_max,
-    dims_P, dims_N, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr,
+def _token_scan_kernel(
+    # pointers
+    state_ptr, x_ptr, dt_ptr, b_ptr, c_ptr, out_ptr, a_ptr, skip_ptr, dt_bias_ptr,
+    prev_x_ptr, prev_dt_ptr, prev_b_ptr, path_ptr, length_ptr,
+    # limits
+    dt_min, dt_max,
+    # strides
+    stride_state_b, stride_x_b, stride_dt_b, stride_b_b, stride_c_b, stride_out_b,
+    stride_prev_x_b, stride_prev_dt_b, stride_prev_b_b, stride_path_b,
+    stride_prev_x_r, stride_prev_dt_r, stride_prev_b_r,
+    # meta
+    HEADS_PER_GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, STATE_DIM: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Write y of rows first..num_rows - 1, tile by tile; pointers are at this sequence and head."""
-    for start in range(first // BLOCK_T * BLOCK_T, num_rows, BLOCK_T):
-        rows_T = start + tl.arange(0, BLOCK_T)
-        within = rows_T < num_rows
-        scored = within & (rows_T >= first)
-        offset_T = rows_T.to(tl.int64)
-        d_T = _time_steps(dt_ptr + offset_T * stride_dt_r, within, dt_bias, dt_min, dt_max)
-        mask_TT = _mask_tile(mask_ptr, rows_T, rows_T, num_rows, stride_mask_r)
-        path_T = tl.sum(tl.where(mask_TT, (d_T * a)[:, None], 0.0), axis=0)
-        path_T = _path_sum(
-            path_T, rows_T, start, dt_ptr, mask_ptr, num_rows, stride_dt_r, stride_mask_r,
-            a, dt_bias, dt_min, dt_max, BLOCK_T,
-        )  # fmt: skip
-        c_offsets = (offset_T - first)[None, :] * stride_c_t + dims_N[:, None]
-        c_NT = tl.load(c_ptr + c_offsets, mask=scored[None, :], other=0.0)
-        x_offsets = offset_T[None, :] * stride_x_r + dims_P[:, None]
-        x_PT = tl.load(x_ptr + x_offsets, mask=within[None, :], other=0.0)
-        b_offsets = offset_T[:, None] * stride_b_r + dims_N[None, :]
-        b_TN = tl.load(b_ptr + b_offsets, mask=within[:, None], other=0.0)
+    """Replay at most one row and score row 0, without matrix products."""
+    head = tl.program_id(1).to(tl.int64)
+    sequence = tl.program_id(2).to(tl.int64)
+    dims_P = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    dims_N = tl.arange(0, STATE_DIM)
+    x_offsets = head * HEAD_DIM + dims_P
+    b_offsets = head // HEADS_PER_GROUP * STATE_DIM + dims_N
+    law = (tl.load(a_ptr + head), tl.load(dt_bias_ptr + head), dt_min, dt_max)
+    state_ptr += sequence * stride_state_b
+    state_ptrs = state_ptr + x_offsets[:, None] * STATE_DIM + dims_N[None, :]
+    state = tl.load(state_ptrs).to(tl.float32)
+    # Loaded before the state is stored: no load may pass a store that it might read from.
+    step = _time_steps(tl.load(dt_ptr + sequence * stride_dt_b + head), law)
+    x_P = tl.load(x_ptr + sequence * stride_x_b + x_offsets).to(tl.float32)
+    b_N = tl.load(b_ptr + sequence * stride_b_b + b_offsets).to(tl.float32)
+    c_N = tl.load(c_ptr + sequence * stride_c_b + b_offsets).to(tl.float32)
+    skip = tl.load(skip_ptr + head)
+    if path_ptr is not None:
+        used = tl.load(length_ptr + sequence) > 0
+        row = tl.load(path_ptr + sequence * stride_path_b).to(tl.int64)
+        prev_dt_ptr += sequence * stride_prev_dt_b + row * stride_prev_dt_r + head
+        prev_x_ptr += sequence * stride_prev_x_b + row * stride_prev_x_r
+        prev_b_ptr += sequence * stride_prev_b_b + row * stride_prev_b_r
+        # With an empty path the row may hold any bits.
+        prev_step = tl.where(used, _time_steps(tl.load(prev_dt_ptr), law), 0.0)
+        prev_x_P = tl.where(used, tl.load(prev_x_ptr + x_offsets).to(tl.float32), 0.0)
+        prev_b_N = tl.where(used, tl.load(prev_b_ptr + b_offsets).to(tl.float32), 0.0)
+        state *= tl.exp(prev_step * law[0])
+        state = _commit(state_ptrs, state + (prev_step * prev_x_P)[:, None] * prev_b_N[None, :])
+    y_P = tl.exp(step * law[0]) * tl.sum(state * c_N[None, :], axis=1)
+    y_P += (step * tl.sum(b_N * c_N, axis=0) + skip) * x_P
+    tl.store(out_ptr + sequence * stride_out_b + x_offsets, y_P)
 
-        y_PT = _dot_wide(state, c_NT, tl.full((BLOCK_P, BLOCK_T), 0.0, tl.float32))
-        y_PT = y_PT * tl.exp(path_T)[None, :] + skip * x_PT.to(tl.float32)
-        y_PT = _add_ancestors(y_PT, x_PT, b_TN, c_NT, d_T, path_T, path_T, mask_TT)
-        for earlier in range(0, start, BLOCK_T):
-            rows_J = earlier + tl.arange(0, BLOCK_T)
-            offset_J = rows_J.to(tl.int64)
-            # Earlier tiles are full: every row index is below num_rows.
-            d_J = _time_steps(dt_ptr + offset_J * stride_dt_r, rows_J < num_rows, dt_bias, dt_min, dt_max)
-            x_PJ = tl.load(x_ptr + offset_J[None, :] * stride_x_r + dims_P[:, None])
-            b_JN = tl.load(b_ptr + offset_J[:, None] * stride_b_r + dims_N[None, :])
-            mask_JT = _mask_tile(mask_ptr, rows_J, rows_T, num_rows, stride_mask_r)
-            path_J = _path_sum(
-                tl.full((BLOCK_T,), 0.0, tl.float32), rows_J, earlier + BLOCK_T, dt_ptr, mask_ptr,
-                num_rows, stride_dt_r, stride_mask_r, a, dt_bias, dt_min, dt_max, BLOCK_T,
-            )  # fmt: skip
-            y_PT = _add_ancestors(y_PT, x_PJ, b_JN, c_NT, d_J, path_J, path_T, mask_JT)
-        out_offsets = (offset_T - first)[None, :] * stride_out_t + dims_P[:, None]
-        tl.store(out_ptr + out_offsets, y_PT, mask=scored[None, :])
+
+def tree_scan(
+    state_BHPN: Tensor,
+    rows: ScanRows,
+    c_BTGN: Tensor,
+    mask_RR: Tensor,
+    heads: ScanHeads,
+    *,
+    first: int,
+    dt_limit: tuple[float, float],
+    out_BTHP: Tensor,
+    previous: ScanRows | None,
+    pending: Pending | None,
+) -> None:
+    """Advance the state along `pending`, then score rows first..first + T - 1 against it.
+
+    The contract is that of `tree_scan_ref.tree_scan`, with all in bf16 or fp32.
+    Raises ValueError when a size, dtype or stride is beyond what the kernel takes.
+    """
+    num_rows = first + c_BTGN.shape[1]
+    capacity = pending.path_BL.shape[1] if pending else 0
+    check_scan(state_BHPN, rows, c_BTGN, mask_RR, heads, out_BTHP, previous, pending)
+    _check(state_BHPN, rows, c_BTGN, mask_RR, num_rows, capacity)
+    batch, num_heads, head_dim, state_dim = state_BHPN.shape
+    path, length = pending or (None, None)
+    prev = previous if pending and previous else (None, None, None)
+    pointers = (state_BHPN, *rows, c_BTGN, out_BTHP, *heads, *prev, path, length)
+    by_sequence = (state_BHPN, *rows, c_BTGN, out_BTHP, *prev, path)
+    strides = [0 if tensor is None else tensor.stride(0) for tensor in by_sequence]
+    strides += [0 if tensor is None else tensor.stride(1) for tensor in prev]
+    one_token = num_rows == 1 and capacity <= 1
+    config = TOKEN_CONFIG if one_token else pick_config(num_rows, state_dim, c_BTGN.dtype)
+    block_p = config.block_head_dim(head_dim, state_dim)
+    grid = (head_dim // block_p, num_heads, batch)
+    meta = {
+        "HEADS_PER_GROUP": num_heads // c_BTGN.shape[2], "HEAD_DIM": head_dim,
+        "STATE_DIM": state_dim, "BLOCK_P": block_p, "num_warps": config.num_warps, "num_stages": 1,
+    }  # fmt: skip
+    if one_token:
+        _token_scan_kernel[grid](*pointers, *dt_limit, *strides, **meta)
+        return
+    strides += [tensor.stride(1) for tensor in (*rows, c_BTGN, out_BTHP)]
+    _tree_scan_kernel[grid](
+        *pointers, mask_RR, *dt_limit, first, num_rows, capacity, *strides, mask_RR.stride(0),
+        BLOCK_T=config.block_rows, ONE_TILE=num_rows <= config.block_rows, BLOCK_L=BLOCK_PATH,
+        **meta,
+    )  # fmt: skip
+
+
+def _check(
+    state: Tensor, rows: ScanRows, c: Tensor, mask: Tensor, num_rows: int, path: int
+) -> None:
+    """Raise ValueError for sizes that the kernel cannot take; `path` is the path's capacity."""
+    _, num_heads, head_dim, state_dim = state.shape
+    state_dims = STATE_DIMS[:-1] if c.dtype == torch.float32 else STATE_DIMS
+    if head_dim not in HEAD_DIMS or state_dim not in state_dims:
+        raise ValueError(
+            f"in {c.dtype} the scan kernel takes head dims {HEAD_DIMS} and state dims "
+            f"{state_dims}, got {head_dim} and {state_dim}; use the torch backend"
+        )
+    if num_heads % c.shape[2]:
+        raise ValueError(f"groups divide heads, got {c.shape[2]} and {num_heads}; check the model")
+    if max(num_rows, path) > MAX_ROWS:
+        raise ValueError(
+            f"the scan kernel takes at most {MAX_ROWS} rows and path entries, "
+            f"got {num_rows} and {path}; cut the block"
+        )
+    if min(rows.x_BRHP.shape[1], *mask.shape) < num_rows:
+        raise ValueError(
+            f"rows and mask cover every row up to the last one scored, {num_rows}, got "
+            f"{rows.x_BRHP.shape[1]} and {tuple(mask.shape)}; pass the whole block"
+        )

@@ -40,7 +40,8 @@ def tree_scan(
     (bool) is True where the column is the row's ancestor or the row itself. Writes y, with the skip
     term and without gating, to `out_BTHP`. Computes in the state's dtype, in fp32 at least.
     """
-    if pending is not None and previous is not None:
+    if pending is not None:
+        assert previous is not None
         replay(state_BHPN, previous, pending, heads, dt_limit=dt_limit)
     end = first + c_BTGN.shape[1]
     state = _widen(state_BHPN)

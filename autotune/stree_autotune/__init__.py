@@ -1,0 +1,1 @@
+"""Measure, predict, search: everything that decides how to speculate, and `stree-tune` itself."""

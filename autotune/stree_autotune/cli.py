@@ -1,0 +1,161 @@
+"""The command line `stree-tune`: one call per verb, results on stdout, the rest on stderr."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from stree_autotune import cli_flags as flags
+from stree_autotune.cli_live import register_live_verbs
+from stree_core.errors import ConfigError, NoFeasibleTree, StreeError
+from stree_core.profile import load_profile, require_writable, save_profile
+
+if TYPE_CHECKING:
+    from stree_autotune.tune import TuneRequest
+
+EXIT_NO_RESULT = 1
+EXIT_BAD_INPUT = 2
+
+# typer keeps its copy of click in different places from version to version
+_UsageError = cast("type[typer.BadParameter]", typer.BadParameter.mro()[1])
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.callback(
+    invoke_without_command=True,
+    epilog="Example: stree-tune --gpu h100 --dataset gsm8k",
+)
+def tune_command(
+    ctx: typer.Context,
+    gpu: flags.Gpu = "",
+    dataset: flags.Dataset = "",
+    target: flags.Target = flags.DEFAULT_TARGET,
+    draft: flags.Draft = flags.DEFAULT_DRAFT,
+    rule: flags.Rule = "greedy",
+    temperature: flags.Temperature = 0.0,
+    top_p: flags.TopP = 1.0,
+    context: flags.Context = 1024,
+    batch_size: flags.BatchSizes = flags.DEFAULT_BATCH_SIZES,
+    max_nodes: flags.MaxNodes = 64,
+    data: flags.Data = flags.DEFAULT_DATA_PATHS,
+    acceptance_from: flags.AcceptanceFrom = "",
+    seed: flags.Seed = 0,
+    as_json: flags.AsJson = False,
+    output: flags.Output = flags.DEFAULT_PROFILE,
+    force: flags.Force = False,
+) -> None:
+    """Choose how to speculate, per batch size, from measured times and a recorded trace."""
+    if ctx.invoked_subcommand is not None:
+        _refuse_flags_before_verb(ctx)
+        return
+    if not gpu or not (dataset or acceptance_from):
+        raise ConfigError(
+            "tuning needs --gpu and --dataset, got neither or one; "
+            "for example `stree-tune --gpu h100 --dataset gsm8k`"
+        )
+    # optuna and scipy load here, so that the other verbs start at once
+    from stree_autotune.tune import TuneRequest, check_sampling
+
+    request = TuneRequest(
+        gpu=gpu,
+        dataset=dataset,
+        target=target,
+        draft=draft,
+        sampling=check_sampling(rule, temperature, top_p),
+        context=context,
+        batch_sizes=tuple(sorted(set(batch_size))),
+        max_nodes=max_nodes,
+        data=tuple(data),
+        acceptance_from=acceptance_from,
+        seed=seed,
+    )
+    require_writable(output, force=force, is_default=_is_default(ctx, "output"))
+    _tune(request, output, as_json=as_json)
+
+
+def _tune(request: TuneRequest, output: Path, *, as_json: bool) -> None:
+    """Tune, write the profile, print it."""
+    from stree_autotune.show import print_json, print_profile, result_console
+    from stree_autotune.tune import tune
+
+    profile = tune(request)
+    save_profile(profile, output)
+    console = result_console()
+    print_profile(profile, console)
+    console.print(f"profile: {output}")
+    if as_json:
+        print_json(profile)
+
+
+@app.command(epilog="Example: stree-tune show stree-profile.yaml")
+def show(
+    profiles: Annotated[
+        list[str],
+        typer.Argument(metavar="[PROFILE]...", help="Paths or names; all shipped ones by default."),
+    ] = flags.NO_NAMES,
+    data: flags.Data = flags.DEFAULT_DATA_PATHS,
+    as_json: flags.AsJson = False,
+) -> None:
+    """Print profiles: verdicts, predictions, what is estimated, where the numbers come from."""
+    from stree_autotune.library import Library
+    from stree_autotune.show import print_json, print_profile, result_console
+
+    library = Library.open(data)
+    paths = [library.find_profile(name) for name in profiles] or library.profile_paths()
+    if not paths:
+        raise ConfigError("no tuned profile is there; name a file, such as stree-profile.yaml")
+    console = result_console()
+    loaded = [load_profile(path) for path in paths]
+    for index, profile in enumerate(loaded):
+        if index:
+            console.print()
+        print_profile(profile, console)
+    if as_json:
+        print_json(*loaded)
+
+
+register_live_verbs(app)
+
+
+def main() -> None:
+    """Run the command line: expected failures are one line on stderr, exit code 1 or 2."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    try:
+        code = app(prog_name="stree-tune", standalone_mode=False)
+    except NoFeasibleTree as err:
+        sys.exit(_fail(str(err), EXIT_NO_RESULT))
+    except StreeError as err:
+        sys.exit(_fail(str(err), EXIT_BAD_INPUT))
+    except _UsageError as err:
+        sys.exit(_fail(f"{err.format_message()} See stree-tune --help.", EXIT_BAD_INPUT))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    return code
+
+
+def _is_default(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name.startswith("DEFAULT")
+
+
+def _refuse_flags_before_verb(ctx: typer.Context) -> None:
+    """Raise ConfigError for `stree-tune --gpu h200 probe`, which would drop the flag in silence."""
+    given = [name for name in ctx.params if not _is_default(ctx, name)]
+    if given:
+        flag = "--" + given[0].replace("_", "-")
+        raise ConfigError(
+            f"flags stand behind their verb, got {flag} before {ctx.invoked_subcommand}; "
+            f"write `stree-tune {ctx.invoked_subcommand} {flag} ...`"
+        )

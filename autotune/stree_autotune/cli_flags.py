@@ -1,0 +1,95 @@
+"""The flags of stree-tune, each defined once and shared by the verbs that take it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stree_core.tree import MAX_NODES
+
+DEFAULT_TARGET = "demo-target"
+DEFAULT_DRAFT = "demo-draft"
+DEFAULT_PROFILE = Path("stree-profile.yaml")
+DEFAULT_BATCH_SIZES = [1, 2, 4, 8, 16, 32, 64]
+DEFAULT_DATA_PATHS: list[Path] = []
+NO_NAMES: list[str] = []
+
+# tuning
+Gpu = Annotated[str, typer.Option("--gpu", help="GPU by name: h100, h200, cpu, ...")]
+Dataset = Annotated[
+    str, typer.Option("--dataset", help="Dataset by name: demo, gsm8k, human_eval, mt_bench, ...")
+]
+Target = Annotated[str, typer.Option("--target", help="Target model: a name or a model folder.")]
+Draft = Annotated[str, typer.Option("--draft", help="Draft model: a name or a model folder.")]
+Rule = Annotated[str, typer.Option("--rule", help="Acceptance rule.")]
+Temperature = Annotated[float, typer.Option("--temperature", help="Sampling temperature.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Nucleus of the sampling law.")]
+Context = Annotated[
+    int, typer.Option("--context", min=1, help="Positions per sequence, prompt and output.")
+]
+BatchSizes = Annotated[
+    list[int],
+    typer.Option("--batch-size", min=1, metavar="N", help="Active sequences; repeatable."),
+]
+MaxNodes = Annotated[
+    int,
+    typer.Option("--max-nodes", min=1, max=MAX_NODES, help="Most draft tokens of a tree."),
+]
+Data = Annotated[
+    list[Path],
+    typer.Option(
+        "--data",
+        metavar="DIR",
+        show_default="./stree-data if it exists",
+        help="Folder with own tables, traces and models, searched before what ships; repeatable.",
+    ),
+]
+AcceptanceFrom = Annotated[
+    str,
+    typer.Option(
+        "--acceptance-from",
+        metavar="TRACE",
+        help="Borrow another pair's trace (name or path); marks the result as estimated.",
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random choice.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Make the last line of stdout one JSON document.")
+]
+Output = Annotated[
+    Path,
+    typer.Option(
+        "--output", "-o", help="Profile to write; the default is replaced when it is a profile."
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
+
+# running models
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda; auto takes a GPU.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        help="auto, float32, float64, bfloat16; auto is bfloat16 on a GPU, else float32.",
+    ),
+]
+Backend = Annotated[
+    str,
+    typer.Option("--backend", help="auto, torch, triton; auto is triton on a GPU, else torch."),
+]
+ProfilePath = Annotated[Path, typer.Option("--profile", "-p", help="Profile to read.")]
+Prompts = Annotated[
+    str,
+    typer.Option(
+        "--prompts", metavar="FILE", help="JSON lines with a prompt, question or turns field."
+    ),
+]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", min=1, help="Tokens after which a text ends.")
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Sequences that run together.")]
+Limit = Annotated[
+    int, typer.Option("--limit", min=0, help="Prompts to take from the start, 0 for all.")
+]

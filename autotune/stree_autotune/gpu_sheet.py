@@ -1,0 +1,43 @@
+"""GPU sheets: the published numbers of a GPU, used only to carry a measurement to its sibling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from stree_core.files import load_yaml
+from stree_core.profile import Name, Strict
+
+Text = Annotated[str, Field(min_length=1, max_length=500)]
+
+
+class GpuSheet(Strict):
+    """What the maker publishes about one GPU; T is 1e12 a second, G 1e9 bytes, L2 MB 2**20."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["stree-gpu"] = "stree-gpu"
+    name: Name
+    full_name: Name
+    architecture: Name
+    memory_bandwidth_tb_per_s: PositiveFloat
+    matrix_tflop_per_s_bf16: PositiveFloat
+    l2_mb: PositiveInt
+    memory_gb: PositiveInt
+    sms: PositiveInt
+    sources: Annotated[tuple[Text, ...], Field(min_length=1, max_length=16)]
+    note: Text | None = None
+
+    def is_sibling_of(self, other: GpuSheet) -> bool:
+        """True when the two differ in memory alone, so that one's times can be carried over."""
+        return (
+            self.architecture == other.architecture
+            and self.sms == other.sms
+            and self.matrix_tflop_per_s_bf16 == other.matrix_tflop_per_s_bf16
+        )
+
+
+def load_gpu_sheet(path: Path) -> GpuSheet:
+    """Read a GPU sheet; raise ConfigError when it is malformed."""
+    return load_yaml(path, GpuSheet)

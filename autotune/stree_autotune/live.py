@@ -1,0 +1,209 @@
+"""The verbs that run models and write files: probe, trace, decode."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from stree_autotune.library import Library, check_name, data_folder, trace_file_name
+from stree_autotune.probe import ProbeConfig, probe
+from stree_autotune.prompts import load_prompts
+from stree_autotune.record import RecordConfig, record_trace
+from stree_autotune.runtime_table import save_runtime_table
+from stree_autotune.trace_file import save_trace
+from stree_core.decode import StopRule, generate, stream
+from stree_core.engine import Engine, EngineConfig
+from stree_core.errors import ConfigError
+from stree_core.pair import (
+    Pair,
+    Runtime,
+    device_name,
+    gpu_warning,
+    load_pair,
+    require_profile_fits,
+    short_gpu_name,
+)
+from stree_core.profile import load_profile
+from stree_core.tree import Tree
+
+logger = logging.getLogger(__name__)
+
+DEMO_DATASET = "demo"
+
+
+@dataclass(frozen=True, slots=True)
+class PairRequest:
+    """Which models, from where, and on what to run them."""
+
+    target: str
+    draft: str
+    data: tuple[Path, ...]
+    runtime: Runtime
+    random_weights: bool = False
+
+
+def open_pair(request: PairRequest) -> Pair:
+    """Find and load the pair of a request."""
+    library = Library.open(request.data, missing_ok=True)
+    folders = (library.find_model(request.target), library.find_model(request.draft))
+    return load_pair(*folders, request.runtime, random_weights=request.random_weights)
+
+
+def open_prompts(dataset: str, file: Path | None, data: tuple[Path, ...]) -> list[str]:
+    """Return all prompts of a file or dataset; the demo set ships with the demo target."""
+    if file is None and dataset == DEMO_DATASET:
+        file = Library.open(data, missing_ok=True).find_model("demo-target") / "prompts.jsonl"
+    return load_prompts(dataset, file)
+
+
+def run_probe(request: PairRequest, config: ProbeConfig, *, as_json: bool, force: bool) -> None:
+    """Measure a runtime table and write it where tuning looks first."""
+    pair = open_pair(request)
+    if not config.gpu:
+        gpu = short_gpu_name(device_name(pair.device), pair.device)
+        config = replace(config, gpu=gpu)
+    check_name(config.gpu, "GPU")
+    names = (pair.target_ref.name, pair.draft_ref.name)
+    path = data_folder(request.data) / "runtime" / f"{'--'.join((config.gpu, *names))}.yaml"
+    _require_new(path, force=force)
+    logger.info("probing %s + %s on %s", *names, device_name(pair.device))
+    table = probe(pair, config, logger.info)
+    save_runtime_table(table, path)
+    summary = {
+        "path": str(path),
+        "gpu": table.gpu,
+        "gpu_name": table.gpu_name,
+        "points": len(table.points),
+        "steps": len(table.steps),
+    }
+    text = f"wrote {path}: {len(table.points)} points, {len(table.steps)} whole steps"
+    _report(text, summary, as_json)
+
+
+def run_trace(
+    request: PairRequest,
+    config: RecordConfig,
+    *,
+    prompts: list[str],
+    as_json: bool,
+    force: bool,
+) -> None:
+    """Record an acceptance trace and write it where tuning looks first."""
+    check_name(config.dataset, "dataset")
+    pair = open_pair(request)
+    name = trace_file_name(pair.target_ref.name, pair.draft_ref.name, config.dataset)
+    path = data_folder(request.data) / "traces" / name
+    _require_new(path, force=force)
+    tokens = pair.encode(prompts)
+    with prompt_progress(len(tokens), "prompts") as advance:
+        trace = record_trace(pair, tokens, config, advance)
+    save_trace(trace, path)
+    statistics = trace.meta.statistics
+    lines = [f"wrote {path}: {trace.num_positions} positions of {trace.num_prompts} prompts"]
+    lines += [f"  {key.replace('_', ' ')}: {value:g}" for key, value in statistics.items()]
+    if not trace.reliable:
+        lines.append("  unreliable: a trace needs at least 64 prompts")
+    _report("\n".join(lines), {"path": str(path), **statistics}, as_json)
+
+
+def run_decode(
+    request: PairRequest,
+    *,
+    profile_path: Path,
+    prompt: str,
+    max_new_tokens: int,
+    mode: Literal["auto", "off"],
+    as_json: bool,
+) -> None:
+    """Continue a prompt as a profile says, printing text as it comes."""
+    profile = load_profile(profile_path)
+    request = PairRequest(profile.target.name, profile.draft.name, request.data, request.runtime)
+    pair = open_pair(request)
+    require_profile_fits(profile, pair)
+    warning = gpu_warning(profile, pair.device)
+    if warning:
+        logger.warning(warning)
+    tree = profile.row_for(1).tree.build() if mode == "auto" else Tree.chain(0)
+    (tokens,) = pair.encode([prompt])
+    num_positions = len(tokens) + max_new_tokens + tree.depth + 1
+    engine = Engine(pair.target, pair.draft, tree, EngineConfig(1, num_positions))
+    stop = StopRule(max_new_tokens, pair.target.shape.eos_token_ids)
+    if as_json:
+        run = generate(engine, [tokens], stop)
+        (generation,) = run.generations
+        summary = {
+            "text": pair.decode(generation.tokens),
+            "tokens": len(generation.tokens),
+            "tokens_per_step": run.tokens_per_step,
+            "accept_lengths": generation.accept_lengths,
+            "step_ms": run.step_ms,
+        }
+        print_json(summary)
+        return
+    _print_stream(pair, engine, tokens, stop)
+
+
+def _print_stream(pair: Pair, engine: Engine, tokens: list[int], stop: StopRule) -> None:
+    """Print a continuation while it grows; a character may need several tokens to be whole."""
+    kept: list[int] = []
+    printed = ""
+    steps = -1
+    for piece in stream(engine, tokens, stop):
+        kept += piece
+        steps += 1
+        text = pair.decode(kept).rstrip("\ufffd")
+        sys.stdout.write(text[len(printed) :])
+        sys.stdout.flush()
+        printed = text
+    sys.stdout.write(pair.decode(kept)[len(printed) :] + "\n")
+    logger.info("%d tokens in %d steps after the first", len(kept), steps)
+
+
+def prompt_progress(total: int, unit: str) -> _PromptProgress:
+    """Return a bar on a terminal's stderr that is called with the number done."""
+    return _PromptProgress(total, unit)
+
+
+class _PromptProgress:
+    """A bar with an estimate of the time left; silent when stderr is not a terminal."""
+
+    def __init__(self, total: int, unit: str) -> None:
+        console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn(unit), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            console=console, disable=not console.is_terminal,
+        )  # fmt: skip
+        self._task = self._bar.add_task(unit, total=total)
+
+    def __enter__(self) -> _PromptProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, done: int) -> None:
+        self._bar.update(self._task, completed=done)
+
+
+def print_json(content: object) -> None:
+    """Print one JSON document as one line."""
+    sys.stdout.write(json.dumps(content) + "\n")
+
+
+def _report(text: str, summary: dict[str, object], as_json: bool) -> None:
+    sys.stdout.write(text + "\n")
+    if as_json:
+        print_json(summary)
+
+
+def _require_new(path: Path, *, force: bool) -> None:
+    if path.exists() and not force:
+        raise ConfigError(f"{path} exists already; pass --force to replace it")

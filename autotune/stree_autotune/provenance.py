@@ -1,0 +1,68 @@
+"""Who made a file, with what: the block that a reader needs to make it again."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from stree_core.profile import Provenance
+
+PACKAGES = ("torch", "triton", "numpy", "scipy", "optuna")
+
+
+def provenance(seed: int) -> Provenance:
+    """Return the provenance of the running command."""
+    return Provenance(
+        version=_version_of("stree"),
+        git_sha=git_sha(),
+        versions=versions(),
+        seed=seed,
+        command=command_line(),
+        date=utc_now(),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide results, importing none."""
+    found = {name: _version_of(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **found}
+
+
+def git_sha() -> str:
+    """Return the checkout's commit, `-dirty` with local changes, `unknown` when not in a checkout.
+
+    An installed package may lie below somebody else's checkout, so only our own layout counts.
+    """
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists() or not (root / "autotune" / "stree_autotune").is_dir():
+        return "unknown"
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        run = subprocess.run(
+            [*command, "--exclude=*"], capture_output=True, text=True, check=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return run.stdout.strip()
+
+
+def command_line() -> str:
+    """Return the command as its user typed it."""
+    return shlex.join(["stree-tune", *sys.argv[1:]])
+
+
+def utc_now() -> str:
+    """Return the date and time, ISO 8601, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"

@@ -1,0 +1,185 @@
+"""From a question (pair, GPU, dataset, batch sizes) to a profile: load, check, decide, record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from stree_autotune.estimate import estimate_table
+from stree_autotune.library import Library, require_same_model
+from stree_autotune.provenance import provenance
+from stree_autotune.runtime_table import RuntimeTable, load_runtime_table
+from stree_autotune.step_cost import StepCost
+from stree_autotune.trace_file import Trace, load_trace
+from stree_autotune.verdict import Decision, decide_policy
+from stree_core.errors import ConfigError, MissingMeasurement
+from stree_core.files import sha256_of
+from stree_core.profile import (
+    GpuRef,
+    Interval,
+    PolicyRow,
+    Predicted,
+    Profile,
+    Sampling,
+    Source,
+    Sources,
+    TreeText,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TuneRequest:
+    """What `stree-tune` was asked; `acceptance_from` and `dataset` are empty when not given."""
+
+    gpu: str
+    dataset: str
+    target: str
+    draft: str
+    sampling: Sampling
+    context: int
+    batch_sizes: tuple[int, ...]
+    max_nodes: int
+    data: tuple[Path, ...]
+    acceptance_from: str
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """The step cost of the asked pair and GPU, and the table it was made from."""
+
+    table: RuntimeTable
+    cost: StepCost
+    source: Source
+
+
+def check_sampling(rule: str, temperature: float, top_p: float) -> Sampling:
+    """Return the sampling setting; raise ConfigError for one that this version cannot record."""
+    if (rule, temperature, top_p) != ("greedy", 0.0, 1.0):
+        raise ConfigError(
+            f"this version records, searches and decodes greedily only, got rule {rule}, "
+            f"temperature {temperature:g}, top-p {top_p:g}; leave the three at their defaults"
+        )
+    return Sampling()
+
+
+def tune(request: TuneRequest) -> Profile:
+    """Decide every batch size of `request` and return the profile.
+
+    Raises ConfigError for unknown names and files that do not belong together, MissingMeasurement
+    for tables and traces that were never recorded.
+    """
+    library = Library.open(request.data)
+    target, draft = library.model_name(request.target), library.model_name(request.draft)
+    runtime = _load_runtime(library, request, target, draft)
+    trace, trace_source = _load_acceptance(library, request, runtime.table, target, draft)
+    runtime.cost.require(request.batch_sizes, request.max_nodes)
+    decisions = decide_policy(
+        trace,
+        runtime.cost,
+        request.batch_sizes,
+        max_nodes=request.max_nodes,
+        seed=request.seed,
+    )
+    return Profile(
+        target=runtime.table.target.ref,
+        draft=runtime.table.draft.ref,
+        gpu=GpuRef(name=request.gpu, status=runtime.source.status),
+        dataset=trace.meta.dataset,
+        sampling=request.sampling,
+        context=request.context,
+        policy=tuple(_policy_row(decision) for decision in decisions),
+        sources=Sources(runtime=runtime.source, trace=trace_source),
+        provenance=provenance(request.seed),
+    )
+
+
+def _load_runtime(library: Library, request: TuneRequest, target: str, draft: str) -> Runtime:
+    found = library.find_runtime(request.gpu, target, draft)
+    table = load_runtime_table(found.path)
+    for ref, name in ((table.target, request.target), (table.draft, request.draft)):
+        now = library.model_ref(name)
+        if now is not None:
+            remedy = f"record it again with `{table.probe_command} --force`"
+            require_same_model(ref, now, f"runtime table {found.path.name}", "folder", remedy)
+    attention = table.target.kv_bytes_per_token + table.draft.kv_bytes_per_token > 0
+    if attention and table.context != request.context:
+        raise MissingMeasurement(
+            f"with attention layers times hold for one context, and {found.path.name} was measured "
+            f"at {table.context}, got {request.context}; record it with "
+            f"`{table.probe_command} --context {request.context}`"
+        )
+    cost, note = StepCost.from_table(table), f"{table.gpu_name}, {table.dtype}, {table.backend}"
+    if found.measured is not None and found.wanted is not None:
+        estimate = estimate_table(table, found.measured, found.wanted)
+        cost, note = StepCost.from_estimate(estimate), estimate.rule
+    note += (
+        f"; whole steps are predicted with an error of {100 * cost.fit_error:.1f} % (leave one out)"
+    )
+    return Runtime(table, cost, _source(library, found.path, note, estimated=not found.is_exact))
+
+
+def _load_acceptance(
+    library: Library, request: TuneRequest, table: RuntimeTable, target: str, draft: str
+) -> tuple[Trace, Source]:
+    """Return the trace of the pair, or the borrowed one, and how the profile names it."""
+    borrowed = bool(request.acceptance_from)
+    if borrowed:
+        path = library.find_borrowed_trace(request.acceptance_from)
+    else:
+        path = library.find_trace(target, draft, request.dataset)
+    trace = load_trace(path)
+    if request.dataset and trace.meta.dataset != request.dataset:
+        raise ConfigError(
+            f"trace {path.name} must be of the asked dataset, got {trace.meta.dataset} for "
+            f"{request.dataset}; pass --dataset {trace.meta.dataset}"
+        )
+    if trace.meta.sampling != request.sampling:
+        raise ConfigError(
+            f"trace {path.name} must have the asked sampling, got {trace.meta.sampling}; "
+            "record another with `stree-tune trace`"
+        )
+    notes = []
+    if borrowed:
+        notes.append(f"borrowed from {trace.meta.target.name} + {trace.meta.draft.name}")
+    else:
+        remedy = "record the older of the two again"
+        for measured, traced in (
+            (table.target, trace.meta.target),
+            (table.draft, trace.meta.draft),
+        ):
+            require_same_model(measured, traced, "runtime table", f"trace {path.name}", remedy)
+    if not trace.reliable:
+        notes.append(f"only {trace.meta.num_prompts} prompts; a reliable trace has at least 64")
+    return trace, _source(library, path, "; ".join(notes), estimated=borrowed)
+
+
+def _source(library: Library, path: Path, note: str, *, estimated: bool) -> Source:
+    return Source(
+        name=library.label(path),
+        sha256=sha256_of(path),
+        status="estimated" if estimated else "measured",
+        note=note or None,
+    )
+
+
+def _policy_row(decision: Decision) -> PolicyRow:
+    low, high = decision.speedup_interval
+    return PolicyRow(
+        batch_size=decision.batch_size,
+        verdict=decision.verdict,
+        tree=TreeText(paths=decision.tree.paths),
+        predicted=Predicted(
+            tokens_per_step=_rounded(decision.tokens_per_step),
+            step_ms=_rounded(decision.step_ms),
+            tokens_per_s=_rounded(decision.tokens_per_s),
+            speedup=_rounded(decision.speedup),
+            speedup_interval=Interval(low=_rounded(low), high=_rounded(high)),
+        ),
+        reason=decision.reason,
+    )
+
+
+def _rounded(value: float) -> float:
+    """Return `value` to six digits: what rounding hides, no measurement resolves."""
+    return float(f"{value:.6g}")

@@ -1,0 +1,215 @@
+"""Train the demo pair: a hybrid target, then a Mamba2 draft distilled from it.
+
+From the repository root: python demo/train.py --out DIR [--work DIR] [--jsonl FILE --rows 0:1000]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import checkpoint
+import measure
+import torch
+from corpus import HELD_OUT_PROMPTS, CorpusSettings, read_jsonl
+from modules import DemoModel, Scan, mamba_ssm_scan, ssd_scan
+from optimise import Plan, draft_loss, optimise, target_loss
+from streams import PROMPT_BIT, TAIL_TOKENS, Stream, Streams, prepare
+from torch import Tensor
+from word_problems import demo_prompts
+
+MIXTURE = "problems=0.35,jsonl=0.20,code=0.30,prose=0.15"
+GREEDY_PROMPTS = 48
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the checked flags; a flag that breaks its rule ends the program at once."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--out", type=Path, help="folder that receives demo-target and demo-draft")
+    add("--work", type=Path, default=Path("demo-work"), help="cache of the tokenised corpus")
+    add("--jsonl", type=Path, help="rows with the keys prompt and answer")
+    add("--rows", default="0:1000", help="first:end of the rows to use")
+    add("--jsonl-epochs", type=float, default=12.0, help="how often those rows repeat at most")
+    add("--mixture", default=MIXTURE, help="share of the rows by source")
+    add("--prompt-weight", type=float, default=0.3, help="loss weight of prompt tokens")
+    add("--minutes", type=float, default=5.0, help="training time of the target")
+    add("--draft-minutes", type=float, default=2.0, help="training time of the draft")
+    add("--steps", type=int, default=0, help="train exactly so many steps instead")
+    add("--batch", type=int, default=128, help="sequences in a step")
+    add("--tokens", type=int, default=512, help="tokens in a sequence")
+    add("--seed", type=int, default=0)
+    add("--workers", type=int, default=16, help="processes for the corpus")
+    add("--problems", type=int, default=300_000, help="word problems in the corpus")
+    add("--max-files", type=int, default=24_000, help="installed files to read")
+    add("--scan", choices=("torch", "mamba-ssm"), default="torch")
+    add("--compile", action="store_true", help="torch.compile every layer")
+    add("--only", choices=("tokenizer", "target", "draft"), help="redo one piece")
+    add("--tiny", action="store_true", help="tiny models, for a trial on a CPU")
+    add("--check", action="store_true", help="compare --out with transformers, train nothing")
+    add("--write-prompts", type=Path, help="write the held-out demo prompts here, then stop")
+    add("--num-prompts", type=int, default=128)
+    args = parser.parse_args()
+    _check_arguments(parser, args)
+    return args
+
+
+def _check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.out is None and args.write_prompts is None:
+        parser.error("--out is required; name a folder for the pair")
+    if not 2 <= args.tokens < TAIL_TOKENS:
+        parser.error(f"--tokens must be 2 to {TAIL_TOKENS - 1}, got {args.tokens}")
+    for name in ("minutes", "draft_minutes", "batch", "workers", "problems", "max_files"):
+        if getattr(args, name) <= 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name)}")
+    if not 1 <= args.num_prompts <= HELD_OUT_PROMPTS:
+        parser.error(f"--num-prompts must be 1 to {HELD_OUT_PROMPTS}, got {args.num_prompts}")
+    if args.scan == "mamba-ssm" and not torch.cuda.is_available():
+        parser.error("--scan mamba-ssm needs a CUDA device; use --scan torch")
+    if args.only == "draft" and not (args.out / "demo-target" / "config.json").exists():
+        parser.error(f"--only draft needs {args.out}/demo-target; train the target first")
+    try:
+        args.mixture = {k: float(v) for k, v in (p.split("=") for p in args.mixture.split(","))}
+        args.rows = tuple(map(int, args.rows.split(":")))
+        if set(args.mixture) != {"problems", "jsonl", "code", "prose"} or len(args.rows) != 2:
+            raise ValueError("a part is missing")
+        if args.jsonl:
+            read_jsonl(args.jsonl, *args.rows)
+    except (ValueError, KeyError, OSError) as err:
+        parser.error(f"--mixture, --rows and --jsonl must look like their defaults: {err}")
+
+
+def build(shape: checkpoint.Shape, args: argparse.Namespace, device: str) -> DemoModel:
+    """Return a fresh model on the device."""
+    scan: Scan = mamba_ssm_scan() if args.scan == "mamba-ssm" else ssd_scan
+    torch.manual_seed(args.seed)
+    model = DemoModel(checkpoint.tiny(shape) if args.tiny else shape, scan).to(device)
+    if args.compile:
+        model.compile_layers()
+    return model
+
+
+def train(
+    name: str, args: argparse.Namespace, streams: Streams, target: DemoModel | None
+) -> tuple[DemoModel, dict[str, Any]]:
+    """Train the target, or the draft against a target; return it rounded to bf16, and a record."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build(checkpoint.DRAFT if target else checkpoint.TARGET, args, device)
+    training = {source: splits["train"] for source, splits in streams.items()}
+    rows = measure.Rows(training, args.mixture, device, args.seed + (1 if target else 0))
+    minutes = args.draft_minutes if target else args.minutes
+    plan, start = Plan(60 * minutes, args.steps), time.perf_counter()
+
+    def loss_of(batch: Tensor) -> Tensor:
+        if target:
+            return draft_loss(model, target, batch, args.prompt_weight)
+        return target_loss(model, batch, args.prompt_weight)
+
+    losses = optimise(model, name, loss_of, rows, plan, args)
+    seconds = time.perf_counter() - start
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.bfloat16())
+    record = {"model": name, "parameters": sum(p.numel() for p in model.parameters())}
+    record |= {"seconds": round(seconds, 1), "steps": plan.total, "seed": args.seed}
+    record |= {"batch": args.batch, "tokens": args.tokens, "scan": args.scan}
+    record |= {"weights": {n: round(w, 4) for n, w in rows.weights.items()}}
+    record |= {"tokens_by_source": rows.num_tokens, "tokens_drawn": dict(rows.drawn)}
+    if args.jsonl:
+        record |= {"jsonl": args.jsonl.name, "rows": args.rows}
+    return model.eval(), record | {"machine": machine(), "losses": losses}
+
+
+def machine() -> dict[str, Any]:
+    """Return versions, GPU and command line; paths are cut to their last part."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    return versions | {"gpu": gpu, "command": " ".join(["python", "demo/train.py", *words])}
+
+
+def report(
+    target: DemoModel, draft: DemoModel, streams: Streams, args: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """Return each source's held-out losses and agreement, and what greedy decoding does."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    models = {"target": target.to(device), "draft": draft.to(device)}
+    results = {}
+    for source, splits in streams.items():
+        stream = splits["held"]
+        found = measure.held_out(models, stream, device, args.tokens, args.batch)
+        prompts = held_prompts(stream)
+        count = 8 if args.tiny else measure.NEW_TOKENS
+        found |= measure.free_run(target, draft, prompts, device, count)
+        results[source] = found
+        print(f"{source}: {json.dumps(found)}", flush=True)
+    return results
+
+
+def held_prompts(stream: Stream) -> list[list[int]]:
+    """Return held-out prompts as a user passes them: the separator, then the prompt's ids."""
+    prompts = []
+    for start in stream.starts[:GREEDY_PROMPTS]:
+        end = start + 1
+        while stream.tokens[end] & PROMPT_BIT:
+            end += 1
+        prompts.append([int(token) & (PROMPT_BIT - 1) for token in stream.tokens[start:end]])
+    return prompts
+
+
+def run_check(out: Path) -> None:
+    """Compare the saved folders with transformers and print the differences."""
+    for name in ("demo-target", "demo-draft"):
+        if (out / name / "config.json").exists():
+            print(f"{name}: relative difference {checkpoint.check(out / name):.1e}", flush=True)
+
+
+def write_prompts(path: Path, count: int) -> None:
+    """Write held-out problem texts as JSON lines with the key prompt."""
+    lines = [json.dumps({"prompt": prompt}) + "\n" for prompt in demo_prompts(count)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def main() -> None:
+    """Run what the flags ask for."""
+    args = parse_arguments()
+    if args.write_prompts or args.check:
+        if args.write_prompts:
+            write_prompts(args.write_prompts, args.num_prompts)
+        if args.check:
+            run_check(args.out)
+        return
+    settings = CorpusSettings(
+        seed=args.seed, problems=args.problems, max_files=args.max_files, workers=args.workers,
+        jsonl=str(args.jsonl or ""), rows=args.rows if args.jsonl else (0, 0),
+    )  # fmt: skip
+    tokenizer, streams = prepare(settings, args.work, again=args.only == "tokenizer")
+    if args.only == "tokenizer":
+        return
+    folders = args.out / "demo-target", args.out / "demo-draft"
+    if args.only == "draft":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        target = checkpoint.load(folders[0]).to(device)
+        if args.compile:
+            target.compile_layers()
+    else:
+        target, record = train("target", args, streams, None)
+        checkpoint.save(folders[0], target, record, tokenizer)
+    if args.only != "target":
+        draft, record = train("draft", args, streams, target)
+        checkpoint.save(folders[1], draft, record)
+        record["held_out"] = report(*map(checkpoint.load, folders), streams, args)
+        checkpoint.save(folders[1], draft, record)
+    # Another process, because this one may have loaded what a check on the CPU must not see.
+    subprocess.run([sys.executable, __file__, "--check", "--out", str(args.out)], check=True)
+
+
+if __name__ == "__main__":
+    main()

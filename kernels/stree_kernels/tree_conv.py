@@ -1,0 +1,194 @@
+"""Advance a conv state along an accepted path and convolve a token tree, in one Triton kernel.
+
+The work is that of `tree_conv_ref`. One program owns a block of one sequence's channels: it loads
+their K state columns, advances and stores them, then convolves all rows against its registers, tile
+by tile. No program reads what another one writes.
+
+Shape letters: B batch, R rows of a block buffer, T rows scored by this pass, L path capacity,
+C conv channels, W conv width, K = W - 1.
+"""
+
+# The Triton DSL annotates its constants only and grows tuples in loops.
+# mypy: disallow-incomplete-defs=False, disable-error-code="assignment"
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stree_kernels.rows import Pending, require_dtypes, require_packed
+
+WIDTHS = (2, 3, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class ConvConfig:
+    """How a launch is cut: rows of a tile, channels of a program, its warps of 32 threads."""
+
+    block_rows: int
+    block_channels: int
+    num_warps: int
+
+
+# Never autotuned: the kernel updates the state in place.
+CONFIGS = (
+    ConvConfig(block_rows=1, block_channels=128, num_warps=2),
+    ConvConfig(block_rows=16, block_channels=64, num_warps=4),
+    ConvConfig(block_rows=32, block_channels=64, num_warps=4),
+)
+
+
+def pick_config(num_tokens: int) -> ConvConfig:
+    """Return the config whose tile holds `num_tokens` rows, else the largest."""
+    return next((config for config in CONFIGS if num_tokens <= config.block_rows), CONFIGS[-1])
+
+
+@triton.jit
+def _advance(columns, prev_ptr, stride_prev_r, path_ptr, length, channel, exists):
+    """The last K of (state columns, rows along the path)."""
+    advanced = ()
+    for k in tl.static_range(len(columns)):
+        entry = k + length - len(columns)
+        row = tl.load(path_ptr + entry, mask=entry >= 0, other=0).to(tl.int64)
+        kept = tl.load(
+            prev_ptr + row * stride_prev_r + channel, mask=exists & (entry >= 0), other=0.0
+        ).to(tl.float32)
+        for column in tl.static_range(len(columns)):
+            kept = tl.where(k + length == column, columns[column], kept)
+        advanced = advanced + (kept,)
+    return advanced
+
+
+@triton.jit
+def _convolve(
+    rows_T, within, columns, weights, bias, inputs_ptr, stride_inputs_r, ancestors_ptr, channel,
+    exists,
+):  # fmt: skip
+    """bias + the weighted window of each row [T, C]."""
+    valid = within[:, None] & exists[None, :]
+    offsets = rows_T.to(tl.int64)[:, None] * stride_inputs_r + channel[None, :]
+    current = tl.load(inputs_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
+    total = bias[None, :] + weights[len(columns)][None, :] * current
+    for k in tl.static_range(len(columns)):
+        source = tl.load(ancestors_ptr + rows_T * len(columns) + k, mask=within, other=0)
+        row = source - len(columns)
+        offsets = row.to(tl.int64)[:, None] * stride_inputs_r + channel[None, :]
+        in_block = valid & (row >= 0)[:, None]
+        value = tl.load(inputs_ptr + offsets, mask=in_block, other=0.0).to(tl.float32)
+        for column in tl.static_range(len(columns)):
+            value = tl.where((source == column)[:, None], columns[column][None, :], value)
+        total += weights[len(columns) - 1 - k][None, :] * value
+    return total
+
+
+@triton.jit(do_not_specialize=["first", "num_rows"])
+def _tree_conv_kernel(
+    # pointers
+    state_ptr, inputs_ptr, weight_ptr, bias_ptr, ancestors_ptr, out_ptr,
+    prev_ptr, path_ptr, length_ptr,
+    # sizes
+    num_channels, first, num_rows,
+    # strides
+    stride_state_b, stride_inputs_b, stride_out_b, stride_prev_b, stride_path_b,
+    stride_inputs_r, stride_out_r, stride_prev_r,
+    # meta
+    NUM_COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    sequence = tl.program_id(1).to(tl.int64)
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    exists = channel < num_channels
+    state_ptrs = state_ptr + sequence * stride_state_b + channel * NUM_COLUMNS
+    weight_ptrs = weight_ptr + channel * (NUM_COLUMNS + 1)
+    columns, weights = (), ()
+    for k in tl.static_range(NUM_COLUMNS):
+        column = tl.load(state_ptrs + k, mask=exists, other=0.0)
+        columns = columns + (column.to(tl.float32),)
+    for k in tl.static_range(NUM_COLUMNS + 1):
+        weight = tl.load(weight_ptrs + k, mask=exists, other=0.0)
+        weights = weights + (weight.to(tl.float32),)
+    bias = tl.load(bias_ptr + channel, mask=exists, other=0.0).to(tl.float32)
+    if path_ptr is not None:
+        columns = _advance(
+            columns, prev_ptr + sequence * stride_prev_b, stride_prev_r,
+            path_ptr + sequence * stride_path_b, tl.load(length_ptr + sequence), channel, exists,
+        )  # fmt: skip
+        for k in tl.static_range(NUM_COLUMNS):
+            tl.store(state_ptrs + k, columns[k], mask=exists)
+    for start in range(first, num_rows, BLOCK_T):
+        rows_T = start + tl.arange(0, BLOCK_T)
+        within = rows_T < num_rows
+        conv = _convolve(
+            rows_T, within, columns, weights, bias, inputs_ptr + sequence * stride_inputs_b,
+            stride_inputs_r, ancestors_ptr, channel, exists,
+        )  # fmt: skip
+        out_ptrs = out_ptr + sequence * stride_out_b + rows_T.to(tl.int64)[:, None] * stride_out_r
+        valid = within[:, None] & exists[None, :]
+        tl.store(out_ptrs + channel[None, :], conv / (1.0 + tl.exp(-conv)), mask=valid)
+
+
+def tree_conv(
+    state_BCK: Tensor,
+    inputs_BRC: Tensor,
+    weight_CW: Tensor,
+    bias_C: Tensor,
+    ancestors_RK: Tensor,
+    *,
+    first: int,
+    num_tokens: int,
+    out_BRC: Tensor,
+    previous_BRC: Tensor | None,
+    pending: Pending | None,
+) -> None:
+    """Advance the state along `pending`, then convolve rows first..first + num_tokens - 1.
+
+    The contract is that of `tree_conv_ref.tree_conv`, with all in bf16 or fp32.
+    Raises ValueError when a size, dtype or stride is beyond what the kernel takes.
+    """
+    num_rows = first + num_tokens
+    path, length = pending or (None, None)
+    prev = previous_BRC if pending else None
+    _check(state_BCK, inputs_BRC, weight_CW, bias_C, ancestors_RK, out_BRC, prev, pending, num_rows)
+    batch, num_channels, num_columns = state_BCK.shape
+    by_sequence = (state_BCK, inputs_BRC, out_BRC, prev, path)
+    strides = [0 if tensor is None else tensor.stride(0) for tensor in by_sequence]
+    by_row = (inputs_BRC, out_BRC, prev)
+    strides += [0 if tensor is None else tensor.stride(1) for tensor in by_row]
+    config = pick_config(num_tokens)
+    grid = (triton.cdiv(num_channels, config.block_channels), batch)
+    _tree_conv_kernel[grid](
+        state_BCK, inputs_BRC, weight_CW, bias_C, ancestors_RK, out_BRC, prev, path, length,
+        num_channels, first, num_rows, *strides, NUM_COLUMNS=num_columns,
+        BLOCK_C=config.block_channels, BLOCK_T=config.block_rows, num_warps=config.num_warps,
+        num_stages=1,
+    )  # fmt: skip
+
+
+def _check(
+    state: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor, ancestors: Tensor, out: Tensor,
+    prev: Tensor | None, pending: Pending | None, num_rows: int,
+) -> None:  # fmt: skip
+    """Raise ValueError for what the kernel cannot take."""
+    num_columns = state.shape[2]
+    if num_columns + 1 not in WIDTHS or weight.shape[1] != num_columns + 1:
+        raise ValueError(
+            f"the conv kernel takes widths {WIDTHS}, one more than the state's columns, got "
+            f"{weight.shape[1]} and {num_columns}; use the torch backend"
+        )
+    if min(inputs.shape[1], out.shape[1], ancestors.shape[0]) < num_rows:
+        raise ValueError(
+            f"inputs, output and ancestors cover every row up to the last one scored, {num_rows}, "
+            f"got {inputs.shape[1]}, {out.shape[1]} and {ancestors.shape[0]}; pass the whole block"
+        )
+    if pending and prev is None:
+        raise ValueError("a pending path needs the rows it names, got none; pass `previous_BRC`")
+    blocks = (inputs, out) if prev is None else (inputs, out, prev)
+    require_dtypes(
+        "the state, inputs and output", (state, *blocks), (torch.bfloat16, torch.float32)
+    )
+    indices = (ancestors, *(pending or ()))
+    require_dtypes("the ancestors, the path and its length", indices, (torch.int32,))
+    require_packed("the state, the weight or the ancestors", (state, weight, ancestors), 2)
+    require_packed("a row of inputs or output", (*blocks, bias, *(pending or ())), 1)

@@ -1,0 +1,201 @@
+"""Where files are found by name, and what is said when they are not."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from synthetic_data import make_profile, make_table, make_trace, model_ref, write_library
+
+from stree_autotune.library import (
+    DEFAULT_DATA,
+    Library,
+    check_name,
+    data_folder,
+    require_same_model,
+    shipped_root,
+)
+from stree_core.errors import ConfigError, MissingMeasurement
+from stree_core.files import sha256_of
+from stree_core.profile import save_profile
+
+PAIR = ("demo-target", "demo-draft")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A data folder with sheets, one table of the pair, one trace, two models, one profile."""
+    shutil.copytree(shipped_root() / "gpus", tmp_path / "gpus")
+    sheet = (tmp_path / "gpus" / "h100.yaml").read_text()
+    other = sheet.replace("name: h100", "name: a100").replace("hopper", "ampere")
+    (tmp_path / "gpus" / "a100.yaml").write_text(other)
+    for name in PAIR:
+        folder = tmp_path / "models" / name
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(f'{{"name": "{name}"}}')
+    (tmp_path / "models" / "demo-target" / "tokenizer.json").write_text("{}")
+    save_profile(make_profile(), tmp_path / "tuned" / "mine.yaml")
+    return write_library(tmp_path, make_table(), make_trace())
+
+
+@pytest.fixture
+def library(root: Path) -> Library:
+    """A library over that folder alone."""
+    return Library((root,))
+
+
+def test_exact_table_is_found(library: Library, root: Path) -> None:
+    found = library.find_runtime("h200", *PAIR)
+    assert found.path == root / "runtime" / "h200--demo-target--demo-draft.yaml"
+    assert found.is_exact
+
+
+def test_sibling_table_is_carried_over(library: Library) -> None:
+    found = library.find_runtime("h100", *PAIR)
+    assert not found.is_exact
+    assert found.measured is not None
+    assert found.wanted is not None
+    assert (found.measured.name, found.wanted.name) == ("h200", "h100")
+
+
+def test_an_exact_table_goes_before_an_estimate(library: Library, root: Path) -> None:
+    write_library(root, make_table(gpu="h100"))
+    assert library.find_runtime("h100", *PAIR).is_exact
+
+
+@pytest.mark.parametrize("gpu", ["a100", "cpu"])
+def test_other_architectures_are_not_estimated(library: Library, gpu: str) -> None:
+    command = f"stree-tune probe --gpu {gpu} --target demo-target --draft demo-draft"
+    with pytest.raises(MissingMeasurement, match=command):
+        library.find_runtime(gpu, *PAIR)
+
+
+@pytest.mark.parametrize(("gpu", "offered"), [("h10", "h100"), ("H200", "h200"), ("cpus", "cpu")])
+def test_unknown_gpu_offers_the_nearest(library: Library, gpu: str, offered: str) -> None:
+    with pytest.raises(ConfigError, match=f"no known GPU; did you mean .*{offered}"):
+        library.find_runtime(gpu, *PAIR)
+
+
+def test_a_measured_gpu_without_sheet_is_known(library: Library, root: Path) -> None:
+    write_library(root, make_table(gpu="rtx-4090"))
+    assert library.find_runtime("rtx-4090", *PAIR).is_exact
+
+
+def test_trace_is_found(library: Library, root: Path) -> None:
+    path = library.find_trace(*PAIR, "gsm8k")
+    assert path == root / "traces" / "demo-target--demo-draft--gsm8k--greedy.safetensors"
+    assert library.label(path) == "traces/demo-target--demo-draft--gsm8k--greedy.safetensors"
+
+
+def test_missing_and_unknown_datasets_differ(library: Library) -> None:
+    with pytest.raises(MissingMeasurement, match="trace --dataset mt_bench --prompts FILE"):
+        library.find_trace(*PAIR, "mt_bench")
+    with pytest.raises(ConfigError, match=r"did you mean gsm8k\?.* trace --dataset gsm8"):
+        library.find_trace(*PAIR, "gsm8")
+
+
+def test_borrowed_trace_by_name_and_by_path(library: Library, root: Path, tmp_path: Path) -> None:
+    name = "demo-target--demo-draft--gsm8k--greedy"
+    shipped = root / "traces" / f"{name}.safetensors"
+    assert library.find_borrowed_trace(name) == shipped
+    assert library.find_borrowed_trace(f"{name}.safetensors") == shipped
+    own = tmp_path / "own.safetensors"
+    own.write_bytes(shipped.read_bytes())
+    assert library.find_borrowed_trace(str(own)) == own
+    assert library.label(Path("/elsewhere/own.safetensors")) == "own.safetensors"
+    with pytest.raises(ConfigError, match="did you mean demo-target--demo-draft--gsm8k--greedy"):
+        library.find_borrowed_trace("demo-target--demo-draft--gsm8k")
+
+
+def test_models_by_name_and_by_folder(library: Library, root: Path) -> None:
+    folder = root / "models" / "demo-target"
+    assert library.find_model("demo-target") == folder
+    assert library.find_model(str(folder)) == folder
+    assert library.model_name(str(folder)) == "demo-target"
+    ref = library.model_ref("demo-target")
+    assert ref is not None
+    assert ref.config_sha256 == sha256_of(folder / "config.json")
+    assert ref.tokenizer_sha256 == sha256_of(folder / "tokenizer.json")
+    draft = library.model_ref("demo-draft")
+    assert draft is not None
+    assert draft.tokenizer_sha256 is None
+
+
+def test_models_known_by_a_table_alone(library: Library, root: Path) -> None:
+    write_library(root, make_table(target="mamba2-2.7b", draft="mamba2-130m"))
+    assert library.model_name("mamba2-2.7b") == "mamba2-2.7b"
+    assert library.model_ref("mamba2-2.7b") is None
+    with pytest.raises(ConfigError, match=r"a folder with config\.json"):
+        library.find_model("mamba2-2.7b")
+
+
+@pytest.mark.parametrize(
+    "name", ["demo-targt", "./nowhere", "..", "nowhere/model", "a--b", "", "a b"]
+)
+def test_unknown_models(library: Library, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"did you mean demo-target|config\.json|name has"):
+        library.model_name(name)
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "..", "a..b", ".hidden", "a--b", "x" * 101, "a\0"])
+def test_names_cannot_leave_their_folder(name: str) -> None:
+    with pytest.raises(ConfigError, match="letters, digits"):
+        check_name(name, "GPU")
+
+
+def test_own_folders_go_before_what_ships(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    assert Library.open().roots == (shipped_root(),)
+    assert Library.open([root]).roots == (root, shipped_root())
+    (empty / DEFAULT_DATA).mkdir()
+    assert Library.open().roots == (DEFAULT_DATA, shipped_root())
+    assert Library.open([root]).find_runtime("h200", *PAIR).path.is_relative_to(root)
+    with pytest.raises(ConfigError, match="--data names an existing folder"):
+        Library.open([Path("absent")])
+    assert Library.open([Path("absent")], missing_ok=True).roots[0] == Path("absent")
+    assert data_folder([]) == DEFAULT_DATA
+    assert data_folder([root, empty]) == root
+
+
+def test_profiles_by_name_and_by_path(library: Library, root: Path) -> None:
+    path = root / "tuned" / "mine.yaml"
+    assert library.profile_paths() == [path]
+    assert library.find_profile("mine") == path
+    assert library.find_profile("mine.yaml") == path
+    assert library.find_profile(str(path)) == path
+    with pytest.raises(ConfigError, match="did you mean mine"):
+        library.find_profile("min")
+
+
+def test_stray_files_are_no_names(library: Library, root: Path) -> None:
+    (root / "runtime" / "notes.yaml").write_text("x")
+    (root / "traces" / "a--b.safetensors").write_text("x")
+    assert library.gpu_names() == {"a100", "cpu", "h100", "h200"}
+    assert library.dataset_names() == {"demo", "gsm8k", "human_eval", "mt_bench"}
+    assert library.model_names() == set(PAIR)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"name": "other"}, "got name demo-target and other"),
+        ({"config_sha256": "e" * 64}, "got config 64656d6f2d74 and eeeeeeeeeeee"),
+        ({"tokenizer_sha256": "e" * 64}, "got tokenizer aaaaaaaaaaaa and eeeeeeeeeeee"),
+    ],
+)
+def test_files_of_different_models_do_not_mix(changed: dict[str, str], message: str) -> None:
+    ref = model_ref("demo-target")
+    with pytest.raises(ConfigError, match=f"{message}; mend"):
+        require_same_model(ref, ref.model_copy(update=changed), "table", "trace", "mend")
+
+
+def test_an_unknown_tokenizer_is_no_difference() -> None:
+    ref = model_ref("demo-target")
+    unknown = ref.model_copy(update={"tokenizer_sha256": None})
+    require_same_model(ref, unknown, "table", "trace", "mend")
+    require_same_model(unknown, ref, "table", "trace", "mend")
