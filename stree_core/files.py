@@ -94,9 +94,23 @@ def dump_yaml(model: BaseModel) -> bytes:
     """Return the YAML text of `model`: keys in declared order, short lists on one line."""
     content = model.model_dump(mode="json", exclude_none=True)
     return yaml.dump(
-        content, Dumper=_SafeDumper, sort_keys=False, allow_unicode=True, width=100,
+        content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100,
         default_flow_style=None,
     ).encode()  # fmt: skip
+
+
+class _Dumper(_SafeDumper):  # type: ignore[misc]
+    """The safe dumper, with a list of paths on as few lines as fit."""
+
+
+def _represent_list(dumper: Any, values: list[Any]) -> yaml.Node:
+    node: yaml.SequenceNode = dumper.represent_sequence("tag:yaml.org,2002:seq", values)
+    if values and all(isinstance(v, list) and all(isinstance(i, int) for i in v) for v in values):
+        node.flow_style = True
+    return node
+
+
+_Dumper.add_representer(list, _represent_list)
 
 
 class _StrictLoader(_SafeLoader):  # type: ignore[misc]

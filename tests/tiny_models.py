@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     BambaConfig,
     BambaForCausalLM,
@@ -56,3 +59,24 @@ def perturbed(model: PreTrainedModel, scale: float, seed: int = 1) -> PreTrained
         for parameter in model.parameters():
             parameter += scale * parameter.std() * torch.randn_like(parameter)
     return model
+
+
+def save_pair(root: Path, noise: float = 0.07) -> None:
+    """Write the folders models/tiny-target and models/tiny-draft, with one tokenizer."""
+    tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w1"))
+    tokenizer.pre_tokenizer = Whitespace()
+    models = {"tiny-target": tiny_bamba(), "tiny-draft": perturbed(tiny_bamba(), noise)}
+    for name, model in models.items():
+        folder = root / "models" / name
+        model.save_pretrained(folder)
+        tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def random_texts(count: int, seed: int = 7) -> list[str]:
+    """Return prompts of 1 to 20 known words."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 21, (count,), generator=generator).tolist()
+    return [
+        " ".join(f"w{i}" for i in torch.randint(1, VOCAB_SIZE, (n,), generator=generator).tolist())
+        for n in lengths
+    ]

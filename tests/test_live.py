@@ -1,0 +1,109 @@
+"""The whole line on a tiny pair: probe, trace, tune, validate, decode, through the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_models import random_texts, save_pair
+
+from stree_autotune.cli import main
+from stree_autotune.runtime_table import load_runtime_table
+from stree_core.profile import load_profile
+
+PAIR = ("--target", "tiny-target", "--draft", "tiny-draft")
+NUM_PROMPTS = 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("line")
+    save_pair(root / "stree-data")
+    rows = [json.dumps({"question": text}) for text in random_texts(NUM_PROMPTS)]
+    (root / "prompts.jsonl").write_text("\n".join(rows))
+    return root
+
+
+@pytest.fixture
+def run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Runner:
+    monkeypatch.chdir(folder)
+    return Runner(monkeypatch, capsys)
+
+
+class Runner:
+    """Calls the command line; returns exit code, stdout and stderr."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]) -> None:
+        self._patch, self._capture = patch, capture
+
+    def __call__(self, *arguments: str) -> tuple[object, str, str]:
+        self._patch.setattr(sys, "argv", ["stree-tune", *arguments])
+        with pytest.raises(SystemExit) as left:
+            main()
+        return left.value.code, *self._capture.readouterr()
+
+
+def test_from_measurement_to_text(run: Runner) -> None:
+    small = ("--batch-size", "1", "--max-nodes", "16", "--context", "128")
+    assert run("probe", *PAIR, *small, "--effort", "quick")[0] == 0
+    table = load_runtime_table(Path("stree-data/runtime/cpu--tiny-target--tiny-draft.yaml"))
+    assert table.weights == "real"
+    assert {point.term for point in table.points} == {
+        "one_token", "verify", "draft_root", "draft", "branch",
+    }  # fmt: skip
+
+    record = ("trace", "--dataset", "toys", "--prompts", "prompts.jsonl", *PAIR)
+    code, out, _ = run(*record, "--max-new-tokens", "30", "--json")
+    assert code == 0
+    assert json.loads(out.splitlines()[-1])["rank0_share"] > 0
+    assert "unreliable" in out
+    code, _, err = run(*record)
+    assert code == 2
+    assert "--force" in err
+
+    code, out, err = run("--gpu", "cpu", "--dataset", "toys", *PAIR, *small)
+    assert code == 0, err
+    assert out.startswith("tiny-target + tiny-draft on cpu")
+    profile = load_profile(Path("stree-profile.yaml"))
+    assert not profile.estimated
+
+    live = ("--dataset", "toys", "--prompts", "prompts.jsonl", "--max-new-tokens", "30")
+    code, out, err = run("validate", *live, "--dtype", "float64", "--write", "--json")
+    assert code == 0, err
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    assert len(rows) == 7
+    for row in rows:
+        assert row["predicted_tokens_per_step"] == row["live_tokens_per_step"], row["mode"]
+        assert row["texts_differing_from_off"] == 0, row["mode"]
+    measured = load_profile(Path("stree-profile.yaml")).measured
+    assert measured is not None
+    assert len(measured.rows) == 7
+
+    prompt = ("decode", "--prompt", random_texts(1)[0], "--max-new-tokens", "20")
+    code, tuned, _ = run(*prompt)
+    assert code == 0
+    assert run(*prompt, "--mode", "off")[1] == tuned
+    code, out, _ = run(*prompt, "--json")
+    assert json.loads(out.splitlines()[-1])["text"] == tuned.removesuffix("\n")
+
+
+def test_bad_requests_are_one_sentence_and_leave_nothing(run: Runner, folder: Path) -> None:
+    before = sorted(path for path in folder.rglob("*") if path.is_file())
+    for arguments, message in [
+        (("decode", "--prompt", "w1", "--profile", "none.yaml"), "cannot be read"),
+        (("trace", "--dataset", "x", "--prompts", "none.jsonl", *PAIR), "cannot be read"),
+        (("trace", "--dataset", "toyz", *PAIR), "not known on the hub"),
+        (("trace", "--dataset", "a/b", "--prompts", "prompts.jsonl", *PAIR), "a/b"),
+        (("probe", "--target", "tiny-tarket", "--draft", "tiny-draft"), "tiny-target"),
+        (("probe", *PAIR, "--backend", "triton"), "needs a CUDA device"),
+        (("probe", *PAIR, "--dtype", "float8"), "dtype must be known"),
+    ]:
+        code, _, err = run(*arguments)
+        assert code == 2, arguments
+        assert message in err
+        assert err.count("\n") == 1, f"one line, got {err!r}"
+    assert sorted(path for path in folder.rglob("*") if path.is_file()) == before
