@@ -111,6 +111,12 @@ def load(folder: Path) -> DemoModel:
     return model.eval()
 
 
+def record(folder: Path) -> dict[str, Any]:
+    """Return what a folder's training.json says."""
+    content: dict[str, Any] = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    return content
+
+
 @torch.no_grad()
 def check(folder: Path) -> float:
     """Load a folder in transformers and return the largest relative difference of its logits.

@@ -20,6 +20,7 @@ import torch
 from corpus import HELD_OUT_PROMPTS, CorpusSettings, read_jsonl
 from modules import DemoModel, Scan, mamba_ssm_scan, ssd_scan
 from optimise import Plan, draft_loss, optimise, target_loss
+from polish import polish
 from streams import PROMPT_BIT, TAIL_TOKENS, Stream, Streams, prepare
 from torch import Tensor
 from word_problems import demo_prompts
@@ -41,6 +42,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--prompt-weight", type=float, default=0.3, help="loss weight of prompt tokens")
     add("--minutes", type=float, default=5.0, help="training time of the target")
     add("--draft-minutes", type=float, default=2.0, help="training time of the draft")
+    add("--polish-minutes", type=float, default=2.0, help="time to unlearn loops; 0 for none")
+    add("--polish-tokens", type=int, default=128, help="tokens written in a round of that")
+    add("--start", type=Path, help="folder of a trained demo-target to go on from")
     add("--steps", type=int, default=0, help="train exactly so many steps instead")
     add("--batch", type=int, default=128, help="sequences in a step")
     add("--tokens", type=int, default=512, help="tokens in a sequence")
@@ -72,6 +76,8 @@ def _check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) 
         parser.error(f"--num-prompts must be 1 to {HELD_OUT_PROMPTS}, got {args.num_prompts}")
     if args.scan == "mamba-ssm" and not torch.cuda.is_available():
         parser.error("--scan mamba-ssm needs a CUDA device; use --scan torch")
+    if args.start and not (args.start / "config.json").exists():
+        parser.error(f"--start must hold a trained target, got {args.start}; check the path")
     if args.only == "draft" and not (args.out / "demo-target" / "config.json").exists():
         parser.error(f"--only draft needs {args.out}/demo-target; train the target first")
     try:
@@ -124,6 +130,20 @@ def train(
     if args.jsonl:
         record |= {"jsonl": args.jsonl.name, "rows": args.rows}
     return model.eval(), record | {"machine": machine(), "losses": losses}
+
+
+def polish_target(target: DemoModel, args: argparse.Namespace, streams: Streams) -> dict[str, Any]:
+    """Unlearn loops in place, round to bf16 again, and return a record."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    training = {source: splits["train"] for source, splits in streams.items()}
+    rows = measure.Rows(training, args.mixture, device, args.seed + 2)
+    rows.limit("jsonl", args.jsonl_epochs, 100 * args.batch * args.tokens)
+    done = polish(target, rows, training, args)
+    with torch.no_grad():
+        for weight in target.parameters():
+            weight.copy_(weight.bfloat16())
+    target.eval()
+    return {**done, "machine": machine()}
 
 
 def machine() -> dict[str, Any]:
@@ -194,13 +214,18 @@ def main() -> None:
     if args.only == "tokenizer":
         return
     folders = args.out / "demo-target", args.out / "demo-draft"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.only == "draft":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         target = checkpoint.load(folders[0]).to(device)
         if args.compile:
             target.compile_layers()
     else:
-        target, record = train("target", args, streams, None)
+        if args.start:
+            target, record = checkpoint.load(args.start).to(device), checkpoint.record(args.start)
+        else:
+            target, record = train("target", args, streams, None)
+        if args.polish_minutes:
+            record["polish"] = polish_target(target, args, streams)
         checkpoint.save(folders[0], target, record, tokenizer)
     if args.only != "target":
         draft, record = train("draft", args, streams, target)

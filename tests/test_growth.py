@@ -49,8 +49,8 @@ def small_latent(kind: str, seed: int = 0) -> Trace:
     return latent_trace(seed, num_prompts=64, length=80, **KINDS[kind])
 
 
-def index_of(trace: Trace, max_paths: int = 64, max_depth: int = 10) -> PathIndex:
-    return index_paths(Slots.of(trace), max_paths=max_paths, max_depth=max_depth)
+def index_of(trace: Trace, max_nodes: int = 8, max_depth: int = 10) -> PathIndex:
+    return index_paths(Slots.of(trace), max_nodes=max_nodes, max_depth=max_depth)
 
 
 def paths_of(index: PathIndex) -> list[tuple[int, ...]]:
@@ -81,7 +81,7 @@ def test_rank_law_counts_ranks_and_never_rises() -> None:
 
 def test_shares_are_smoothed_counts() -> None:
     trace = trace_of([[0, 1, 0, 0, NO_RANK, 0, 1], [1, 0, 0]], 2)
-    index = index_of(trace, max_paths=6, max_depth=2)
+    index = index_of(trace, max_nodes=1, max_depth=2)
     assert paths_of(index) == [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1)]
     law = [7 / 13, 4 / 13]
     w = PRIOR_WEIGHT
@@ -97,7 +97,7 @@ def test_shares_are_smoothed_counts() -> None:
 
 def test_shares_at_some_starts() -> None:
     trace = trace_of([[0, 1, 0, 0, NO_RANK, 0, 1]], 2)
-    index = index_of(trace, max_paths=2, max_depth=1)
+    index = index_of(trace, max_nodes=1, max_depth=1)
     shares = path_shares(index, np.array([0, 2, 3]))
     law = rank_law(index.slots)
     assert shares.tolist() == pytest.approx(
@@ -108,7 +108,7 @@ def test_shares_at_some_starts() -> None:
 @given(small_traces(), growth_orders())
 @settings(max_examples=50)
 def test_shares_and_worths_never_rise(trace: Trace, order: list[tuple[int, ...]]) -> None:
-    index = index_of(trace, max_paths=40, max_depth=6)
+    index = index_of(trace, max_nodes=5, max_depth=6)
     starts_S, to_go_S = walked_starts(index, Tree.from_paths(order))
     worths = path_worths(index, starts_S, to_go_S)
     for values in (path_shares(index), path_shares(index, starts_S), worths):
@@ -158,7 +158,7 @@ def test_worth_predicts_the_starts_that_a_node_saves(kind: str) -> None:
 def test_growth_keeps_its_caps_and_is_nested(
     trace: Trace, depth: int, width: int, num_nodes: int
 ) -> None:
-    index = index_of(trace, max_paths=60)
+    index = index_of(trace, max_nodes=20)
     shares = path_shares(index)
     growth = grow(index, shares, depth=depth, width=width, num_nodes=num_nodes)
     tree = growth.tree
@@ -200,7 +200,7 @@ def test_there_are_as_many_trees_as_catalan_numbers() -> None:
 
 @pytest.mark.parametrize("kind", ["phi 0.6", "prompts"])
 def test_reweighting_beats_the_position_average(kind: str) -> None:
-    index = index_of(latent_trace(1, num_prompts=100, **KINDS[kind]), max_paths=256)
+    index = index_of(latent_trace(1, num_prompts=100, **KINDS[kind]), max_nodes=32)
     for num_nodes in (8, 16, 32):
         naive = grow(index, path_shares(index), depth=10, width=10, num_nodes=num_nodes).tree
         solved = solve(index, depth=10, width=10, num_nodes=num_nodes)

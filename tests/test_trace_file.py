@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save
+from safetensors.numpy import load_file, save
 from synthetic import latent_trace, meta, trace_of
 
 from stree_autotune.trace_file import (
@@ -64,6 +64,15 @@ def test_the_same_trace_gives_the_same_bytes(tmp_path: Path) -> None:
     save_trace(trace, tmp_path / "a")
     save_trace(load_trace(tmp_path / "a"), tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_any_safetensors_reader_reads_a_trace(tmp_path: Path) -> None:
+    save_trace(trace_of([[0, 1, NO_RANK], [], [0, 2]], 3), tmp_path / "t")
+    arrays = load_file(tmp_path / "t")
+    assert {name: array.tolist() for name, array in arrays.items()} == {
+        "ranks": [0, 1, 255, 0, 2],
+        "offsets": [0, 3, 3, 5],
+    }
 
 
 def test_reliable_from_64_prompts() -> None:

@@ -92,13 +92,19 @@ def test_the_simpler_option_wins_when_the_gain_may_be_nothing(trace: Trace) -> N
 
 
 def test_fewer_nodes_win_when_more_may_be_nothing() -> None:
-    # rank 1 is so rare that its node pays for some resamples of the prompts only
-    prompts = [[0] * 40 for _ in range(30)]
-    prompts[3][20] = prompts[4][20] = 1
-    cost = PlainCost(off_ms=9.0, chain_ms=1.05, cheap_nodes=5, dear_ms=0.0001)
-    decision = decide(trace_of(prompts, 2), cost, max_nodes=8)
-    assert decision.verdict != "off"
-    assert decision.tree.num_nodes <= 8
+    # ranks 0 and 1 are worth a node everywhere, ranks 2 and 3 in one prompt of forty
+    common, rare = [0, NO_RANK, 1, NO_RANK] * 10, [2, NO_RANK, 3, NO_RANK] * 10
+    trace = trace_of([rare, *[common] * 39], 4)
+    cost = PlainCost(off_ms=9.0, cheap_nodes=0, dear_ms=1e-5)
+    wide = Tree.from_paths([[0], [1], [2], [3]])
+    small = Tree.from_paths([[0], [1]])
+    rates = [walk(trace, tree).tokens_per_step / cost.step_ms(1, tree) for tree in (small, wide)]
+    assert rates[0] < rates[1]
+    decision = decide(trace, cost, max_nodes=4)
+    assert decision.tree == small
+    assert "; a tree of 4 nodes would gain 2.5 % [0.0, 7.5], so maybe nothing" in decision.reason
+    certain = trace_of([[*common, *rare]] * 40, 4)
+    assert decide(certain, cost, max_nodes=4).tree == wide
 
 
 def test_off_when_nothing_pays(trace: Trace) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stree_autotune.path_counts import PathIndex, Shares, path_shares, path_worths
+from stree_autotune.trace_file import Trace
 from stree_autotune.trace_walk import (
     Ints,
     Slots,
@@ -24,6 +25,7 @@ from stree_autotune.trace_walk import (
     level_slices,
     longest_paths,
     pooled_tokens_per_step,
+    slots_of,
     start_slots,
     starts_to_go,
     walk,
@@ -121,7 +123,7 @@ def _evaluate(index: PathIndex, growth: Growth) -> tuple[Solved, Shares]:
 
 
 def refine(
-    slots: Slots,
+    trace: Trace | Slots,
     tree: Tree,
     objective: Objective,
     *,
@@ -130,10 +132,11 @@ def refine(
 ) -> Scored:
     """Add, drop or swap the one leaf that helps the objective most, until none does.
 
-    The objective gets a tree and its exact tokens per step on `slots`; more is better. Added nodes
-    respect `max_nodes`, `max_depth` and the number of children that the trace recorded.
+    The objective gets a tree and its exact tokens per step on the trace; more is better. Added
+    nodes respect `max_nodes`, `max_depth` and the number of children that the trace recorded.
     Raises TreeError when a node of the given tree has more children than the trace recorded.
     """
+    slots = slots_of(trace)
     tokens_per_step = walk(slots, tree).tokens_per_step
     best = Scored(tree, tokens_per_step, objective(tree, tokens_per_step))
     while True:

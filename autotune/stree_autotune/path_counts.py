@@ -24,6 +24,10 @@ from stree_autotune.trace_walk import (
 PRIOR_WEIGHT = 32.0
 """Starts that the rank law counts for against what was seen behind one path."""
 
+PATHS_PER_NODE = 8
+PATHS_PER_DEPTH_CAP = 2
+"""Indexed paths per node of the largest tree, in all and under each depth cap."""
+
 Shares = NDArray[np.float64]
 
 
@@ -47,36 +51,35 @@ class PathIndex:
     rank_law_K: Shares
 
 
-def index_paths(slots: Slots, *, max_paths: int, max_depth: int) -> PathIndex:
-    """Index the `max_paths` paths with the largest shares over all positions, root not counted."""
+def index_paths(slots: Slots, *, max_nodes: int, max_depth: int) -> PathIndex:
+    """Index the paths with the largest shares over all positions, for trees up to `max_nodes`.
+
+    Every depth cap has paths of its own, so that shallow trees do not lack nodes.
+    """
     law = rank_law(slots)
-    level_parents: list[Ints] = []
-    level_shares: list[Shares] = []
-    # Of the level above: its paths' shares, first index, and the slots that reach them.
-    shares, first = np.ones(1), 0
-    reaching = np.flatnonzero(slots.positions_S >= 0)
-    path = np.zeros(len(reaching), np.intp)
+    parents, shares = [np.full(1, -1)], [np.ones(1)]
+    # The slots that reach a path of the deepest level so far, and which one.
+    slot = np.flatnonzero(slots.positions_S >= 0)
+    path = np.zeros(len(slot), np.intp)
     for depth in range(max_depth):
-        rank = slots.ranks_S[reaching + depth]
-        child_counts = np.bincount(
-            path * (slots.num_children + 1) + rank,
-            minlength=len(shares) * (slots.num_children + 1),
-        ).reshape(len(shares), -1)
-        child_shares = _child_shares(shares, child_counts, law).ravel()
-        kept = _largest(child_shares, max_paths)
-        level_parents.append(first + kept // slots.num_children)
-        level_shares.append(child_shares[kept])
-        child_of = np.full(len(child_shares), -1, np.intp)
+        rank = slots.ranks_S[slot + depth]
+        child_shares = _child_shares(shares[-1], path, rank, law)
+        kept = _largest(child_shares, PATHS_PER_NODE * max_nodes)
+        first = sum(map(len, shares[:-1]))
+        parents.append(first + kept // len(law))
+        shares.append(child_shares[kept])
+        child_of = np.full(len(child_shares), -1)
         child_of[kept] = np.arange(len(kept))
-        hit = np.flatnonzero(rank < slots.num_children)
-        child = child_of[path[hit] * slots.num_children + rank[hit]]
-        known = np.flatnonzero(child >= 0)
-        reaching, path = reaching[hit[known]], child[known]
-        first = 1 + sum(map(len, level_parents[:-1]))
-        shares = level_shares[-1]
-    parents = np.concatenate([[-1], *level_parents])
-    best = np.append(0, 1 + _largest(np.concatenate(level_shares), max_paths))
-    return _index(slots, np.append(-1, np.searchsorted(best, parents[best[1:]])), law)
+        matched = np.flatnonzero(rank < len(law))
+        child = child_of[path[matched] * len(law) + rank[matched]]
+        slot, path = slot[matched[child >= 0]], child[child >= 0]
+    ends = np.cumsum([len(level) for level in shares])
+    all_shares = np.concatenate(shares)
+    chosen = [_largest(all_shares, PATHS_PER_NODE * max_nodes + 1)]
+    chosen += [_largest(all_shares[:end], PATHS_PER_DEPTH_CAP * max_nodes + 1) for end in ends]
+    paths = np.unique(np.concatenate(chosen))
+    chosen_parents = np.searchsorted(paths, np.concatenate(parents)[paths[1:]])
+    return _index(slots, np.append(-1, chosen_parents), law)
 
 
 def path_shares(index: PathIndex, starts_S: Ints | None = None) -> Shares:
@@ -146,14 +149,20 @@ def rank_law(slots: Slots) -> Shares:
     return _falling(law, np.zeros(len(law), np.intp))
 
 
-def _child_shares(shares: Shares, counts: NDArray[np.int64], law: Shares) -> Shares:
-    """Return the shares [paths, K] of all children, from the parents' shares and rank counts."""
+def _child_shares(shares: Shares, path: Ints, rank: Ints, law: Shares) -> Shares:
+    """Return the shares [paths * K] of all children of the paths with the given shares.
+
+    `path` and `rank` tell per slot that reaches such a path which rank comes next, K for none.
+    """
+    num_ranks = len(law)
+    counts = np.bincount(path * (num_ranks + 1) + rank, minlength=len(shares) * (num_ranks + 1))
+    counts = counts.reshape(len(shares), num_ranks + 1)
     conditional = (counts[:, :-1] + PRIOR_WEIGHT * law) / (
         counts.sum(axis=1, keepdims=True) + PRIOR_WEIGHT
     )
-    groups = np.repeat(np.arange(len(shares)), len(law))
-    falling: Shares = _falling(conditional.ravel(), groups).reshape(conditional.shape)
-    return shares[:, None] * falling
+    parents = np.repeat(np.arange(len(shares)), num_ranks)
+    child_shares: Shares = np.repeat(shares, num_ranks) * _falling(conditional.ravel(), parents)
+    return child_shares
 
 
 def _falling(values: Shares, groups: Ints) -> Shares:

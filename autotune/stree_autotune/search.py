@@ -26,11 +26,8 @@ from stree_core.tree import DEFAULT_TREE, MAX_NODES, Tree
 WIDTHS = (1, 2, 3, 4, 6, 8, 16)
 LONGEST_CHAIN = 8
 NUM_PICKS = 6
-NUM_TRIALS = 32
+NUM_TRIALS = 24
 """Trials per batch size, the enqueued ones included."""
-
-PATHS_PER_NODE = 8
-"""Indexed paths per node of the largest tree: reweighting never reaches further down the list."""
 
 OFF = Tree.chain(0)
 
@@ -114,8 +111,7 @@ class TreeSpace:
                 f"max_nodes must lie between 1 and {MAX_NODES}, got {max_nodes}; change --max-nodes"
             )
         slots = Slots.of(trace, prompts)
-        max_paths = PATHS_PER_NODE * max_nodes
-        return cls(slots, index_paths(slots, max_paths=max_paths, max_depth=MAX_DEPTH), max_nodes)
+        return cls(slots, index_paths(slots, max_nodes=max_nodes, max_depth=MAX_DEPTH), max_nodes)
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -18,7 +18,6 @@ import pydantic_core
 from numpy.typing import NDArray
 from pydantic import Field, PositiveInt, ValidationError
 from safetensors import SafetensorError, deserialize
-from safetensors.numpy import save
 
 from stree_core.errors import ConfigError
 from stree_core.files import read_limited, write_atomically
@@ -94,14 +93,28 @@ class Trace:
 
 
 def save_trace(trace: Trace, path: Path) -> None:
-    """Write a trace atomically."""
-    arrays: dict[str, NDArray[Any]] = {
-        "ranks": np.ascontiguousarray(trace.ranks),
-        "offsets": np.ascontiguousarray(trace.offsets),
-    }
+    """Write a trace atomically; equal traces give equal bytes."""
     meta = trace.meta.model_dump_json()
-    header = {"meta": meta, "sha256": _digest(meta, trace.ranks, trace.offsets)}
-    write_atomically(path, save(arrays, metadata=header))
+    offsets = trace.offsets.astype("<i8", copy=False).tobytes()
+    ranks = trace.ranks.tobytes()
+    end = len(offsets) + len(ranks)
+    # safetensors.numpy.save would put the two strings in a random order.
+    header = {
+        "__metadata__": {"meta": meta, "sha256": _digest(meta, trace.ranks, trace.offsets)},
+        "offsets": {
+            "dtype": "I64",
+            "shape": [len(trace.offsets)],
+            "data_offsets": [0, len(offsets)],
+        },
+        "ranks": {
+            "dtype": "U8",
+            "shape": [len(trace.ranks)],
+            "data_offsets": [len(offsets), end],
+        },
+    }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    write_atomically(path, len(text).to_bytes(8, "little") + text + offsets + ranks)
 
 
 def load_trace(path: Path) -> Trace:

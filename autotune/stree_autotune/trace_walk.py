@@ -84,10 +84,11 @@ class WalkResult:
 def walk(trace: Trace | Slots, tree: Tree, prompts: Ints | None = None) -> WalkResult:
     """Walk `tree` over a trace, or over the prompts with the given indices.
 
-    Every prompt starts at its own position 0; a step near a prompt's end covers what is left.
+    Every prompt starts at its own position 0; a step near a prompt's end covers what is left. Slots
+    know their prompts already, so `prompts` is for a trace only.
     Raises TreeError when a node has more children than the trace recorded.
     """
-    slots = trace if isinstance(trace, Slots) else Slots.of(trace, prompts)
+    slots = slots_of(trace, prompts)
     node_S = longest_paths(slots, _parents_of(tree, slots))
     starts_S = start_slots(slots, np.array([*(depth + 1 for depth in tree.depths), 0])[node_S])
     started_S = np.zeros(len(node_S), np.int64)
@@ -107,13 +108,18 @@ def walk_nested(
     walk of the nodes with added <= size.
     Raises TreeError when a node has more children than the trace recorded.
     """
-    slots = trace if isinstance(trace, Slots) else Slots.of(trace)
+    slots = slots_of(trace)
     parents = _parents_of(tree, slots)
     node_S = longest_paths(slots, parents)
     members_CN = np.asarray(sizes)[:, None] >= np.asarray(added)[None, :]
     advance_CN = advance_table(parents, level_slices(parents), members_CN)
     starts_C = count_starts(slots, node_S, advance_CN).sum(axis=1)
     return np.array([pooled_tokens_per_step(slots.num_positions, int(n)) for n in starts_C])
+
+
+def slots_of(trace: Trace | Slots, prompts: Ints | None = None) -> Slots:
+    """Lay out a trace, unless that was done before."""
+    return trace if isinstance(trace, Slots) else Slots.of(trace, prompts)
 
 
 def pooled_tokens_per_step(num_positions: int, num_starts: int) -> float:

@@ -69,7 +69,9 @@ class Ratio:
     high: float
 
     def __str__(self) -> str:
-        value, low, high = (100 * (ratio - 1) for ratio in (self.value, self.low, self.high))
+        ratios = (self.value, self.low, self.high)
+        # Adding 0 turns -0.0 into 0.0.
+        value, low, high = (round(100 * (ratio - 1), 1) + 0.0 for ratio in ratios)
         return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
 
 

@@ -74,6 +74,9 @@ def check_scan(
     """Raise ValueError unless a scan's tensors have the dtypes and strides a kernel relies on."""
     if pending and not previous:
         raise ValueError("a pending path needs the rows it names, got none; pass `previous`")
+    num_heads, num_groups = state.shape[1], c.shape[2]
+    if num_heads % num_groups:
+        raise ValueError(f"groups divide heads, got {num_groups} and {num_heads}; check the model")
     prev = previous if pending and previous else rows
     blocks = (rows.x_BRHP, rows.b_BRGN, c, out, prev.x_BRHP, prev.b_BRGN)
     vectors = (rows.dt_BRH, prev.dt_BRH, mask, *(pending or ()))
@@ -85,6 +88,15 @@ def check_scan(
     require_packed("the state", (state,), 3)
     require_packed("a row of x, B, C or the output", blocks, 2)
     require_packed("a row of dt, the mask or the path", vectors, 1)
+
+
+def check_cover(num_rows: int, *sizes: int) -> None:
+    """Raise ValueError unless every buffer and table has the rows up to the last one scored."""
+    if min(sizes) < num_rows:
+        raise ValueError(
+            f"buffers and tables cover every row up to the last one scored, {num_rows}, "
+            f"got {', '.join(map(str, sizes))}; pass the whole block"
+        )
 
 
 def require_packed(what: str, tensors: Iterable[Tensor], num_dims: int) -> None:

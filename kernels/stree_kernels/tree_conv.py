@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stree_kernels.rows import Pending, require_dtypes, require_packed
+from stree_kernels.rows import Pending, check_cover, require_dtypes, require_packed
 
 WIDTHS = (2, 3, 4)
 
@@ -177,11 +177,7 @@ def _check(
             f"the conv kernel takes widths {WIDTHS}, one more than the state's columns, got "
             f"{weight.shape[1]} and {num_columns}; use the torch backend"
         )
-    if min(inputs.shape[1], out.shape[1], ancestors.shape[0]) < num_rows:
-        raise ValueError(
-            f"inputs, output and ancestors cover every row up to the last one scored, {num_rows}, "
-            f"got {inputs.shape[1]}, {out.shape[1]} and {ancestors.shape[0]}; pass the whole block"
-        )
+    check_cover(num_rows, inputs.shape[1], out.shape[1], ancestors.shape[0])
     if pending and prev is None:
         raise ValueError("a pending path needs the rows it names, got none; pass `previous_BRC`")
     blocks = (inputs, out) if prev is None else (inputs, out, prev)

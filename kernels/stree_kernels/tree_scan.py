@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stree_kernels.rows import Pending, ScanHeads, ScanRows, check_scan
+from stree_kernels.rows import Pending, ScanHeads, ScanRows, check_cover, check_scan
 
 MAX_ROWS = 256
 HEAD_DIMS = (32, 64, 128)
@@ -56,6 +56,8 @@ FP32_CONFIG = ScanConfig(256, max_state_dim=128, block_rows=16, state_values=16,
 TOKEN_CONFIG = ScanConfig(1, max_state_dim=256, block_rows=1, state_values=4096, num_warps=4)
 # The least that a tensor core multiplies; an accepted path is seldom longer.
 BLOCK_PATH = 16
+# One row after another costs more than a tile from about here on.
+MAX_TOKEN_PATH = 16
 
 
 def pick_config(num_rows: int, state_dim: int, dtype: torch.dtype) -> ScanConfig:
@@ -279,6 +281,18 @@ def _tree_scan_kernel(
 
 
 @triton.jit
+def _replay_row(state, rows, path_ptr, used, law, dims_P, dims_N):
+    """The state tile [P, N] after the row that `path_ptr` names, unchanged unless `used`."""
+    x, dt, b = rows
+    row = tl.load(path_ptr).to(tl.int64)
+    # An unused row may hold any bits.
+    d = tl.where(used, _time_steps(tl.load(dt[0] + row * dt[1]), law), 0.0)
+    x_P = tl.where(used, tl.load(x[0] + row * x[1] + dims_P).to(tl.float32), 0.0)
+    b_N = tl.where(used, tl.load(b[0] + row * b[1] + dims_N).to(tl.float32), 0.0)
+    return state * tl.exp(d * law[0]) + (d * x_P)[:, None] * b_N[None, :]
+
+
+@triton.jit
 def _token_scan_kernel(
     # pointers
     state_ptr, x_ptr, dt_ptr, b_ptr, c_ptr, out_ptr, a_ptr, skip_ptr, dt_bias_ptr,
@@ -293,53 +307,45 @@ def _token_scan_kernel(
     HEADS_PER_GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, STATE_DIM: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Replay at most one row and score row 0, without matrix products."""
+    """Replay a short path and score row 0, without matrix products."""
     head = tl.program_id(1).to(tl.int64)
     sequence = tl.program_id(2).to(tl.int64)
     dims_P = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     dims_N = tl.arange(0, STATE_DIM)
-    x_offsets = head * HEAD_DIM + dims_P
-    b_offsets = head // HEADS_PER_GROUP * STATE_DIM + dims_N
+    x_base = head * HEAD_DIM
+    b_base = head // HEADS_PER_GROUP * STATE_DIM
     law = (tl.load(a_ptr + head), tl.load(dt_bias_ptr + head), dt_min, dt_max)
-    state_ptr += sequence * stride_state_b
-    state_ptrs = state_ptr + x_offsets[:, None] * STATE_DIM + dims_N[None, :]
+    state_ptr += sequence * stride_state_b + x_base * STATE_DIM
+    state_ptrs = state_ptr + dims_P[:, None] * STATE_DIM + dims_N[None, :]
     state = tl.load(state_ptrs).to(tl.float32)
     # Loaded before the state is stored: no load may pass a store that it might read from.
     step = _time_steps(tl.load(dt_ptr + sequence * stride_dt_b + head), law)
-    x_P = tl.load(x_ptr + sequence * stride_x_b + x_offsets).to(tl.float32)
-    b_N = tl.load(b_ptr + sequence * stride_b_b + b_offsets).to(tl.float32)
-    c_N = tl.load(c_ptr + sequence * stride_c_b + b_offsets).to(tl.float32)
+    x_P = tl.load(x_ptr + sequence * stride_x_b + x_base + dims_P).to(tl.float32)
+    b_N = tl.load(b_ptr + sequence * stride_b_b + b_base + dims_N).to(tl.float32)
+    c_N = tl.load(c_ptr + sequence * stride_c_b + b_base + dims_N).to(tl.float32)
     skip = tl.load(skip_ptr + head)
     if path_ptr is not None:
-        used = tl.load(length_ptr + sequence) > 0
-        row = tl.load(path_ptr + sequence * stride_path_b).to(tl.int64)
-        prev_dt_ptr += sequence * stride_prev_dt_b + row * stride_prev_dt_r + head
-        prev_x_ptr += sequence * stride_prev_x_b + row * stride_prev_x_r
-        prev_b_ptr += sequence * stride_prev_b_b + row * stride_prev_b_r
-        # With an empty path the row may hold any bits.
-        prev_step = tl.where(used, _time_steps(tl.load(prev_dt_ptr), law), 0.0)
-        prev_x_P = tl.where(used, tl.load(prev_x_ptr + x_offsets).to(tl.float32), 0.0)
-        prev_b_N = tl.where(used, tl.load(prev_b_ptr + b_offsets).to(tl.float32), 0.0)
-        state *= tl.exp(prev_step * law[0])
-        state = _commit(state_ptrs, state + (prev_step * prev_x_P)[:, None] * prev_b_N[None, :])
+        x_prev = (prev_x_ptr + sequence * stride_prev_x_b + x_base, stride_prev_x_r)
+        dt_prev = (prev_dt_ptr + sequence * stride_prev_dt_b + head, stride_prev_dt_r)
+        b_prev = (prev_b_ptr + sequence * stride_prev_b_b + b_base, stride_prev_b_r)
+        prev = (x_prev, dt_prev, b_prev)
+        path_ptr += sequence * stride_path_b
+        length = tl.load(length_ptr + sequence)
+        # Outside the loop, so that the usual path's only row does not wait for `length`.
+        state = _replay_row(state, prev, path_ptr, length > 0, law, dims_P, dims_N)
+        for entry in range(1, length):
+            state = _replay_row(state, prev, path_ptr + entry, entry < length, law, dims_P, dims_N)
+        state = _commit(state_ptrs, state)
     y_P = tl.exp(step * law[0]) * tl.sum(state * c_N[None, :], axis=1)
     y_P += (step * tl.sum(b_N * c_N, axis=0) + skip) * x_P
-    tl.store(out_ptr + sequence * stride_out_b + x_offsets, y_P)
+    tl.store(out_ptr + sequence * stride_out_b + x_base + dims_P, y_P)
 
 
 def tree_scan(
-    state_BHPN: Tensor,
-    rows: ScanRows,
-    c_BTGN: Tensor,
-    mask_RR: Tensor,
-    heads: ScanHeads,
-    *,
-    first: int,
-    dt_limit: tuple[float, float],
-    out_BTHP: Tensor,
-    previous: ScanRows | None,
+    state_BHPN: Tensor, rows: ScanRows, c_BTGN: Tensor, mask_RR: Tensor, heads: ScanHeads, *,
+    first: int, dt_limit: tuple[float, float], out_BTHP: Tensor, previous: ScanRows | None,
     pending: Pending | None,
-) -> None:
+) -> None:  # fmt: skip
     """Advance the state along `pending`, then score rows first..first + T - 1 against it.
 
     The contract is that of `tree_scan_ref.tree_scan`, with all in bf16 or fp32.
@@ -347,16 +353,17 @@ def tree_scan(
     """
     num_rows = first + c_BTGN.shape[1]
     capacity = pending.path_BL.shape[1] if pending else 0
-    check_scan(state_BHPN, rows, c_BTGN, mask_RR, heads, out_BTHP, previous, pending)
-    _check(state_BHPN, rows, c_BTGN, mask_RR, num_rows, capacity)
     batch, num_heads, head_dim, state_dim = state_BHPN.shape
+    _check(head_dim, state_dim, c_BTGN.dtype, num_rows, capacity)
+    check_scan(state_BHPN, rows, c_BTGN, mask_RR, heads, out_BTHP, previous, pending)
+    check_cover(num_rows, rows.x_BRHP.shape[1], *mask_RR.shape)
     path, length = pending or (None, None)
     prev = previous if pending and previous else (None, None, None)
     pointers = (state_BHPN, *rows, c_BTGN, out_BTHP, *heads, *prev, path, length)
     by_sequence = (state_BHPN, *rows, c_BTGN, out_BTHP, *prev, path)
     strides = [0 if tensor is None else tensor.stride(0) for tensor in by_sequence]
     strides += [0 if tensor is None else tensor.stride(1) for tensor in prev]
-    one_token = num_rows == 1 and capacity <= 1
+    one_token = num_rows == 1 and capacity <= MAX_TOKEN_PATH
     config = TOKEN_CONFIG if one_token else pick_config(num_rows, state_dim, c_BTGN.dtype)
     block_p = config.block_head_dim(head_dim, state_dim)
     grid = (head_dim // block_p, num_heads, batch)
@@ -375,26 +382,16 @@ def tree_scan(
     )  # fmt: skip
 
 
-def _check(
-    state: Tensor, rows: ScanRows, c: Tensor, mask: Tensor, num_rows: int, path: int
-) -> None:
+def _check(head_dim: int, state_dim: int, dtype: torch.dtype, num_rows: int, path: int) -> None:
     """Raise ValueError for sizes that the kernel cannot take; `path` is the path's capacity."""
-    _, num_heads, head_dim, state_dim = state.shape
-    state_dims = STATE_DIMS[:-1] if c.dtype == torch.float32 else STATE_DIMS
+    state_dims = STATE_DIMS[:-1] if dtype == torch.float32 else STATE_DIMS
     if head_dim not in HEAD_DIMS or state_dim not in state_dims:
         raise ValueError(
-            f"in {c.dtype} the scan kernel takes head dims {HEAD_DIMS} and state dims "
+            f"in {dtype} the scan kernel takes head dims {HEAD_DIMS} and state dims "
             f"{state_dims}, got {head_dim} and {state_dim}; use the torch backend"
         )
-    if num_heads % c.shape[2]:
-        raise ValueError(f"groups divide heads, got {c.shape[2]} and {num_heads}; check the model")
     if max(num_rows, path) > MAX_ROWS:
         raise ValueError(
             f"the scan kernel takes at most {MAX_ROWS} rows and path entries, "
             f"got {num_rows} and {path}; cut the block"
-        )
-    if min(rows.x_BRHP.shape[1], *mask.shape) < num_rows:
-        raise ValueError(
-            f"rows and mask cover every row up to the last one scored, {num_rows}, got "
-            f"{rows.x_BRHP.shape[1]} and {tuple(mask.shape)}; pass the whole block"
         )

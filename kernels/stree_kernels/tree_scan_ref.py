@@ -9,7 +9,8 @@ Triton kernel is compared with, so it is vectorised; tests compare it with a loo
 Source: Mamba-2 (arXiv:2405.21060) sec. 6; tree form: STree (arXiv:2505.14969).
 
 Shape letters: B batch, R rows of a block buffer, E its rows up to the last one scored, T rows
-scored by this pass, L path capacity, H heads, P head dim, N state dim, G groups.
+scored by this pass, L path capacity, H heads, P head dim, N state dim, G groups, X a group's heads
+times P.
 """
 
 from __future__ import annotations
@@ -43,8 +44,25 @@ def tree_scan(
     if pending is not None:
         assert previous is not None
         replay(state_BHPN, previous, pending, heads, dt_limit=dt_limit)
-    end = first + c_BTGN.shape[1]
     state = _widen(state_BHPN)
+    if first + c_BTGN.shape[1] == 1:
+        y_BHTP = _score_root(state, rows, c_BTGN, heads, dt_limit)
+    else:
+        y_BHTP = _score_tree(state, rows, c_BTGN, mask_RR, heads, dt_limit, first)
+    out_BTHP.copy_(y_BHTP.transpose(1, 2))
+
+
+def _score_tree(
+    state: Tensor,
+    rows: ScanRows,
+    c_BTGN: Tensor,
+    mask_RR: Tensor,
+    heads: ScanHeads,
+    dt_limit: tuple[float, float],
+    first: int,
+) -> Tensor:
+    """Return y_BHTP of rows first..first + T - 1."""
+    end = first + c_BTGN.shape[1]
     x_BHEP = rows.x_BRHP[:, :end].to(state.dtype).transpose(1, 2)
     d_BHE = _discretised(rows.dt_BRH[:, :end], heads, dt_limit, state.dtype).transpose(1, 2)
     b_BGEN = rows.b_BRGN[:, :end].to(state.dtype).transpose(1, 2)
@@ -58,13 +76,41 @@ def tree_scan(
     # Outside the mask the exponent may be positive and overflow, so the mask comes before exp.
     exponent_BHTE = (path_BHT1 - path_BHE[:, :, None]).masked_fill(~mask_EE[first:], -torch.inf)
 
-    group_size = state.shape[1] // b_BGEN.shape[1]
-    score_BHTE = (c_BGTN @ b_BGEN.mT).repeat_interleave(group_size, dim=1)
-    weight_BHTE = score_BHTE * exponent_BHTE.to(state.dtype).exp() * d_BHE[:, :, None]
-    c_BHTN = c_BGTN.repeat_interleave(group_size, dim=1)
-    y_BHTP = path_BHT1.to(state.dtype).exp() * (c_BHTN @ state.mT) + weight_BHTE @ x_BHEP
+    num_groups = b_BGEN.shape[1]
+    score_BGTE = c_BGTN @ b_BGEN.mT
+    decay_BHTE = exponent_BHTE.to(state.dtype).exp() * d_BHE[:, :, None]
+    weight_BHTE = (decay_BHTE.unflatten(1, (num_groups, -1)) * score_BGTE[:, :, None]).flatten(1, 2)
+    carried_BHTP = _state_times(state, c_BGTN)
+    y_BHTP: Tensor = path_BHT1.to(state.dtype).exp() * carried_BHTP + weight_BHTE @ x_BHEP
     y_BHTP += heads.d_H.to(state.dtype)[:, None, None] * x_BHEP[:, :, first:]
-    out_BTHP.copy_(y_BHTP.transpose(1, 2))
+    return y_BHTP
+
+
+def _score_root(
+    state: Tensor,
+    rows: ScanRows,
+    c_BTGN: Tensor,
+    heads: ScanHeads,
+    dt_limit: tuple[float, float],
+) -> Tensor:
+    """Return y_BHTP of row 0 alone: the same sums of one term, in a third of the torch calls."""
+    x_BHTP = rows.x_BRHP[:, :1].to(state.dtype).transpose(1, 2)
+    d_BH = _discretised(rows.dt_BRH[:, 0], heads, dt_limit, state.dtype)
+    b_BGTN = rows.b_BRGN[:, :1].to(state.dtype).transpose(1, 2)
+    c_BGTN = c_BTGN.to(state.dtype).transpose(1, 2)
+    group_size = state.shape[1] // b_BGTN.shape[1]
+    own_BH = (b_BGTN * c_BGTN).sum((2, 3)).repeat_interleave(group_size, dim=1) * d_BH
+    decay_BH = (d_BH * heads.a_H).exp()
+    y_BHTP = _state_times(state, c_BGTN) * decay_BH[:, :, None, None]
+    y_BHTP += (own_BH + heads.d_H)[:, :, None, None] * x_BHTP
+    return y_BHTP
+
+
+def _state_times(state_BHPN: Tensor, c_BGTN: Tensor) -> Tensor:
+    """Return C S^T [B, H, T, P]: one product per group, whose heads share C."""
+    groups_BGXN = state_BHPN.unflatten(1, (c_BGTN.shape[1], -1)).flatten(2, 3)
+    product_BGXT: Tensor = groups_BGXN @ c_BGTN.mT
+    return product_BGXT.view(*state_BHPN.shape[:3], -1).mT
 
 
 def replay(
@@ -92,11 +138,13 @@ def replay(
     from_here_BLH = (d_BLH * heads.a_H.to(state.dtype)).flip(1).cumsum(1).flip(1)
     after_here_BLH = functional.pad(from_here_BLH[:, 1:], (0, 0, 0, 1))
     weighted_BLHP = x_BLHP * (after_here_BLH.exp() * d_BLH)[..., None]
-    group_size = state.shape[1] // b_BLGN.shape[2]
-    b_BLHN = b_BLGN.repeat_interleave(group_size, dim=2)
-    update_BHPN = weighted_BLHP.permute(0, 2, 3, 1) @ b_BLHN.transpose(1, 2)
-    # In place: fresh buffers of a state's size cost several times the arithmetic.
-    state.mul_(from_here_BLH[:, 0].exp()[..., None, None]).add_(update_BHPN)
+    state.mul_(from_here_BLH[:, 0].exp()[..., None, None])
+    # In place, sequence by sequence: a fresh buffer of a state's size costs several times the work.
+    num_groups, state_dim = b_BLGN.shape[2:]
+    weighted_BGXL = weighted_BLHP.view(batch, capacity, num_groups, -1).permute(0, 2, 3, 1)
+    for sequence, state_HPN in enumerate(state):
+        groups_GXN = state_HPN.view(num_groups, -1, state_dim)
+        groups_GXN.baddbmm_(weighted_BGXL[sequence], b_BLGN[sequence].transpose(0, 1))
     if state is not state_BHPN:
         state_BHPN.copy_(state)
 
