@@ -153,7 +153,7 @@ def all_builds() -> Iterator[Build]:
         for config in tree_conv.CONFIGS:
             yield conv_build(config, dtype=dtype, pending=pending)
         # Head dims above 64 are cut to it; a state in bf16 takes less.
-        for head_dim, state_dim in itertools.product((32, 64), tree_scan.STATE_DIMS):
+        for head_dim, state_dim in itertools.product((16, 32, 64), tree_scan.STATE_DIMS):
             yield from scan_builds(dtype, head_dim, state_dim, torch.float32, pending=pending)
     yield from scan_builds(torch.bfloat16, 64, 128, torch.bfloat16, pending=True)
 

@@ -213,6 +213,7 @@ KERNEL_CASES = {
     "one token": kernel_case(Tree.chain(0), paths=[[3], []], capacity=1),
     "one token, no path": kernel_case(Tree.chain(0), heads=4, groups=2),
     "one token, long path": kernel_case(Tree.chain(0), paths=[[], [0, 4, 5]]),
+    "one token after a chunk": kernel_case(Tree.chain(0), paths=[list(range(18)), []], capacity=18),
     "5 rows": kernel_case(Tree((-1, 0, 0, 1, 2)), paths=[[0, 1, 3], []], heads=4, groups=2),
     "17 rows": kernel_case(Tree(WIDE_TREE.parents[:17]), paths=[[0], [0, 2, 7, 9]]),
     "33 rows": kernel_case(Tree(WIDE_TREE.parents[:33])),

@@ -24,7 +24,7 @@ from torch import Tensor
 from stree_kernels.rows import Pending, ScanHeads, ScanRows, check_cover, check_scan
 
 MAX_ROWS = 256
-HEAD_DIMS = (32, 64, 128)
+HEAD_DIMS = (16, 32, 64, 128)
 STATE_DIMS = (16, 32, 64, 128, 256)
 
 
@@ -44,7 +44,7 @@ class ScanConfig:
 
 
 # Never autotuned: the kernel updates the state in place, and one choice per size keeps decoding
-# reproducible. `benchmarks/aot.py` holds that none spills or outgrows the smallest shared memory.
+# reproducible. Sized by registers and shared memory (`benchmarks/aot.py`), not by timing.
 CONFIGS = (
     ScanConfig(max_rows=16, max_state_dim=128, block_rows=16, state_values=8192, num_warps=4),
     ScanConfig(max_rows=32, max_state_dim=128, block_rows=32, state_values=8192, num_warps=4),
@@ -56,7 +56,7 @@ FP32_CONFIG = ScanConfig(256, max_state_dim=128, block_rows=16, state_values=16,
 TOKEN_CONFIG = ScanConfig(1, max_state_dim=256, block_rows=1, state_values=4096, num_warps=4)
 # The least that a tensor core multiplies; an accepted path is seldom longer.
 BLOCK_PATH = 16
-# One row after another costs more than a tile from about here on.
+# Longer ones are replayed by tiles; an estimate of where a row at a time costs more.
 MAX_TOKEN_PATH = 16
 
 
@@ -371,12 +371,13 @@ def tree_scan(
         "HEADS_PER_GROUP": num_heads // c_BTGN.shape[2], "HEAD_DIM": head_dim,
         "STATE_DIM": state_dim, "BLOCK_P": block_p, "num_warps": config.num_warps, "num_stages": 1,
     }  # fmt: skip
+    limits = tuple(map(float, dt_limit))
     if one_token:
-        _token_scan_kernel[grid](*pointers, *dt_limit, *strides, **meta)
+        _token_scan_kernel[grid](*pointers, *limits, *strides, **meta)
         return
     strides += [tensor.stride(1) for tensor in (*rows, c_BTGN, out_BTHP)]
     _tree_scan_kernel[grid](
-        *pointers, mask_RR, *dt_limit, first, num_rows, capacity, *strides, mask_RR.stride(0),
+        *pointers, mask_RR, *limits, first, num_rows, capacity, *strides, mask_RR.stride(0),
         BLOCK_T=config.block_rows, ONE_TILE=num_rows <= config.block_rows, BLOCK_L=BLOCK_PATH,
         **meta,
     )  # fmt: skip

@@ -1,0 +1,133 @@
+"""The shipped pair: real text, decoded the same with and without trees, described by its traces.
+
+The whole proof, 64 prompts of 128 tokens in two precisions, is benchmarks/lossless.py; here is the
+same on a few prompts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import stree_core
+from stree_autotune.library import Library, shipped_root
+from stree_autotune.prompts import load_prompts
+from stree_autotune.record import RecordConfig, record_trace
+from stree_autotune.trace_file import load_trace
+from stree_autotune.trace_walk import walk
+from stree_core.checkpoint import model_ref
+from stree_core.model import Model
+from stree_core.prefill import consume, prefill_cache
+from stree_core.tree import DEFAULT_TREE, Tree
+from stree_kernels.testing import assert_close
+
+MODELS = shipped_root() / "models"
+NUM_TOKENS = 40
+TREES = {
+    "chain2": Tree.chain(2),
+    "chain4": Tree.chain(4),
+    "published": DEFAULT_TREE,
+    "ragged": Tree.from_paths(
+        [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 1], [0, 0, 0, 0]]
+    ),
+    "wide": Tree.from_paths([[i] for i in range(8)] + [[i, j] for i in range(4) for j in (0, 1)]),
+}
+
+
+def _pair(dtype: str) -> stree_core.Pair:
+    runtime = stree_core.Runtime("cpu", dtype, "torch")
+    return stree_core.load_pair(MODELS / "demo-target", MODELS / "demo-draft", runtime)
+
+
+@pytest.fixture(scope="module", params=["float64", "float32"])
+def pair(request: pytest.FixtureRequest) -> stree_core.Pair:
+    return _pair(request.param)
+
+
+@pytest.fixture(scope="module")
+def prompts(pair: stree_core.Pair) -> list[list[int]]:
+    texts = load_prompts("demo", MODELS / "demo-target" / "prompts.jsonl", limit=3)
+    return pair.encode([*texts, "def add(a, b):\n", "Explain what a list is."])
+
+
+def _run(pair: stree_core.Pair, prompts: list[list[int]], tree: Tree) -> stree_core.Run:
+    engine = stree_core.Engine(
+        pair.target, pair.draft, tree, stree_core.EngineConfig(num_positions=256)
+    )
+    return stree_core.generate(engine, prompts, stree_core.StopRule(NUM_TOKENS))
+
+
+@pytest.fixture(scope="module")
+def alone(pair: stree_core.Pair, prompts: list[list[int]]) -> stree_core.Run:
+    return _run(pair, prompts, Tree.chain(0))
+
+
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+def test_trees_decode_the_targets_own_text(
+    tree: Tree, pair: stree_core.Pair, prompts: list[list[int]], alone: stree_core.Run
+) -> None:
+    run = _run(pair, prompts, tree)
+    together = zip(prompts, alone.generations, run.generations, strict=True)
+    for prompt, expected, actual in together:
+        if expected.tokens != actual.tokens:
+            assert pair.target.dtype == torch.float32, "float64 texts must be equal"
+            assert _margin(pair.target, prompt, expected.tokens, actual.tokens) <= 1e-4
+    assert run.tokens_per_step > 1.3
+
+
+def _margin(model: Model, prompt: list[int], expected: list[int], actual: list[int]) -> float:
+    part = next(i for i, (a, b) in enumerate(zip(expected, actual, strict=True)) if a != b)
+    prefix = [*prompt, *expected[:part]]
+    with torch.inference_mode():
+        hidden = consume(model, prefix, prefill_cache(model, len(prefix)))
+        logits = model.logits(hidden)[0, 0]
+    return abs(float(logits[expected[part]] - logits[actual[part]]))
+
+
+def test_walking_a_trace_equals_live_decoding() -> None:
+    pair = _pair("float64")
+    texts = load_prompts("demo", MODELS / "demo-target" / "prompts.jsonl", limit=4)
+    prompts = pair.encode(texts)
+    eos = pair.target.shape.eos_token_ids
+    config = RecordConfig("demo", max_new_tokens=NUM_TOKENS, num_slots=4, num_positions=256)
+    trace = record_trace(pair, prompts, config)
+    for name, tree in TREES.items():
+        engine = stree_core.Engine(
+            pair.target, pair.draft, tree, stree_core.EngineConfig(num_positions=256)
+        )
+        run = stree_core.generate(engine, prompts, stree_core.StopRule(NUM_TOKENS, eos))
+        steps = [generation.num_steps for generation in run.generations]
+        assert walk(trace, tree).starts_P.tolist() == steps, name
+
+
+@pytest.mark.parametrize("name", ["demo-target", "demo-draft"])
+def test_logits_equal_transformers(name: str, prompts: list[list[int]]) -> None:
+    folder = MODELS / name
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    pair = _pair("float32")
+    model = pair.target if name == "demo-target" else pair.draft
+    for prompt in prompts:
+        with torch.inference_mode():
+            expected = theirs(torch.tensor(prompt)[None]).logits[0, -1]
+            hidden = consume(model, prompt, prefill_cache(model, len(prompt)))
+            assert_close("logits", model.logits(hidden)[0, 0], expected, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("dataset", ["demo", "gsm8k", "human_eval", "mt_bench"])
+def test_shipped_traces_belong_to_the_shipped_pair(dataset: str) -> None:
+    path = Library.open().find_trace("demo-target", "demo-draft", dataset)
+    trace = load_trace(path)
+    assert trace.meta.target == model_ref(MODELS / "demo-target")
+    assert trace.meta.draft == model_ref(MODELS / "demo-draft")
+    assert trace.reliable
+    share = float(np.mean(trace.ranks == 0))
+    assert trace.meta.statistics["rank0_share"] == pytest.approx(share, abs=1e-5)
+
+
+def test_files_are_small_enough_to_ship() -> None:
+    for path in Path(MODELS).rglob("*.safetensors"):
+        assert path.stat().st_size < 16_000_000, path.name
