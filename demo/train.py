@@ -43,6 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--minutes", type=float, default=5.0, help="training time of the target")
     add("--draft-minutes", type=float, default=2.0, help="training time of the draft")
     add("--polish-minutes", type=float, default=2.0, help="time to unlearn loops; 0 for none")
+    add("--polish-blend", type=float, default=0.5, help="share of what that changed to keep")
     add("--polish-tokens", type=int, default=128, help="tokens written in a round of that")
     add("--start", type=Path, help="folder of a trained demo-target to go on from")
     add("--steps", type=int, default=0, help="train exactly so many steps instead")
@@ -138,12 +139,14 @@ def polish_target(target: DemoModel, args: argparse.Namespace, streams: Streams)
     training = {source: splits["train"] for source, splits in streams.items()}
     rows = measure.Rows(training, args.mixture, device, args.seed + 2)
     rows.limit("jsonl", args.jsonl_epochs, 100 * args.batch * args.tokens)
+    before = [weight.detach().clone() for weight in target.parameters()]
     done = polish(target, rows, training, args)
+    # All of the change ends loops but hurts the text; a part of it keeps most of both.
     with torch.no_grad():
-        for weight in target.parameters():
-            weight.copy_(weight.bfloat16())
+        for weight, old in zip(target.parameters(), before, strict=True):
+            weight.copy_(torch.lerp(old, weight.bfloat16().float(), args.polish_blend).bfloat16())
     target.eval()
-    return {**done, "machine": machine()}
+    return {**done, "blend": args.polish_blend, "machine": machine()}
 
 
 def machine() -> dict[str, Any]:

@@ -82,7 +82,7 @@ class Engine:
         if needed > self.config.num_positions:
             raise ConfigError(
                 f"prompt and output must fit {self.config.num_positions} positions, they need "
-                f"{needed}; shorten them or raise --context"
+                f"{needed}; shorten them or raise the context"
             )
 
     @torch.inference_mode()

@@ -93,7 +93,7 @@ def test_walking_a_trace_equals_live_decoding() -> None:
     texts = load_prompts("demo", MODELS / "demo-target" / "prompts.jsonl", limit=4)
     prompts = pair.encode(texts)
     eos = pair.target.shape.eos_token_ids
-    config = RecordConfig("demo", max_new_tokens=NUM_TOKENS, num_slots=4, num_positions=256)
+    config = RecordConfig("demo", max_new_tokens=NUM_TOKENS, num_slots=4)
     trace = record_trace(pair, prompts, config)
     for name, tree in TREES.items():
         engine = stree_core.Engine(

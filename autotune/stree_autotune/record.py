@@ -22,13 +22,12 @@ _GRAM = 8
 
 @dataclass(frozen=True, slots=True)
 class RecordConfig:
-    """What to record; `num_slots` prompts run together, each up to `num_positions` tokens."""
+    """What to record; `num_slots` prompts run together."""
 
     dataset: str
     num_children: int = 16
     max_new_tokens: int = 256
     num_slots: int = 16
-    num_positions: int = 1024
     seed: int = 0
     ignore_eos: bool = False
 
@@ -59,12 +58,9 @@ def record_trace(
             "change --num-children"
         )
     star = Tree.from_paths([[rank] for rank in range(config.num_children)])
-    engine = Engine(
-        pair.target,
-        pair.draft,
-        star,
-        EngineConfig(config.num_slots, config.num_positions, record=True),
-    )
+    num_positions = max(map(len, prompts)) + config.max_new_tokens + star.depth
+    engine_config = EngineConfig(config.num_slots, num_positions, record=True)
+    engine = Engine(pair.target, pair.draft, star, engine_config)
     eos = () if config.ignore_eos else pair.target.shape.eos_token_ids
     stop = StopRule(config.max_new_tokens, eos)
     recordings: list[Recording] = []

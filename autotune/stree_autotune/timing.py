@@ -47,7 +47,12 @@ def captured(work: Work, device: torch.device, pool: Any = None) -> Work:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         work()
-    return graph.replay
+
+    def replay(_keep_alive: Work = work) -> None:
+        # The graph reads the tensors that `work` holds, so they must live as long as it does.
+        graph.replay()
+
+    return replay
 
 
 def time_interleaved(

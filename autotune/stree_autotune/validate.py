@@ -149,9 +149,7 @@ def _record(
     pair: Pair, prompts: list[list[int]], table: RuntimeTable, request: ValidateRequest
 ) -> _Setting:
     """Record the trace of exactly these prompts."""
-    config = RecordConfig(
-        request.dataset, max_new_tokens=request.max_new_tokens, num_positions=table.context
-    )
+    config = RecordConfig(request.dataset, max_new_tokens=request.max_new_tokens)
     with prompt_progress(len(prompts), "trace") as advance:
         trace = record_trace(pair, prompts, config, advance)
     stop = StopRule(request.max_new_tokens, pair.target.shape.eos_token_ids)
