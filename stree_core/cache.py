@@ -15,6 +15,9 @@ from torch import Tensor
 from stree_core.model_shape import AttentionShape, Mamba2Shape, ModelShape
 from stree_kernels.rows import Pending, ScanRows
 
+KEY_MULTIPLE = 16
+"""Attention over a multiple of this many keys needs no padded copy of the mask."""
+
 
 @dataclass(frozen=True, slots=True)
 class Mamba2Cache:
@@ -176,8 +179,10 @@ def _attention_cache(
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=dtype, device=device)
 
-    # A path's unused entries are written behind its valid ones, hence the room for one path.
+    # A path's unused entries are written behind its valid ones, hence the room for one path; the
+    # rest lets a pass see a number of keys that attention kernels need not pad.
     positions = size.num_positions + size.path_capacity
+    positions += KEY_MULTIPLE + -positions % KEY_MULTIPLE
     rows = [zeros(size.num_rows, size.num_slots, *heads) for _ in range(4)]
     return AttentionCache(
         zeros(size.num_slots, positions, *heads),

@@ -53,6 +53,7 @@ class Engine:
         self.config = config or EngineConfig()
         self.target = target
         self.draft = draft if tree.num_nodes > 0 else None
+        self._accepted = [0] * self.config.num_slots
         draft_widths = self.draft.conv_widths if self.draft else frozenset()
         self.plan = make_plan(tree, target.conv_widths, draft_widths, target.device)
         with torch.inference_mode():
@@ -97,8 +98,7 @@ class Engine:
         hidden = self._consume(self.target, prompt, slot, self._speculator.target_cache)
         first = int(top_tokens(self.target.logits(hidden[-1:]), 1))
         buffers = self._speculator.buffers
-        buffers.root_B[slot] = first
-        buffers.predecessor_B[slot] = prompt[-1]
+        buffers.latest_2B[:, slot] = torch.tensor([prompt[-1], first], device=self.target.device)
         buffers.active_B[slot] = 1
         if self.draft is not None and self._speculator.draft_cache is not None:
             self._consume(self.draft, prompt[:-1], slot, self._speculator.draft_cache)
@@ -108,14 +108,17 @@ class Engine:
     def step(self) -> list[list[int]]:
         """Run one step; return the tokens that every slot emitted (none where inactive)."""
         self._run()
-        buffers = self._speculator.buffers
-        rows = torch.cat((buffers.num_emitted_B[None].long(), buffers.emitted_LB)).t().tolist()
-        return [row[1 : 1 + row[0]] for row in rows]
+        counts, self._accepted, *tokens = self._speculator.buffers.result_XB.tolist()
+        return [
+            list(column[:n]) for n, column in zip(counts, zip(*tokens, strict=True), strict=True)
+        ]
 
     def accepted_nodes(self) -> list[int]:
-        """Return the node that each slot's last recording step accepted, 0 for none."""
-        nodes: list[int] = self._speculator.buffers.accepted_B.tolist()
-        return nodes
+        """Return the last node that each slot's last step accepted, 0 when it was the root.
+
+        A recording step accepts nothing and says what it would have accepted.
+        """
+        return self._accepted
 
     @torch.inference_mode()
     def release(self, slot: int) -> None:

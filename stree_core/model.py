@@ -1,7 +1,7 @@
 """One forward pass of a Mamba2 or hybrid model over a block of rows.
 
-Shape letters: T rows of this pass, B slots, D hidden size, V vocabulary, E rows up to this pass's
-last, S committed positions, L path capacity, others as in stree_kernels.rows. Activations are
+Shape letters: T rows of this pass, B slots, D hidden size, V vocabulary, S committed
+positions, Q queries, K keys, L path capacity, others as in stree_kernels.rows. Activations are
 time-major (T, B, ...), like the cache's row buffers.
 """
 
@@ -14,7 +14,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from stree_core.backend import Backend
-from stree_core.cache import AttentionCache, Cache, CacheSize, Mamba2Cache, make_cache
+from stree_core.cache import (
+    KEY_MULTIPLE,
+    AttentionCache,
+    Cache,
+    CacheSize,
+    Mamba2Cache,
+    make_cache,
+)
 from stree_core.model_shape import AttentionShape, Mamba2Shape, ModelShape
 from stree_core.row_block import RowBlock
 from stree_kernels.rows import ScanHeads
@@ -62,6 +69,22 @@ class ModelWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """What all attention mixers of one pass share.
+
+    Queries [B, Q] are the pass's rows once for each query head of a kv head; keys [K] are the first
+    `num_committed` of the cache, then the rows of the block. `bias_BQK` is 0 where a query sees a
+    key, else -inf. `slot_B1` and `position_BL` say where the pending path is appended.
+    """
+
+    rotation: tuple[Tensor, Tensor]
+    num_committed: int
+    bias_BQK: Tensor
+    slot_B1: Tensor
+    position_BL: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Pass:
     """What all blocks of one pass share: its rows, whether it commits, attention's tables."""
 
@@ -69,8 +92,7 @@ class Pass:
     first: int
     num_tokens: int
     commit: bool
-    rotation: tuple[Tensor, Tensor] | None = None
-    visible_BQK: Tensor | None = None
+    attention: AttentionPlan | None
 
     @property
     def end(self) -> int:
@@ -103,7 +125,9 @@ class Model:
         With `commit` the cache's pending path is applied first: once a step, by its first pass.
         Returns hidden states [T, B, D] after the final norm.
         """
-        this = self._plan_pass(block, cache, first, tokens_TB.shape[0], commit)
+        num_tokens = tokens_TB.shape[0]
+        attention = self._plan_attention(block, cache, first, first + num_tokens)
+        this = Pass(block, first, num_tokens, commit, attention)
         x_TBD = self.weights.embed_VD[tokens_TB]
         x_TBD = x_TBD.to(self.weights.final_norm.dtype)
         layers = zip(self.shape.blocks, self.weights.blocks, cache.layers, strict=True)
@@ -132,26 +156,33 @@ class Model:
             logits = functional.linear(rows.float(), weight.float())
         return logits.view(*hidden_TBD.shape[:2], -1)
 
-    def _plan_pass(
-        self, block: RowBlock, cache: Cache, first: int, num_tokens: int, commit: bool
-    ) -> Pass:
+    def _plan_attention(
+        self, block: RowBlock, cache: Cache, first: int, end: int
+    ) -> AttentionPlan | None:
         if not self.shape.has_attention:
-            return Pass(block, first, num_tokens, commit)
-        attention = next(b.mixer for b in self.shape.blocks if isinstance(b.mixer, AttentionShape))
+            return None
+        shape = next(b.mixer for b in self.shape.blocks if isinstance(b.mixer, AttentionShape))
         layer = next(layer for layer in cache.layers if isinstance(layer, AttentionCache))
-        end = first + num_tokens
-        rows_TB = block.depth_R[first:end, None] + cache.committed_B
-        position_S = torch.arange(layer.key_BSHD.shape[1], device=self.device)
-        committed_BTS = (position_S < cache.committed_B[:, None])[:, None].expand(
-            -1, num_tokens, -1
+        committed_B1 = cache.committed_B[:, None]
+        num_slots = len(committed_B1)
+        num_committed = layer.key_BSHD.shape[1] - end % KEY_MULTIPLE
+        visible_BK = torch.arange(num_committed, device=self.device) < committed_B1
+        visible_BTK = torch.cat(
+            (
+                visible_BK[:, None].expand(-1, end - first, -1),
+                block.mask_RR[first:end, :end].expand(num_slots, -1, -1),
+            ),
+            dim=2,
         )
-        tree_BTE = block.mask_RR[first:end, :end].expand(len(cache.committed_B), -1, -1)
-        visible_BTK = torch.cat((committed_BTS, tree_BTE), dim=2)
-        # Query heads that share a kv head are folded into the rows of one attention problem.
-        group_size = attention.num_heads // attention.num_kv_heads
-        visible_BQK = visible_BTK.repeat(1, group_size, 1)
-        return Pass(
-            block, first, num_tokens, commit, _rotation(rows_TB, attention, self.dtype), visible_BQK
+        bias_BTK = torch.zeros(visible_BTK.shape, dtype=self.dtype, device=self.device)
+        bias_BTK.masked_fill_(~visible_BTK, -torch.inf)
+        path_BL, length_B = cache.pending
+        return AttentionPlan(
+            _rotation(block.depth_R[first:end, None] + cache.committed_B, shape, self.dtype),
+            num_committed,
+            bias_BTK.repeat(1, shape.num_heads // shape.num_kv_heads, 1),
+            torch.arange(num_slots, device=self.device)[:, None],
+            committed_B1 - length_B[:, None] + torch.arange(path_BL.shape[1], device=self.device),
         )
 
     def _norm(self, x_TBD: Tensor, weight: Tensor) -> Tensor:
@@ -197,40 +228,41 @@ def _attention(
     this: Pass,
 ) -> Tensor:  # fmt: skip
     """Attend to the committed cache and, in the block, to ancestors."""
+    plan = this.attention
+    assert plan is not None
     if this.commit:
-        _commit_keys(layer, cache)
-    assert this.rotation is not None
-    assert this.visible_BQK is not None
+        _commit_keys(layer, cache, plan)
     qkv = functional.linear(x_TBD, w.qkv_proj).unflatten(-1, (-1, a.head_dim))
-    q_TBHD, k_TBHD, v_TBHD = qkv.split((a.num_heads, a.num_kv_heads, a.num_kv_heads), dim=2)
+    turned_TBHD = _rotate(qkv[:, :, : a.num_heads + a.num_kv_heads], plan.rotation)
+    q_TBHD, k_TBHD = turned_TBHD.split((a.num_heads, a.num_kv_heads), dim=2)
     keys_RBHD, values_RBHD = layer.key_RBHD[cache.current], layer.value_RBHD[cache.current]
-    keys_RBHD[this.first : this.end] = _rotate(k_TBHD, this.rotation)
-    values_RBHD[this.first : this.end] = v_TBHD
-    keys = torch.cat((layer.key_BSHD, keys_RBHD[: this.end].transpose(0, 1)), dim=1)
-    values = torch.cat((layer.value_BSHD, values_RBHD[: this.end].transpose(0, 1)), dim=1)
-    queries = _rotate(q_TBHD, this.rotation).unflatten(2, (a.num_kv_heads, -1))
+    keys_RBHD[this.first : this.end] = k_TBHD
+    values_RBHD[this.first : this.end] = qkv[:, :, -a.num_kv_heads :]
     out = functional.scaled_dot_product_attention(
-        queries.permute(1, 2, 3, 0, 4).flatten(2, 3),
-        keys.transpose(1, 2),
-        values.transpose(1, 2),
-        attn_mask=this.visible_BQK[:, None],
+        q_TBHD.unflatten(2, (a.num_kv_heads, -1)).permute(1, 2, 3, 0, 4).flatten(2, 3),
+        _seen(layer.key_BSHD, keys_RBHD, plan, this.end),
+        _seen(layer.value_BSHD, values_RBHD, plan, this.end),
+        attn_mask=plan.bias_BQK[:, None],
     )
     heads = out.unflatten(2, (-1, this.num_tokens)).permute(3, 0, 1, 2, 4)
     return functional.linear(heads.flatten(2), w.o_proj)
 
 
-def _commit_keys(layer: AttentionCache, cache: Cache) -> None:
+def _seen(committed_BSHD: Tensor, rows_RBHD: Tensor, plan: AttentionPlan, end: int) -> Tensor:
+    """Return the keys or values of a pass [B, kv heads, K, head dim]."""
+    parts = (committed_BSHD[:, : plan.num_committed], rows_RBHD[:end].transpose(0, 1))
+    return torch.cat(parts, dim=1).transpose(1, 2)
+
+
+def _commit_keys(layer: AttentionCache, cache: Cache, plan: AttentionPlan) -> None:
     """Append the pending path's keys and values to the committed ones.
 
     Unused entries land behind the committed length, where nothing looks before it is rewritten.
     """
-    path_BL, length_B = cache.pending
-    slot_B1 = torch.arange(path_BL.shape[0], device=path_BL.device)[:, None]
-    start_B1 = (cache.committed_B - length_B)[:, None]
-    position_BL = start_B1 + torch.arange(path_BL.shape[1], device=path_BL.device)
-    before = 1 - cache.current
-    layer.key_BSHD[slot_B1, position_BL] = layer.key_RBHD[before][path_BL, slot_B1]
-    layer.value_BSHD[slot_B1, position_BL] = layer.value_RBHD[before][path_BL, slot_B1]
+    rows = (cache.pending.path_BL, plan.slot_B1)
+    where = (plan.slot_B1, plan.position_BL)
+    layer.key_BSHD[where] = layer.key_RBHD[1 - cache.current][rows]
+    layer.value_BSHD[where] = layer.value_RBHD[1 - cache.current][rows]
 
 
 def _rotation(position_TB: Tensor, a: AttentionShape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -24,19 +24,16 @@ from stree_core.tree_plan import DraftLevel, TreePlan
 class StepBuffers:
     """What a step reads and leaves behind, in place.
 
-    `root_B` and `predecessor_B` are the last emitted token and the one before it, `tokens_TB` the
-    tree's. `active_B` (int32, 1 or 0): an inactive slot computes but does not advance. `emitted_LB`
-    holds the step's tokens, the first `num_emitted_B` of them valid: the accepted ones and the
-    bonus token. `accepted_B` is the last node that a recording step would have accepted.
+    `latest_2B` holds the last two emitted tokens: the predecessor and the root. `tokens_TB` are the
+    tree's. `active_B` (int32, 1 or 0): an inactive slot computes but does not advance. `result_XB`
+    is what the host reads, in one copy: row 0 counts a step's tokens, row 1 is the last accepted
+    node, then come the L tokens: the accepted ones and the bonus token, those counted are valid.
     """
 
-    root_B: Tensor
-    predecessor_B: Tensor
+    latest_2B: Tensor
     tokens_TB: Tensor
     active_B: Tensor
-    emitted_LB: Tensor
-    num_emitted_B: Tensor
-    accepted_B: Tensor
+    result_XB: Tensor
 
 
 def make_buffers(plan: TreePlan, num_slots: int, device: torch.device) -> StepBuffers:
@@ -46,13 +43,10 @@ def make_buffers(plan: TreePlan, num_slots: int, device: torch.device) -> StepBu
         return torch.zeros(*shape, dtype=dtype, device=device)
 
     return StepBuffers(
-        zeros(num_slots),
-        zeros(num_slots),
+        zeros(2, num_slots),
         zeros(plan.tree.num_tokens, num_slots),
         zeros(num_slots, dtype=torch.int32),
-        zeros(plan.tree.depth + 1, num_slots),
-        zeros(num_slots, dtype=torch.int32),
-        zeros(num_slots),
+        zeros(2 + plan.tree.depth + 1, num_slots),
     )
 
 
@@ -81,12 +75,12 @@ class Speculator:
         self.propose()
         chosen_TB = self.verify()
         last_B = self.accept(chosen_TB)
-        self.buffers.accepted_B.copy_(last_B)
         self.commit(chosen_TB, torch.zeros_like(last_B))
+        self.buffers.result_XB[1] = last_B
 
     def propose(self) -> None:
         """Fill the tree's tokens, level by level."""
-        self.buffers.tokens_TB[0] = self.buffers.root_B
+        self.buffers.tokens_TB[0] = self.buffers.latest_2B[1]
         for level in self.plan.levels:
             self.draft_level(level)
 
@@ -97,10 +91,7 @@ class Speculator:
         assert self.plan.draft_block is not None
         tokens_TB = self.buffers.tokens_TB
         is_root = level.first == 0
-        if is_root:
-            inputs_WB = torch.stack((self.buffers.predecessor_B, self.buffers.root_B))
-        else:
-            inputs_WB = tokens_TB[level.nodes]
+        inputs_WB = self.buffers.latest_2B if is_root else tokens_TB[level.nodes]
         hidden_WBD = self.draft.forward(
             inputs_WB, self.plan.draft_block, self.draft_cache, first=level.first, commit=is_root
         )
@@ -128,27 +119,21 @@ class Speculator:
         b, plan = self.buffers, self.plan
         assert self.draft_cache is not None
         path_BL = plan.target_path_TL[last_B]
-        num_tokens_B = plan.depths_T[last_B] + 1
-        emitted_LB = chosen_TB.gather(0, path_BL.t().long())
-        history_LB = torch.cat((b.root_B[None], emitted_LB))
-        latest_2B = torch.stack((num_tokens_B - 1, num_tokens_B)).long()
-        predecessor_B, root_B = history_LB.gather(0, latest_2B)
-        active_B = b.active_B.bool()
-        b.predecessor_B.copy_(torch.where(active_B, predecessor_B, b.predecessor_B))
-        b.root_B.copy_(torch.where(active_B, root_B, b.root_B))
-        b.emitted_LB.copy_(emitted_LB)
-        torch.mul(num_tokens_B, b.active_B, out=b.num_emitted_B)
-        _advance(self.target_cache, path_BL, b.num_emitted_B)
-        _advance(self.draft_cache, plan.draft_path_TL[last_B], b.num_emitted_B)
+        accepted_B = plan.depths_T[last_B]
+        emitted_LB = chosen_TB.gather(0, path_BL.t())
+        history_LB = torch.cat((b.latest_2B[1:], emitted_LB))
+        torch.gather(history_LB, 0, torch.stack((accepted_B, accepted_B + 1)), out=b.latest_2B)
+        length_B = (accepted_B + 1) * b.active_B
+        b.result_XB.copy_(torch.cat((length_B[None], last_B[None], emitted_LB)))
+        _advance(self.target_cache, path_BL, length_B)
+        _advance(self.draft_cache, plan.draft_path_TL[last_B], length_B)
 
     def commit_one(self, chosen_1B: Tensor) -> None:
         """Commit and emit without speculation: the path is the root alone, row 0 of its block."""
         b = self.buffers
-        active_B = b.active_B.bool()
-        b.predecessor_B.copy_(torch.where(active_B, b.root_B, b.predecessor_B))
-        b.root_B.copy_(torch.where(active_B, chosen_1B[0], b.root_B))
-        b.emitted_LB.copy_(chosen_1B)
-        b.num_emitted_B.copy_(b.active_B)
+        b.latest_2B.copy_(torch.cat((b.latest_2B[1:], chosen_1B)))
+        b.result_XB[0] = b.active_B
+        b.result_XB[2:] = chosen_1B
         self.target_cache.pending.length_B.copy_(b.active_B)
         self.target_cache.committed_B.add_(b.active_B)
 

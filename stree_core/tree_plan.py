@@ -71,7 +71,7 @@ def make_plan(
     def table(values: Sequence[Sequence[int]]) -> Tensor:
         capacity = tree.depth + 1
         padded = [[*row, *[0] * (capacity - len(row))] for row in values]
-        return torch.tensor(padded, dtype=torch.int32, device=device)
+        return torch.tensor(padded, device=device)
 
     draft_paths = [
         [PREDECESSOR_ROW, *(draft_row[node] for node in path[:-1])] if speculates else []
@@ -83,7 +83,7 @@ def make_plan(
         make_block(draft_parents, draft_conv_widths, device) if speculates else None,
         tuple(_levels(tree, draft_row, device)),
         torch.tensor((0, *tree.parents[1:]), device=device),
-        torch.tensor(tree.depths, dtype=torch.int32, device=device),
+        torch.tensor(tree.depths, device=device),
         table(tree.node_paths),
         table(draft_paths),
     )

@@ -74,8 +74,9 @@ def run_probe(request: PairRequest, config: ProbeConfig, *, as_json: bool, force
     path = data_folder(request.data) / "runtime" / f"{'--'.join((config.gpu, *names))}.yaml"
     _require_new(path, force=force)
     logger.info("probing %s + %s on %s", *names, device_name(pair.device))
-    table = probe(pair, config, logger.info)
-    save_runtime_table(table, path)
+    # Saved after every batch size: a long probe that is stopped keeps what it has measured.
+    for table in probe(pair, config, logger.info):
+        save_runtime_table(table, path)
     summary = {
         "path": str(path),
         "gpu": table.gpu,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -63,8 +63,11 @@ class ProbeConfig:
 
 def probe(
     pair: Pair, config: ProbeConfig, progress: Callable[[str], None] | None = None
-) -> RuntimeTable:
-    """Measure a runtime table; `progress` is called with a line after every batch size."""
+) -> Iterator[RuntimeTable]:
+    """Measure batch size by batch size; yield the table of all so far after each of them.
+
+    `progress` is called with a line after every batch size.
+    """
     effort = EFFORTS[config.effort]
     points: list[Point] = []
     steps: list[Step] = []
@@ -79,20 +82,21 @@ def probe(
         ]
         if progress is not None:
             progress(f"batch size {batch_size}: one token {off.ms:.3f} ms")
-    target, draft = (
-        _model_cost(model, ref)
-        for model, ref in ((pair.target, pair.target_ref), (pair.draft, pair.draft_ref))
-    )
+        yield _table(pair, config, points, steps)
+
+
+def _table(pair: Pair, config: ProbeConfig, points: list[Point], steps: list[Step]) -> RuntimeTable:
+    trees = step_trees(config.max_nodes)
     return RuntimeTable(
         gpu=config.gpu,
         gpu_name=device_name(pair.device),
-        target=target,
-        draft=draft,
+        target=_model_cost(pair.target, pair.target_ref),
+        draft=_model_cost(pair.draft, pair.draft_ref),
         dtype=str(pair.target.dtype).removeprefix("torch."),
         backend="triton" if pair.target.backend.name == "triton" else "torch",
         context=config.context,
         weights="random" if config.random_weights else "real",
-        measured=_measured(effort, pair.device),
+        measured=_measured(EFFORTS[config.effort], pair.device),
         points=tuple(p._replace(ms=_round(p.ms), spread_ms=_round(p.spread_ms)) for p in points),
         trees={name: TreeText(paths=tree.paths) for name, tree in trees.items()},
         steps=tuple(s._replace(ms=_round(s.ms), spread_ms=_round(s.spread_ms)) for s in steps),
@@ -175,7 +179,7 @@ def _rebound(shared: Speculator, tree: Tree) -> Speculator:
     assert shared.draft is not None
     device = shared.target.device
     plan = make_plan(tree, shared.target.conv_widths, shared.draft.conv_widths, device)
-    num_slots = len(shared.buffers.root_B)
+    num_slots = len(shared.buffers.active_B)
     buffers = make_buffers(plan, num_slots, device)
     return dataclasses.replace(shared, plan=plan, buffers=buffers)
 

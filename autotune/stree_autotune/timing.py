@@ -23,7 +23,7 @@ class Effort:
     seconds: float
 
 
-EFFORTS = {"quick": Effort(5, 30, 0.15), "full": Effort(9, 100, 0.5)}
+EFFORTS = {"quick": Effort(5, 30, 0.1), "full": Effort(9, 100, 0.5)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,7 +142,8 @@ def _table(pair: Pair, profile: Profile, models: PairRequest, batch_size: int) -
     logger.info("no table was measured on this %s: probing batch size %d", name, batch_size)
     nodes = max(16, *(row.tree.build().num_nodes for row in profile.policy))
     config = ProbeConfig(gpu, profile.context, (batch_size,), nodes)
-    return probe(pair, config, logger.info)
+    *_, table = probe(pair, config, logger.info)
+    return table
 
 
 def _record(
