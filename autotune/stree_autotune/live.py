@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from stree_autotune.library import Library, check_name, data_folder, trace_file_name
-from stree_autotune.probe import ProbeConfig, probe
+from stree_autotune.probe import ProbeConfig, extends, missing_batch_sizes, probe
 from stree_autotune.prompts import load_prompts
 from stree_autotune.record import RecordConfig, record_trace
-from stree_autotune.runtime_table import save_runtime_table
+from stree_autotune.runtime_table import RuntimeTable, load_runtime_table, save_runtime_table
 from stree_autotune.trace_file import save_trace
 from stree_core.decode import StopRule, generate, stream
 from stree_core.engine import Engine, EngineConfig
@@ -72,10 +72,10 @@ def run_probe(request: PairRequest, config: ProbeConfig, *, as_json: bool, force
     check_name(config.gpu, "GPU")
     names = (pair.target_ref.name, pair.draft_ref.name)
     path = data_folder(request.data) / "runtime" / f"{'--'.join((config.gpu, *names))}.yaml"
-    _require_new(path, force=force)
+    known = _known_table(path, pair, config, force=force)
     logger.info("probing %s + %s on %s", *names, device_name(pair.device))
     # Saved after every batch size: a long probe that is stopped keeps what it has measured.
-    for table in probe(pair, config, logger.info):
+    for table in probe(pair, config, logger.info, known):
         save_runtime_table(table, path)
     summary = {
         "path": str(path),
@@ -203,6 +203,21 @@ def _report(text: str, summary: dict[str, object], as_json: bool) -> None:
     sys.stdout.write(text + "\n")
     if as_json:
         print_json(summary)
+
+
+def _known_table(
+    path: Path, pair: Pair, config: ProbeConfig, *, force: bool
+) -> RuntimeTable | None:
+    """Return the table at `path` when this probe only adds batch sizes to it, None when it is new.
+
+    Raises ConfigError when the probe would change what is there, unless `force`.
+    """
+    if force or not path.exists():
+        return None
+    known = load_runtime_table(path)
+    if not extends(known, pair, config) or not missing_batch_sizes(config, known):
+        raise ConfigError(f"{path} exists already; pass --force to measure all of it again")
+    return known
 
 
 def _require_new(path: Path, *, force: bool) -> None:

@@ -62,17 +62,21 @@ class ProbeConfig:
 
 
 def probe(
-    pair: Pair, config: ProbeConfig, progress: Callable[[str], None] | None = None
+    pair: Pair,
+    config: ProbeConfig,
+    progress: Callable[[str], None] | None = None,
+    known: RuntimeTable | None = None,
 ) -> Iterator[RuntimeTable]:
     """Measure batch size by batch size; yield the table of all so far after each of them.
 
-    `progress` is called with a line after every batch size.
+    Batch sizes in `known`, an earlier table of the same setting, are taken over from it. `progress`
+    is called with a line after every batch size.
     """
     effort = EFFORTS[config.effort]
-    points: list[Point] = []
-    steps: list[Step] = []
+    points = list(known.points) if known else []
+    steps = list(known.steps) if known else []
     trees = step_trees(config.max_nodes)
-    for batch_size in config.batch_sizes:
+    for batch_size in missing_batch_sizes(config, known):
         points += _terms(pair, config, batch_size, effort)
         off, *timed = _whole_steps(pair, config, batch_size, (Tree.chain(0), *trees.values()))
         points.append(Point("one_token", batch_size, 1, off.ms, off.spread_ms))
@@ -83,6 +87,17 @@ def probe(
         if progress is not None:
             progress(f"batch size {batch_size}: one token {off.ms:.3f} ms")
         yield _table(pair, config, points, steps)
+
+
+def missing_batch_sizes(config: ProbeConfig, known: RuntimeTable | None) -> list[int]:
+    """Return the batch sizes of `config` that `known` has not measured."""
+    return sorted(set(config.batch_sizes) - set(known.batch_sizes if known else ()))
+
+
+def extends(known: RuntimeTable, pair: Pair, config: ProbeConfig) -> bool:
+    """True when `known` has this pair, device and setting, so that rows may join it."""
+    same = _table(pair, config, list(known.points), list(known.steps))
+    return same.model_copy(update={"measured": known.measured}) == known
 
 
 def _table(pair: Pair, config: ProbeConfig, points: list[Point], steps: list[Step]) -> RuntimeTable:

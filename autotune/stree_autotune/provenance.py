@@ -52,8 +52,12 @@ def git_sha() -> str:
 
 
 def command_line() -> str:
-    """Return the command as its user typed it."""
-    return shlex.join(["stree-tune", *sys.argv[1:]])
+    """Return the command as its user typed it, absolute paths cut to their last part.
+
+    Files are shared: where one machine keeps its folders is of no use on another.
+    """
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return shlex.join(["stree-tune", *words])
 
 
 def utc_now() -> str:
