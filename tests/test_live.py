@@ -56,6 +56,14 @@ def test_from_measurement_to_text(run: Runner) -> None:
         "one_token", "verify", "draft_root", "draft", "branch",
     }  # fmt: skip
 
+    code, _, err = run("probe", *PAIR, *small)
+    assert code == 2
+    assert "--force" in err
+    assert run("probe", *PAIR, *small, "--batch-size", "2", "--effort", "quick")[0] == 0
+    longer = load_runtime_table(Path("stree-data/runtime/cpu--tiny-target--tiny-draft.yaml"))
+    assert longer.batch_sizes == (1, 2)
+    assert longer.points[: len(table.points)] == table.points, "measured rows are kept"
+
     record = ("trace", "--dataset", "toys", "--prompts", "prompts.jsonl", *PAIR)
     code, out, _ = run(*record, "--max-new-tokens", "30", "--json")
     assert code == 0
