@@ -124,26 +124,35 @@ def run_validate(request: ValidateRequest, models: PairRequest, *, as_json: bool
 
 
 def _table(pair: Pair, profile: Profile, models: PairRequest, batch_size: int) -> RuntimeTable:
-    """Return this very device's table of the pair, probing now when none was measured on it."""
+    """Return this very device's table of the pair, probing now when there is none to trust."""
     name = device_name(pair.device)
     gpu = short_gpu_name(name, pair.device)
-    dtype = str(pair.target.dtype).removeprefix("torch.")
+    # A processor's name says little about its cores, their number and what else they are doing.
+    table = _known_table(pair, profile, models, gpu) if pair.device.type == "cuda" else None
+    if table is not None and batch_size in table.batch_sizes:
+        logger.info("predicting with times measured on this GPU, %s", table.measured.date)
+        return table
+    logger.info("probing %s at batch size %d to predict with", name, batch_size)
+    nodes = max(16, *(row.tree.build().num_nodes for row in profile.policy))
+    config = ProbeConfig(gpu, profile.context, (batch_size,), nodes)
+    *_, table = probe(pair, config, logger.info)
+    return table
+
+
+def _known_table(
+    pair: Pair, profile: Profile, models: PairRequest, gpu: str
+) -> RuntimeTable | None:
+    """Return the pair's table for exactly this GPU, dtype and context, None when there is none."""
     library = Library.open(models.data, missing_ok=True)
     try:
         found = library.find_runtime(gpu, pair.target_ref.name, pair.draft_ref.name)
     except StreeError as err:
         logger.info("%s", err)
-    else:
-        table = load_runtime_table(found.path)
-        fits = (table.gpu_name, table.dtype, table.context) == (name, dtype, profile.context)
-        if fits and batch_size in table.batch_sizes:
-            logger.info("predicting with %s, measured %s", found.path.name, table.measured.date)
-            return table
-    logger.info("no table was measured on this %s: probing batch size %d", name, batch_size)
-    nodes = max(16, *(row.tree.build().num_nodes for row in profile.policy))
-    config = ProbeConfig(gpu, profile.context, (batch_size,), nodes)
-    *_, table = probe(pair, config, logger.info)
-    return table
+        return None
+    table = load_runtime_table(found.path)
+    dtype = str(pair.target.dtype).removeprefix("torch.")
+    wanted = (device_name(pair.device), dtype, profile.context)
+    return table if (table.gpu_name, table.dtype, table.context) == wanted else None
 
 
 def _record(
