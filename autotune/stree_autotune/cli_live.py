@@ -105,7 +105,7 @@ def validate(
     prompts: flags.Prompts = "",
     dataset: flags.Dataset = "demo",
     batch_size: flags.BatchSize = 1,
-    limit: flags.Limit = 0,
+    limit: flags.Limit = 32,
     max_new_tokens: flags.MaxNewTokens = 128,
     data: flags.Data = flags.DEFAULT_DATA_PATHS,
     device: flags.Device = "auto",

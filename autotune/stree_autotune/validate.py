@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,7 +42,8 @@ RAGGED = Tree.from_paths(
 )
 """Nine nodes with unequal numbers of children and leaves on every level."""
 
-_CHAINS = range(1, 9)
+_CHAINS = (1, 2, 3, 4, 6, 8)
+_STAGES = 3
 _WARM_UP_TOKENS = 16
 
 
@@ -87,10 +89,18 @@ class _Setting:
     pair: Pair
     prompts: list[list[int]]
     trace: Trace
-    cost: StepCost
     stop: StopRule
     batch_size: int
     context: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """A part of the prompts, decoded with every tree, and the times to predict it with."""
+
+    table: RuntimeTable
+    cost: StepCost
+    runs: dict[Tree, Run]
 
 
 def run_validate(request: ValidateRequest, models: PairRequest, *, as_json: bool) -> None:
@@ -100,10 +110,11 @@ def run_validate(request: ValidateRequest, models: PairRequest, *, as_json: bool
     pair = open_pair(models)
     require_profile_fits(profile, pair)
     texts = open_prompts(request.dataset, request.prompts_file, models.data)[: request.limit]
-    table = _table(pair, profile, models, request.batch_size)
-    setting = _record(pair, pair.encode(texts), table, request)
-    rows = _measure(setting, _modes(profile, setting))
-    _print(rows, pair, table)
+    setting = _record(pair, pair.encode(texts), profile, request)
+    table = _known_table(setting, profile, models)
+    stages = [_stage(setting, profile, part, table) for part in _parts(setting, table)]
+    rows = _rows(setting, profile, stages)
+    _print(rows, pair, stages[0].table)
     document = {
         "command": command_line(),
         "gpu": device_name(pair.device),
@@ -112,7 +123,7 @@ def run_validate(request: ValidateRequest, models: PairRequest, *, as_json: bool
         "dataset": request.dataset,
         "num_prompts": len(texts),
         "max_new_tokens": request.max_new_tokens,
-        "runtime_table_date": table.measured.date,
+        "runtime_table_date": stages[0].table.measured.date,
         "rows": [asdict(row) for row in rows],
     }
     if request.output is not None:
@@ -123,88 +134,110 @@ def run_validate(request: ValidateRequest, models: PairRequest, *, as_json: bool
         print_json(document)
 
 
-def _table(pair: Pair, profile: Profile, models: PairRequest, batch_size: int) -> RuntimeTable:
-    """Return this very device's table of the pair, probing now when there is none to trust."""
-    name = device_name(pair.device)
-    gpu = short_gpu_name(name, pair.device)
-    # A processor's name says little about its cores, their number and what else they are doing.
-    table = _known_table(pair, profile, models, gpu) if pair.device.type == "cuda" else None
-    if table is not None and batch_size in table.batch_sizes:
-        logger.info("predicting with times measured on this GPU, %s", table.measured.date)
-        return table
-    logger.info("probing %s at batch size %d to predict with", name, batch_size)
-    nodes = max(16, *(row.tree.build().num_nodes for row in profile.policy))
-    config = ProbeConfig(gpu, profile.context, (batch_size,), nodes)
-    *_, table = probe(pair, config, logger.info)
-    return table
-
-
-def _known_table(
-    pair: Pair, profile: Profile, models: PairRequest, gpu: str
-) -> RuntimeTable | None:
-    """Return the pair's table for exactly this GPU, dtype and context, None when there is none."""
-    library = Library.open(models.data, missing_ok=True)
-    try:
-        found = library.find_runtime(gpu, pair.target_ref.name, pair.draft_ref.name)
-    except StreeError as err:
-        logger.info("%s", err)
-        return None
-    table = load_runtime_table(found.path)
-    dtype = str(pair.target.dtype).removeprefix("torch.")
-    wanted = (device_name(pair.device), dtype, profile.context)
-    return table if (table.gpu_name, table.dtype, table.context) == wanted else None
-
-
 def _record(
-    pair: Pair, prompts: list[list[int]], table: RuntimeTable, request: ValidateRequest
+    pair: Pair, prompts: list[list[int]], profile: Profile, request: ValidateRequest
 ) -> _Setting:
     """Record the trace of exactly these prompts."""
     config = RecordConfig(request.dataset, max_new_tokens=request.max_new_tokens)
     with prompt_progress(len(prompts), "trace") as advance:
         trace = record_trace(pair, prompts, config, advance)
     stop = StopRule(request.max_new_tokens, pair.target.shape.eos_token_ids)
-    cost = StepCost.from_table(table)
-    return _Setting(pair, prompts, trace, cost, stop, request.batch_size, table.context)
+    return _Setting(pair, prompts, trace, stop, request.batch_size, profile.context)
 
 
-def _modes(profile: Profile, setting: _Setting) -> dict[str, Tree]:
-    """Return what to run: off, chains, the best chain, the tuned choice, two fixed trees."""
+def _known_table(setting: _Setting, profile: Profile, models: PairRequest) -> RuntimeTable | None:
+    """Return the pair's table for exactly this GPU, dtype and context, None when there is none."""
+    pair = setting.pair
+    # A processor's name says little about its cores, their number and what else they are doing.
+    if pair.device.type != "cuda":
+        return None
+    name = device_name(pair.device)
+    library = Library.open(models.data, missing_ok=True)
+    try:
+        found = library.find_runtime(
+            short_gpu_name(name, pair.device), pair.target_ref.name, pair.draft_ref.name
+        )
+    except StreeError as err:
+        logger.info("%s", err)
+        return None
+    table = load_runtime_table(found.path)
+    dtype = str(pair.target.dtype).removeprefix("torch.")
+    if (table.gpu_name, table.dtype, table.context) != (name, dtype, profile.context):
+        return None
+    if setting.batch_size not in table.batch_sizes:
+        return None
+    logger.info("predicting with times measured on this GPU, %s", table.measured.date)
+    return table
 
-    def tokens_per_ms(tree: Tree) -> float:
-        step_ms = setting.cost.step_ms(setting.batch_size, tree)
-        return walk(setting.trace, tree).tokens_per_step / step_ms
 
-    best = max((Tree.chain(k) for k in _CHAINS), key=tokens_per_ms)
+def _parts(setting: _Setting, table: RuntimeTable | None) -> list[list[list[int]]]:
+    """Split the prompts into stages: one with a known table, else a few that each probe anew.
+
+    A machine that drifts between probing and decoding would look like an error of the prediction.
+    """
+    count = 1 if table is not None else min(_STAGES, len(setting.prompts))
+    return [setting.prompts[first::count] for first in range(count)]
+
+
+def _stage(
+    setting: _Setting, profile: Profile, prompts: list[list[int]], table: RuntimeTable | None
+) -> _Stage:
+    """Probe when there is no table, then decode `prompts` in every mode."""
+    if table is None:
+        name = device_name(setting.pair.device)
+        logger.info("probing %s at batch size %d to predict with", name, setting.batch_size)
+        gpu = short_gpu_name(name, setting.pair.device)
+        nodes = max(16, *(row.tree.build().num_nodes for row in profile.policy))
+        config = ProbeConfig(gpu, profile.context, (setting.batch_size,), nodes)
+        *_, table = probe(setting.pair, config)
+    trees = [*_fixed_modes(profile, setting).values(), *map(Tree.chain, _CHAINS)]
+    with prompt_progress(len(set(trees)), "modes") as advance:
+        runs = {}
+        for tree in dict.fromkeys(trees):
+            runs[tree] = _decode(setting, prompts, tree)
+            advance(len(runs))
+    return _Stage(table, StepCost.from_table(table), runs)
+
+
+def _fixed_modes(profile: Profile, setting: _Setting) -> dict[str, Tree]:
+    """Return what is run whatever was measured: off, two chains, the tuned choice, two trees."""
     row = profile.row_for(setting.batch_size)
     modes = {"off": Tree.chain(0), "chain 2": Tree.chain(2), "chain 4": Tree.chain(4)}
-    modes[f"best chain ({best.num_nodes})"] = best
     modes[f"tuned {row.verdict}"] = row.tree.build()
     return modes | {"published tree": DEFAULT_TREE, "ragged tree": RAGGED}
 
 
-def _measure(setting: _Setting, modes: dict[str, Tree]) -> list[Row]:
-    """Run every mode; modes with the same tree are run once."""
-    runs: dict[Tree, Run] = {}
-    with prompt_progress(len(modes), "modes") as advance:
-        for done, tree in enumerate(modes.values(), start=1):
-            if tree not in runs:
-                runs[tree] = _decode(setting, tree)
-            advance(done)
-    reference = runs[Tree.chain(0)]
-    return [_row(setting, name, tree, runs[tree], reference) for name, tree in modes.items()]
-
-
-def _decode(setting: _Setting, tree: Tree) -> Run:
+def _decode(setting: _Setting, prompts: list[list[int]], tree: Tree) -> Run:
     config = EngineConfig(setting.batch_size, setting.context)
     engine = Engine(setting.pair.target, setting.pair.draft, tree, config)
-    warm_up = StopRule(_WARM_UP_TOKENS)
-    generate(engine, setting.prompts[: setting.batch_size], warm_up)
-    return generate(engine, setting.prompts, setting.stop)
+    generate(engine, prompts[: setting.batch_size], StopRule(_WARM_UP_TOKENS))
+    return generate(engine, prompts, setting.stop)
 
 
-def _row(setting: _Setting, name: str, tree: Tree, run: Run, reference: Run) -> Row:
+def _rows(setting: _Setting, profile: Profile, stages: Sequence[_Stage]) -> list[Row]:
+    """Return predicted against live, the best chain being the one that was fastest live."""
+    runs = {tree: _joined([stage.runs[tree] for stage in stages]) for tree in stages[0].runs}
+    best = max(map(Tree.chain, _CHAINS), key=lambda chain: runs[chain].tokens_per_s)
+    modes = _fixed_modes(profile, setting) | {f"best chain ({best.num_nodes})": best}
+    reference = runs[Tree.chain(0)]
+    return [
+        _row(setting, name, tree, stages, runs[tree], reference) for name, tree in modes.items()
+    ]
+
+
+def _joined(runs: Sequence[Run]) -> Run:
+    return Run(
+        tuple(generation for run in runs for generation in run.generations),
+        sum(run.step_seconds for run in runs),
+        sum(run.num_engine_steps for run in runs),
+    )
+
+
+def _row(
+    setting: _Setting, name: str, tree: Tree, stages: Sequence[_Stage], run: Run, reference: Run
+) -> Row:
     tokens_per_step = walk(setting.trace, tree).tokens_per_step
-    step_ms = setting.cost.step_ms(setting.batch_size, tree)
+    step_ms = statistics.fmean(s.cost.step_ms(setting.batch_size, tree) for s in stages)
     # With several slots a batch runs until its last sequence ends, so slots are not always full.
     occupancy = run.num_steps / max(1, run.num_engine_steps)
     pairs = zip(run.generations, reference.generations, strict=True)
