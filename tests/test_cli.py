@@ -26,15 +26,15 @@ QUICK = (*TOY, "--batch-size", "4", "--batch-size", "1", "--max-nodes", "8")
 FLAGS = {
     "": "--acceptance-from --batch-size --context --data --dataset --draft --force --gpu --help "
     "--json --max-nodes --output --rule --seed --target --temperature --top-p -o",
-    "decode": "--backend --data --device --dtype --help --json --max-new-tokens --mode --profile "
-    "--prompt -p",
+    "decode": "--backend --data --device --draft --dtype --help --json --max-new-tokens --mode "
+    "--profile --prompt --target -p",
     "probe": "--backend --batch-size --context --data --device --draft --dtype --effort --force "
     "--gpu --help --json --max-nodes --random-weights --target",
     "show": "--data --help --json",
     "trace": "--backend --batch-size --data --dataset --device --draft --dtype --force --help "
     "--json --limit --max-new-tokens --num-children --prompts --rows --seed --target",
-    "validate": "--backend --batch-size --data --dataset --device --dtype --help --json --limit "
-    "--max-new-tokens --output --profile --prompts --write -o -p",
+    "validate": "--backend --batch-size --data --dataset --device --draft --dtype --help --json "
+    "--limit --max-new-tokens --output --profile --prompts --target --write -o -p",
 }
 
 

@@ -95,6 +95,11 @@ def test_from_measurement_to_text(run: Runner) -> None:
     code, tuned, _ = run(*prompt)
     assert code == 0
     assert run(*prompt, "--mode", "off")[1] == tuned
+    folders = ("stree-data/models/tiny-target", "stree-data/models/tiny-draft")
+    assert run(*prompt, "--target", folders[0], "--draft", folders[1])[1] == tuned
+    code, _, err = run(*prompt, "--target", folders[1])
+    assert code == 2
+    assert "the profile is for target tiny-target" in err
     code, out, _ = run(*prompt, "--json")
     assert json.loads(out.splitlines()[-1])["text"] == tuned.removesuffix("\n")
 

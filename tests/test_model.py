@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from stree_kernels.testing import assert_close
 from tiny_models import VOCAB_SIZE, ours, tiny_bamba, tiny_mamba2
 from transformers import PreTrainedModel
 
@@ -16,6 +15,7 @@ from stree_core.model import Model
 from stree_core.prefill import PREFILL_CHUNK
 from stree_core.row_block import make_block
 from stree_core.tree import DEFAULT_TREE, Tree
+from stree_kernels.testing import assert_close
 
 # transformers computes the scan in fp32 whatever the model's dtype.
 TOLERANCE = 1e-5

@@ -86,6 +86,13 @@ Prompts = Annotated[
         "--prompts", metavar="FILE", help="JSON lines with a prompt, question or turns field."
     ),
 ]
+ProfileTarget = Annotated[
+    str,
+    typer.Option("--target", show_default="the profile's name", help="Where the target lies."),
+]
+ProfileDraft = Annotated[
+    str, typer.Option("--draft", show_default="the profile's name", help="Where the draft lies.")
+]
 MaxNewTokens = Annotated[
     int, typer.Option("--max-new-tokens", min=1, help="Tokens after which a text ends.")
 ]

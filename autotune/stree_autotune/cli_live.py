@@ -102,6 +102,8 @@ def trace(
 
 def validate(
     profile: flags.ProfilePath = flags.DEFAULT_PROFILE,
+    target: flags.ProfileTarget = "",
+    draft: flags.ProfileDraft = "",
     prompts: flags.Prompts = "",
     dataset: flags.Dataset = "demo",
     batch_size: flags.BatchSize = 1,
@@ -134,14 +136,15 @@ def validate(
         output=Path(output) if output else None,
         write=write,
     )
-    # the profile names the pair
-    models = PairRequest("", "", tuple(data), Runtime(device, dtype, backend))
+    models = PairRequest(target, draft, tuple(data), Runtime(device, dtype, backend))
     run_validate(request, models, as_json=as_json)
 
 
 def decode(
     prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="Text to continue.")],
     profile: flags.ProfilePath = flags.DEFAULT_PROFILE,
+    target: flags.ProfileTarget = "",
+    draft: flags.ProfileDraft = "",
     max_new_tokens: flags.MaxNewTokens = 128,
     mode: Annotated[
         Literal["auto", "off"],
@@ -157,8 +160,7 @@ def decode(
     from stree_autotune.live import PairRequest, run_decode
     from stree_core.pair import Runtime
 
-    # the profile names the pair
-    request = PairRequest("", "", tuple(data), Runtime(device, dtype, backend))
+    request = PairRequest(target, draft, tuple(data), Runtime(device, dtype, backend))
     run_decode(
         request,
         profile_path=profile,

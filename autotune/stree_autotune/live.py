@@ -30,7 +30,7 @@ from stree_core.pair import (
     require_profile_fits,
     short_gpu_name,
 )
-from stree_core.profile import load_profile
+from stree_core.profile import Profile, load_profile
 from stree_core.tree import Tree
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ DEMO_DATASET = "demo"
 
 @dataclass(frozen=True, slots=True)
 class PairRequest:
-    """Which models, from where, and on what to run them."""
+    """Which models, from where, and on what to run them; empty names are a profile's."""
 
     target: str
     draft: str
@@ -54,6 +54,17 @@ def open_pair(request: PairRequest) -> Pair:
     library = Library.open(request.data, missing_ok=True)
     folders = (library.find_model(request.target), library.find_model(request.draft))
     return load_pair(*folders, request.runtime, random_weights=request.random_weights)
+
+
+def open_profile_pair(request: PairRequest, profile: Profile) -> Pair:
+    """Load the pair of a profile, found by its names or where the request says.
+
+    Raises ConfigError when it is not the pair that the profile was made for.
+    """
+    target, draft = request.target or profile.target.name, request.draft or profile.draft.name
+    pair = open_pair(replace(request, target=target, draft=draft))
+    require_profile_fits(profile, pair)
+    return pair
 
 
 def open_prompts(dataset: str, file: Path | None, data: tuple[Path, ...]) -> list[str]:
@@ -125,9 +136,7 @@ def run_decode(
 ) -> None:
     """Continue a prompt as a profile says, printing text as it comes."""
     profile = load_profile(profile_path)
-    request = PairRequest(profile.target.name, profile.draft.name, request.data, request.runtime)
-    pair = open_pair(request)
-    require_profile_fits(profile, pair)
+    pair = open_profile_pair(request, profile)
     warning = gpu_warning(profile, pair.device)
     if warning:
         logger.warning(warning)

@@ -14,7 +14,7 @@ from rich.table import Table
 from stree_autotune.library import Library
 from stree_autotune.live import (
     PairRequest,
-    open_pair,
+    open_profile_pair,
     open_prompts,
     print_json,
     prompt_progress,
@@ -31,7 +31,7 @@ from stree_core.decode import Run, StopRule, generate
 from stree_core.engine import Engine, EngineConfig
 from stree_core.errors import StreeError
 from stree_core.files import write_atomically
-from stree_core.pair import Pair, device_name, require_profile_fits, short_gpu_name
+from stree_core.pair import Pair, device_name, short_gpu_name
 from stree_core.profile import Measured, MeasuredBlock, Profile, load_profile, save_profile
 from stree_core.tree import DEFAULT_TREE, Tree
 
@@ -106,9 +106,7 @@ class _Stage:
 def run_validate(request: ValidateRequest, models: PairRequest, *, as_json: bool) -> None:
     """Print, and write where asked, predicted and live rows for a profile's pair."""
     profile = load_profile(request.profile_path)
-    models = PairRequest(profile.target.name, profile.draft.name, models.data, models.runtime)
-    pair = open_pair(models)
-    require_profile_fits(profile, pair)
+    pair = open_profile_pair(models, profile)
     texts = open_prompts(request.dataset, request.prompts_file, models.data)[: request.limit]
     setting = _record(pair, pair.encode(texts), profile, request)
     table = _known_table(setting, profile, models)
