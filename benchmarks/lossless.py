@@ -14,16 +14,14 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
-
 from stree_autotune.live import PairRequest, open_pair, open_prompts
+from stree_autotune.margin import logit_margin
 from stree_autotune.provenance import utc_now, versions
 from stree_autotune.validate import RAGGED
 from stree_core.decode import Run, StopRule, generate
 from stree_core.engine import Engine, EngineConfig
 from stree_core.files import write_atomically
 from stree_core.pair import Pair, Runtime, device_name
-from stree_core.prefill import consume, prefill_cache
 from stree_core.tree import DEFAULT_TREE, Tree
 
 MODES = {
@@ -77,7 +75,7 @@ def compare(
     for mode, tree in MODES.items():
         run = decode(pair, prompts, num_tokens, tree)
         margins = [
-            margin(pair, prompt, expected.tokens, actual.tokens)
+            logit_margin(pair.target, prompt, expected.tokens, actual.tokens)
             for prompt, expected, actual in zip(
                 prompts, alone.generations, run.generations, strict=True
             )
@@ -106,16 +104,6 @@ def decode(pair: Pair, prompts: list[list[int]], num_tokens: int, tree: Tree) ->
     config = EngineConfig(1, longest + num_tokens + tree.depth + 1)
     engine = Engine(pair.target, pair.draft, tree, config)
     return generate(engine, prompts, StopRule(num_tokens))
-
-
-@torch.inference_mode()
-def margin(pair: Pair, prompt: list[int], expected: list[int], actual: list[int]) -> float:
-    """Return the logit gap between the two tokens where two texts part."""
-    part = next(i for i, (a, b) in enumerate(zip(expected, actual, strict=True)) if a != b)
-    prefix = [*prompt, *expected[:part]]
-    hidden = consume(pair.target, prefix, prefill_cache(pair.target, len(prefix)))
-    logits = pair.target.logits(hidden)[0, 0]
-    return abs(float(logits[expected[part]] - logits[actual[part]]))
 
 
 if __name__ == "__main__":

@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM
 
 import stree_core
 from stree_autotune.library import Library, shipped_root
+from stree_autotune.margin import logit_margin
 from stree_autotune.prompts import load_prompts
 from stree_autotune.record import RecordConfig, record_trace
 from stree_autotune.trace_file import load_trace
 from stree_autotune.trace_walk import walk
+from stree_autotune.validate import RAGGED
 from stree_core.checkpoint import model_ref
-from stree_core.model import Model
 from stree_core.prefill import consume, prefill_cache
 from stree_core.tree import DEFAULT_TREE, Tree
 from stree_kernels.testing import assert_close
@@ -31,9 +32,7 @@ TREES = {
     "chain2": Tree.chain(2),
     "chain4": Tree.chain(4),
     "published": DEFAULT_TREE,
-    "ragged": Tree.from_paths(
-        [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 1], [0, 0, 0, 0]]
-    ),
+    "ragged": RAGGED,
     "wide": Tree.from_paths([[i] for i in range(8)] + [[i, j] for i in range(4) for j in (0, 1)]),
 }
 
@@ -75,17 +74,8 @@ def test_trees_decode_the_targets_own_text(
     for prompt, expected, actual in together:
         if expected.tokens != actual.tokens:
             assert pair.target.dtype == torch.float32, "float64 texts must be equal"
-            assert _margin(pair.target, prompt, expected.tokens, actual.tokens) <= 1e-4
+            assert logit_margin(pair.target, prompt, expected.tokens, actual.tokens) <= 1e-4
     assert run.tokens_per_step > 1.3
-
-
-def _margin(model: Model, prompt: list[int], expected: list[int], actual: list[int]) -> float:
-    part = next(i for i, (a, b) in enumerate(zip(expected, actual, strict=True)) if a != b)
-    prefix = [*prompt, *expected[:part]]
-    with torch.inference_mode():
-        hidden = consume(model, prefix, prefill_cache(model, len(prefix)))
-        logits = model.logits(hidden)[0, 0]
-    return abs(float(logits[expected[part]] - logits[actual[part]]))
 
 
 def test_walking_a_trace_equals_live_decoding() -> None:

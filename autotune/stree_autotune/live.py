@@ -16,7 +16,12 @@ from stree_autotune.library import Library, check_name, data_folder, trace_file_
 from stree_autotune.probe import ProbeConfig, extends, missing_batch_sizes, probe
 from stree_autotune.prompts import load_prompts
 from stree_autotune.record import RecordConfig, record_trace
-from stree_autotune.runtime_table import RuntimeTable, load_runtime_table, save_runtime_table
+from stree_autotune.runtime_table import (
+    RuntimeTable,
+    load_runtime_table,
+    runtime_file_name,
+    save_runtime_table,
+)
 from stree_autotune.trace_file import save_trace
 from stree_core.decode import StopRule, generate, stream
 from stree_core.engine import Engine, EngineConfig
@@ -82,7 +87,7 @@ def run_probe(request: PairRequest, config: ProbeConfig, *, as_json: bool, force
         config = replace(config, gpu=gpu)
     check_name(config.gpu, "GPU")
     names = (pair.target_ref.name, pair.draft_ref.name)
-    path = data_folder(request.data) / "runtime" / f"{'--'.join((config.gpu, *names))}.yaml"
+    path = data_folder(request.data) / "runtime" / runtime_file_name(config.gpu, *names)
     known = _known_table(path, pair, config, force=force)
     logger.info("probing %s + %s on %s", *names, device_name(pair.device))
     # Saved after every batch size: a long probe that is stopped keeps what it has measured.

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.table import Table
-
 from stree_autotune.library import Library
 from stree_autotune.live import (
     PairRequest,
@@ -19,20 +17,19 @@ from stree_autotune.live import (
     print_json,
     prompt_progress,
 )
+from stree_autotune.live_rows import Row, print_rows, with_measured
 from stree_autotune.probe import ProbeConfig, probe
 from stree_autotune.provenance import command_line, utc_now, versions
 from stree_autotune.record import RecordConfig, record_trace
 from stree_autotune.runtime_table import RuntimeTable, load_runtime_table
-from stree_autotune.show import result_console
 from stree_autotune.step_cost import StepCost
 from stree_autotune.trace_file import Trace
 from stree_autotune.trace_walk import walk
 from stree_core.decode import Run, StopRule, generate
 from stree_core.engine import Engine, EngineConfig
-from stree_core.errors import StreeError
 from stree_core.files import write_atomically
 from stree_core.pair import Pair, device_name, short_gpu_name
-from stree_core.profile import Measured, MeasuredBlock, Profile, load_profile, save_profile
+from stree_core.profile import Profile, load_profile, save_profile
 from stree_core.tree import DEFAULT_TREE, Tree
 
 logger = logging.getLogger(__name__)
@@ -59,27 +56,6 @@ class ValidateRequest:
     max_new_tokens: int
     output: Path | None
     write: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One way of decoding: what was predicted of it and what it did. Errors are relative."""
-
-    mode: str
-    nodes: int
-    batch_size: int
-    predicted_tokens_per_step: float
-    live_tokens_per_step: float
-    predicted_step_ms: float
-    live_step_ms: float
-    predicted_tokens_per_s: float
-    live_tokens_per_s: float
-    texts_differing_from_off: int
-
-    @property
-    def error(self) -> float:
-        """Relative error of the predicted tokens per second."""
-        return self.predicted_tokens_per_s / self.live_tokens_per_s - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +88,7 @@ def run_validate(request: ValidateRequest, models: PairRequest, *, as_json: bool
     table = _known_table(setting, profile, models)
     stages = [_stage(setting, profile, part, table) for part in _parts(setting, table)]
     rows = _rows(setting, profile, stages)
-    _print(rows, pair, stages[0].table)
+    print_rows(rows, pair, stages[0].table)
     document = {
         "command": command_line(),
         "gpu": device_name(pair.device),
@@ -127,7 +103,7 @@ def run_validate(request: ValidateRequest, models: PairRequest, *, as_json: bool
     if request.output is not None:
         write_atomically(request.output, (json.dumps(document, indent=1) + "\n").encode())
     if request.write:
-        save_profile(_with_measured(profile, rows, pair), request.profile_path)
+        save_profile(with_measured(profile, rows, pair), request.profile_path)
     if as_json:
         print_json(document)
 
@@ -151,14 +127,11 @@ def _known_table(setting: _Setting, profile: Profile, models: PairRequest) -> Ru
         return None
     name = device_name(pair.device)
     library = Library.open(models.data, missing_ok=True)
-    try:
-        found = library.find_runtime(
-            short_gpu_name(name, pair.device), pair.target_ref.name, pair.draft_ref.name
-        )
-    except StreeError as err:
-        logger.info("%s", err)
+    gpu = short_gpu_name(name, pair.device)
+    path = library.measured_runtime(gpu, pair.target_ref.name, pair.draft_ref.name)
+    if path is None:
         return None
-    table = load_runtime_table(found.path)
+    table = load_runtime_table(path)
     dtype = str(pair.target.dtype).removeprefix("torch.")
     if (table.gpu_name, table.dtype, table.context) != (name, dtype, profile.context):
         return None
@@ -251,47 +224,3 @@ def _row(
         live_tokens_per_s=run.tokens_per_s,
         texts_differing_from_off=sum(a.tokens != b.tokens for a, b in pairs),
     )
-
-
-def _print(rows: Sequence[Row], pair: Pair, table: RuntimeTable) -> None:
-    console = result_console()
-    console.print(
-        f"{pair.target_ref.name} + {pair.draft_ref.name} on {device_name(pair.device)}, "
-        f"batch size {rows[0].batch_size}; table of {table.measured.date}",
-    )
-    grid = Table(box=None, pad_edge=False)
-    for title in ("mode", "nodes", "tokens/step", "live", "step ms", "live", "tokens/s", "live"):
-        grid.add_column(title, justify="left" if title == "mode" else "right")
-    grid.add_column("error", justify="right")
-    for row in rows:
-        grid.add_row(
-            row.mode, str(row.nodes),
-            f"{row.predicted_tokens_per_step:.3f}", f"{row.live_tokens_per_step:.3f}",
-            f"{row.predicted_step_ms:.3f}", f"{row.live_step_ms:.3f}",
-            f"{row.predicted_tokens_per_s:.0f}", f"{row.live_tokens_per_s:.0f}",
-            f"{row.error:+.1%}",
-        )  # fmt: skip
-    console.print(grid)
-    differing = max(row.texts_differing_from_off for row in rows)
-    if differing:
-        console.print(
-            f"up to {differing} texts differ from decoding without speculation: rounding at "
-            "near-ties, see docs/numerics.md",
-        )
-
-
-def _with_measured(profile: Profile, rows: Sequence[Row], pair: Pair) -> Profile:
-    measured = tuple(
-        Measured(
-            batch_size=row.batch_size,
-            mode=row.mode,
-            tokens_per_step=float(f"{row.live_tokens_per_step:.6g}"),
-            step_ms=float(f"{row.live_step_ms:.6g}"),
-            tokens_per_s=float(f"{row.live_tokens_per_s:.6g}"),
-        )
-        for row in rows
-    )
-    block = MeasuredBlock(
-        gpu=device_name(pair.device), date=utc_now(), versions=versions(), rows=measured
-    )
-    return profile.model_copy(update={"measured": block})
