@@ -1,9 +1,11 @@
-"""Compile every kernel configuration without a GPU; fail on spills or too much shared memory.
+"""Compile the kernels without a GPU; fail on spills or too much shared memory.
 
-    python benchmarks/aot.py            every configuration for every architecture (minutes)
-    python benchmarks/aot.py --quick    one model's shapes on sm_90, as the tests do
+    python benchmarks/aot.py            every size for every architecture (many minutes)
+    python benchmarks/aot.py --quick    sizes of the shipped models on sm_90, as the tests do
 
-Run it in a process without TRITON_INTERPRET. The numbers come from the compiled code (cuobjdump).
+Each case calls an op as a model does, on tensors in the CPU's memory; a driver without a device
+compiles what the op launches. Run it in a process without TRITON_INTERPRET. The numbers come from
+the compiled code (cuobjdump).
 """
 
 from __future__ import annotations
@@ -14,194 +16,299 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
-from stree_kernels import tree_conv, tree_scan
+from stree_kernels import key_rows, linear, pdl, residual, tree_attention, tree_conv, tree_scan
+from stree_kernels.key_rows_ref import KeyValues
+from stree_kernels.rows import (
+    MASK_MULTIPLE,
+    MAX_KEPT,
+    Gate,
+    Past,
+    Pending,
+    ScanHeads,
+    ScanRows,
+    gate_width,
+)
+from stree_kernels.unscaled import COLUMNS_PER_SUM, Residual, UnscaledRows
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
 """Shared memory that one block may take, by architecture (CUDA programming guide, table 30)."""
 
-# By name, which goes to another process; a kernel does not.
-KERNELS: dict[str, Any] = {
-    "tree_scan": tree_scan._tree_scan_kernel,
-    "token_scan": tree_scan._token_scan_kernel,
-    "tree_conv": tree_conv._tree_conv_kernel,
-}
-TRITON_TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-SCAN_PREVIOUS = ("prev_x_ptr", "prev_dt_ptr", "prev_b_ptr", "path_ptr", "length_ptr")
-CONV_PREVIOUS = ("prev_ptr", "path_ptr", "length_ptr")
+MAX_TRADED_BYTES = 160
+"""Stack of a thread in a config that caps registers: there one more program is worth it."""
+
+BF16, FP32 = torch.bfloat16, torch.float32
+LAYERS = ((64, 128), (64, 64))
+"""Head dim and state dim of the shipped models: mamba2 and the demo pair."""
 
 
-@dataclass(frozen=True, slots=True)
-class Build:
-    """One kernel to compile: element types of its pointers (default `dtype`), its constants.
-
-    Without a path to replay a kernel is one straight block, in which the assembler may trade a few
-    registers for earlier loads; a tile that does not fit takes over 500 bytes of stack.
-    """
-
-    name: str
-    kernel: str
-    dtype: torch.dtype
-    pointers: Mapping[str, str]
-    constants: Mapping[str, Any]
-    num_warps: int
-    pending: bool
-
-    @property
-    def max_stack_bytes(self) -> int:
-        """Bytes per thread that may be spilled."""
-        return 0 if self.pending else 256
-
-    def source(self) -> ASTSource:
-        """Return what Triton compiles, specialised as for a model's aligned buffers."""
-        signature, constants, attributes = {}, {}, {}
-        kernel = KERNELS[self.kernel]
-        for index, name in enumerate(kernel.arg_names):
-            if name in self.constants:
-                signature[name] = "constexpr"
-                constants[index,] = self.constants[name]
-                continue
-            if name.endswith("_ptr"):
-                signature[name] = "*" + self.pointers.get(name, TRITON_TYPES[self.dtype])
-            else:
-                signature[name] = "fp32" if name in ("dt_min", "dt_max") else "i32"
-            if name not in kernel.do_not_specialize and signature[name] != "fp32":
-                attributes[index,] = [["tt.divisibility", 16]]
-        return ASTSource(kernel, signature, constants, attributes)
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):
     """What a compiled kernel takes: the first two per thread, shared memory per block."""
 
+    kernel: str
     registers: int
     stack_bytes: int
     shared_bytes: int
+    capped: bool
 
 
-def compile_for(build: Build, arch: int) -> Usage:
-    """Compile `build` for sm_`arch` and read its resources from the binary."""
-    target = GPUTarget("cuda", arch, 32)
-    options = {"num_warps": build.num_warps, "num_stages": 1}
-    compiled = triton.compile(build.source(), target=target, options=options)
+Case = Callable[[], None]
+
+
+class TargetDriver:
+    """What Triton asks of a driver to compile, not to launch."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        """Return a number that keeps the compiled kernels of architectures apart."""
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+def compile_case(case: Case, arch: int) -> list[Usage]:
+    """Compile all that `case` launches for sm_`arch` and read its resources from the binaries."""
+    compiled: list[Any] = []
+    run, options = JITFunction.run, pdl._options
+
+    def compile_only(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> None:
+        compiled.append((run(self, *args, warmup=True, **kwargs), "maxnreg" in kwargs))
+
+    depends = arch >= 90
+    launch = (("PDL", True), ("launch_pdl", True)) if depends else (("PDL", False),)
+    driver.set_active(TargetDriver(arch))
+    JITFunction.run = compile_only
+    pdl._options = lambda *_: launch
+    try:
+        case()
+    finally:
+        JITFunction.run, pdl._options = run, options
+    return [usage(kernel, capped) for kernel, capped in compiled]
+
+
+def usage(kernel: Any, capped: bool) -> Usage:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(kernel.asm["cubin"])
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", report)
     assert found is not None
-    return Usage(int(found[1]), int(found[2]), compiled.metadata.shared)
+    name, shared = kernel.metadata.name.strip("_"), kernel.metadata.shared
+    return Usage(name, int(found[1]), int(found[2]), shared, capped)
 
 
-def scan_build(
-    config: tree_scan.ScanConfig, head_dim: int, state_dim: int, *, dtype: torch.dtype,
-    state: torch.dtype, pending: bool, one_tile: bool,
-) -> Build:  # fmt: skip
-    """Return the build of one scan: the one-token kernel where the config holds one row."""
-    block_p = config.block_head_dim(head_dim, state_dim)
-    constants: dict[str, Any] = {
-        "HEADS_PER_GROUP": 8, "HEAD_DIM": head_dim, "STATE_DIM": state_dim, "BLOCK_P": block_p,
-        "BLOCK_T": config.block_rows, "BLOCK_L": tree_scan.BLOCK_PATH, "ONE_TILE": one_tile,
-    }  # fmt: skip
-    constants |= {} if pending else dict.fromkeys(SCAN_PREVIOUS)
-    names = dict.fromkeys(("a_ptr", "skip_ptr", "dt_bias_ptr"), "fp32")
-    names |= {"state_ptr": TRITON_TYPES[state], "mask_ptr": "i1"}
-    names |= {"path_ptr": "i32", "length_ptr": "i32"}
-    one_token = config is tree_scan.TOKEN_CONFIG
-    kernel = "token_scan" if one_token else "tree_scan"
-    name = (
-        f"{kernel} rows={config.block_rows}{'' if one_tile else '+'} P={head_dim} N={state_dim} "
-        f"{TRITON_TYPES[dtype]} state={TRITON_TYPES[state]} replay={'yes' if pending else 'no'}"
+def scan(
+    tokens: int, head_dim: int, state_dim: int, *, dtype: torch.dtype = BF16,
+    state: torch.dtype = FP32, many: bool = False, commit: bool = True, gated: bool = True,
+) -> None:  # fmt: skip
+    """Run a scan of few or many programs."""
+    batch, heads, groups = (64 if many else 1), 16, 2
+    sections = (heads * head_dim, groups * state_dim, groups * state_dim, heads)
+    buffer = torch.empty(MAX_KEPT + 2 * tokens, batch, sum(sections), dtype=dtype).transpose(0, 1)
+    x, b, c, dt = buffer.split(sections, dim=-1)
+    all_rows = ScanRows(
+        x.unflatten(-1, (heads, head_dim)), dt, b.unflatten(-1, (groups, state_dim))
     )
-    return Build(name, kernel, dtype, names, constants, config.num_warps, pending)
+    rows = ScanRows(*(tensor[:, MAX_KEPT:] for tensor in all_rows))
+    out = torch.empty(tokens, batch, heads, head_dim, dtype=dtype).transpose(0, 1)
+    num_sums = heads * head_dim // gate_width(head_dim, state_dim, dtype)
+    sums = torch.empty(tokens, batch, num_sums).transpose(0, 1)
+    tree_scan.tree_scan(
+        torch.empty(batch, heads, head_dim, state_dim, dtype=state), rows,
+        c[:, MAX_KEPT : MAX_KEPT + tokens].unflatten(-1, (groups, state_dim)),
+        make_mask(tokens), ScanHeads(*torch.empty(3, heads)), first=0,
+        dt_limit=(0.0, 1.0), out_BTHP=out,
+        gate=Gate(torch.empty_like(out), sums) if gated else None,
+        past=Past(all_rows, MAX_KEPT, pending(batch), commit),
+    )  # fmt: skip
 
 
-def conv_build(config: tree_conv.ConvConfig, *, dtype: torch.dtype, pending: bool) -> Build:
-    """Return the build of one conv of width 4."""
-    constants: dict[str, Any] = {
-        "NUM_COLUMNS": 3, "BLOCK_C": config.block_channels, "BLOCK_T": config.block_rows,
-    }  # fmt: skip
-    constants |= {} if pending else dict.fromkeys(CONV_PREVIOUS)
-    names = dict.fromkeys(("ancestors_ptr", "path_ptr", "length_ptr"), "i32")
-    replay = "yes" if pending else "no"
-    name = f"tree_conv rows={config.block_rows} {TRITON_TYPES[dtype]} replay={replay}"
-    return Build(name, "tree_conv", dtype, names, constants, config.num_warps, pending)
+def conv(tokens: int, *, dtype: torch.dtype = BF16, commit: bool = True) -> None:
+    """Run a conv of width 4."""
+    channels, columns = 256, 272
+    rows = torch.empty(tokens, 1, columns, dtype=dtype).transpose(0, 1)
+    tree_conv.tree_conv(
+        torch.empty(1, channels, 3, dtype=dtype), rows, torch.empty(channels, 4, dtype=dtype),
+        torch.empty(channels, dtype=dtype), torch.zeros(tokens, 3, dtype=torch.int32), first=0,
+        num_tokens=tokens, out_BRE=torch.empty_like(rows), previous_BRE=rows if commit else None,
+        pending=pending(1) if commit else None,
+    )  # fmt: skip
 
 
-def quick_builds() -> Iterator[Build]:
-    """Yield what a bf16 model of head dim 64 and state dim 128 runs, and the largest state."""
-    yield from scan_builds(torch.bfloat16, 64, 128, torch.float32, pending=True)
-    *_, last = scan_builds(torch.bfloat16, 128, 256, torch.float32, pending=True)
-    yield last
-    for config in tree_conv.CONFIGS:
-        yield conv_build(config, dtype=torch.bfloat16, pending=True)
+def projections(
+    num_rows: int, num_inner: int, num_columns: int, *, dtype: torch.dtype = BF16, groups: int = 1
+) -> None:
+    """Run what a model runs of projections: plain with a norm, gated MLP, fp32 logits, added."""
+    sums = torch.empty(num_rows, num_inner // COLUMNS_PER_SUM)
+    rows = UnscaledRows(torch.empty(num_rows, num_inner, dtype=dtype), sums, groups, 1e-5)
+    weight = torch.empty(num_columns, num_inner, dtype=dtype)
+    out = torch.empty(num_rows, num_columns, dtype=dtype)
+    linear.linear(rows, weight, out)
+    linear.linear_swiglu(rows, weight, out[:, : num_columns // 2].contiguous())
+    linear.linear(rows._replace(square_sums_MQ=None), weight, out.float())
+    sums_out = torch.empty(num_rows, num_columns // COLUMNS_PER_SUM)
+    linear.linear_add(rows, weight, Residual(out, out, sums_out))
+    if dtype != FP32:
+        linear.linear_add(rows, weight, Residual(out.float(), out, sums_out))
 
 
-def all_builds() -> Iterator[Build]:
-    """Yield every configuration with every size it is made for."""
-    for dtype, pending in itertools.product(TRITON_TYPES, (True, False)):
-        for config in tree_conv.CONFIGS:
-            yield conv_build(config, dtype=dtype, pending=pending)
-        # Head dims above 64 are cut to it; a state in bf16 takes less.
-        for head_dim, state_dim in itertools.product((16, 32, 64), tree_scan.STATE_DIMS):
-            yield from scan_builds(dtype, head_dim, state_dim, torch.float32, pending=pending)
-    yield from scan_builds(torch.bfloat16, 64, 128, torch.bfloat16, pending=True)
+def row_steps(num_columns: int, *, dtype: torch.dtype = BF16) -> None:
+    """Run the row-wise steps between projections."""
+    values = torch.empty(2, num_columns, dtype=dtype)
+    stream = Residual(
+        values if dtype == FP32 else values.float(), values,
+        torch.empty(2, num_columns // COLUMNS_PER_SUM),
+    )  # fmt: skip
+    residual.start_residual(values, torch.zeros(2, dtype=torch.int64), stream)
+    residual.add_residual(values.float(), stream)
+    residual.scale_rows(stream.rows(1e-5), values[0].contiguous(), torch.empty_like(values))
+    residual.swiglu(values, torch.empty_like(values[:, : num_columns // 2].contiguous()))
 
 
-def scan_builds(
-    dtype: torch.dtype, head_dim: int, state_dim: int, state: torch.dtype, *, pending: bool
-) -> Iterator[Build]:
-    """Yield what the launcher picks for one token, for every tile size and for several tiles."""
-    cuts = {tree_scan.TOKEN_CONFIG: {True}}
-    if dtype == torch.bfloat16 or state_dim <= tree_scan.FP32_CONFIG.max_state_dim:
-        for num_rows in (16, 32, 64, tree_scan.MAX_ROWS):
-            config = tree_scan.pick_config(num_rows, state_dim, dtype)
-            cuts.setdefault(config, set()).add(num_rows <= config.block_rows)
-    for config, one_tile in ((config, tile) for config, tiles in cuts.items() for tile in tiles):
-        yield scan_build(
-            config, head_dim, state_dim, dtype=dtype, state=state, pending=pending,
-            one_tile=one_tile,
-        )  # fmt: skip
+def attention(tokens: int, group: int, head_dim: int, *, dtype: torch.dtype = BF16) -> None:
+    """Store keys and attend, `group` query heads for each of two kv heads."""
+    kv_heads, positions = 2, 256
+    heads = group * kv_heads
+    rows = KeyValues(*torch.empty(2, tokens, 1, kv_heads, head_dim, dtype=dtype))
+    cache = KeyValues(*torch.empty(2, 1, positions, kv_heads, head_dim, dtype=dtype))
+    q = torch.empty(tokens, 1, heads, head_dim, dtype=dtype)
+    counts = torch.zeros(1, dtype=torch.int32)
+    key_rows.store_keys(
+        torch.empty(tokens, 1, (heads + 2 * kv_heads) * head_dim, dtype=dtype),
+        torch.zeros(tokens, dtype=torch.int32), counts, torch.empty(head_dim // 2), first=0,
+        q_TBHD=q, rows=rows, cache=cache, previous=rows, pending=pending(1),
+    )  # fmt: skip
+    num_values = tree_attention.workspace_size(tokens, 1, heads, kv_heads, head_dim, dtype)
+    tree_attention.tree_attention(
+        q, cache, rows, make_mask(tokens), counts, first=0, scale=0.1,
+        out_TBHD=torch.empty_like(q), workspace=torch.empty(num_values),
+    )  # fmt: skip
 
 
-def check(work: tuple[Build, int]) -> tuple[str, bool]:
-    """Compile one build; return its line of the table and whether it is within the limits."""
-    build, arch = work
-    usage = compile_for(build, arch)
-    fits = (
-        usage.stack_bytes <= build.max_stack_bytes and usage.shared_bytes <= SHARED_KIB[arch] << 10
-    )
-    line = (
-        f"sm_{arch:<4}{build.name:<62}{usage.registers:>4} registers {usage.stack_bytes:>5} B stack"
-        f"{usage.shared_bytes / 1024:>7.1f} KiB shared{'' if fits else '  TOO MUCH'}"
-    )
-    return line, fits
+def make_mask(tokens: int) -> Tensor:
+    return torch.ones(tokens, -(-tokens // MASK_MULTIPLE) * MASK_MULTIPLE, dtype=torch.bool)
+
+
+def pending(batch: int) -> Pending:
+    counts = torch.zeros(2, batch, dtype=torch.int32)
+    return Pending(torch.zeros(batch, 4, dtype=torch.int32), *counts)
+
+
+def quick_cases() -> Iterator[tuple[str, Case]]:
+    """Yield what the shipped models run in bf16."""
+    for (head_dim, state_dim), tokens in itertools.product(LAYERS, (1, 16, 32, 64, 256)):
+        for many in (False, True):
+            yield scan_case(tokens, head_dim, state_dim, many=many)
+    for tokens in (1, 16, 32):
+        yield f"conv T={tokens}", partial(conv, tokens)
+    for num_rows, (inner, columns) in itertools.product(
+        (1, 4, 16, 64), ((2560, 10576), (768, 768))
+    ):
+        yield projection_case(num_rows, inner, columns)
+    yield "row steps D=2560", partial(row_steps, 2560)
+    for tokens in (1, 16):
+        yield attention_case(tokens, 4, 128)
+
+
+def all_cases() -> Iterator[tuple[str, Case]]:
+    """Yield every size that the launchers take and treat differently."""
+    yield from quick_cases()
+    sizes = itertools.product(tree_scan.HEAD_DIMS, tree_scan.STATE_DIMS, (1, 16, 32, 64, 256))
+    for head_dim, state_dim, tokens in sizes:
+        for many in (False, True):
+            yield scan_case(tokens, head_dim, state_dim, many=many)
+        if state_dim < tree_scan.STATE_DIMS[-1] and tokens != 32:
+            yield scan_case(tokens, head_dim, state_dim, dtype=FP32)
+    for tokens in (1, 16, 64, 256):
+        yield scan_case(tokens, 64, 128, state=BF16)
+        yield scan_case(tokens, 64, 128, commit=False)
+        yield scan_case(tokens, 64, 128, gated=False)
+    for tokens, dtype, commit in itertools.product((1, 16, 32), (BF16, FP32), (True, False)):
+        run = partial(conv, tokens, dtype=dtype, commit=commit)
+        yield f"conv T={tokens} {dtype} commit={commit}", run
+    for num_rows, dtype in itertools.product((1, 2, 4, 8, 16, 32, 64), (BF16, FP32)):
+        for inner, columns in ((4096, 10272), (768, 3360), (5120, 2560), (1536, 768)):
+            yield projection_case(num_rows, inner, columns, dtype=dtype)
+        yield projection_case(num_rows, 4096, 4096, dtype=dtype, groups=32)
+    for columns, dtype in itertools.product((768, 4096), (BF16, FP32)):
+        yield f"row steps D={columns} {dtype}", partial(row_steps, columns, dtype=dtype)
+    for tokens, group, head_dim in itertools.product((1, 16, 64), (1, 4, 16), (64, 128)):
+        for dtype in (BF16, FP32):
+            yield attention_case(tokens, group, head_dim, dtype=dtype)
+
+
+def scan_case(tokens: int, head_dim: int, state_dim: int, **options: Any) -> tuple[str, Case]:
+    """Return a scan and its name."""
+    words = " ".join(f"{key}={value}" for key, value in options.items())
+    name = f"scan T={tokens} P={head_dim} N={state_dim} {words}".replace("torch.", "")
+    return name, partial(scan, tokens, head_dim, state_dim, **options)
+
+
+def projection_case(num_rows: int, inner: int, columns: int, **options: Any) -> tuple[str, Case]:
+    """Return projections of one size and their name."""
+    words = " ".join(f"{key}={value}" for key, value in options.items())
+    name = f"projections M={num_rows} {columns}x{inner} {words}".replace("torch.", "")
+    return name, partial(projections, num_rows, inner, columns, **options)
+
+
+def attention_case(tokens: int, group: int, head_dim: int, **options: Any) -> tuple[str, Case]:
+    """Return an attention and its name."""
+    words = " ".join(f"{key}={value}" for key, value in options.items())
+    name = f"attention T={tokens} group={group} D={head_dim} {words}".replace("torch.", "")
+    return name, partial(attention, tokens, group, head_dim, **options)
+
+
+def check(work: tuple[tuple[str, Case], int]) -> list[tuple[str, bool]]:
+    """Compile one case; return a line of the table per kernel, and whether it is in the limits."""
+    (name, case), arch = work
+    # One intra-op thread: the processes are as many as there are cores.
+    torch.set_num_threads(1)
+    results = []
+    for kernel, registers, stack_bytes, shared_bytes, capped in compile_case(case, arch):
+        max_stack = MAX_TRADED_BYTES if capped else 0
+        fits = stack_bytes <= max_stack and shared_bytes <= SHARED_KIB[arch] << 10
+        line = (
+            f"sm_{arch:<4}{name:<52}{kernel:<24}{registers:>4} registers {stack_bytes:>5} B stack"
+            f"{shared_bytes / 1024:>7.1f} KiB shared{'' if fits else '  TOO MUCH'}"
+        )
+        results.append((line, fits))
+    return results
 
 
 def main() -> int:
-    """Print a table of resources; return 1 when a build is beyond its limits."""
+    """Print a table of resources; return 1 when a kernel is beyond its limits."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one model's shapes")
+    parser.add_argument("--quick", action="store_true", help="the shipped models' sizes")
     parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_KIB, help="default: all")
     options = parser.parse_args()
-    builds = list(quick_builds() if options.quick else all_builds())
+    cases = list(quick_cases() if options.quick else all_cases())
     archs = options.arch or ([90] if options.quick else list(SHARED_KIB))
-    failures = 0
+    count = failures = 0
     with ProcessPoolExecutor() as pool:
-        for line, fits in pool.map(check, itertools.product(builds, archs)):
-            print(line, flush=True)
-            failures += not fits
-    print(f"{len(builds) * len(archs)} builds, {failures} beyond the limits")
+        for lines in pool.map(check, itertools.product(cases, archs)):
+            for line, fits in lines:
+                print(line, flush=True)
+                count += 1
+                failures += not fits
+    print(f"{count} kernels, {failures} beyond the limits")
     return 1 if failures else 0
 
 

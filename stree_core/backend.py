@@ -10,19 +10,38 @@ import torch
 
 from stree_core.errors import BackendUnavailable, nearest
 
-_MODULES = {
-    "torch": ("stree_kernels.tree_conv_ref", "stree_kernels.tree_scan_ref"),
-    "triton": ("stree_kernels.tree_conv", "stree_kernels.tree_scan"),
+_OPS = {
+    "tree_conv": "tree_conv",
+    "tree_scan": "tree_scan",
+    "linear": "linear",
+    "linear_swiglu": "linear",
+    "linear_add": "linear",
+    "start_residual": "residual",
+    "scale_rows": "residual",
+    "store_keys": "key_rows",
+    "tree_attention": "tree_attention",
+    "workspace_size": "tree_attention",
 }
+"""The module of stree_kernels that holds each op; its reference is in a module ending in _ref."""
+
+_SUFFIXES = {"torch": "_ref", "triton": ""}
 
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """The two ops of a verify pass; signatures as in stree_kernels."""
+    """The ops of a forward pass; signatures as in stree_kernels."""
 
     name: str
     tree_conv: Callable[..., None]
     tree_scan: Callable[..., None]
+    linear: Callable[..., None]
+    linear_swiglu: Callable[..., None]
+    linear_add: Callable[..., None]
+    start_residual: Callable[..., None]
+    scale_rows: Callable[..., None]
+    store_keys: Callable[..., None]
+    tree_attention: Callable[..., None]
+    workspace_size: Callable[..., int]
 
 
 def load_backend(name: str, device: torch.device) -> Backend:
@@ -30,19 +49,22 @@ def load_backend(name: str, device: torch.device) -> Backend:
 
     Raises BackendUnavailable when the name is unknown, or the kernels cannot run on the device.
     """
-    if name not in _MODULES:
-        raise BackendUnavailable(f"backend must be known, got {name!r}; {nearest(name, _MODULES)}")
+    if name not in _SUFFIXES:
+        raise BackendUnavailable(f"backend must be known, got {name!r}; {nearest(name, _SUFFIXES)}")
     if name == "triton" and device.type != "cuda":
         raise BackendUnavailable(
             f"backend triton needs a CUDA device, got {device.type}; use --backend torch"
         )
     try:
-        conv, scan = (importlib.import_module(module) for module in _MODULES[name])
+        ops = {
+            op: getattr(importlib.import_module(f"stree_kernels.{module}{_SUFFIXES[name]}"), op)
+            for op, module in _OPS.items()
+        }
     except ImportError as err:
         raise BackendUnavailable(
             f"backend {name} cannot be imported ({err}); install it or use --backend torch"
         ) from err
-    return Backend(name, conv.tree_conv, scan.tree_scan)
+    return Backend(name, **ops)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -1,8 +1,9 @@
-"""What a model remembers between passes: states, keys and values, the last two blocks' rows.
+"""What a model remembers between passes: states, kept rows, keys, values, two blocks' rows.
 
-Shape letters: B slots, R rows of a block, S committed positions, L path capacity, others as in
-stree_kernels.rows. Row buffers are time-major (R, B, ...), so that a range of rows is contiguous.
-Two sets of row buffers take turns: a pass replays the previous step's set while it fills its own.
+Shape letters: B slots, R rows of a block, S committed positions, L path capacity, E columns of a
+row after the conv (x, B, C, dt), others as in stree_kernels.rows. Row buffers are time-major
+(R, B, ...), so that a range of rows is contiguous. Two sets of row buffers take turns: a pass reads
+the accepted rows of the previous step's set while it fills its own.
 """
 
 from __future__ import annotations
@@ -13,56 +14,68 @@ import torch
 from torch import Tensor
 
 from stree_core.model_shape import AttentionShape, Mamba2Shape, ModelShape
-from stree_kernels.rows import Pending, ScanRows
-
-KEY_MULTIPLE = 16
-"""Attention over a multiple of this many keys needs no padded copy of the mask."""
+from stree_kernels.key_rows_ref import KeyValues
+from stree_kernels.rows import MAX_KEPT, Pending, ScanRows, next_num_kept
 
 
 @dataclass(frozen=True, slots=True)
 class Mamba2Cache:
-    """One Mamba2 mixer: committed state, and per set the rows before and after the conv."""
+    """One Mamba2 mixer: committed states, per set the projected rows, and the conv's rows.
+
+    `rows_RBE` begins with the MAX_KEPT kept rows; the rows of both sets follow.
+    """
 
     shape: Mamba2Shape
     conv_BCK: Tensor
     ssm_BHPN: Tensor
     proj_RB: tuple[Tensor, Tensor]
-    conv_RBC: tuple[Tensor, Tensor]
+    rows_RBE: Tensor
 
-    def conv_inputs_BRC(self, which: int) -> Tensor:
-        """Return the rows that enter the conv."""
-        inner = self.shape.inner_dim
-        inputs_RBC: Tensor = self.proj_RB[which][..., inner : inner + self.shape.conv_dim]
-        return inputs_RBC.transpose(0, 1)
+    def start(self, which: int) -> int:
+        """Return the first row of a set after the conv."""
+        return MAX_KEPT + which * len(self.proj_RB[0])
+
+    def conv_inputs_BRE(self, which: int) -> Tensor:
+        """Return the rows that enter the conv, dt behind its channels."""
+        inputs_RBE: Tensor = self.proj_RB[which][..., self.shape.inner_dim :]
+        return inputs_RBE.transpose(0, 1)
+
+    def conv_outputs_BRE(self, which: int) -> Tensor:
+        """Return the rows that leave the conv."""
+        rows_RBE: Tensor = self.rows_RBE[self.start(which) :][: len(self.proj_RB[0])]
+        return rows_RBE.transpose(0, 1)
 
     def scan_rows(self, which: int) -> ScanRows:
         """Return the rows that enter the scan."""
-        s = self.shape
-        conv = self.conv_RBC[which].transpose(0, 1)
-        b_end = s.inner_dim + s.num_groups * s.state_dim
-        return ScanRows(
-            conv[..., : s.inner_dim].unflatten(-1, (s.num_heads, s.head_dim)),
-            self.proj_RB[which][..., s.inner_dim + s.conv_dim :].transpose(0, 1),
-            conv[..., s.inner_dim : b_end].unflatten(-1, (s.num_groups, s.state_dim)),
-        )
+        return self._scan_rows(self.conv_outputs_BRE(which))
+
+    def all_rows(self) -> ScanRows:
+        """Return the kept rows and those of both sets."""
+        return self._scan_rows(self.rows_RBE.transpose(0, 1))
 
     def c_BRGN(self, which: int) -> Tensor:
         """Return C of every row."""
         s = self.shape
-        start = s.inner_dim + s.num_groups * s.state_dim
-        conv = self.conv_RBC[which].transpose(0, 1)
-        c_BRGN: Tensor = conv[..., start:].unflatten(-1, (s.num_groups, s.state_dim))
+        *_, c, _ = self.conv_outputs_BRE(which).split((*s.conv_sections, s.num_heads), dim=-1)
+        c_BRGN: Tensor = c.unflatten(-1, (s.num_c_groups, s.state_dim))
         return c_BRGN
+
+    def _scan_rows(self, rows_BRE: Tensor) -> ScanRows:
+        s = self.shape
+        x, b, _, dt = rows_BRE.split((*s.conv_sections, s.num_heads), dim=-1)
+        return ScanRows(
+            x.unflatten(-1, (s.num_x_heads, s.head_dim)),
+            dt,
+            b.unflatten(-1, (s.num_b_groups, s.state_dim)),
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionCache:
-    """One attention mixer: committed keys and values, and rows per set."""
+    """One attention mixer: committed keys and values [B, S, ...], and rows per set [R, B, ...]."""
 
-    key_BSHD: Tensor
-    value_BSHD: Tensor
-    key_RBHD: tuple[Tensor, Tensor]
-    value_RBHD: tuple[Tensor, Tensor]
+    committed: KeyValues
+    rows: tuple[KeyValues, KeyValues]
 
 
 LayerCache = Mamba2Cache | AttentionCache | None
@@ -73,8 +86,8 @@ class Cache:
     """All of a model's memory for B slots.
 
     `pending` is the accepted path of the previous step, which the next committing pass applies;
-    `committed_B` counts the tokens in the state once it is applied. `current` says which row set
-    the running step fills.
+    `committed_B` counts the tokens that are committed once it is. `current` says which row set the
+    running step fills.
     """
 
     layers: list[LayerCache]
@@ -99,6 +112,14 @@ class Cache:
                 tensor.zero_()
         self.current = 0
 
+    def advance(self, path_BL: Tensor | None, length_B: Tensor) -> None:
+        """Make a path pending, the same as before with None, whose predecessor is committed."""
+        self.pending.num_kept_B.copy_(next_num_kept(self.pending))
+        if path_BL is not None:
+            self.pending.path_BL.copy_(path_BL)
+        self.pending.length_B.copy_(length_B)
+        self.committed_B.add_(length_B)
+
     def flip(self) -> None:
         """End a step: its rows become the previous ones."""
         self.current = 1 - self.current
@@ -108,19 +129,21 @@ class Cache:
         self.committed_B[slot] = other.committed_B[0]
         self.pending.path_BL[slot] = 0
         self.pending.length_B[slot] = other.pending.length_B[0]
+        self.pending.num_kept_B[slot] = other.pending.num_kept_B[0]
         here, there = 1 - self.current, 1 - other.current
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             if isinstance(mine, Mamba2Cache) and isinstance(theirs, Mamba2Cache):
                 mine.conv_BCK[slot] = theirs.conv_BCK[0]
                 mine.ssm_BHPN[slot] = theirs.ssm_BHPN[0]
                 mine.proj_RB[here][0, slot] = theirs.proj_RB[there][0, 0]
-                mine.conv_RBC[here][0, slot] = theirs.conv_RBC[there][0, 0]
+                mine.rows_RBE[:MAX_KEPT, slot] = theirs.rows_RBE[:MAX_KEPT, 0]
+                mine.rows_RBE[mine.start(here), slot] = theirs.rows_RBE[theirs.start(there), 0]
             elif isinstance(mine, AttentionCache) and isinstance(theirs, AttentionCache):
-                num = min(mine.key_BSHD.shape[1], theirs.key_BSHD.shape[1])
-                mine.key_BSHD[slot, :num] = theirs.key_BSHD[0, :num]
-                mine.value_BSHD[slot, :num] = theirs.value_BSHD[0, :num]
-                mine.key_RBHD[here][0, slot] = theirs.key_RBHD[there][0, 0]
-                mine.value_RBHD[here][0, slot] = theirs.value_RBHD[there][0, 0]
+                num = min(mine.committed.key.shape[1], theirs.committed.key.shape[1])
+                for to, source in zip(mine.committed, theirs.committed, strict=True):
+                    to[slot, :num] = source[0, :num]
+                for to, source in zip(mine.rows[here], theirs.rows[there], strict=True):
+                    to[0, slot] = source[0, 0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +172,7 @@ def make_cache(
     pending = Pending(
         torch.zeros(slots, size.path_capacity, dtype=torch.int32, device=device),
         torch.zeros(slots, dtype=torch.int32, device=device),
+        torch.zeros(slots, dtype=torch.int32, device=device),
     )
     return Cache(layers, pending, torch.zeros(slots, dtype=torch.int32, device=device))
 
@@ -167,7 +191,7 @@ def _mamba2_cache(
         zeros(slots, m.conv_dim, m.conv_width - 1),
         zeros(slots, m.num_heads, m.head_dim, m.state_dim, dtype=state_dtype),
         (zeros(rows, slots, m.proj_dim), zeros(rows, slots, m.proj_dim)),
-        (zeros(rows, slots, m.conv_dim), zeros(rows, slots, m.conv_dim)),
+        zeros(MAX_KEPT + 2 * rows, slots, m.conv_dim + m.num_heads),
     )
 
 
@@ -179,22 +203,18 @@ def _attention_cache(
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=dtype, device=device)
 
-    # A path's unused entries are written behind its valid ones, hence the room for one path; the
-    # rest lets a pass see a number of keys that attention kernels need not pad.
+    def pair(*leading: int) -> KeyValues:
+        return KeyValues(zeros(*leading, *heads), zeros(*leading, *heads))
+
+    # The last step may append a whole path behind the last position that is asked for.
     positions = size.num_positions + size.path_capacity
-    positions += KEY_MULTIPLE + -positions % KEY_MULTIPLE
-    rows = [zeros(size.num_rows, size.num_slots, *heads) for _ in range(4)]
-    return AttentionCache(
-        zeros(size.num_slots, positions, *heads),
-        zeros(size.num_slots, positions, *heads),
-        (rows[0], rows[1]),
-        (rows[2], rows[3]),
-    )
+    rows = (size.num_rows, size.num_slots)
+    return AttentionCache(pair(size.num_slots, positions), (pair(*rows), pair(*rows)))
 
 
 def _tensors(layer: LayerCache) -> list[Tensor]:
     if isinstance(layer, Mamba2Cache):
-        return [layer.conv_BCK, layer.ssm_BHPN, *layer.proj_RB, *layer.conv_RBC]
+        return [layer.conv_BCK, layer.ssm_BHPN, *layer.proj_RB, layer.rows_RBE]
     if isinstance(layer, AttentionCache):
-        return [layer.key_BSHD, layer.value_BSHD, *layer.key_RBHD, *layer.value_RBHD]
+        return [*layer.committed, *layer.rows[0], *layer.rows[1]]
     return []

@@ -112,19 +112,18 @@ def build_model(
     def get(key: str) -> Tensor:
         return fetch(key).to(device, dtype).contiguous()
 
-    # Norms read the residual stream, so their weights take its dtype once, here.
     residual = torch.promote_types(dtype, torch.float32) if shape.residual_fp32 else dtype
     embed = get(shape.embed_key)
-    blocks = [
-        (get(block.norm_key).to(residual), _mixer_weights(block, get, fetch))
+    mixers = tuple(
+        _mixer_weights(block, fetch(block.norm_key).to(device), get, fetch)
         for block in shape.blocks
-    ]
+    )
     head = embed if shape.lm_head_key == shape.embed_key else get(shape.lm_head_key)
-    weights = ModelWeights(embed, tuple(blocks), get(shape.final_norm_key).to(residual), head)
-    return Model(shape, weights, backend)
+    final_norm = get(shape.final_norm_key).to(residual)
+    return Model(shape, ModelWeights(embed, mixers, final_norm, head), backend)
 
 
-def _mixer_weights(block: Block, get: Fetch, fetch: Fetch) -> MixerWeights:
+def _mixer_weights(block: Block, norm: Tensor, get: Fetch, fetch: Fetch) -> MixerWeights:
     def named(name: str) -> Tensor:
         return get(block.prefix + name)
 
@@ -137,18 +136,31 @@ def _mixer_weights(block: Block, get: Fetch, fetch: Fetch) -> MixerWeights:
             fetch(block.prefix + name).to(conv.device, wide) for name in ("A_log", "D", "dt_bias")
         )
         return Mamba2Weights(
-            in_proj=named("in_proj.weight"),
+            in_proj=_fold(named("in_proj.weight"), norm),
             conv_CW=conv,
             conv_bias_C=bias,
             heads=ScanHeads(-a_log.exp(), skip, dt_bias),
-            gate_norm=named("norm.weight"),
-            out_proj=named("out_proj.weight"),
+            out_proj=_fold(named("out_proj.weight"), fetch(block.prefix + "norm.weight")),
         )
     if isinstance(block.mixer, AttentionShape):
         qkv = torch.cat([named(f"{part}_proj.weight") for part in "qkv"])
-        return AttentionWeights(qkv, named("o_proj.weight"))
+        inv_freq = _inv_freq(block.mixer, qkv.dtype, qkv.device)
+        return AttentionWeights(_fold(qkv, norm), named("o_proj.weight"), inv_freq)
     gate_up = torch.cat([named("gate_proj.weight"), named("up_proj.weight")])
-    return MlpWeights(gate_up, named("down_proj.weight"))
+    return MlpWeights(_fold(gate_up, norm), named("down_proj.weight"))
+
+
+def _fold(weight_NK: Tensor, norm_K: Tensor) -> Tensor:
+    """Return the weight of a projection that follows a norm, times the norm's own weight."""
+    wide = torch.promote_types(weight_NK.dtype, torch.float32)
+    return (weight_NK.to(wide) * norm_K.to(weight_NK.device, wide)).to(weight_NK.dtype)
+
+
+def _inv_freq(a: AttentionShape, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the angle per position of each pair of rotated dims, in fp32 at least."""
+    wide = torch.promote_types(dtype, torch.float32)
+    exponent = torch.arange(0, a.rotary_dim, 2, dtype=wide, device=device) / a.rotary_dim
+    return 1.0 / a.rope_theta**exponent
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -69,9 +69,12 @@ def _mamba2(config: Config) -> ModelShape:
     _refuse(config, hidden_act="silu", use_bias=False, quantization_config=None)
     mixer = Mamba2Shape(
         num_heads=config["num_heads"],
+        num_x_heads=config["num_heads"],
+        num_b_groups=config["n_groups"],
+        num_c_groups=config["n_groups"],
+        num_groups=config["n_groups"],
         head_dim=config["head_dim"],
         state_dim=config["state_size"],
-        num_groups=config["n_groups"],
         conv_width=config["conv_kernel"],
         conv_bias=config["use_conv_bias"],
         dt_limit=_dt_limit(config),
@@ -135,9 +138,12 @@ def _bamba_mixer(config: Config) -> Mamba2Shape:
         head_dim = config["mamba_expand"] * config["hidden_size"] // num_heads
     return Mamba2Shape(
         num_heads=num_heads,
+        num_x_heads=num_heads,
+        num_b_groups=config["mamba_n_groups"],
+        num_c_groups=config["mamba_n_groups"],
+        num_groups=config["mamba_n_groups"],
         head_dim=head_dim,
         state_dim=config["mamba_d_state"],
-        num_groups=config["mamba_n_groups"],
         conv_width=config["mamba_d_conv"],
         conv_bias=config["mamba_conv_bias"],
         dt_limit=_dt_limit(config),

@@ -11,25 +11,40 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Mamba2Shape:
-    """One Mamba2 mixer (arXiv:2405.21060)."""
+    """One Mamba2 mixer (arXiv:2405.21060); neighbouring heads may share x, B and C.
+
+    `num_groups` is that of the norm after the gate.
+    """
 
     num_heads: int
+    num_x_heads: int
+    num_b_groups: int
+    num_c_groups: int
+    num_groups: int
     head_dim: int
     state_dim: int
-    num_groups: int
     conv_width: int
     conv_bias: bool
     dt_limit: tuple[float, float]
 
     @property
     def inner_dim(self) -> int:
-        """Width of x and of the gate."""
+        """Width of the output and of the gate."""
         return self.num_heads * self.head_dim
+
+    @property
+    def conv_sections(self) -> tuple[int, int, int]:
+        """Channels of x, B and C."""
+        return (
+            self.num_x_heads * self.head_dim,
+            self.num_b_groups * self.state_dim,
+            self.num_c_groups * self.state_dim,
+        )
 
     @property
     def conv_dim(self) -> int:
         """Channels that pass the convolution: x, B and C."""
-        return self.inner_dim + 2 * self.num_groups * self.state_dim
+        return sum(self.conv_sections)
 
     @property
     def proj_dim(self) -> int:

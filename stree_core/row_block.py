@@ -11,15 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stree_kernels.rows import conv_ancestors
+from stree_kernels.rows import MASK_MULTIPLE, conv_ancestors
 
 
 @dataclass(frozen=True, slots=True)
 class RowBlock:
     """Device tables of a block of rows whose parents stand before them.
 
-    `mask_RR` (bool) is the tree mask, `depth_R` (int32) the distance from the path's first row,
-    `ancestors_RK` (int32) the conv's table of stree_kernels.rows.conv_ancestors, by conv width.
+    `mask_RR` (bool) is the tree mask, its columns filled up to a multiple of MASK_MULTIPLE,
+    `depth_R` (int32) the distance from the path's first row, `ancestors_RK` (int32) the conv's
+    table of stree_kernels.rows.conv_ancestors, by conv width.
     """
 
     num_rows: int
@@ -35,7 +36,8 @@ def make_block(
     paths: list[list[int]] = []
     for row, parent in enumerate(parents):
         paths.append([*paths[parent], row] if parent >= 0 else [row])
-    mask = torch.zeros(len(parents), len(parents), dtype=torch.bool)
+    num_columns = -(-len(parents) // MASK_MULTIPLE) * MASK_MULTIPLE
+    mask = torch.zeros(len(parents), num_columns, dtype=torch.bool)
     for row, path in enumerate(paths):
         mask[row, path] = True
     depths = torch.tensor([len(path) - 1 for path in paths], dtype=torch.int32)

@@ -109,7 +109,7 @@ class Speculator:
 
     def accept(self, chosen_TB: Tensor) -> Tensor:
         """Return every slot's last accepted node [B]."""
-        mask_TT = self.plan.target_block.mask_RR
+        mask_TT = self.plan.target_block.mask_RR[:, : self.plan.tree.num_tokens]
         return accept_path(
             self.buffers.tokens_TB, chosen_TB, self.plan.parents_T, mask_TT, self.plan.depths_T
         )
@@ -125,8 +125,8 @@ class Speculator:
         torch.gather(history_LB, 0, torch.stack((accepted_B, accepted_B + 1)), out=b.latest_2B)
         length_B = (accepted_B + 1) * b.active_B
         b.result_XB.copy_(torch.cat((length_B[None], last_B[None], emitted_LB)))
-        _advance(self.target_cache, path_BL, length_B)
-        _advance(self.draft_cache, plan.draft_path_TL[last_B], length_B)
+        self.target_cache.advance(path_BL, length_B)
+        self.draft_cache.advance(plan.draft_path_TL[last_B], length_B)
 
     def commit_one(self, chosen_1B: Tensor) -> None:
         """Commit and emit without speculation: the path is the root alone, row 0 of its block."""
@@ -134,14 +134,7 @@ class Speculator:
         b.latest_2B.copy_(torch.cat((b.latest_2B[1:], chosen_1B)))
         b.result_XB[0] = b.active_B
         b.result_XB[2:] = chosen_1B
-        self.target_cache.pending.length_B.copy_(b.active_B)
-        self.target_cache.committed_B.add_(b.active_B)
-
-
-def _advance(cache: Cache, path_BL: Tensor, length_B: Tensor) -> None:
-    cache.pending.path_BL.copy_(path_BL)
-    cache.pending.length_B.copy_(length_B)
-    cache.committed_B.add_(length_B)
+        self.target_cache.advance(None, b.active_B)
 
 
 def make_speculator(

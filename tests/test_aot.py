@@ -20,4 +20,6 @@ def test_kernels_compile_ahead_of_time_without_spills() -> None:
     command = [sys.executable, str(SCRIPT), "--quick"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.splitlines()[-1] == "9 builds, 0 beyond the limits"
+    num_kernels, *rest = result.stdout.splitlines()[-1].split()
+    assert int(num_kernels) > 50
+    assert rest == ["kernels,", "0", "beyond", "the", "limits"]

@@ -51,7 +51,7 @@ class Case:
         )
         op.tree_conv(
             self.state, self.inputs, self.weight, self.bias, self.ancestors, first=first,
-            num_tokens=stop - first, out_BRC=out.transpose(0, 1), previous_BRC=self.previous,
+            num_tokens=stop - first, out_BRE=out.transpose(0, 1), previous_BRE=self.previous,
             pending=self.pending,
         )  # fmt: skip
         outside = torch.cat((out[:first], out[stop:]))
@@ -69,7 +69,7 @@ class Case:
 
 def make_case(
     tree: Tree, *, paths: Sequence[Sequence[int]] | None = None, capacity: int = 4, width: int = 4,
-    channels: int = 5,
+    channels: int = 5, passed_on: int = 2,
 ) -> Case:  # fmt: skip
     """Build a case of two sequences in float64, with a pending path each if given."""
     random = np.random.default_rng(tree.num_tokens)
@@ -78,7 +78,7 @@ def make_case(
         return torch.from_numpy(random.standard_normal(shape))
 
     def block(num_rows: int) -> Tensor:
-        inputs = normal(num_rows + 1, 2, channels).transpose(0, 1)
+        inputs = normal(num_rows + 1, 2, channels + passed_on).transpose(0, 1)
         inputs[:, -1] = torch.nan
         return inputs
 
@@ -95,26 +95,27 @@ def make_case(
         bias=normal(channels),
         ancestors=torch.tensor(conv_ancestors(tree.parents, width), dtype=torch.int32),
         previous=block(num_previous),
-        pending=None if paths is None else Pending(path_BL, length_B),
+        pending=None if paths is None else Pending(path_BL, length_B, torch.zeros_like(length_B)),
     )
 
 
 def by_paths(case: Case, tree: Tree) -> tuple[Tensor, Tensor]:
     """Return the advanced state and all rows, each from its whole history, in float64."""
     weight, bias = case.weight.double().numpy(), case.bias.double().numpy()
-    width = weight.shape[1]
+    channels, width = weight.shape
     states, ys = [], []
     for sequence in range(len(case.state)):
         history = list(case.state[sequence].double().numpy().T)
         if case.pending is not None:
             path = case.pending.path_BL[sequence, : case.pending.length_B[sequence]]
-            history += [case.previous[sequence, row].double().numpy() for row in path.tolist()]
+            rows = case.previous[sequence, :, :channels].double().numpy()
+            history += [rows[row] for row in path.tolist()]
         states.append(np.stack(history[1 - width :], axis=1))
         for path_rows in tree.node_paths:
             own = [case.inputs[sequence, row].double().numpy() for row in path_rows]
-            window = np.stack((history + own)[-width:], axis=1)
-            conv = (weight * window).sum(axis=1) + bias
-            ys.append(conv / (1 + np.exp(-conv)))
+            seen = history + [row[:channels] for row in own]
+            conv = (weight * np.stack(seen[-width:], axis=1)).sum(axis=1) + bias
+            ys.append(np.concatenate((conv / (1 + np.exp(-conv)), own[-1][channels:])))
     y = np.stack(ys).reshape(len(states), tree.num_tokens, -1)
     return torch.from_numpy(np.stack(states)), torch.from_numpy(y)
 
@@ -143,9 +144,9 @@ def test_convolving_by_levels_equals_convolving_at_once(tree: Tree) -> None:
 def test_a_prompt_shorter_than_the_window_reads_zeros() -> None:
     case = make_case(Tree.chain(1))
     case = dataclasses.replace(case, state=torch.zeros_like(case.state))
-    window = torch.nn.functional.pad(case.inputs[:, :2].mT, (3, 0))
+    window = torch.nn.functional.pad(case.inputs[:, :2, :5].mT, (3, 0))
     conv = torch.nn.functional.conv1d(window, case.weight[:, None], case.bias, groups=5)
-    assert_close("y", case.convolve(reference), torch.nn.functional.silu(conv).mT)
+    assert_close("y", case.convolve(reference)[..., :5], torch.nn.functional.silu(conv).mT)
 
 
 def test_the_table_names_state_columns_and_rows() -> None:

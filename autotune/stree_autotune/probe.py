@@ -35,6 +35,7 @@ from stree_core.profile import ModelRef, TreeText
 from stree_core.step import Speculator, make_buffers, make_speculator
 from stree_core.tree import DEFAULT_TREE, Tree
 from stree_core.tree_plan import make_plan
+from stree_kernels.rows import MAX_KEPT
 
 BRANCH_CHILDREN = 4
 """Children per node when the cost of more than one is measured."""
@@ -200,12 +201,17 @@ def _rebound(shared: Speculator, tree: Tree) -> Speculator:
 
 
 def _occupy(speculator: Speculator, num_tokens: int) -> None:
-    """Set every slot to hold `num_tokens`, the last step's path of two still pending."""
+    """Set every slot to hold `num_tokens`, the last step's path of two still pending.
+
+    Slots keep different numbers of rows, as in a running decoder: only some advance their state.
+    """
     speculator.buffers.active_B.fill_(1)
     for cache in (speculator.target_cache, speculator.draft_cache):
         if cache is not None:
             cache.committed_B.fill_(num_tokens)
             cache.pending.length_B.fill_(min(2, cache.pending.path_BL.shape[1]))
+            kept = cache.pending.num_kept_B
+            kept.copy_(torch.arange(len(kept), device=kept.device) * 3 % (MAX_KEPT + 1))
 
 
 def _whole_steps(

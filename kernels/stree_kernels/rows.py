@@ -1,7 +1,8 @@
-"""What the ops of one verify pass exchange: rows of a block, a pending path, a layer's constants.
+"""What the ops of one verify pass exchange: rows of a block, accepted rows, a layer's constants.
 
-Shape letters: B batch, R rows of a block buffer, L path capacity, H heads, P head dim, N state dim,
-G groups, K conv width - 1.
+Shape letters: B batch, R rows of a buffer, T rows scored, L path capacity, H heads, X heads of x,
+P head dim, N state dim, G groups of B, Q partial sums of a row, K conv width - 1. X and G divide H:
+neighbouring heads share x and B.
 """
 
 from __future__ import annotations
@@ -12,36 +13,83 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+MAX_KEPT = 16
+"""Accepted rows that wait beside the state; with more it advances, so it is seldom written."""
+
+
+MASK_MULTIPLE = 64
+"""Columns of a tree mask are a multiple of this, so that tiles of it load at once."""
+
 
 class ScanRows(NamedTuple):
-    """One block's inputs to the scan, which the next pass may replay.
+    """The scan's inputs, which a later pass may replay.
 
     Views into larger buffers: any strides over B and R, the dimensions after them contiguous.
     `dt_BRH` is raw: before the bias and softplus.
     """
 
-    x_BRHP: Tensor
+    x_BRXP: Tensor
     dt_BRH: Tensor
     b_BRGN: Tensor
 
 
 class Pending(NamedTuple):
-    """The path accepted in the previous step, which is not in the state yet.
+    """Accepted tokens that are not in the state yet, all tables int32.
 
-    `path_BL` (int32) holds rows of the previous step's block, root first; the first `length_B[b]`
-    (int32) entries are valid, the others are any row of the block. Length 0 leaves the state alone.
+    `path_BL` holds rows of the previous step's block, root first; the first `length_B[b]` entries
+    are valid, the others are any row of the block. `num_kept_B` rows of earlier steps come before.
     """
 
     path_BL: Tensor
     length_B: Tensor
+    num_kept_B: Tensor
+
+
+class Past(NamedTuple):
+    """Where a scan finds the accepted tokens that are not in the state.
+
+    `rows` begin with MAX_KEPT kept rows; entry v of the path is row `start + v`. With `commit` the
+    pass moves the path behind the kept rows, or, where they would be more than MAX_KEPT, advances
+    the state by all of them. Without, an earlier pass of this step has done so. Only its own
+    sequence's rows are touched.
+    """
+
+    rows: ScanRows
+    start: int
+    pending: Pending
+    commit: bool
+
+
+class Gate(NamedTuple):
+    """Multiply a scan's output by silu(z), and sum its squares for the norm that follows.
+
+    `square_sums_BTQ` (fp32) splits a row's columns into Q equal runs; the kernel takes runs of
+    `gate_width` columns.
+    """
+
+    z_BTHP: Tensor
+    square_sums_BTQ: Tensor
 
 
 class ScanHeads(NamedTuple):
-    """A layer's constants per head, fp32: A < 0, the skip weight D, the bias of dt."""
+    """A layer's constants, fp32: A < 0, the skip weight D [H] or [H, P], the bias of dt."""
 
     a_H: Tensor
     d_H: Tensor
     dt_bias_H: Tensor
+
+
+def next_num_kept(pending: Pending) -> Tensor:
+    """Return how many rows are kept [B] (int32) once a pass has committed `pending`."""
+    total_B = pending.num_kept_B + pending.length_B
+    return total_B * (total_B <= MAX_KEPT)
+
+
+def gate_width(head_dim: int, state_dim: int, dtype: torch.dtype) -> int:
+    """Return the columns of one head that one program of the scan owns."""
+    if dtype == torch.float32:
+        return min(head_dim, 16)
+    return min(head_dim, 64, max(16, 8192 // state_dim))
 
 
 def conv_ancestors(parents: Sequence[int], width: int) -> list[list[int]]:
@@ -62,32 +110,45 @@ def conv_ancestors(parents: Sequence[int], width: int) -> list[list[int]]:
 
 
 def check_scan(
-    state: Tensor,
-    rows: ScanRows,
-    c: Tensor,
-    mask: Tensor,
-    heads: ScanHeads,
-    out: Tensor,
-    previous: ScanRows | None,
-    pending: Pending | None,
-) -> None:
+    state: Tensor, rows: ScanRows, c: Tensor, mask: Tensor, heads: ScanHeads, out: Tensor,
+    gate: Gate | None, past: Past,
+) -> None:  # fmt: skip
     """Raise ValueError unless a scan's tensors have the dtypes and strides a kernel relies on."""
-    if pending and not previous:
-        raise ValueError("a pending path needs the rows it names, got none; pass `previous`")
-    num_heads, num_groups = state.shape[1], c.shape[2]
-    if num_heads % num_groups:
-        raise ValueError(f"groups divide heads, got {num_groups} and {num_heads}; check the model")
-    prev = previous if pending and previous else rows
-    blocks = (rows.x_BRHP, rows.b_BRGN, c, out, prev.x_BRHP, prev.b_BRGN)
-    vectors = (rows.dt_BRH, prev.dt_BRH, mask, *(pending or ()))
-    require_dtypes("x, B, C and the output", blocks, (torch.bfloat16, torch.float32))
+    num_heads = state.shape[1]
+    shared = (rows.x_BRXP.shape[2], rows.b_BRGN.shape[2], c.shape[2])
+    if any(num_heads % count for count in shared):
+        raise ValueError(
+            f"heads of x and groups of B and C divide heads, got {shared} and {num_heads}; "
+            "check the model"
+        )
+    z = () if gate is None else (gate.z_BTHP,)
+    sums = () if gate is None else (gate.square_sums_BTQ,)
+    blocks = (rows.x_BRXP, rows.b_BRGN, c, out, past.rows.x_BRXP, past.rows.b_BRGN, *z)
+    vectors = (rows.dt_BRH, past.rows.dt_BRH, mask, *past.pending, *sums)
+    require_dtypes("x, B, C, z and the output", blocks, (torch.bfloat16, torch.float32))
     require_dtypes("the state", (state,), (torch.float32, torch.bfloat16))
-    require_dtypes("A, D and the bias of dt", heads, (torch.float32,))
+    require_dtypes("A, D, the bias of dt and sums", (*heads, *sums), (torch.float32,))
     require_dtypes("the mask", (mask,), (torch.bool,))
-    require_dtypes("the path and its length", pending or (), (torch.int32,))
+    require_dtypes("the path and its lengths", past.pending, (torch.int32,))
+    if mask.shape[1] % MASK_MULTIPLE or mask.stride(0) % MASK_MULTIPLE:
+        raise ValueError(
+            f"a mask has columns in multiples of {MASK_MULTIPLE}, False behind its rows, got "
+            f"{tuple(mask.shape)} with strides {mask.stride()}; pad it"
+        )
     require_packed("the state", (state,), 3)
-    require_packed("a row of x, B, C or the output", blocks, 2)
-    require_packed("a row of dt, the mask or the path", vectors, 1)
+    require_packed("a row of x, B, C, z or the output", blocks, 2)
+    require_packed("a row of dt, sums, the mask or the path", vectors, 1)
+    # A dimension of size 1 may have any stride.
+    pairs = [
+        (new.stride(dim), old.stride(dim))
+        for new, old in zip(rows, past.rows, strict=True)
+        for dim in (0, 1)
+        if new.shape[dim] > 1
+    ]
+    if any(new != old for new, old in pairs):
+        raise ValueError(
+            "rows and past rows lie in one buffer, got different strides; pass views of it"
+        )
 
 
 def check_cover(num_rows: int, *sizes: int) -> None:
@@ -97,6 +158,14 @@ def check_cover(num_rows: int, *sizes: int) -> None:
             f"buffers and tables cover every row up to the last one scored, {num_rows}, "
             f"got {', '.join(map(str, sizes))}; pass the whole block"
         )
+
+
+def strides(tensors: Iterable[Tensor | None], dim: int) -> list[int]:
+    """Return the strides of a dimension, 0 for a missing tensor and where nothing is strode over.
+
+    Torch gives a dimension of size 1 any stride; a kernel compiled for it would load unaligned.
+    """
+    return [0 if t is None or t.shape[dim] == 1 else t.stride(dim) for t in tensors]
 
 
 def require_packed(what: str, tensors: Iterable[Tensor], num_dims: int) -> None:

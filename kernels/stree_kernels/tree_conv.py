@@ -1,11 +1,12 @@
 """Advance a conv state along an accepted path and convolve a token tree, in one Triton kernel.
 
-The work is that of `tree_conv_ref`. One program owns a block of one sequence's channels: it loads
+The work is that of `tree_conv_ref`. One program owns a block of one sequence's columns: it loads
 their K state columns, advances and stores them, then convolves all rows against its registers, tile
-by tile. No program reads what another one writes.
+by tile. No program reads what another one writes. The state is advanced before the wait for the
+previous kernels: these write neither it nor the previous step's rows.
 
 Shape letters: B batch, R rows of a block buffer, T rows scored by this pass, L path capacity,
-C conv channels, W conv width, K = W - 1.
+C conv channels, E columns of a row (C and those passed on), W conv width, K = W - 1.
 """
 
 # The Triton DSL annotates its constants only and grows tuples in loops.
@@ -19,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stree_kernels.rows import Pending, check_cover, require_dtypes, require_packed
+from stree_kernels.pdl import launch_options, release_next, wait_for_previous
+from stree_kernels.rows import Pending, check_cover, require_dtypes, require_packed, strides
 
 WIDTHS = (2, 3, 4)
 
@@ -64,13 +66,11 @@ def _advance(columns, prev_ptr, stride_prev_r, path_ptr, length, channel, exists
 
 @triton.jit
 def _convolve(
-    rows_T, within, columns, weights, bias, inputs_ptr, stride_inputs_r, ancestors_ptr, channel,
-    exists,
+    current, rows_T, within, columns, weights, bias, inputs_ptr, stride_inputs_r, ancestors_ptr,
+    channel, exists,
 ):  # fmt: skip
-    """bias + the weighted window of each row [T, C]."""
+    """bias + the weighted window of each row [T, C], whose own value is `current`."""
     valid = within[:, None] & exists[None, :]
-    offsets = rows_T.to(tl.int64)[:, None] * stride_inputs_r + channel[None, :]
-    current = tl.load(inputs_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
     total = bias[None, :] + weights[len(columns)][None, :] * current
     for k in tl.static_range(len(columns)):
         source = tl.load(ancestors_ptr + rows_T * len(columns) + k, mask=within, other=0)
@@ -90,13 +90,14 @@ def _tree_conv_kernel(
     state_ptr, inputs_ptr, weight_ptr, bias_ptr, ancestors_ptr, out_ptr,
     prev_ptr, path_ptr, length_ptr,
     # sizes
-    num_channels, first, num_rows,
+    num_channels, row_size, first, num_rows,
     # strides
     stride_state_b, stride_inputs_b, stride_out_b, stride_prev_b, stride_path_b,
     stride_inputs_r, stride_out_r, stride_prev_r,
     # meta
-    NUM_COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+    NUM_COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    release_next(PDL)
     sequence = tl.program_id(1).to(tl.int64)
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     exists = channel < num_channels
@@ -117,29 +118,35 @@ def _tree_conv_kernel(
         )  # fmt: skip
         for k in tl.static_range(NUM_COLUMNS):
             tl.store(state_ptrs + k, columns[k], mask=exists)
+    wait_for_previous(PDL)
     for start in range(first, num_rows, BLOCK_T):
         rows_T = start + tl.arange(0, BLOCK_T)
-        within = rows_T < num_rows
+        valid = (rows_T < num_rows)[:, None] & (channel < row_size)[None, :]
+        offsets = rows_T.to(tl.int64)[:, None] * stride_inputs_r + channel[None, :]
+        current = tl.load(
+            inputs_ptr + sequence * stride_inputs_b + offsets, mask=valid, other=0.0
+        ).to(tl.float32)
         conv = _convolve(
-            rows_T, within, columns, weights, bias, inputs_ptr + sequence * stride_inputs_b,
-            stride_inputs_r, ancestors_ptr, channel, exists,
+            current, rows_T, rows_T < num_rows, columns, weights, bias,
+            inputs_ptr + sequence * stride_inputs_b, stride_inputs_r, ancestors_ptr, channel,
+            exists,
         )  # fmt: skip
+        result = tl.where(exists[None, :], conv / (1.0 + tl.exp(-conv)), current)
         out_ptrs = out_ptr + sequence * stride_out_b + rows_T.to(tl.int64)[:, None] * stride_out_r
-        valid = within[:, None] & exists[None, :]
-        tl.store(out_ptrs + channel[None, :], conv / (1.0 + tl.exp(-conv)), mask=valid)
+        tl.store(out_ptrs + channel[None, :], result, mask=valid)
 
 
 def tree_conv(
     state_BCK: Tensor,
-    inputs_BRC: Tensor,
+    inputs_BRE: Tensor,
     weight_CW: Tensor,
     bias_C: Tensor,
     ancestors_RK: Tensor,
     *,
     first: int,
     num_tokens: int,
-    out_BRC: Tensor,
-    previous_BRC: Tensor | None,
+    out_BRE: Tensor,
+    previous_BRE: Tensor | None,
     pending: Pending | None,
 ) -> None:
     """Advance the state along `pending`, then convolve rows first..first + num_tokens - 1.
@@ -148,21 +155,20 @@ def tree_conv(
     Raises ValueError when a size, dtype or stride is beyond what the kernel takes.
     """
     num_rows = first + num_tokens
-    path, length = pending or (None, None)
-    prev = previous_BRC if pending else None
-    _check(state_BCK, inputs_BRC, weight_CW, bias_C, ancestors_RK, out_BRC, prev, pending, num_rows)
+    path, length = (pending.path_BL, pending.length_B) if pending else (None, None)
+    prev = previous_BRE if pending else None
+    _check(state_BCK, inputs_BRE, weight_CW, bias_C, ancestors_RK, out_BRE, prev, pending, num_rows)
     batch, num_channels, num_columns = state_BCK.shape
-    by_sequence = (state_BCK, inputs_BRC, out_BRC, prev, path)
-    strides = [0 if tensor is None else tensor.stride(0) for tensor in by_sequence]
-    by_row = (inputs_BRC, out_BRC, prev)
-    strides += [0 if tensor is None else tensor.stride(1) for tensor in by_row]
+    by_sequence = (state_BCK, inputs_BRE, out_BRE, prev, path)
+    steps = strides(by_sequence, 0) + strides((inputs_BRE, out_BRE, prev), 1)
     config = pick_config(num_tokens)
-    grid = (triton.cdiv(num_channels, config.block_channels), batch)
+    row_size = inputs_BRE.shape[2]
+    grid = (triton.cdiv(row_size, config.block_channels), batch)
     _tree_conv_kernel[grid](
-        state_BCK, inputs_BRC, weight_CW, bias_C, ancestors_RK, out_BRC, prev, path, length,
-        num_channels, first, num_rows, *strides, NUM_COLUMNS=num_columns,
+        state_BCK, inputs_BRE, weight_CW, bias_C, ancestors_RK, out_BRE, prev, path, length,
+        num_channels, row_size, first, num_rows, *steps, NUM_COLUMNS=num_columns,
         BLOCK_C=config.block_channels, BLOCK_T=config.block_rows, num_warps=config.num_warps,
-        num_stages=1,
+        num_stages=1, **launch_options(inputs_BRE.device),
     )  # fmt: skip
 
 
@@ -179,7 +185,7 @@ def _check(
         )
     check_cover(num_rows, inputs.shape[1], out.shape[1], ancestors.shape[0])
     if pending and prev is None:
-        raise ValueError("a pending path needs the rows it names, got none; pass `previous_BRC`")
+        raise ValueError("a pending path needs the rows it names, got none; pass `previous_BRE`")
     blocks = (inputs, out) if prev is None else (inputs, out, prev)
     require_dtypes(
         "the state, inputs and output", (state, *blocks), (torch.bfloat16, torch.float32)

@@ -1,25 +1,27 @@
-"""Replay an accepted path and score a token tree with a Mamba2 layer's scan, in plain torch.
+"""Score a token tree with a Mamba2 layer's scan, and commit accepted tokens, in plain torch.
 
     c_i = sum_j M_ij d_j A
     y_i = exp(c_i) C_i S^T + sum_j M_ij exp(c_i - c_j) d_j (C_i . B_j) x_j + D x_i
-    S  <- exp(sum_m d_m A) S + sum_m exp(sum_{l>m} d_l A) d_m x_m B_m^T        (m, l on the path)
+    S  <- exp(sum_m d_m A) S + sum_m exp(sum_{l>m} d_l A) d_m x_m B_m^T        (m, l accepted)
 
 with d = softplus(dt + dt_bias) clamped to `dt_limit`. It is the CPU's decode path and what the
 Triton kernel is compared with, so it is vectorised; tests compare it with a loop over nodes.
 Source: Mamba-2 (arXiv:2405.21060) sec. 6; tree form: STree (arXiv:2505.14969).
 
-Shape letters: B batch, R rows of a block buffer, E its rows up to the last one scored, T rows
-scored by this pass, L path capacity, H heads, P head dim, N state dim, G groups, X a group's heads
-times P.
+Shape letters: B batch, R rows of a buffer, E a block's rows up to the last one scored, T rows
+scored by this pass, L accepted rows (kept ones and a path), H heads, X heads of x, P head dim,
+N state dim, G groups of B or C, Q partial sums of a row.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stree_kernels.rows import Pending, ScanHeads, ScanRows
+from stree_kernels.rows import MAX_KEPT, Gate, Past, ScanHeads, ScanRows
 
 
 def tree_scan(
@@ -32,24 +34,87 @@ def tree_scan(
     first: int,
     dt_limit: tuple[float, float],
     out_BTHP: Tensor,
-    previous: ScanRows | None,
-    pending: Pending | None,
+    gate: Gate | None,
+    past: Past,
 ) -> None:
-    """Advance the state along `pending`, then score rows first..first + T - 1 against it.
+    """Score rows first..first + T - 1 after all accepted tokens of `past`, and commit these.
 
-    `state_BHPN` changes in place, and only with `pending`, whose rows are in `previous`. `mask_RR`
-    (bool) is True where the column is the row's ancestor or the row itself. Writes y, with the skip
-    term and without gating, to `out_BTHP`. Computes in the state's dtype, in fp32 at least.
+    `mask_RR` (bool) is True where the column is the row's ancestor or the row itself; its columns
+    are filled up with False to a multiple of MASK_MULTIPLE. Writes y, with the skip term, to
+    `out_BTHP`; with `gate` times silu(z), and then its sums of squares. `past` says when
+    `state_BHPN` changes. Computes in the state's dtype, in fp32 at least.
     """
-    if pending is not None:
-        assert previous is not None
-        replay(state_BHPN, previous, pending, heads, dt_limit=dt_limit)
     state = _widen(state_BHPN)
+    num_kept_B, length_B = past.pending.num_kept_B, past.pending.length_B
+    fits_B = num_kept_B + length_B <= MAX_KEPT
+    # Without `commit`, rows that did not fit are in the state already.
+    total_B = num_kept_B + length_B if past.commit else (num_kept_B + length_B) * fits_B
+    source_BL = _sources(past)
+    sequence_B1 = torch.arange(len(total_B), device=state.device)[:, None]
+    accepted = ScanRows(*(tensor[sequence_B1, source_BL] for tensor in past.rows))
+    state = _advanced(state, accepted, total_B, heads, dt_limit)
+    if past.commit:
+        state_BHPN.copy_(torch.where(fits_B[:, None, None, None], state_BHPN, state))
+        # Rounded as stored, where it is.
+        state = torch.where(fits_B[:, None, None, None], state, _widen(state_BHPN))
+        _keep(past, accepted, fits_B)
     if first + c_BTGN.shape[1] == 1:
         y_BHTP = _score_root(state, rows, c_BTGN, heads, dt_limit)
     else:
         y_BHTP = _score_tree(state, rows, c_BTGN, mask_RR, heads, dt_limit, first)
-    out_BTHP.copy_(y_BHTP.transpose(1, 2))
+    y_BTHP = y_BHTP.transpose(1, 2)
+    if gate is not None:
+        y_BTHP = y_BTHP * functional.silu(gate.z_BTHP.to(state.dtype))
+        runs_BTQX = y_BTHP.flatten(2).unflatten(2, (gate.square_sums_BTQ.shape[2], -1))
+        gate.square_sums_BTQ.copy_(runs_BTQX.square().sum(3))
+    out_BTHP.copy_(y_BTHP)
+
+
+def _sources(past: Past) -> Tensor:
+    """Return the rows [B, L] that hold the accepted tokens: kept ones, then the path."""
+    path_BL, _, num_kept_B = past.pending
+    position_L = torch.arange(MAX_KEPT + path_BL.shape[1], device=path_BL.device)
+    entry_BL = position_L - num_kept_B[:, None]
+    in_path_BL = path_BL.gather(1, entry_BL.clamp(0, path_BL.shape[1] - 1))
+    return torch.where(entry_BL >= 0, past.start + in_path_BL, position_L)
+
+
+def _keep(past: Past, accepted: ScanRows, fits_B: Tensor) -> None:
+    """Move the path's rows behind the kept ones where all fit."""
+    position_K = torch.arange(MAX_KEPT, device=fits_B.device)
+    total_B = past.pending.num_kept_B + past.pending.length_B
+    moved_BK = fits_B[:, None] & (position_K < total_B[:, None])
+    for rows_BR, accepted_BL in zip(past.rows, accepted, strict=True):
+        moved = moved_BK.view(*moved_BK.shape, *[1] * (rows_BR.ndim - 2))
+        kept = torch.where(moved, accepted_BL[:, :MAX_KEPT], rows_BR[:, :MAX_KEPT])
+        rows_BR[:, :MAX_KEPT] = kept
+
+
+def _advanced(
+    state: Tensor,
+    accepted: ScanRows,
+    total_B: Tensor,
+    heads: ScanHeads,
+    dt_limit: tuple[float, float],
+) -> Tensor:
+    """Return the state after the first `total_B` of the accepted rows."""
+    x_BLHP, dt_BLH, b_BLGN = accepted
+    batch, num_accepted, num_groups, _ = b_BLGN.shape
+    unused_BL = torch.arange(num_accepted, device=state.device) >= total_B[:, None]
+    # Entries behind the last may be rows that nothing has written, NaN included: no product with 0.
+    d_BLH = _discretised(dt_BLH, heads, dt_limit, state.dtype)
+    d_BLH = d_BLH.masked_fill(unused_BL[:, :, None], 0)
+    x_BLHP = _spread(x_BLHP, state).masked_fill(unused_BL[:, :, None, None], 0)
+    b_BLGN = b_BLGN.to(state.dtype).masked_fill(unused_BL[:, :, None, None], 0)
+
+    # Sums from the far end, not differences of sums from the near one, which lose digits.
+    from_here_BLH = (d_BLH * heads.a_H.to(state.dtype)).flip(1).cumsum(1).flip(1)
+    after_here_BLH = functional.pad(from_here_BLH[:, 1:], (0, 0, 0, 1))
+    weighted_BLHP = x_BLHP * (after_here_BLH.exp() * d_BLH)[..., None]
+    weighted_BGXL = weighted_BLHP.reshape(batch, num_accepted, num_groups, -1).permute(0, 2, 3, 1)
+    added_BGXN = weighted_BGXL @ b_BLGN.transpose(1, 2)
+    decay_BH11 = from_here_BLH[:, 0].exp()[..., None, None]
+    return torch.addcmul(added_BGXN.view(state.shape), state, decay_BH11)
 
 
 def _score_tree(
@@ -63,7 +128,7 @@ def _score_tree(
 ) -> Tensor:
     """Return y_BHTP of rows first..first + T - 1."""
     end = first + c_BTGN.shape[1]
-    x_BHEP = rows.x_BRHP[:, :end].to(state.dtype).transpose(1, 2)
+    x_BHEP = _spread(rows.x_BRXP[:, :end], state).transpose(1, 2)
     d_BHE = _discretised(rows.dt_BRH[:, :end], heads, dt_limit, state.dtype).transpose(1, 2)
     b_BGEN = rows.b_BRGN[:, :end].to(state.dtype).transpose(1, 2)
     c_BGTN = c_BTGN.to(state.dtype).transpose(1, 2)
@@ -76,13 +141,13 @@ def _score_tree(
     # Outside the mask the exponent may be positive and overflow, so the mask comes before exp.
     exponent_BHTE = (path_BHT1 - path_BHE[:, :, None]).masked_fill(~mask_EE[first:], -torch.inf)
 
-    num_groups = b_BGEN.shape[1]
-    score_BGTE = c_BGTN @ b_BGEN.mT
+    num_groups = math.lcm(b_BGEN.shape[1], c_BGTN.shape[1])
+    score_BGTE = _regroup(c_BGTN, num_groups) @ _regroup(b_BGEN, num_groups).mT
     decay_BHTE = exponent_BHTE.to(state.dtype).exp() * d_BHE[:, :, None]
     weight_BHTE = (decay_BHTE.unflatten(1, (num_groups, -1)) * score_BGTE[:, :, None]).flatten(1, 2)
     carried_BHTP = _state_times(state, c_BGTN)
     y_BHTP: Tensor = path_BHT1.to(state.dtype).exp() * carried_BHTP + weight_BHTE @ x_BHEP
-    y_BHTP += heads.d_H.to(state.dtype)[:, None, None] * x_BHEP[:, :, first:]
+    y_BHTP += _skip(heads, state.dtype) * x_BHEP[:, :, first:]
     return y_BHTP
 
 
@@ -94,16 +159,29 @@ def _score_root(
     dt_limit: tuple[float, float],
 ) -> Tensor:
     """Return y_BHTP of row 0 alone: the same sums of one term, in a third of the torch calls."""
-    x_BHTP = rows.x_BRHP[:, :1].to(state.dtype).transpose(1, 2)
+    x_BHTP = _spread(rows.x_BRXP[:, :1], state).transpose(1, 2)
     d_BH = _discretised(rows.dt_BRH[:, 0], heads, dt_limit, state.dtype)
     b_BGTN = rows.b_BRGN[:, :1].to(state.dtype).transpose(1, 2)
     c_BGTN = c_BTGN.to(state.dtype).transpose(1, 2)
-    group_size = state.shape[1] // b_BGTN.shape[1]
-    own_BH = (b_BGTN * c_BGTN).sum((2, 3)).repeat_interleave(group_size, dim=1) * d_BH
+    num_groups = math.lcm(b_BGTN.shape[1], c_BGTN.shape[1])
+    score_BGTN = _regroup(b_BGTN, num_groups) * _regroup(c_BGTN, num_groups)
+    own_BHTN = _regroup(score_BGTN, state.shape[1])
+    own_BHTP = own_BHTN.sum(3, keepdim=True) * d_BH[:, :, None, None] + _skip(heads, state.dtype)
     decay_BH = (d_BH * heads.a_H).exp()
     y_BHTP = _state_times(state, c_BGTN) * decay_BH[:, :, None, None]
-    y_BHTP += (own_BH + heads.d_H)[:, :, None, None] * x_BHTP
+    y_BHTP += own_BHTP * x_BHTP
     return y_BHTP
+
+
+def _regroup(tensor_BGTN: Tensor, num_groups: int) -> Tensor:
+    """Return the tensor with each group repeated so that there are `num_groups`."""
+    repeats = num_groups // tensor_BGTN.shape[1]
+    return tensor_BGTN if repeats == 1 else tensor_BGTN.repeat_interleave(repeats, dim=1)
+
+
+def _skip(heads: ScanHeads, dtype: torch.dtype) -> Tensor:
+    """Return D as a factor of [H, T, P]."""
+    return heads.d_H.to(dtype).view(len(heads.d_H), 1, -1)
 
 
 def _state_times(state_BHPN: Tensor, c_BGTN: Tensor) -> Tensor:
@@ -113,40 +191,11 @@ def _state_times(state_BHPN: Tensor, c_BGTN: Tensor) -> Tensor:
     return product_BGXT.view(*state_BHPN.shape[:3], -1).mT
 
 
-def replay(
-    state_BHPN: Tensor,
-    previous: ScanRows,
-    pending: Pending,
-    heads: ScanHeads,
-    *,
-    dt_limit: tuple[float, float],
-) -> None:
-    """Advance `state_BHPN` in place along the pending path, whose rows are in `previous`."""
-    state = _widen(state_BHPN)
-    batch, capacity = pending.path_BL.shape
-    sequence_B1 = torch.arange(batch, device=state.device)[:, None]
-    position_L = torch.arange(capacity, device=state.device)
-    unused_BL = position_L >= pending.length_B[:, None]
-    x_BLHP, dt_BLH, b_BLGN = (rows[sequence_B1, pending.path_BL] for rows in previous)
-    # Entries past the path may be rows that nothing has written, NaN included: no product with 0.
-    d_BLH = _discretised(dt_BLH, heads, dt_limit, state.dtype)
-    d_BLH = d_BLH.masked_fill(unused_BL[:, :, None], 0)
-    x_BLHP = x_BLHP.to(state.dtype).masked_fill(unused_BL[:, :, None, None], 0)
-    b_BLGN = b_BLGN.to(state.dtype).masked_fill(unused_BL[:, :, None, None], 0)
-
-    # Sums from the far end, not differences of sums from the near one, which lose digits.
-    from_here_BLH = (d_BLH * heads.a_H.to(state.dtype)).flip(1).cumsum(1).flip(1)
-    after_here_BLH = functional.pad(from_here_BLH[:, 1:], (0, 0, 0, 1))
-    weighted_BLHP = x_BLHP * (after_here_BLH.exp() * d_BLH)[..., None]
-    state.mul_(from_here_BLH[:, 0].exp()[..., None, None])
-    # In place, sequence by sequence: a fresh buffer of a state's size costs several times the work.
-    num_groups, state_dim = b_BLGN.shape[2:]
-    weighted_BGXL = weighted_BLHP.view(batch, capacity, num_groups, -1).permute(0, 2, 3, 1)
-    for sequence, state_HPN in enumerate(state):
-        groups_GXN = state_HPN.view(num_groups, -1, state_dim)
-        groups_GXN.baddbmm_(weighted_BGXL[sequence], b_BLGN[sequence].transpose(0, 1))
-    if state is not state_BHPN:
-        state_BHPN.copy_(state)
+def _spread(x: Tensor, state_BHPN: Tensor) -> Tensor:
+    """Return x, whose last dimensions are [X, P], for every head, in the state's dtype."""
+    repeats = state_BHPN.shape[1] // x.shape[-2]
+    wide = x.to(state_BHPN.dtype)
+    return wide if repeats == 1 else wide.repeat_interleave(repeats, dim=-2)
 
 
 def _widen(state: Tensor) -> Tensor:

@@ -1,0 +1,234 @@
+"""The row-wise steps between two projections, each one Triton kernel.
+
+The work is that of `residual_ref`. A program owns a run of one row's columns; only `scale_rows`
+reads what others wrote: the sums of squares of its own group.
+
+Shape letters: M rows, K columns, Q partial sums of a row, D hidden, F MLP inner, V vocab.
+"""
+
+# The Triton DSL annotates its constants only.
+# mypy: disallow-incomplete-defs=False
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stree_kernels.pdl import launch_options, wait_for_previous
+from stree_kernels.rows import require_dtypes, require_packed
+from stree_kernels.unscaled import (
+    COLUMNS_PER_SUM,
+    Residual,
+    UnscaledRows,
+    check_residual,
+    check_rows,
+)
+
+FLOATS = (torch.bfloat16, torch.float32)
+BLOCK = 1024
+"""Columns of one row that a program holds at a time."""
+NUM_WARPS = 4
+
+
+@triton.jit
+def _write_stream(
+    total_D, row, columns_D, valid_D, num_columns, stream_ptr, values_ptr, sums_ptr,
+    BLOCK_D: tl.constexpr, PER_SUM: tl.constexpr,
+):  # fmt: skip
+    """Store a part of one row of a residual: the stream, its rounded values, their squares."""
+    stored_D = total_D.to(stream_ptr.dtype.element_ty)
+    tl.store(stream_ptr + row * num_columns + columns_D, stored_D, mask=valid_D)
+    exact_D = stored_D.to(tl.float32)
+    if values_ptr is not None:
+        rounded_D = exact_D.to(values_ptr.dtype.element_ty)
+        tl.store(values_ptr + row * num_columns + columns_D, rounded_D, mask=valid_D)
+    squares_QD = tl.reshape(exact_D * exact_D, [BLOCK_D // PER_SUM, PER_SUM])
+    num_sums = num_columns // PER_SUM
+    sums_Q = tl.program_id(1) * (BLOCK_D // PER_SUM) + tl.arange(0, BLOCK_D // PER_SUM)
+    sums_ptrs = sums_ptr + row * num_sums + sums_Q
+    tl.store(sums_ptrs, tl.sum(squares_QD, axis=1), mask=sums_Q < num_sums)
+
+
+@triton.jit
+def _start_residual_kernel(
+    # pointers
+    embed_ptr, tokens_ptr, stream_ptr, values_ptr, sums_ptr,
+    # sizes
+    num_columns,
+    # meta
+    BLOCK_D: tl.constexpr, PER_SUM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    valid_D = columns_D < num_columns
+    wait_for_previous(PDL)
+    token = tl.load(tokens_ptr + row)
+    embed_D = tl.load(embed_ptr + token * num_columns + columns_D, mask=valid_D, other=0.0)
+    _write_stream(
+        embed_D.to(tl.float32), row, columns_D, valid_D, num_columns,
+        stream_ptr, values_ptr, sums_ptr, BLOCK_D, PER_SUM,
+    )  # fmt: skip
+
+
+@triton.jit
+def _add_residual_kernel(
+    # pointers
+    product_ptr, stream_ptr, values_ptr, sums_ptr,
+    # sizes
+    num_columns,
+    # meta
+    BLOCK_D: tl.constexpr, PER_SUM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    valid_D = columns_D < num_columns
+    wait_for_previous(PDL)
+    offsets_D = row * num_columns + columns_D
+    product_D = tl.load(product_ptr + offsets_D, mask=valid_D, other=0.0).to(tl.float32)
+    stream_D = tl.load(stream_ptr + offsets_D, mask=valid_D, other=0.0).to(tl.float32)
+    _write_stream(
+        stream_D + product_D, row, columns_D, valid_D, num_columns,
+        stream_ptr, values_ptr, sums_ptr, BLOCK_D, PER_SUM,
+    )  # fmt: skip
+
+
+@triton.jit
+def _scale_rows_kernel(
+    # pointers
+    values_ptr, sums_ptr, weight_ptr, out_ptr,
+    # sizes
+    group_columns, group_sums, eps,
+    # strides
+    stride_out_m,
+    # meta
+    BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1)
+    num_groups = tl.num_programs(1)
+    wait_for_previous(PDL)
+    sums_Q = tl.arange(0, BLOCK_Q)
+    sums_ptrs = sums_ptr + (row * num_groups + group) * group_sums + sums_Q
+    total = tl.sum(tl.load(sums_ptrs, mask=sums_Q < group_sums, other=0.0), axis=0)
+    scale = 1.0 / tl.sqrt(total / group_columns + eps)
+    for start in range(0, group_columns, BLOCK_K):
+        inner_K = start + tl.arange(0, BLOCK_K)
+        valid_K = inner_K < group_columns
+        columns_K = group * group_columns + inner_K
+        values_ptrs = values_ptr + row * num_groups * group_columns + columns_K
+        scaled_K = tl.load(values_ptrs, mask=valid_K, other=0.0).to(tl.float32) * scale
+        if weight_ptr is not None:
+            scaled_K *= tl.load(weight_ptr + columns_K, mask=valid_K, other=0.0).to(tl.float32)
+        out_ptrs = out_ptr + row * stride_out_m + columns_K
+        tl.store(out_ptrs, scaled_K.to(out_ptr.dtype.element_ty), mask=valid_K)
+
+
+@triton.jit
+def _swiglu_kernel(
+    # pointers
+    gate_up_ptr, out_ptr,
+    # sizes
+    num_columns,
+    # strides
+    stride_out_m,
+    # meta
+    BLOCK_F: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns_F = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    valid_F = columns_F < num_columns
+    wait_for_previous(PDL)
+    gate_ptrs = gate_up_ptr + row * 2 * num_columns + columns_F
+    gate_F = tl.load(gate_ptrs, mask=valid_F, other=0.0).to(tl.float32)
+    up_F = tl.load(gate_ptrs + num_columns, mask=valid_F, other=0.0).to(tl.float32)
+    out_F = gate_F / (1.0 + tl.exp(-gate_F)) * up_F
+    out_ptrs = out_ptr + row * stride_out_m + columns_F
+    tl.store(out_ptrs, out_F.to(out_ptr.dtype.element_ty), mask=valid_F)
+
+
+def start_residual(embed_VD: Tensor, tokens_M: Tensor, residual: Residual) -> None:
+    """Make the residual the embeddings of `tokens_M` (int64, within the vocabulary).
+
+    The contract is that of `residual_ref.start_residual`.
+    """
+    check_residual(residual)
+    stream, values, sums = residual
+    require_dtypes("the embedding and the residual's values", (embed_VD, values), FLOATS)
+    require_dtypes("tokens", (tokens_M,), (torch.int64,))
+    require_packed("the embedding", (embed_VD,), 2)
+    require_packed("tokens", (tokens_M,), 1)
+    _check_shape("the residual stream", stream, (len(tokens_M), embed_VD.shape[1]))
+    _start_residual_kernel[_grid(stream)](
+        embed_VD, tokens_M, stream, None if values.dtype == stream.dtype else values, sums,
+        stream.shape[1], BLOCK_D=BLOCK, PER_SUM=COLUMNS_PER_SUM, num_warps=NUM_WARPS,
+        **launch_options(stream.device),
+    )  # fmt: skip
+
+
+def add_residual(product_MD: Tensor, residual: Residual) -> None:
+    """Add `product_MD` (bf16 or fp32) to the residual stream.
+
+    The contract is that of `residual_ref.add_residual`.
+    """
+    check_residual(residual)
+    stream, values, sums = residual
+    require_dtypes("the product", (product_MD,), FLOATS)
+    require_packed("the product", (product_MD,), 2)
+    _check_shape("the product", product_MD, tuple(stream.shape))
+    _add_residual_kernel[_grid(stream)](
+        product_MD, stream, None if values.dtype == stream.dtype else values, sums,
+        stream.shape[1], BLOCK_D=BLOCK, PER_SUM=COLUMNS_PER_SUM, num_warps=NUM_WARPS,
+        **launch_options(stream.device),
+    )  # fmt: skip
+
+
+def scale_rows(rows: UnscaledRows, weight_K: Tensor | None, out_MK: Tensor) -> None:
+    """Write the rows' norm times `weight_K`, or times one, to `out_MK`, whose rows may be apart.
+
+    The contract is that of `residual_ref.scale_rows`, with sums of squares given.
+    """
+    check_rows(rows)
+    values, sums, num_groups, eps = rows
+    if sums is None:
+        raise ValueError("scale_rows takes sums of squares, got none; use the rows as they are")
+    require_dtypes("the output", (out_MK,), FLOATS)
+    require_packed("a row of the output", (out_MK,), 1)
+    _check_shape("the output", out_MK, tuple(values.shape))
+    if weight_K is not None:
+        require_dtypes("the norm's weight", (weight_K,), FLOATS)
+        require_packed("the norm's weight", (weight_K,), 1)
+        _check_shape("the norm's weight", weight_K, (values.shape[1],))
+    group_columns, group_sums = values.shape[1] // num_groups, sums.shape[1] // num_groups
+    _scale_rows_kernel[len(values), num_groups](
+        values, sums, weight_K, out_MK, group_columns, group_sums, eps, out_MK.stride(0),
+        BLOCK_K=min(BLOCK, triton.next_power_of_2(group_columns)),
+        BLOCK_Q=triton.next_power_of_2(group_sums), num_warps=NUM_WARPS,
+        **launch_options(values.device),
+    )  # fmt: skip
+
+
+def swiglu(gate_up_M2F: Tensor, out_MF: Tensor) -> None:
+    """Write silu(gate) * up to `out_MF`, whose rows may be apart.
+
+    The contract is that of `residual_ref.swiglu`.
+    """
+    require_dtypes("gate, up and the output", (gate_up_M2F, out_MF), FLOATS)
+    require_packed("gate and up", (gate_up_M2F,), 2)
+    require_packed("a row of the output", (out_MF,), 1)
+    _check_shape("gate and up", gate_up_M2F, (len(out_MF), 2 * out_MF.shape[1]))
+    _swiglu_kernel[_grid(out_MF)](
+        gate_up_M2F, out_MF, out_MF.shape[1], out_MF.stride(0), BLOCK_F=BLOCK,
+        num_warps=NUM_WARPS, **launch_options(out_MF.device),
+    )  # fmt: skip
+
+
+def _grid(rows: Tensor) -> tuple[int, int]:
+    return len(rows), triton.cdiv(rows.shape[1], BLOCK)
+
+
+def _check_shape(what: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    if tensor.shape != expected:
+        raise ValueError(
+            f"{what} is {expected}, got {tuple(tensor.shape)}; pass buffers of one model"
+        )

@@ -1,0 +1,57 @@
+"""The row-wise steps between two projections, in plain torch: what the kernels are compared with.
+
+It is also the CPU's path. All compute in fp32 at least.
+
+Shape letters: M rows, K columns, G norm groups, D hidden, F MLP inner, V vocab.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from stree_kernels.unscaled import COLUMNS_PER_SUM, Residual, UnscaledRows, scale_factors
+
+
+def start_residual(embed_VD: Tensor, tokens_M: Tensor, residual: Residual) -> None:
+    """Make the residual the embeddings of `tokens_M` (int64)."""
+    _write(embed_VD[tokens_M], residual)
+
+
+def add_residual(product_MD: Tensor, residual: Residual) -> None:
+    """Add `product_MD`, of any float dtype, to the residual stream."""
+    dtype = torch.promote_types(residual.stream_MD.dtype, torch.float32)
+    _write(residual.stream_MD.to(dtype) + product_MD, residual)
+
+
+def scale_rows(rows: UnscaledRows, weight_K: Tensor | None, out_MK: Tensor) -> None:
+    """Write the rows' norm times `weight_K`, or times one, to `out_MK`."""
+    scaled_MK = normalised(rows)
+    out_MK.copy_(scaled_MK if weight_K is None else scaled_MK * weight_K)
+
+
+def swiglu(gate_up_M2F: Tensor, out_MF: Tensor) -> None:
+    """Write silu(gate) * up to `out_MF`; a row holds all of gate, then all of up."""
+    dtype = torch.promote_types(gate_up_M2F.dtype, torch.float32)
+    gate_MF, up_MF = gate_up_M2F.to(dtype).chunk(2, dim=1)
+    out_MF.copy_(functional.silu(gate_MF) * up_MF)
+
+
+def normalised(rows: UnscaledRows) -> Tensor:
+    """Return the rows times their scale factors, in fp32 at least."""
+    dtype = torch.promote_types(rows.values_MK.dtype, torch.float32)
+    values_MK = rows.values_MK.to(dtype)
+    if rows.square_sums_MQ is None:
+        return values_MK
+    scales_MG = scale_factors(rows)
+    return values_MK * scales_MG.repeat_interleave(values_MK.shape[1] // rows.num_groups, dim=1)
+
+
+def _write(stream_MD: Tensor, residual: Residual) -> None:
+    """Write the stream, its rounded values and the sums of squares of what the stream holds."""
+    residual.stream_MD.copy_(stream_MD)
+    if residual.values_MD is not residual.stream_MD:
+        residual.values_MD.copy_(residual.stream_MD)
+    exact_MD = residual.stream_MD.to(residual.square_sums_MQ.dtype)
+    residual.square_sums_MQ.copy_(exact_MD.square().unflatten(1, (-1, COLUMNS_PER_SUM)).sum(2))

@@ -1,0 +1,183 @@
+"""Row-wise steps: the reference against formulas, the kernels against the reference.
+
+Shape letters: M rows, K columns, D hidden, F MLP inner, V vocab.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from stree_kernels import residual as kernel
+from stree_kernels import residual_ref as reference
+from stree_kernels.testing import assert_close, poisoned
+from stree_kernels.unscaled import Residual, UnscaledRows
+
+EPS = 1e-3
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests cover this")
+
+
+def normal(*shape: int) -> Tensor:
+    """Return random numbers in float64 that depend on the shape alone."""
+    random = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+
+def residual_of(stream: Tensor, dtype: torch.dtype) -> Residual:
+    """Return a copy of the stream with values and sums still to be written."""
+    stream = stream.clone()
+    device, exact = stream.device, torch.promote_types(stream.dtype, torch.float32)
+    same = stream.dtype == dtype
+    values = stream if same else poisoned(*stream.shape, dtype=dtype, device=device)
+    sums = poisoned(len(stream), stream.shape[1] // 16, dtype=exact, device=device)
+    return Residual(stream, values, sums)
+
+
+def unscaled(values: Tensor, num_groups: int, num_sums: int) -> UnscaledRows:
+    """Return rows with the sums of squares of their values."""
+    exact = values.to(torch.promote_types(values.dtype, torch.float32))
+    return UnscaledRows(values, exact.unflatten(1, (num_sums, -1)).square().sum(2), num_groups, EPS)
+
+
+def test_reference_starts_from_the_embedding() -> None:
+    embed, tokens = normal(7, 48), torch.tensor([3, 3, 0])
+    residual = residual_of(normal(3, 48), torch.float64)
+    reference.start_residual(embed, tokens, residual)
+    assert torch.equal(residual.values_MD, embed[tokens])
+    assert_close("sums", residual.square_sums_MQ, embed[tokens].view(3, 3, 16).square().sum(2))
+
+
+def test_reference_adds_before_it_rounds() -> None:
+    stream, product = normal(3, 32).float(), normal(3, 32)
+    residual = residual_of(stream, torch.bfloat16)
+    reference.add_residual(product, residual)
+    assert torch.equal(residual.stream_MD, (stream + product).float())
+    assert torch.equal(residual.values_MD, residual.stream_MD.bfloat16())
+    sums = residual.stream_MD.view(3, 2, 16).square().sum(2)
+    assert_close("sums", residual.square_sums_MQ, sums)
+
+
+@pytest.mark.parametrize("num_groups", [1, 3])
+def test_reference_norm_equals_that_of_torch(num_groups: int) -> None:
+    values, weight, out = normal(5, 96), normal(96), poisoned(5, 96, dtype=torch.float64)
+    reference.scale_rows(unscaled(values, num_groups, 6), weight, out)
+    groups = values.unflatten(1, (num_groups, -1))
+    norm = functional.rms_norm(groups, groups.shape[2:], eps=EPS).flatten(1)
+    assert_close("out", out, norm * weight)
+
+
+def test_reference_without_a_norm_leaves_the_rows() -> None:
+    values, out = normal(5, 96), poisoned(5, 96, dtype=torch.float64)
+    reference.scale_rows(UnscaledRows(values, None, 1, EPS), None, out)
+    assert torch.equal(out, values)
+
+
+def run_residual(ops: Any, op: str, source: Tensor, residual: Residual) -> Residual:
+    """Start from, or add, `source`."""
+    if op == "start_residual":
+        tokens = torch.arange(len(residual.stream_MD), device=source.device) % 3
+        ops.start_residual(source, tokens, residual)
+    else:
+        ops.add_residual(source, residual)
+    return residual
+
+
+def check_residual_op(
+    op: str, num_rows: int, hidden: int, dtype: torch.dtype, stream_dtype: torch.dtype, device: str
+) -> None:
+    """Compare a kernel with the reference in float64 on the values that the kernel sees."""
+    stream = normal(num_rows, hidden).to(device, stream_dtype)
+    source = normal(3 if op == "start_residual" else num_rows, hidden).to(device, dtype)
+    ours = run_residual(kernel, op, source, residual_of(stream, dtype))
+    truth = residual_of(stream.double(), torch.float64)
+    run_residual(reference, op, source.double(), truth)
+    # The sums are of what the stream holds, which is rounded where it is bf16.
+    tolerance = 1e-2 if stream_dtype == torch.bfloat16 else None
+    assert_close("stream", ours.stream_MD, truth.stream_MD)
+    assert_close("values", ours.values_MD, truth.values_MD)
+    assert_close("sums", ours.square_sums_MQ, truth.square_sums_MQ, tolerance=tolerance)
+    exact = ours.stream_MD.double().unflatten(1, (-1, 16)).square().sum(2)
+    assert_close("sums", ours.square_sums_MQ, exact)
+
+
+def check_scale_rows(
+    num_rows: int, num_inner: int, num_groups: int, num_sums: int, *, weighted: bool,
+    dtype: torch.dtype, device: str,
+) -> None:  # fmt: skip
+    """Compare the kernel with the reference in float64 on the values that the kernel sees."""
+    values = normal(num_rows, num_inner).to(device, dtype)
+    weight = normal(num_inner).to(device, dtype) if weighted else None
+    out = poisoned(num_rows, num_inner + 1, dtype=dtype, device=device)
+    truth = poisoned(num_rows, num_inner, dtype=torch.float64, device=device)
+    kernel.scale_rows(unscaled(values, num_groups, num_sums), weight, out[:, :-1])
+    exact = None if weight is None else weight.double()
+    reference.scale_rows(unscaled(values.double(), num_groups, num_sums), exact, truth)
+    assert_close("out", out[:, :-1], truth)
+    assert out[:, -1].isnan().all(), "only the columns asked for are written"
+
+
+def check_swiglu(num_rows: int, inner: int, dtype: torch.dtype, device: str) -> None:
+    """Compare the kernel with the reference in float64 on the values that the kernel sees."""
+    gate_up = normal(num_rows, 2 * inner).to(device, dtype)
+    out = poisoned(num_rows, inner + 1, dtype=dtype, device=device)
+    truth = poisoned(num_rows, inner, dtype=torch.float64, device=device)
+    kernel.swiglu(gate_up, out[:, :-1])
+    reference.swiglu(gate_up.double(), truth)
+    assert_close("out", out[:, :-1], truth)
+    assert out[:, -1].isnan().all(), "only the columns asked for are written"
+
+
+@interpreted
+@pytest.mark.parametrize("op", ["start_residual", "add_residual"])
+@pytest.mark.parametrize("hidden", [48, 1040])
+def test_interpreted_residual_equals_the_reference(op: str, hidden: int) -> None:
+    check_residual_op(op, 4, hidden, torch.float32, torch.float32, "cpu")
+
+
+@interpreted
+def test_interpreted_norm_equals_the_reference() -> None:
+    options: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    check_scale_rows(3, 96, 3, 6, weighted=True, **options)
+    check_scale_rows(2, 1040, 1, 65, weighted=False, **options)
+
+
+@interpreted
+def test_interpreted_swiglu_equals_the_reference() -> None:
+    check_swiglu(3, 1030, torch.float32, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", ["start_residual", "add_residual"])
+@pytest.mark.parametrize("num_rows", [1, 5, 300])
+@pytest.mark.parametrize("stream_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_residual_equals_the_reference(op: str, num_rows: int, stream_dtype: torch.dtype) -> None:
+    check_residual_op(op, num_rows, 2560, torch.bfloat16, stream_dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("num_rows", [1, 5, 300])
+def test_norm_and_swiglu_equal_the_reference(num_rows: int, dtype: torch.dtype) -> None:
+    check_scale_rows(num_rows, 4096, 32, 32, weighted=True, dtype=dtype, device="cuda")
+    check_scale_rows(num_rows, 2560, 1, 160, weighted=False, dtype=dtype, device="cuda")
+    check_swiglu(num_rows, 14336, dtype, "cuda")
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    rows = unscaled(normal(2, 32).float(), 1, 2)
+    out = torch.empty(2, 32)
+    with pytest.raises(ValueError, match="scale_rows takes sums of squares, got none"):
+        kernel.scale_rows(rows._replace(square_sums_MQ=None), None, out)
+    with pytest.raises(ValueError, match=r"the output is \(2, 32\), got \(2, 16\)"):
+        kernel.scale_rows(rows, None, torch.empty(2, 16))
+    residual = residual_of(out, torch.float32)
+    with pytest.raises(ValueError, match=r"in the model's dtype is its own values"):
+        kernel.add_residual(out, residual._replace(values_MD=out.clone()))
+    with pytest.raises(ValueError, match=r"the product is \(2, 32\), got \(3, 32\)"):
+        kernel.add_residual(torch.empty(3, 32), residual)
+    with pytest.raises(ValueError, match=r"gate and up is \(2, 64\), got \(2, 32\)"):
+        kernel.swiglu(out, torch.empty(2, 32))
