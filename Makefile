@@ -3,7 +3,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup tune test format lint types imports wheel aot bench check
+.PHONY: setup tune test format lint types imports wheel aot gpu-test bench sanitize check
 
 setup: .venv/stamp
 
@@ -38,7 +38,18 @@ wheel: setup
 aot: setup
 	$(BIN)/python benchmarks/aot.py
 
+# The targets below need a GPU.
+gpu-test: setup
+	$(BIN)/pytest -m gpu
+
 bench: setup
-	$(BIN)/python benchmarks/lossless.py
+	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/forward.py
+
+# One case of each kernel and path: the tool runs a program some fifty times slower.
+sanitize: setup
+	for tool in memcheck racecheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest -q -m gpu -k sanitized || exit 1; \
+	done
 
 check: lint types imports test wheel

@@ -86,20 +86,20 @@ class TargetDriver:
 def compile_case(case: Case, arch: int) -> list[Usage]:
     """Compile all that `case` launches for sm_`arch` and read its resources from the binaries."""
     compiled: list[Any] = []
-    run, options = JITFunction.run, pdl._options
+    run, capability, mm = JITFunction.run, pdl.capability, torch.mm
 
     def compile_only(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> None:
         compiled.append((run(self, *args, warmup=True, **kwargs), "maxnreg" in kwargs))
 
-    depends = arch >= 90
-    launch = (("PDL", True), ("launch_pdl", True)) if depends else (("PDL", False),)
     driver.set_active(TargetDriver(arch))
     JITFunction.run = compile_only
-    pdl._options = lambda *_: launch
+    pdl.capability = lambda _: arch
+    # What goes to cuBLAS needs no compiler.
+    torch.mm = lambda *_, **__: None
     try:
         case()
     finally:
-        JITFunction.run, pdl._options = run, options
+        JITFunction.run, pdl.capability, torch.mm = run, capability, mm
     return [usage(kernel, capped) for kernel, capped in compiled]
 
 
@@ -165,9 +165,9 @@ def projections(
     linear.linear_swiglu(rows, weight, out[:, : num_columns // 2].contiguous())
     linear.linear(rows._replace(square_sums_MQ=None), weight, out.float())
     sums_out = torch.empty(num_rows, num_columns // COLUMNS_PER_SUM)
-    linear.linear_add(rows, weight, Residual(out, out, sums_out))
+    linear.linear_add(rows, weight, Residual(out, out, sums_out), eps=1e-5)
     if dtype != FP32:
-        linear.linear_add(rows, weight, Residual(out.float(), out, sums_out))
+        linear.linear_add(rows, weight, Residual(out.float(), out, sums_out), eps=1e-5)
 
 
 def row_steps(num_columns: int, *, dtype: torch.dtype = BF16) -> None:
@@ -244,7 +244,7 @@ def all_cases() -> Iterator[tuple[str, Case]]:
     for tokens, dtype, commit in itertools.product((1, 16, 32), (BF16, FP32), (True, False)):
         run = partial(conv, tokens, dtype=dtype, commit=commit)
         yield f"conv T={tokens} {dtype} commit={commit}", run
-    for num_rows, dtype in itertools.product((1, 2, 4, 8, 16, 32, 64), (BF16, FP32)):
+    for num_rows, dtype in itertools.product((1, 2, 8, 16, 32), (BF16, FP32)):
         for inner, columns in ((4096, 10272), (768, 3360), (5120, 2560), (1536, 768)):
             yield projection_case(num_rows, inner, columns, dtype=dtype)
         yield projection_case(num_rows, 4096, 4096, dtype=dtype, groups=32)

@@ -60,7 +60,7 @@ def _run(tests: list[Path]) -> str:
     command += ["-p", "no:cacheprovider", "-p", "no:benchmark", *names]
     # Most of the tests' time is compilation.
     if importlib.util.find_spec("xdist"):
-        command += ["-n", str(min(8, os.cpu_count() or 1))]
+        command += ["-n", str(min(16, os.cpu_count() or 1))]
     print("gate:", *names, file=sys.stderr, flush=True)
     try:
         run = subprocess.run(

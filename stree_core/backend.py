@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from stree_core.errors import BackendUnavailable, nearest
+from stree_kernels.unscaled import UnscaledRows
 
 _OPS = {
     "tree_conv": "tree_conv",
@@ -36,7 +37,7 @@ class Backend:
     tree_scan: Callable[..., None]
     linear: Callable[..., None]
     linear_swiglu: Callable[..., None]
-    linear_add: Callable[..., None]
+    linear_add: Callable[..., UnscaledRows]
     start_residual: Callable[..., None]
     scale_rows: Callable[..., None]
     store_keys: Callable[..., None]

@@ -114,24 +114,22 @@ class Model:
         Returns hidden states [T, B, D] after the final norm.
         """
         this = Pass(block, cache, first, len(tokens_TB), commit)
-        residual = self._start(tokens_TB)
+        residual, eps = self._start(tokens_TB), self.shape.norm_eps
+        rows = residual.rows(eps)
         layers = zip(self.shape.blocks, self.weights.mixers, cache.layers, strict=True)
         for shape, weights, layer in layers:
-            rows = residual.rows(self.shape.norm_eps)
             if isinstance(weights, MlpWeights):
-                mixed = self._mlp(rows, weights)
-                self.backend.linear_add(mixed, weights.down_proj, residual)
+                mixed, out_proj = self._mlp(rows, weights), weights.down_proj
             elif isinstance(weights, Mamba2Weights):
                 assert isinstance(layer, Mamba2Cache)
-                mixed = self._mamba2(rows, weights, layer, this)
-                self.backend.linear_add(mixed, weights.out_proj, residual)
+                mixed, out_proj = self._mamba2(rows, weights, layer, this), weights.out_proj
             else:
                 assert isinstance(layer, AttentionCache)
                 assert isinstance(shape.mixer, AttentionShape)
                 mixed = self._attention(rows, weights, shape.mixer, layer, this)
-                self.backend.linear_add(mixed, weights.o_proj, residual)
+                out_proj = weights.o_proj
+            rows = self.backend.linear_add(mixed, out_proj, residual, eps=eps)
         hidden_MD = torch.empty_like(residual.values_MD)
-        rows = residual.rows(self.shape.norm_eps)
         self.backend.scale_rows(rows, self.weights.final_norm, hidden_MD)
         return hidden_MD.view(*tokens_TB.shape, -1)
 

@@ -109,3 +109,17 @@ def test_steps_with_trees_equal_the_reference(name: str, dtype: torch.dtype) -> 
         assert_close(f"{tree}, step {number}", ours, truth, tolerance=TOLERANCES[dtype])
         for cache in caches:
             advance(cache, PATHS[tree])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+@torch.inference_mode()
+def test_sanitized_steps(name: str) -> None:
+    """A few steps through every kernel, short enough for `make sanitize`."""
+    device = torch.device("cuda")
+    model, _ = make_models(name, torch.bfloat16, device)
+    cache = model.make_cache(CacheSize(NUM_SLOTS, 200, 20, 128))
+    for tree in ("13 nodes", "one token", "200 nodes", *["13 nodes"] * 3, "one token"):
+        tokens_TB = torch.ones(len(TREES[tree]), NUM_SLOTS, dtype=torch.int64, device=device)
+        assert torch.isfinite(run(model, cache, tree, tokens_TB)).all()
+        advance(cache, PATHS[tree])

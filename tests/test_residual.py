@@ -15,7 +15,7 @@ from torch.nn import functional
 from stree_kernels import residual as kernel
 from stree_kernels import residual_ref as reference
 from stree_kernels.testing import assert_close, poisoned
-from stree_kernels.unscaled import Residual, UnscaledRows
+from stree_kernels.unscaled import COLUMNS_PER_SUM, Residual, UnscaledRows
 
 EPS = 1e-3
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests cover this")
@@ -33,7 +33,7 @@ def residual_of(stream: Tensor, dtype: torch.dtype) -> Residual:
     device, exact = stream.device, torch.promote_types(stream.dtype, torch.float32)
     same = stream.dtype == dtype
     values = stream if same else poisoned(*stream.shape, dtype=dtype, device=device)
-    sums = poisoned(len(stream), stream.shape[1] // 16, dtype=exact, device=device)
+    sums = poisoned(len(stream), stream.shape[1] // COLUMNS_PER_SUM, dtype=exact, device=device)
     return Residual(stream, values, sums)
 
 
@@ -48,7 +48,8 @@ def test_reference_starts_from_the_embedding() -> None:
     residual = residual_of(normal(3, 48), torch.float64)
     reference.start_residual(embed, tokens, residual)
     assert torch.equal(residual.values_MD, embed[tokens])
-    assert_close("sums", residual.square_sums_MQ, embed[tokens].view(3, 3, 16).square().sum(2))
+    sums = embed[tokens].view(3, -1, COLUMNS_PER_SUM).square().sum(2)
+    assert_close("sums", residual.square_sums_MQ, sums)
 
 
 def test_reference_adds_before_it_rounds() -> None:
@@ -57,8 +58,16 @@ def test_reference_adds_before_it_rounds() -> None:
     reference.add_residual(product, residual)
     assert torch.equal(residual.stream_MD, (stream + product).float())
     assert torch.equal(residual.values_MD, residual.stream_MD.bfloat16())
-    sums = residual.stream_MD.view(3, 2, 16).square().sum(2)
+    sums = residual.stream_MD.view(3, -1, COLUMNS_PER_SUM).square().sum(2)
     assert_close("sums", residual.square_sums_MQ, sums)
+
+
+def test_reference_scales_a_product_by_the_norm_of_its_rows() -> None:
+    values, weight, stream = normal(3, 64), normal(32, 64), normal(3, 32)
+    residual = residual_of(stream, torch.float64)
+    reference.add_residual(values @ weight.T, residual, unscaled(values, 1, 4))
+    norm = functional.rms_norm(values, (64,), eps=EPS)
+    assert_close("stream", residual.stream_MD, stream + norm @ weight.T)
 
 
 @pytest.mark.parametrize("num_groups", [1, 3])
@@ -100,8 +109,21 @@ def check_residual_op(
     assert_close("stream", ours.stream_MD, truth.stream_MD)
     assert_close("values", ours.values_MD, truth.values_MD)
     assert_close("sums", ours.square_sums_MQ, truth.square_sums_MQ, tolerance=tolerance)
-    exact = ours.stream_MD.double().unflatten(1, (-1, 16)).square().sum(2)
+    exact = ours.stream_MD.double().unflatten(1, (-1, COLUMNS_PER_SUM)).square().sum(2)
     assert_close("sums", ours.square_sums_MQ, exact)
+
+
+def check_late_norm(num_rows: int, num_inner: int, hidden: int, device: str) -> None:
+    """Compare the kernel with the reference in float64 where the product still lacks its norm."""
+    rows = unscaled(normal(num_rows, num_inner).to(device, torch.float32), 1, num_inner // 16)
+    exact = unscaled(rows.values_MK.double(), 1, num_inner // 16)
+    product = normal(num_rows, hidden).to(device, torch.float32)
+    ours = residual_of(normal(num_rows, hidden).to(device, torch.float32), torch.float32)
+    truth = residual_of(ours.stream_MD.double(), torch.float64)
+    kernel.add_residual(product, ours, rows)
+    reference.add_residual(product.double(), truth, exact)
+    assert_close("stream", ours.stream_MD, truth.stream_MD)
+    assert_close("sums", ours.square_sums_MQ, truth.square_sums_MQ)
 
 
 def check_scale_rows(
@@ -139,6 +161,11 @@ def test_interpreted_residual_equals_the_reference(op: str, hidden: int) -> None
 
 
 @interpreted
+def test_interpreted_late_norm_equals_the_reference() -> None:
+    check_late_norm(3, 48, 40, "cpu")
+
+
+@interpreted
 def test_interpreted_norm_equals_the_reference() -> None:
     options: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
     check_scale_rows(3, 96, 3, 6, weighted=True, **options)
@@ -159,6 +186,11 @@ def test_residual_equals_the_reference(op: str, num_rows: int, stream_dtype: tor
 
 
 @pytest.mark.gpu
+def test_late_norm_equals_the_reference() -> None:
+    check_late_norm(300, 5120, 2560, "cuda")
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("num_rows", [1, 5, 300])
 def test_norm_and_swiglu_equal_the_reference(num_rows: int, dtype: torch.dtype) -> None:
@@ -170,8 +202,6 @@ def test_norm_and_swiglu_equal_the_reference(num_rows: int, dtype: torch.dtype) 
 def test_what_does_not_fit_is_refused() -> None:
     rows = unscaled(normal(2, 32).float(), 1, 2)
     out = torch.empty(2, 32)
-    with pytest.raises(ValueError, match="scale_rows takes sums of squares, got none"):
-        kernel.scale_rows(rows._replace(square_sums_MQ=None), None, out)
     with pytest.raises(ValueError, match=r"the output is \(2, 32\), got \(2, 16\)"):
         kernel.scale_rows(rows, None, torch.empty(2, 16))
     residual = residual_of(out, torch.float32)

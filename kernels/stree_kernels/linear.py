@@ -8,79 +8,63 @@ Shape letters: M rows, K columns in, N columns out, D hidden, F MLP inner.
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
-
 import torch
-import triton
 from torch import Tensor
 
-from stree_kernels.linear_kernel import linear_kernel
-from stree_kernels.pdl import launch_options
+from stree_kernels.gemv_kernel import GemvConfig, launch_gemv
+from stree_kernels.linear_kernel import LinearConfig, launch_linear
 from stree_kernels.residual import add_residual, scale_rows, swiglu
 from stree_kernels.rows import require_dtypes, require_packed
-from stree_kernels.unscaled import (
-    COLUMNS_PER_SUM,
-    Residual,
-    UnscaledRows,
-    check_residual,
-    check_rows,
-)
+from stree_kernels.unscaled import Residual, UnscaledRows, check_residual, check_rows
 
 FLOATS = (torch.bfloat16, torch.float32)
-MAX_SMALL_ROWS = 64
-BLOCK_ROWS = (8, 16, 32, 64)
-MAX_SUMS = 4096
-"""Sums of squares that a program holds at a time."""
-MAX_TILES = 4096
-MAX_PARTIALS = 1 << 22
+GROUP_MULTIPLE = 32
+"""What the columns of a norm group are a multiple of: a group may end at no other column."""
+MAX_COLUMNS = 8192
+MAX_WEIGHT_ROWS = 16384
+"""The largest weight that the tensor cores' kernel takes: beyond it cuBLAS is as fast."""
+NARROW = 2048
+"""A weight of fewer columns ends so soon that our kernel's early start tells with more rows too."""
+
+# Never autotuned: the order of additions, and with it the tokens, depends on the config. Chosen
+# from times on an H200 (docs/kernels.md).
+GEMV_CONFIGS = {
+    1024: GemvConfig(8, 4, 1, depth=8),
+    2048: GemvConfig(8, 4, 2, depth=8),
+    MAX_COLUMNS: GemvConfig(8, 2, 2, depth=8),
+}
+"""The config for one row by the most columns that it is for."""
+WIDEST_GEMV_CONFIG = GemvConfig(8, 2, 4, depth=4)
+FEW_ROWS_CONFIG = LinearConfig(16, 4, depth=20, rows_depth=5, weight_first=True)
+MORE_ROWS_CONFIG = LinearConfig(16, 4, depth=10, rows_depth=4)
 
 
-@dataclass(frozen=True, slots=True)
-class LinearConfig:
-    """How a launch is cut: the tile of the weight, warps of 32 threads, tiles under way.
-
-    `prefetch_k` columns of the weight are fetched ahead of the previous kernel's end; `split_k`
-    programs share the columns of a tile.
-    """
-
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    prefetch_k: int
-    split_k: int = 1
-
-
-# Never autotuned: the order of additions, and with it the tokens, depends on the config.
-FP32_CONFIG = LinearConfig(16, 32, 4, 3, prefetch_k=512)
-CONFIGS = (
-    LinearConfig(16, 128, 4, 4, prefetch_k=1024),
-    LinearConfig(32, 128, 4, 4, prefetch_k=1024),
-    LinearConfig(64, 128, 4, 4, prefetch_k=512),
-)
-
-
-def pick_config(num_rows: int, num_columns: int, dtype: torch.dtype) -> LinearConfig:
-    """Return the config for `num_rows` rows and a weight of `num_columns` rows."""
-    if dtype == torch.float32:
-        return FP32_CONFIG
-    small, medium, large = CONFIGS
-    if num_columns < 8192:
-        return small if num_rows <= 16 else medium
-    return medium if num_rows <= 16 else large
+def pick_config(num_rows: int, weight_NK: Tensor) -> LinearConfig | GemvConfig | None:
+    """Return the config for some rows and a weight, None where cuBLAS is faster."""
+    num_weight_rows, num_columns = weight_NK.shape
+    if num_rows == 1:
+        configs = GEMV_CONFIGS.items()
+        return next((c for most, c in configs if num_columns <= most), WIDEST_GEMV_CONFIG)
+    if weight_NK.dtype == torch.float32:
+        return None
+    if num_columns > MAX_COLUMNS or num_weight_rows > MAX_WEIGHT_ROWS:
+        return None
+    if num_rows <= 8:
+        return FEW_ROWS_CONFIG
+    return MORE_ROWS_CONFIG if num_rows <= 16 and num_columns < NARROW else None
 
 
 def linear(rows: UnscaledRows, weight_NK: Tensor, out_MN: Tensor) -> None:
     """Write norm(rows) @ weight.T to `out_MN`, in its dtype; its rows may be apart.
 
-    The contract is that of `linear_ref.linear`. Allocates above MAX_SMALL_ROWS rows.
+    The contract is that of `linear_ref.linear`. Allocates where it takes several launches.
     Raises ValueError when a size, dtype or stride is beyond what the kernel takes.
     """
     num_rows = len(rows.values_MK)
     _check(rows, weight_NK, out_MN, (num_rows, len(weight_NK)))
-    if num_rows <= MAX_SMALL_ROWS:
-        launch(pick_config(num_rows, len(weight_NK), weight_NK.dtype), rows, weight_NK, out_MN)
+    config = pick_config(num_rows, weight_NK)
+    if config is not None:
+        launch(config, rows, weight_NK, out_MN)
     else:
         _matmul(rows, weight_NK, out_MN)
 
@@ -88,13 +72,13 @@ def linear(rows: UnscaledRows, weight_NK: Tensor, out_MN: Tensor) -> None:
 def linear_swiglu(rows: UnscaledRows, weight_2FK: Tensor, out_MF: Tensor) -> None:
     """Write silu(gate) * up to `out_MF`; the weight holds the rows of gate, then those of up.
 
-    The contract is that of `linear_ref.linear_swiglu`. Allocates above MAX_SMALL_ROWS rows.
+    The contract is that of `linear_ref.linear_swiglu`. Allocates where it takes several launches.
     Raises ValueError when a size, dtype or stride is beyond what the kernel takes.
     """
     num_rows = len(rows.values_MK)
     _check(rows, weight_2FK, out_MF, (num_rows, len(weight_2FK) // 2))
-    if num_rows <= MAX_SMALL_ROWS:
-        config = pick_config(num_rows, len(weight_2FK), weight_2FK.dtype)
+    config = pick_config(num_rows, weight_2FK)
+    if config is not None:
         launch(config, rows, weight_2FK, out_MF, swiglu=True)
     else:
         gate_up_M2F = weight_2FK.new_empty(num_rows, len(weight_2FK))
@@ -102,74 +86,54 @@ def linear_swiglu(rows: UnscaledRows, weight_2FK: Tensor, out_MF: Tensor) -> Non
         swiglu(gate_up_M2F, out_MF)
 
 
-def linear_add(rows: UnscaledRows, weight_DK: Tensor, residual: Residual) -> None:
-    """Add norm(rows) @ weight.T to the residual stream; all parts of `residual` are written.
+def linear_add(
+    rows: UnscaledRows, weight_DK: Tensor, residual: Residual, *, eps: float
+) -> UnscaledRows:
+    """Add norm(rows) @ weight.T to the residual stream; return its rows for the next projection.
 
-    The contract is that of `linear_ref.linear_add`. Allocates above MAX_SMALL_ROWS rows.
+    The contract is that of `linear_ref.linear_add`. Where the next projection takes cuBLAS the rows
+    come with their norm applied. Allocates where it takes several launches.
     Raises ValueError when a size, dtype or stride is beyond what the kernel takes.
     """
     num_rows = len(rows.values_MK)
     check_residual(residual)
     _check(rows, weight_DK, residual.stream_MD, (num_rows, len(weight_DK)))
-    if num_rows <= MAX_SMALL_ROWS:
-        config = pick_config(num_rows, len(weight_DK), weight_DK.dtype)
+    config = pick_config(num_rows, weight_DK)
+    if config is not None:
         launch(config, rows, weight_DK, residual.stream_MD, residual=residual)
-    else:
-        product_MD = torch.empty_like(residual.stream_MD, dtype=torch.float32)
-        _matmul(rows, weight_DK, product_MD)
-        add_residual(product_MD, residual)
+        return residual.rows(eps)
+    product_MD = torch.empty_like(residual.stream_MD, dtype=torch.float32)
+    # One scale for a whole row may wait until the product is added; groups may not.
+    late = rows.num_groups == 1
+    _matmul(rows._replace(square_sums_MQ=None) if late else rows, weight_DK, product_MD)
+    scaled = UnscaledRows(torch.empty_like(residual.values_MD), None, 1, eps)
+    add_residual(product_MD, residual, rows if late else None, scaled)
+    return scaled
 
 
 def launch(
-    config: LinearConfig, rows: UnscaledRows, weight: Tensor, out: Tensor,
+    config: LinearConfig | GemvConfig, rows: UnscaledRows, weight: Tensor, out: Tensor,
     *, swiglu: bool = False, residual: Residual | None = None,
 ) -> None:  # fmt: skip
-    """Run the kernel on at most MAX_SMALL_ROWS rows; `out` is the stream of a residual."""
-    values, sums, num_groups, eps = rows
-    num_rows, num_inner = values.shape
-    group_columns = num_inner // num_groups
-    group_sums = 0 if sums is None else sums.shape[1] // num_groups
-    block_m = next(block for block in BLOCK_ROWS if num_rows <= block)
-    block_k = min(config.block_k, max(16, triton.next_power_of_2(group_columns)))
-    block_q = min(triton.next_power_of_2(max(1, group_sums)), MAX_SUMS // block_m)
-    out_values = out_sums = None
-    if residual is not None:
-        out_sums = residual.square_sums_MQ
-        if residual.values_MD.dtype != out.dtype:
-            out_values = residual.values_MD
-    tiles = triton.cdiv(len(weight), config.block_n)
-    partials = arrived = None
-    if config.split_k > 1:
-        assert tiles <= MAX_TILES
-        assert tiles * config.split_k * config.block_n * block_m <= MAX_PARTIALS
-        partials, arrived = _workspace(values.device)
-    linear_kernel[tiles, config.split_k](
-        values, sums, weight, out, out_values, out_sums, partials, arrived,
-        num_rows, out.shape[1], group_columns, group_sums, eps, config.prefetch_k, out.stride(0),
-        GROUPS=num_groups, SWIGLU=swiglu, PER_SUM=COLUMNS_PER_SUM, BLOCK_M=block_m,
-        BLOCK_N=config.block_n, BLOCK_K=block_k, BLOCK_Q=block_q,
-        SUM_BLOCKS=triton.cdiv(group_sums, block_q), EVEN_K=group_columns % block_k == 0,
-        SPLIT_K=config.split_k, PREFETCH=values.is_cuda, num_warps=config.num_warps,
-        num_stages=config.num_stages, **launch_options(values.device),
-    )  # fmt: skip
+    """Run the kernel that `config` is of; `out` is the stream of a residual."""
+    if isinstance(config, GemvConfig):
+        launch_gemv(config, rows, weight, out, swiglu=swiglu, residual=residual)
+    else:
+        launch_linear(config, rows, weight, out, swiglu=swiglu, residual=residual)
 
 
-@functools.cache
-def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return a device's partial sums and arrivals, for launches that follow one another.
-
-    The arrivals are zero between two launches: the kernel resets what it counts.
-    """
-    partials = torch.empty(MAX_PARTIALS, dtype=torch.float32, device=device)
-    return partials, torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
+def _scaled(rows: UnscaledRows) -> UnscaledRows:
+    """Return the rows times their norm, rounded, in a buffer of their own."""
+    if rows.square_sums_MQ is None:
+        return rows
+    scaled_MK = torch.empty_like(rows.values_MK)
+    scale_rows(rows, None, scaled_MK)
+    return UnscaledRows(scaled_MK, None, 1, rows.eps)
 
 
 def _matmul(rows: UnscaledRows, weight_NK: Tensor, out_MN: Tensor) -> None:
     """Write norm(rows) @ weight.T by cuBLAS, in the dtype of `out_MN`."""
-    scaled_MK = rows.values_MK
-    if rows.square_sums_MQ is not None:
-        scaled_MK = torch.empty_like(rows.values_MK)
-        scale_rows(rows, None, scaled_MK)
+    scaled_MK = _scaled(rows).values_MK
     if out_MN.dtype == scaled_MK.dtype:
         torch.mm(scaled_MK, weight_NK.T, out=out_MN)
     else:
@@ -189,8 +153,9 @@ def _check(rows: UnscaledRows, weight: Tensor, out: Tensor, out_shape: tuple[int
             f"a weight has a column for each of the {num_inner} of the rows, and the output is "
             f"{out_shape}, got {tuple(weight.shape)} and {tuple(out.shape)}; pass one layer's"
         )
-    if num_inner // rows.num_groups % 16:
+    multiple = 16 if rows.num_groups == 1 else GROUP_MULTIPLE
+    if num_inner // rows.num_groups % multiple:
         raise ValueError(
-            "a norm group, or a row without, is a multiple of 16 columns, got "
+            f"a norm group, or a row without, is a multiple of {multiple} columns, got "
             f"{num_inner // rows.num_groups}; use the torch backend"
         )

@@ -1,207 +1,224 @@
-"""The Triton kernel of the projections: a weight streamed once against a few rows.
+"""The projection of a few rows, on the tensor cores: a weight streamed once against a few rows.
 
-A program owns BLOCK_N rows of the weight, or with SPLIT_K a part of their columns, for all rows of
-the input. The weight is the first operand of the tensor cores' product, whose tile may not be small
-there; the rows are the second, of which eight are enough. The rows' norm scales the product, per
-group of columns where the norm has groups.
+A program owns BLOCK_N rows of the weight for all rows of the input. Its warps share the columns,
+WIDTH of them at a step, and add their sums at the end.
+The weight is constant, so its first DEPTH steps are loaded before the previous kernel ends; nothing
+but registers holds them, and many small programs keep the memory busy.
 
-The weight is constant, so its first columns are fetched into L2 while the previous kernel runs.
-
-With SPLIT_K the programs of a tile store their sums, and the last to arrive adds them in order: the
-result does not depend on who is last.
+A thread loads WIDTH / 4 neighbouring columns of a row. The tensor cores take other columns from a
+thread, but the columns of a product may be renamed if both factors agree: then what a thread has
+loaded is what it needs, and nothing passes through shared memory (`_operand`).
 
 Shape letters: M rows, K columns in, N rows of the weight, C columns out (N, or half of it where
-gate and up are multiplied), Q partial sums of a row.
+gate and up are multiplied), W warps, X rows of all warps' tiles.
 """
 
 # The Triton DSL annotates its constants only.
 # mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from stree_kernels.pdl import wait_for_previous
+from stree_kernels.linear_parts import (
+    finish,
+    load_stream,
+    residual_buffers,
+    row_scales,
+    scale_factor,
+    weight_rows,
+)
+from stree_kernels.pdl import launch_options, wait_for_previous
+from stree_kernels.unscaled import Residual, UnscaledRows
 
-LINE_BYTES = tl.constexpr(128)
-"""What one prefetch brings into L2."""
+WIDTH = 32
+"""Columns of a warp's step."""
+BLOCK_ROWS = (8, 16)
+SUMS_PER_THREAD = 8
+
+
+@dataclass(frozen=True, slots=True)
+class LinearConfig:
+    """How a launch is cut: rows of the weight in a program, warps across its columns.
+
+    `depth` steps of the weight and `rows_depth` of the rows are loaded ahead. The tensor cores'
+    first factor, of 16 rows at least, is the weight with `weight_first`, else the rows; the second
+    takes eight.
+    """
+
+    block_n: int
+    num_warps: int
+    depth: int
+    rows_depth: int
+    weight_first: bool = False
 
 
 @triton.jit
-def _prefetch(row_ptrs_N, first, stop):
-    """Fetch columns first..stop - 1 of the rows into L2."""
-    LINE: tl.constexpr = LINE_BYTES * 8 // row_ptrs_N.dtype.element_ty.primitive_bitwidth
-    lines = tl.arange(0, 8) * LINE
-    for column in range(first, stop, 8 * LINE):
-        columns = tl.minimum(column + lines, stop - 1)
-        addresses = (row_ptrs_N[:, None] + columns[None, :]).to(tl.int64)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; // no result $0", "=r,l", [addresses], dtype=tl.int32,
-            is_pure=False, pack=1,
-        )  # fmt: skip
+def _row_of(x_X, WARPS: tl.constexpr):
+    """The row of a tile that row x of all warps' tiles is: eight rows of a warp, then the next."""
+    return x_X // (8 * WARPS) * 8 + x_X % 8
 
 
 @triton.jit
-def _scale(sums_MQ, group_columns, eps):
-    """The number that each row of a group is multiplied by."""
-    return 1.0 / tl.sqrt(tl.sum(sums_MQ, axis=1) / group_columns + eps)
+def _columns(x_X, WARPS: tl.constexpr, WIDTH: tl.constexpr):
+    """The columns [X, WIDTH] of the first step."""
+    return (x_X // 8 % WARPS * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
 
 
 @triton.jit
-def _load_sums(sums_ptrs_M, valid_M, first, stop, BLOCK_Q: tl.constexpr):
-    sums_Q = first + tl.arange(0, BLOCK_Q)
-    valid_MQ = valid_M[:, None] & (sums_Q < stop)[None, :]
-    return tl.load(sums_ptrs_M[:, None] + sums_Q[None, :], mask=valid_MQ, other=0.0)
+def _operand(tile_XK, ROWS: tl.constexpr, WARPS: tl.constexpr):
+    """The tile as a factor [W, ROWS, K], its columns renamed so that no thread needs another's.
+
+    Column 8 a + 4 b + 2 c + d of a warp becomes 16 b + 8 c + 2 a + d.
+    """
+    parts = tl.reshape(tile_XK, [ROWS // 8, WARPS, 8, 4, 2, 2, 2])
+    return tl.reshape(tl.permute(parts, (1, 0, 2, 4, 5, 3, 6)), [WARPS, ROWS, tile_XK.shape[1]])
 
 
 @triton.jit
-def _product(
-    row_ptrs_M, valid_M, weight_ptrs_N, sums_ptrs_M, begin, end, group_columns, group_sums, eps,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr,
-    GROUPS: tl.constexpr, EVEN_K: tl.constexpr,
+def _load_weight(ptrs_XK, columns_XK, step, INNER: tl.constexpr, STEP_K: tl.constexpr):
+    """The weight's tile of one step; the rows stay in the nearest cache rather than it."""
+    first = step * STEP_K
+    if INNER % STEP_K == 0:
+        tile_XK = tl.load(ptrs_XK + first, eviction_policy="evict_first")
+    else:
+        valid_XK = columns_XK + first < INNER
+        tile_XK = tl.load(ptrs_XK + first, mask=valid_XK, other=0.0, eviction_policy="evict_first")
+    return tile_XK
+
+
+@triton.jit
+def _load_rows(ptrs_XK, columns_XK, valid_X, step, INNER: tl.constexpr, STEP_K: tl.constexpr):
+    """The rows' tile of one step."""
+    first = step * STEP_K
+    valid_XK = valid_X[:, None]
+    if INNER % STEP_K != 0:
+        valid_XK = valid_XK & (columns_XK + first < INNER)
+    return tl.load(ptrs_XK + first, mask=valid_XK, other=0.0)
+
+
+@triton.jit
+def _scale_groups(
+    rows_XK, row_X, first_X, sums_ptr, valid_X, eps,
+    INNER: tl.constexpr, GROUPS: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Blocks begin..end - 1 of weight @ rows.T [N, M], scaled where the norm has groups."""
-    blocks_per_group = tl.cdiv(group_columns, BLOCK_K)
-    acc_NM = tl.full([BLOCK_N, BLOCK_M], 0.0, tl.float32)
-    for block in range(begin, end):
-        if GROUPS == 1:
-            group = 0
-            inner_K = block * BLOCK_K + tl.arange(0, BLOCK_K)
-        else:
-            group = block // blocks_per_group
-            inner_K = (block % blocks_per_group) * BLOCK_K + tl.arange(0, BLOCK_K)
-        columns_K = group * group_columns + inner_K
-        weight_ptrs = weight_ptrs_N[:, None] + columns_K[None, :]
-        rows_ptrs = row_ptrs_M[None, :] + columns_K[:, None]
-        if EVEN_K:
-            weight_NK = tl.load(weight_ptrs)
-            rows_KM = tl.load(rows_ptrs, mask=valid_M[None, :], other=0.0)
-        else:
-            valid_K = inner_K < group_columns
-            weight_NK = tl.load(weight_ptrs, mask=valid_K[None, :], other=0.0)
-            rows_KM = tl.load(rows_ptrs, mask=valid_K[:, None] & valid_M[None, :], other=0.0)
-        if GROUPS == 1:
-            acc_NM = tl.dot(weight_NK, rows_KM, acc_NM, input_precision="ieee")
-        else:
-            first = group * group_sums
-            sums_MQ = _load_sums(sums_ptrs_M, valid_M, first, first + group_sums, BLOCK_Q)
-            scale_M = _scale(sums_MQ, group_columns, eps)
-            acc_NM += tl.dot(weight_NK, rows_KM, input_precision="ieee") * scale_M[None, :]
-    return acc_NM
+    """The rows' tile times the scale of the group that its columns, from `first_X` on, are in."""
+    GROUP_COLUMNS: tl.constexpr = INNER // GROUPS
+    GROUP_SUMS: tl.constexpr = SUMS // GROUPS
+    ptrs = sums_ptr + row_X.to(tl.int64) * SUMS + first_X // GROUP_COLUMNS * GROUP_SUMS
+    valid_X = valid_X & (first_X < INNER)
+    total_X = tl.load(ptrs, mask=valid_X, other=0.0)
+    for index in tl.static_range(1, GROUP_SUMS):
+        total_X += tl.load(ptrs + index, mask=valid_X, other=0.0)
+    scale_X = scale_factor(total_X, GROUP_COLUMNS, eps)
+    return (rows_XK.to(tl.float32) * scale_X[:, None]).to(rows_XK.dtype)
 
 
 @triton.jit
-def _finish(
-    acc_NM, sums_MQ, stream_NM, columns_C, rows_M, valid_M, num_columns, group_columns, eps,
-    out_ptr, values_ptr, square_sums_ptr, stride_out_m,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWIGLU: tl.constexpr, PER_SUM: tl.constexpr,
+def _multiply(
+    acc, rows_XK, weight_XK,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WARPS: tl.constexpr, WEIGHT_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Scale the product, then store it, silu(gate) * up, or its sum with the residual stream."""
-    if sums_MQ is not None:
-        acc_NM *= _scale(sums_MQ, group_columns, eps)[None, :]
-    if SWIGLU:
-        halves = tl.permute(tl.reshape(acc_NM, [2, BLOCK_N // 2, BLOCK_M]), (1, 2, 0))
-        gate_CM, up_CM = tl.split(halves)
-        acc_NM = gate_CM / (1.0 + tl.exp(-gate_CM)) * up_CM
-    if stream_NM is not None:
-        acc_NM += stream_NM
-    valid_CM = (columns_C < num_columns)[:, None] & valid_M[None, :]
-    out_CM = acc_NM.to(out_ptr.dtype.element_ty)
-    out_ptrs = out_ptr + rows_M[None, :] * stride_out_m + columns_C[:, None]
-    tl.store(out_ptrs, out_CM, mask=valid_CM)
-    if square_sums_ptr is not None:
-        exact_CM = out_CM.to(tl.float32)
-        if values_ptr is not None:
-            values_ptrs = values_ptr + rows_M[None, :] * num_columns + columns_C[:, None]
-            tl.store(values_ptrs, exact_CM.to(values_ptr.dtype.element_ty), mask=valid_CM)
-        squares = tl.reshape(exact_CM * exact_CM, [BLOCK_N // PER_SUM, PER_SUM, BLOCK_M])
-        num_sums = num_columns // PER_SUM
-        sums_Q = tl.program_id(0) * (BLOCK_N // PER_SUM) + tl.arange(0, BLOCK_N // PER_SUM)
-        sums_ptrs = square_sums_ptr + rows_M[None, :] * num_sums + sums_Q[:, None]
-        valid_QM = (sums_Q < num_sums)[:, None] & valid_M[None, :]
-        tl.store(sums_ptrs, tl.sum(squares, axis=1), mask=valid_QM)
+    """Add one step to the warps' products, [W, N, M] with WEIGHT_FIRST, else [W, M, N]."""
+    rows_WMK = _operand(rows_XK, BLOCK_M, WARPS)
+    weight_WNK = _operand(weight_XK, BLOCK_N, WARPS)
+    if WEIGHT_FIRST:
+        acc = tl.dot(weight_WNK, tl.permute(rows_WMK, (0, 2, 1)), acc, input_precision="ieee")
+    else:
+        acc = tl.dot(rows_WMK, tl.permute(weight_WNK, (0, 2, 1)), acc, input_precision="ieee")
+    return acc
 
 
-@triton.jit
-def _partial_ptrs(
-    partial_ptr, split, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr
-):
-    """Where one part of this program's tile keeps its sums."""
-    tile = tl.program_id(0).to(tl.int64) * SPLIT_K + split
-    inner_NM = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-    return partial_ptr + tile * (BLOCK_N * BLOCK_M) + inner_NM
-
-
-@triton.jit(do_not_specialize=["num_rows", "prefetch_columns"])
+@triton.jit(do_not_specialize=["num_rows"])
 def linear_kernel(
     # pointers
     values_ptr, sums_ptr, weight_ptr, out_ptr, out_values_ptr, out_sums_ptr,
-    partial_ptr, arrived_ptr,
     # sizes
-    num_rows, num_columns, group_columns, group_sums, eps, prefetch_columns,
+    num_rows, num_columns, eps,
     # strides
     stride_out_m,
     # meta
-    GROUPS: tl.constexpr, SWIGLU: tl.constexpr, PER_SUM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr,
-    SUM_BLOCKS: tl.constexpr, EVEN_K: tl.constexpr, SPLIT_K: tl.constexpr, PREFETCH: tl.constexpr,
-    PDL: tl.constexpr,
+    INNER: tl.constexpr, GROUPS: tl.constexpr, SUMS: tl.constexpr, SWIGLU: tl.constexpr,
+    PER_SUM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr,
+    WARPS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, ROWS_DEPTH: tl.constexpr,
+    WEIGHT_FIRST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    num_inner = group_columns * GROUPS
-    blocks = tl.cdiv(group_columns, BLOCK_K) * GROUPS
-    part = tl.cdiv(blocks, SPLIT_K)
-    begin = tl.program_id(1) * part
-    end = tl.minimum(begin + part, blocks)
-    rows_M = tl.arange(0, BLOCK_M).to(tl.int64)
-    valid_M = rows_M < num_rows
-    BLOCK_C: tl.constexpr = BLOCK_N // 2 if SWIGLU else BLOCK_N
-    columns_C = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inner_N = tl.arange(0, BLOCK_N)
-    # Past the last row the last one is read again, so that these loads need no mask.
-    rows_N = tl.minimum(tl.program_id(0) * BLOCK_C + inner_N % BLOCK_C, num_columns - 1)
-    if SWIGLU:
-        rows_N += (inner_N // BLOCK_C) * num_columns
-    weight_ptrs_N = weight_ptr + rows_N.to(tl.int64) * num_inner
-    if PREFETCH:
-        first = begin * BLOCK_K
-        _prefetch(weight_ptrs_N, first, tl.minimum(first + prefetch_columns, num_inner))
+    """All rows times BLOCK_N rows of the weight, and what follows."""
+    STEP_K: tl.constexpr = WARPS * WIDTH
+    STEPS: tl.constexpr = (INNER + STEP_K - 1) // STEP_K
+    x_N = tl.arange(0, BLOCK_N * WARPS)
+    rows_N = weight_rows(_row_of(x_N, WARPS), num_columns, BLOCK_N, SWIGLU)
+    columns_N = _columns(x_N, WARPS, WIDTH)
+    weight_ptrs = weight_ptr + rows_N[:, None] * INNER + columns_N
+    weights: tl.tuple = ()
+    for step in tl.static_range(DEPTH if DEPTH < STEPS else STEPS):
+        tile = _load_weight(weight_ptrs, columns_N, step, INNER, STEP_K)
+        weights = weights + (tile,)
     wait_for_previous(PDL)
-    # What is used after the loop is loaded before it, so that nothing waits for it; several blocks
-    # of sums would take the loop's registers.
-    sums_MQ = None
-    sums_ptrs_M = sums_ptr
-    if sums_ptr is not None:
-        sums_ptrs_M = sums_ptr + rows_M * (group_sums * GROUPS)
-        if GROUPS == 1 and SUM_BLOCKS == 1:
-            sums_MQ = _load_sums(sums_ptrs_M, valid_M, 0, group_sums, BLOCK_Q)
-    stream_NM = None
+    x_M = tl.arange(0, BLOCK_M * WARPS)
+    rows_M = _row_of(x_M, WARPS)
+    columns_M = _columns(x_M, WARPS, WIDTH)
+    rows_ptrs = values_ptr + rows_M.to(tl.int64)[:, None] * INNER + columns_M
+    valid_M = rows_M < num_rows
+    # The rows wait in the caches of the chip, but each load takes its time: some are under way.
+    tiles: tl.tuple = ()
+    for step in tl.static_range(ROWS_DEPTH if ROWS_DEPTH < STEPS else STEPS):
+        tiles = tiles + (_load_rows(rows_ptrs, columns_M, valid_M, step, INNER, STEP_K),)
+    scale_M = None
+    if SUMS > 0 and GROUPS == 1:
+        scale_M = row_scales(sums_ptr, num_rows, eps, INNER, SUMS, BLOCK_M, BLOCK_Q)
+    stream_MN = None
     if out_sums_ptr is not None:
-        stream_ptrs = out_ptr + rows_M[None, :] * stride_out_m + columns_C[:, None]
-        valid_NM = (columns_C < num_columns)[:, None] & valid_M[None, :]
-        stream_NM = tl.load(stream_ptrs, mask=valid_NM, other=0.0).to(tl.float32)
-    acc_NM = _product(
-        values_ptr + rows_M * num_inner, valid_M, weight_ptrs_N, sums_ptrs_M, begin, end,
-        group_columns, group_sums, eps, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_Q, GROUPS, EVEN_K,
+        stream_MN = load_stream(out_ptr, num_rows, num_columns, stride_out_m, BLOCK_M, BLOCK_N)
+    if WEIGHT_FIRST:
+        acc = tl.full([WARPS, BLOCK_N, BLOCK_M], 0.0, tl.float32)
+    else:
+        acc = tl.full([WARPS, BLOCK_M, BLOCK_N], 0.0, tl.float32)
+    for step in tl.static_range(STEPS):
+        if step + ROWS_DEPTH < STEPS:
+            ahead = step + ROWS_DEPTH
+            tiles = tiles + (_load_rows(rows_ptrs, columns_M, valid_M, ahead, INNER, STEP_K),)
+        tile = tiles[step]
+        if GROUPS > 1:
+            first_X = step * STEP_K + x_M // 8 % WARPS * WIDTH
+            tile = _scale_groups(tile, rows_M, first_X, sums_ptr, valid_M, eps, INNER, GROUPS, SUMS)
+        acc = _multiply(acc, tile, weights[step], BLOCK_M, BLOCK_N, WARPS, WEIGHT_FIRST)
+        if step + DEPTH < STEPS:
+            ahead = step + DEPTH
+            tile = _load_weight(weight_ptrs, columns_N, ahead, INNER, STEP_K)
+            weights = weights + (tile,)
+    acc_MN = tl.sum(acc, axis=0)
+    if WEIGHT_FIRST:
+        acc_MN = tl.trans(acc_MN)
+    finish(
+        acc_MN, scale_M, stream_MN, num_rows, num_columns, stride_out_m,
+        out_ptr, out_values_ptr, out_sums_ptr, BLOCK_M, BLOCK_N, SWIGLU, PER_SUM,
     )  # fmt: skip
-    if sums_ptr is not None and GROUPS == 1 and SUM_BLOCKS > 1:
-        sums_MQ = _load_sums(sums_ptrs_M, valid_M, 0, group_sums, BLOCK_Q)
-        for index in tl.static_range(1, SUM_BLOCKS):
-            sums_MQ += _load_sums(sums_ptrs_M, valid_M, index * BLOCK_Q, group_sums, BLOCK_Q)
-    last = True
-    if SPLIT_K > 1:
-        ptrs = _partial_ptrs(partial_ptr, tl.program_id(1), BLOCK_M, BLOCK_N, SPLIT_K)
-        tl.store(ptrs, acc_NM)
-        # Every thread has stored before one of them says so.
-        tl.debug_barrier()
-        last = tl.atomic_add(arrived_ptr + tl.program_id(0), 1, sem="acq_rel") == SPLIT_K - 1
-    if last:
-        if SPLIT_K > 1:
-            acc_NM = tl.full([BLOCK_N, BLOCK_M], 0.0, tl.float32)
-            for split in tl.static_range(SPLIT_K):
-                ptrs = _partial_ptrs(partial_ptr, split, BLOCK_M, BLOCK_N, SPLIT_K)
-                acc_NM += tl.load(ptrs, cache_modifier=".cg")
-            tl.store(arrived_ptr + tl.program_id(0), 0)
-        _finish(
-            acc_NM, sums_MQ, stream_NM, columns_C, rows_M, valid_M, num_columns, group_columns, eps,
-            out_ptr, out_values_ptr, out_sums_ptr, stride_out_m, BLOCK_M, BLOCK_N, SWIGLU, PER_SUM,
-        )  # fmt: skip
+
+
+def launch_linear(
+    config: LinearConfig, rows: UnscaledRows, weight: Tensor, out: Tensor,
+    *, swiglu: bool = False, residual: Residual | None = None,
+) -> None:  # fmt: skip
+    """Run the kernel on at most 16 rows; `out` is the stream of a residual."""
+    values, sums, num_groups, eps = rows
+    num_rows, num_inner = values.shape
+    num_sums = 0 if sums is None else sums.shape[1]
+    fewest = 8 if config.weight_first else 16
+    block_m = next(block for block in BLOCK_ROWS if max(fewest, num_rows) <= block)
+    block_q = max(1, SUMS_PER_THREAD * config.num_warps * 32 // block_m)
+    out_values, out_sums, per_sum = residual_buffers(residual)
+    assert config.block_n % per_sum == 0
+    linear_kernel[(triton.cdiv(len(weight), config.block_n),)](
+        values, sums, weight, out, out_values, out_sums,
+        num_rows, out.shape[1], eps, out.stride(0),
+        INNER=num_inner, GROUPS=num_groups if num_sums else 1, SUMS=num_sums, SWIGLU=swiglu,
+        PER_SUM=per_sum, BLOCK_M=block_m, BLOCK_N=config.block_n,
+        BLOCK_Q=min(block_q, triton.next_power_of_2(max(1, num_sums))), WARPS=config.num_warps,
+        WIDTH=WIDTH, DEPTH=config.depth, ROWS_DEPTH=config.rows_depth,
+        WEIGHT_FIRST=config.weight_first, num_warps=config.num_warps,
+        num_stages=1, **launch_options(values.device),
+    )  # fmt: skip

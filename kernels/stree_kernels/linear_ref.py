@@ -26,9 +26,15 @@ def linear_swiglu(rows: UnscaledRows, weight_2FK: Tensor, out_MF: Tensor) -> Non
     out_MF.copy_(functional.silu(gate_MF) * up_MF)
 
 
-def linear_add(rows: UnscaledRows, weight_DK: Tensor, residual: Residual) -> None:
-    """Add norm(rows) @ weight.T to the residual stream; all parts of `residual` are written."""
+def linear_add(
+    rows: UnscaledRows, weight_DK: Tensor, residual: Residual, *, eps: float
+) -> UnscaledRows:
+    """Add norm(rows) @ weight.T to the residual stream; all parts of `residual` are written.
+
+    Returns the stream's rows for the next projection, whose norm has this `eps`.
+    """
     add_residual(_product(rows, weight_DK), residual)
+    return residual.rows(eps)
 
 
 def _product(rows: UnscaledRows, weight_NK: Tensor) -> Tensor:

@@ -36,11 +36,15 @@ def wait_for_previous(PDL: tl.constexpr):
 
 def launch_options(device: torch.device) -> dict[str, bool]:
     """Return the arguments, PDL among them, that a launch on `device` takes."""
-    return dict(_options(device.type, device.index))
+    if capability(device) >= 90:
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
 
 
 @functools.cache
-def _options(device_type: str, index: int | None) -> tuple[tuple[str, bool], ...]:
-    if device_type == "cuda" and torch.cuda.get_device_capability(index) >= (9, 0):
-        return (("PDL", True), ("launch_pdl", True))
-    return (("PDL", False),)
+def capability(device: torch.device) -> int:
+    """Return the compute capability of `device`, 90 for 9.0; 0 where kernels are interpreted."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

@@ -1,7 +1,7 @@
 """The row-wise steps between two projections, each one Triton kernel.
 
-The work is that of `residual_ref`. A program owns a run of one row's columns; only `scale_rows`
-reads what others wrote: the sums of squares of its own group.
+The work is that of `residual_ref`. A program owns a run of one row's columns; `scale_rows`
+and `add_residual` read what others wrote: the sums of squares of a norm.
 
 Shape letters: M rows, K columns, Q partial sums of a row, D hidden, F MLP inner, V vocab.
 """
@@ -32,11 +32,19 @@ NUM_WARPS = 4
 
 
 @triton.jit
+def _scale(sums_ptr, num_sums, num_columns, eps, BLOCK_Q: tl.constexpr):
+    """The number that a norm multiplies by."""
+    sums_Q = tl.arange(0, BLOCK_Q)
+    total = tl.sum(tl.load(sums_ptr + sums_Q, mask=sums_Q < num_sums, other=0.0), axis=0)
+    return 1.0 / tl.sqrt(total / num_columns + eps)
+
+
+@triton.jit
 def _write_stream(
     total_D, row, columns_D, valid_D, num_columns, stream_ptr, values_ptr, sums_ptr,
     BLOCK_D: tl.constexpr, PER_SUM: tl.constexpr,
 ):  # fmt: skip
-    """Store a part of one row of a residual: the stream, its rounded values, their squares."""
+    """Store a part of one row of a residual and return it: stream, rounded values, squares."""
     stored_D = total_D.to(stream_ptr.dtype.element_ty)
     tl.store(stream_ptr + row * num_columns + columns_D, stored_D, mask=valid_D)
     exact_D = stored_D.to(tl.float32)
@@ -48,6 +56,7 @@ def _write_stream(
     sums_Q = tl.program_id(1) * (BLOCK_D // PER_SUM) + tl.arange(0, BLOCK_D // PER_SUM)
     sums_ptrs = sums_ptr + row * num_sums + sums_Q
     tl.store(sums_ptrs, tl.sum(squares_QD, axis=1), mask=sums_Q < num_sums)
+    return exact_D
 
 
 @triton.jit
@@ -74,11 +83,11 @@ def _start_residual_kernel(
 @triton.jit
 def _add_residual_kernel(
     # pointers
-    product_ptr, stream_ptr, values_ptr, sums_ptr,
+    product_ptr, norm_sums_ptr, stream_ptr, values_ptr, sums_ptr, scaled_ptr,
     # sizes
-    num_columns,
+    num_columns, norm_columns, num_norm_sums, eps, scaled_eps,
     # meta
-    BLOCK_D: tl.constexpr, PER_SUM: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, PER_SUM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -87,10 +96,17 @@ def _add_residual_kernel(
     offsets_D = row * num_columns + columns_D
     product_D = tl.load(product_ptr + offsets_D, mask=valid_D, other=0.0).to(tl.float32)
     stream_D = tl.load(stream_ptr + offsets_D, mask=valid_D, other=0.0).to(tl.float32)
-    _write_stream(
+    if norm_sums_ptr is not None:
+        norm_ptr = norm_sums_ptr + row * num_norm_sums
+        product_D *= _scale(norm_ptr, num_norm_sums, norm_columns, eps, BLOCK_Q)
+    exact_D = _write_stream(
         stream_D + product_D, row, columns_D, valid_D, num_columns,
         stream_ptr, values_ptr, sums_ptr, BLOCK_D, PER_SUM,
     )  # fmt: skip
+    if scaled_ptr is not None:
+        scale = 1.0 / tl.sqrt(tl.sum(exact_D * exact_D, axis=0) / num_columns + scaled_eps)
+        scaled_D = (exact_D * scale).to(scaled_ptr.dtype.element_ty)
+        tl.store(scaled_ptr + offsets_D, scaled_D, mask=valid_D)
 
 
 @triton.jit
@@ -108,10 +124,10 @@ def _scale_rows_kernel(
     group = tl.program_id(1)
     num_groups = tl.num_programs(1)
     wait_for_previous(PDL)
-    sums_Q = tl.arange(0, BLOCK_Q)
-    sums_ptrs = sums_ptr + (row * num_groups + group) * group_sums + sums_Q
-    total = tl.sum(tl.load(sums_ptrs, mask=sums_Q < group_sums, other=0.0), axis=0)
-    scale = 1.0 / tl.sqrt(total / group_columns + eps)
+    scale = 1.0
+    if sums_ptr is not None:
+        group_ptr = sums_ptr + (row * num_groups + group) * group_sums
+        scale = _scale(group_ptr, group_sums, group_columns, eps, BLOCK_Q)
     for start in range(0, group_columns, BLOCK_K):
         inner_K = start + tl.arange(0, BLOCK_K)
         valid_K = inner_K < group_columns
@@ -166,8 +182,11 @@ def start_residual(embed_VD: Tensor, tokens_M: Tensor, residual: Residual) -> No
     )  # fmt: skip
 
 
-def add_residual(product_MD: Tensor, residual: Residual) -> None:
-    """Add `product_MD` (bf16 or fp32) to the residual stream.
+def add_residual(
+    product_MD: Tensor, residual: Residual, norm_of: UnscaledRows | None = None,
+    scaled: UnscaledRows | None = None,
+) -> None:  # fmt: skip
+    """Add `product_MD` (bf16 or fp32) to the residual stream, times the norm of some rows.
 
     The contract is that of `residual_ref.add_residual`.
     """
@@ -176,22 +195,33 @@ def add_residual(product_MD: Tensor, residual: Residual) -> None:
     require_dtypes("the product", (product_MD,), FLOATS)
     require_packed("the product", (product_MD,), 2)
     _check_shape("the product", product_MD, tuple(stream.shape))
-    _add_residual_kernel[_grid(stream)](
-        product_MD, stream, None if values.dtype == stream.dtype else values, sums,
-        stream.shape[1], BLOCK_D=BLOCK, PER_SUM=COLUMNS_PER_SUM, num_warps=NUM_WARPS,
-        **launch_options(stream.device),
+    norm_sums, norm_columns, num_norm_sums, eps = None, 1, 1, 0.0
+    if norm_of is not None and norm_of.square_sums_MQ is not None:
+        check_rows(norm_of)
+        norm_sums, eps = norm_of.square_sums_MQ, norm_of.eps
+        norm_columns, num_norm_sums = norm_of.values_MK.shape[1], norm_sums.shape[1]
+        _check_shape("the norm's sums of squares", norm_sums, (len(stream), num_norm_sums))
+        assert norm_of.num_groups == 1
+    # The norm of what is written needs whole rows in one program.
+    block = BLOCK if scaled is None else triton.next_power_of_2(stream.shape[1])
+    scaled_MD, _, _, scaled_eps = scaled or (None, None, 1, 0.0)
+    if scaled_MD is not None:
+        _check_shape("the scaled rows", scaled_MD, tuple(stream.shape))
+    _add_residual_kernel[len(stream), triton.cdiv(stream.shape[1], block)](
+        product_MD, norm_sums, stream, None if values.dtype == stream.dtype else values, sums,
+        scaled_MD, stream.shape[1], norm_columns, num_norm_sums, eps, scaled_eps, BLOCK_D=block,
+        BLOCK_Q=triton.next_power_of_2(num_norm_sums), PER_SUM=COLUMNS_PER_SUM,
+        num_warps=NUM_WARPS if scaled is None else 2 * NUM_WARPS, **launch_options(stream.device),
     )  # fmt: skip
 
 
 def scale_rows(rows: UnscaledRows, weight_K: Tensor | None, out_MK: Tensor) -> None:
     """Write the rows' norm times `weight_K`, or times one, to `out_MK`, whose rows may be apart.
 
-    The contract is that of `residual_ref.scale_rows`, with sums of squares given.
+    The contract is that of `residual_ref.scale_rows`.
     """
     check_rows(rows)
     values, sums, num_groups, eps = rows
-    if sums is None:
-        raise ValueError("scale_rows takes sums of squares, got none; use the rows as they are")
     require_dtypes("the output", (out_MK,), FLOATS)
     require_packed("a row of the output", (out_MK,), 1)
     _check_shape("the output", out_MK, tuple(values.shape))
@@ -199,11 +229,12 @@ def scale_rows(rows: UnscaledRows, weight_K: Tensor | None, out_MK: Tensor) -> N
         require_dtypes("the norm's weight", (weight_K,), FLOATS)
         require_packed("the norm's weight", (weight_K,), 1)
         _check_shape("the norm's weight", weight_K, (values.shape[1],))
-    group_columns, group_sums = values.shape[1] // num_groups, sums.shape[1] // num_groups
+    group_columns = values.shape[1] // num_groups
+    group_sums = 0 if sums is None else sums.shape[1] // num_groups
     _scale_rows_kernel[len(values), num_groups](
         values, sums, weight_K, out_MK, group_columns, group_sums, eps, out_MK.stride(0),
         BLOCK_K=min(BLOCK, triton.next_power_of_2(group_columns)),
-        BLOCK_Q=triton.next_power_of_2(group_sums), num_warps=NUM_WARPS,
+        BLOCK_Q=triton.next_power_of_2(max(1, group_sums)), num_warps=NUM_WARPS,
         **launch_options(values.device),
     )  # fmt: skip
 

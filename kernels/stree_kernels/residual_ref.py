@@ -19,10 +19,23 @@ def start_residual(embed_VD: Tensor, tokens_M: Tensor, residual: Residual) -> No
     _write(embed_VD[tokens_M], residual)
 
 
-def add_residual(product_MD: Tensor, residual: Residual) -> None:
-    """Add `product_MD`, of any float dtype, to the residual stream."""
+def add_residual(
+    product_MD: Tensor, residual: Residual, norm_of: UnscaledRows | None = None,
+    scaled: UnscaledRows | None = None,
+) -> None:  # fmt: skip
+    """Add `product_MD`, of any float dtype, to the residual stream.
+
+    With `norm_of` the product is of these rows without their norm, which has one group: each row
+    of it is multiplied by the norm's scale. With `scaled` the stream's rows times their norm, whose
+    eps it holds, are written to its values.
+    """
     dtype = torch.promote_types(residual.stream_MD.dtype, torch.float32)
+    product_MD = product_MD.to(dtype)
+    if norm_of is not None and norm_of.square_sums_MQ is not None:
+        product_MD = product_MD * scale_factors(norm_of)
     _write(residual.stream_MD.to(dtype) + product_MD, residual)
+    if scaled is not None:
+        scale_rows(residual.rows(scaled.eps), None, scaled.values_MK)
 
 
 def scale_rows(rows: UnscaledRows, weight_K: Tensor | None, out_MK: Tensor) -> None:

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stree_kernels import pdl
 from stree_kernels.pdl import launch_options, release_next, wait_for_previous
 from stree_kernels.rows import (
     MAX_KEPT,
@@ -67,25 +68,37 @@ class ScanConfig:
 CONFIGS = (
     (ScanConfig(16, 128, 16, 4, None), ScanConfig(16, 128, 16, 4, 128)),
     (ScanConfig(32, 128, 32, 4, None), ScanConfig(32, 128, 32, 4, 128)),
-    (ScanConfig(64, 128, 64, 4, None), ScanConfig(64, 128, 64, 4, 168)),
+    (ScanConfig(256, 128, 64, 4, None), ScanConfig(256, 128, 64, 4, 168)),
     (ScanConfig(256, 256, 32, 4, None), ScanConfig(256, 256, 32, 4, None)),
+)
+# Before compute capability 9.0 tensor cores take both operands from registers: a tile of 64 rows
+# would not fit there. Sized by `benchmarks/aot.py`, not by timing.
+OLDER_CONFIGS = (
+    (ScanConfig(16, 256, 16, 4, None),) * 2,
+    (ScanConfig(256, 256, 32, 4, None),) * 2,
 )
 FP32_CONFIG = ScanConfig(256, 128, 16, 8, None)
 TOKEN_CONFIGS = (ScanConfig(1, 256, 1, 4, None), ScanConfig(1, 256, 1, 4, 128))
+# Triton 3.7 cannot lay out this kernel's product for the tensor cores of compute capability 10.0;
+# two warps do not take those.
+NEWEST_TOKEN_CONFIG = ScanConfig(1, 256, 1, 2, None)
 FEW_PROGRAMS = 400
 """About three on each multiprocessor of an H200: fewer gain nothing from a fourth."""
 
 
-def pick_config(num_rows: int, state_dim: int, dtype: torch.dtype, num_programs: int) -> ScanConfig:
+def pick_config(
+    num_rows: int, state_dim: int, dtype: torch.dtype, num_programs: int, capability: int
+) -> ScanConfig:
     """Return the config for rows of this number and dtype against this state."""
-    many = num_programs > FEW_PROGRAMS
+    is_new = capability >= 90
+    many = is_new and num_programs > FEW_PROGRAMS
     if num_rows == 1:
-        return TOKEN_CONFIGS[many]
+        return NEWEST_TOKEN_CONFIG if capability >= 100 else TOKEN_CONFIGS[many]
     if dtype == torch.float32:
         return FP32_CONFIG
     return next(
         pair[many]
-        for pair in CONFIGS
+        for pair in (CONFIGS if is_new else OLDER_CONFIGS)
         if num_rows <= pair[0].max_rows and state_dim <= pair[0].max_state_dim
     )
 
@@ -266,7 +279,10 @@ def tree_scan(
     check_scan(state_BHPN, rows, c_BTGN, mask_RR, heads, out_BTHP, gate, past)
     check_cover(num_rows, rows.x_BRXP.shape[1], *mask_RR.shape)
     grid = (head_dim // block_p, num_heads, batch)
-    config = pick_config(num_rows, state_dim, c_BTGN.dtype, grid[0] * num_heads * batch)
+    config = pick_config(
+        num_rows, state_dim, c_BTGN.dtype, grid[0] * num_heads * batch,
+        pdl.capability(state_BHPN.device),
+    )  # fmt: skip
     z, sums = gate or (None, None)
     skip = heads.d_H if heads.d_H.ndim == 2 else heads.d_H[:, None].expand(-1, head_dim)
     pointers = (

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stree_kernels.rows import require_dtypes, require_packed
 
-COLUMNS_PER_SUM = 16
+COLUMNS_PER_SUM = 8
 """Columns of a residual stream that one sum of squares covers: the least a program may own."""
 
 
