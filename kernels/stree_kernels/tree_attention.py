@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stree_kernels import pdl
 from stree_kernels.key_rows_ref import KeyValues
 from stree_kernels.pdl import launch_options, wait_for_previous
 from stree_kernels.rows import check_cover, require_dtypes, require_packed
@@ -48,7 +49,8 @@ class AttentionConfig:
     num_stages: int
 
 
-# Sized by registers and by the 99 KiB of shared memory of the smallest GPUs (`benchmarks/aot.py`).
+# Sized by registers and shared memory (`benchmarks/aot.py`) and by times on an H200: one token over
+# 16k tokens takes 21 us with 4 stages of 64 keys, 26 with 3.
 CONFIGS = (
     AttentionConfig(64, block_queries=16, block_keys=64, num_warps=4, num_stages=3),
     AttentionConfig(64, block_queries=32, block_keys=64, num_warps=4, num_stages=3),
@@ -62,6 +64,11 @@ CONFIGS = (
     AttentionConfig(256, block_queries=64, block_keys=32, num_warps=8, num_stages=2),
 )
 FP32_CONFIGS = (AttentionConfig(128, block_queries=16, block_keys=32, num_warps=4, num_stages=3),)
+
+
+SMALL_MEMORY = (86, 89)
+"""Compute capabilities whose blocks have 99 KiB of shared memory: room for fewer stages."""
+MAX_STAGES_THERE = 3
 
 
 def pick_config(num_queries: int, head_dim: int, dtype: torch.dtype) -> AttentionConfig:
@@ -288,12 +295,14 @@ def tree_attention(
     one_share = num_shares == 1
     _check_workspace(workspace, 0 if one_share else num_shares * num_places * (head_dim + 2))
     options = launch_options(q_TBHD.device)
+    is_small = pdl.capability(q_TBHD.device) in SMALL_MEMORY
+    num_stages = min(config.num_stages, MAX_STAGES_THERE) if is_small else config.num_stages
     grid = (triton.cdiv(num_tokens * group, config.block_queries), num_shares, num_pairs)
     _tree_attention_kernel[grid](
         q_TBHD, *cache, *rows, mask_RR, committed_B, out_TBHD, workspace, scale * math.log2(math.e),
         first, num_tokens, num_slots, num_positions, num_shares, mask_RR.stride(0),
         NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_Q=config.block_queries,
-        BLOCK_K=config.block_keys, NUM_STAGES=config.num_stages, ONE_SHARE=one_share,
+        BLOCK_K=config.block_keys, NUM_STAGES=num_stages, ONE_SHARE=one_share,
         num_warps=config.num_warps, **options,
     )  # fmt: skip
     if not one_share:

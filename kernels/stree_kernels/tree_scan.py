@@ -90,15 +90,15 @@ def pick_config(
     num_rows: int, state_dim: int, dtype: torch.dtype, num_programs: int, capability: int
 ) -> ScanConfig:
     """Return the config for rows of this number and dtype against this state."""
-    is_new = capability >= 90
-    many = is_new and num_programs > FEW_PROGRAMS
+    # The trade of registers is known from compute capability 9.0 alone.
+    many = capability == 90 and num_programs > FEW_PROGRAMS
     if num_rows == 1:
         return NEWEST_TOKEN_CONFIG if capability >= 100 else TOKEN_CONFIGS[many]
     if dtype == torch.float32:
         return FP32_CONFIG
     return next(
         pair[many]
-        for pair in (CONFIGS if is_new else OLDER_CONFIGS)
+        for pair in (CONFIGS if capability >= 90 else OLDER_CONFIGS)
         if num_rows <= pair[0].max_rows and state_dim <= pair[0].max_state_dim
     )
 
