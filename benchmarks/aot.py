@@ -162,7 +162,9 @@ def projections(
     num_rows: int, num_inner: int, num_columns: int, *, dtype: torch.dtype = BF16, groups: int = 1
 ) -> None:
     """Run what a model runs of projections: plain with a norm, gated MLP, fp32 logits, added."""
-    sums = torch.empty(num_rows, num_inner // COLUMNS_PER_SUM)
+    # The scan sums 64 columns at a time, two runs for each of 32 groups of 128.
+    num_sums = num_inner // COLUMNS_PER_SUM if groups == 1 else 2 * groups
+    sums = torch.empty(num_rows, num_sums)
     rows = UnscaledRows(torch.empty(num_rows, num_inner, dtype=dtype), sums, groups, 1e-5)
     weight = torch.empty(num_columns, num_inner, dtype=dtype)
     out = torch.empty(num_rows, num_columns, dtype=dtype)
