@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stree_kernels.linear_parts import scale_factor
 from stree_kernels.pdl import launch_options, wait_for_previous
 from stree_kernels.rows import require_dtypes, require_packed
 from stree_kernels.unscaled import (
@@ -36,7 +37,7 @@ def _scale(sums_ptr, num_sums, num_columns, eps, BLOCK_Q: tl.constexpr):
     """The number that a norm multiplies by."""
     sums_Q = tl.arange(0, BLOCK_Q)
     total = tl.sum(tl.load(sums_ptr + sums_Q, mask=sums_Q < num_sums, other=0.0), axis=0)
-    return 1.0 / tl.sqrt(total / num_columns + eps)
+    return scale_factor(total, num_columns, eps)
 
 
 @triton.jit
@@ -104,7 +105,7 @@ def _add_residual_kernel(
         stream_ptr, values_ptr, sums_ptr, BLOCK_D, PER_SUM,
     )  # fmt: skip
     if scaled_ptr is not None:
-        scale = 1.0 / tl.sqrt(tl.sum(exact_D * exact_D, axis=0) / num_columns + scaled_eps)
+        scale = scale_factor(tl.sum(exact_D * exact_D, axis=0), num_columns, scaled_eps)
         scaled_D = (exact_D * scale).to(scaled_ptr.dtype.element_ty)
         tl.store(scaled_ptr + offsets_D, scaled_D, mask=valid_D)
 

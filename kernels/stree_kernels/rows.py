@@ -16,7 +16,6 @@ from torch import Tensor
 MAX_KEPT = 16
 """Accepted rows that wait beside the state; with more it advances, so it is seldom written."""
 
-
 MASK_MULTIPLE = 64
 """Columns of a tree mask are a multiple of this, so that tiles of it load at once."""
 
@@ -161,7 +160,7 @@ def check_cover(num_rows: int, *sizes: int) -> None:
 
 
 def strides(tensors: Iterable[Tensor | None], dim: int) -> list[int]:
-    """Return the strides of a dimension, 0 for a missing tensor and where nothing is strode over.
+    """Return the strides of a dimension, 0 for a missing tensor and for one of size 1 there.
 
     Torch gives a dimension of size 1 any stride; a kernel compiled for it would load unaligned.
     """

@@ -1,0 +1,196 @@
+"""What `aot.py` compiles: calls of every op as a model makes them, on tensors on the CPU."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stree_kernels import key_rows, linear, residual, tree_attention, tree_conv, tree_scan
+from stree_kernels.key_rows_ref import KeyValues
+from stree_kernels.rows import (
+    MASK_MULTIPLE,
+    MAX_KEPT,
+    Gate,
+    Past,
+    Pending,
+    ScanHeads,
+    ScanRows,
+    gate_width,
+)
+from stree_kernels.unscaled import COLUMNS_PER_SUM, Residual, UnscaledRows
+
+Case = Callable[[], None]
+
+BF16, FP32 = torch.bfloat16, torch.float32
+LAYERS = ((64, 128), (64, 64))
+"""Head dim and state dim of the shipped models: mamba2 and the demo pair."""
+
+OTHER_LAYERS = ((16, 16), (32, 64), (128, 128), (64, 256), (128, 256))
+"""The least, the largest, and what else is common."""
+
+
+def scan(
+    tokens: int, head_dim: int, state_dim: int, *, dtype: torch.dtype = BF16,
+    state: torch.dtype = FP32, many: bool = False, commit: bool = True, gated: bool = True,
+) -> None:  # fmt: skip
+    """Run a scan of few or many programs."""
+    batch, heads, groups = (64 if many else 1), 16, 2
+    sections = (heads * head_dim, groups * state_dim, groups * state_dim, heads)
+    buffer = torch.empty(MAX_KEPT + 2 * tokens, batch, sum(sections), dtype=dtype).transpose(0, 1)
+    x, b, c, dt = buffer.split(sections, dim=-1)
+    all_rows = ScanRows(
+        x.unflatten(-1, (heads, head_dim)), dt, b.unflatten(-1, (groups, state_dim))
+    )
+    rows = ScanRows(*(tensor[:, MAX_KEPT:] for tensor in all_rows))
+    out = torch.empty(tokens, batch, heads, head_dim, dtype=dtype).transpose(0, 1)
+    num_sums = heads * head_dim // gate_width(head_dim, state_dim, dtype)
+    sums = torch.empty(tokens, batch, num_sums).transpose(0, 1)
+    tree_scan.tree_scan(
+        torch.empty(batch, heads, head_dim, state_dim, dtype=state), rows,
+        c[:, MAX_KEPT : MAX_KEPT + tokens].unflatten(-1, (groups, state_dim)),
+        make_mask(tokens), ScanHeads(*torch.empty(3, heads)), first=0,
+        dt_limit=(0.0, 1.0), out_BTHP=out,
+        gate=Gate(torch.empty_like(out), sums) if gated else None,
+        past=Past(all_rows, MAX_KEPT, pending(batch), commit),
+    )  # fmt: skip
+
+
+def conv(tokens: int, *, dtype: torch.dtype = BF16, commit: bool = True) -> None:
+    """Run a conv of width 4."""
+    channels, columns = 256, 272
+    rows = torch.empty(tokens, 1, columns, dtype=dtype).transpose(0, 1)
+    tree_conv.tree_conv(
+        torch.empty(1, channels, 3, dtype=dtype), rows, torch.empty(channels, 4, dtype=dtype),
+        torch.empty(channels, dtype=dtype), torch.zeros(tokens, 3, dtype=torch.int32), first=0,
+        num_tokens=tokens, out_BRE=torch.empty_like(rows), previous_BRE=rows if commit else None,
+        pending=pending(1) if commit else None,
+    )  # fmt: skip
+
+
+def projections(
+    num_rows: int, num_inner: int, num_columns: int, *, dtype: torch.dtype = BF16, groups: int = 1
+) -> None:
+    """Run what a model runs of projections: plain with a norm, gated MLP, fp32 logits, added."""
+    # The scan sums 64 columns at a time, two runs for each of 32 groups of 128.
+    num_sums = num_inner // COLUMNS_PER_SUM if groups == 1 else 2 * groups
+    sums = torch.empty(num_rows, num_sums)
+    rows = UnscaledRows(torch.empty(num_rows, num_inner, dtype=dtype), sums, groups, 1e-5)
+    weight = torch.empty(num_columns, num_inner, dtype=dtype)
+    out = torch.empty(num_rows, num_columns, dtype=dtype)
+    linear.linear(rows, weight, out)
+    linear.linear_swiglu(rows, weight, out[:, : num_columns // 2].contiguous())
+    linear.linear(rows._replace(square_sums_MQ=None), weight, out.float())
+    sums_out = torch.empty(num_rows, num_columns // COLUMNS_PER_SUM)
+    linear.linear_add(rows, weight, Residual(out, out, sums_out), eps=1e-5)
+    if dtype != FP32:
+        linear.linear_add(rows, weight, Residual(out.float(), out, sums_out), eps=1e-5)
+
+
+def row_steps(num_columns: int, *, dtype: torch.dtype = BF16) -> None:
+    """Run the row-wise steps between projections."""
+    values = torch.empty(2, num_columns, dtype=dtype)
+    stream = Residual(
+        values if dtype == FP32 else values.float(), values,
+        torch.empty(2, num_columns // COLUMNS_PER_SUM),
+    )  # fmt: skip
+    residual.start_residual(values, torch.zeros(2, dtype=torch.int64), stream)
+    residual.add_residual(values.float(), stream)
+    residual.scale_rows(stream.rows(1e-5), values[0].contiguous(), torch.empty_like(values))
+    residual.swiglu(values, torch.empty_like(values[:, : num_columns // 2].contiguous()))
+
+
+def attention(tokens: int, group: int, head_dim: int, *, dtype: torch.dtype = BF16) -> None:
+    """Store keys and attend, `group` query heads for each of two kv heads."""
+    kv_heads, positions = 2, 256
+    heads = group * kv_heads
+    rows = KeyValues(*torch.empty(2, tokens, 1, kv_heads, head_dim, dtype=dtype))
+    cache = KeyValues(*torch.empty(2, 1, positions, kv_heads, head_dim, dtype=dtype))
+    q = torch.empty(tokens, 1, heads, head_dim, dtype=dtype)
+    counts = torch.zeros(1, dtype=torch.int32)
+    key_rows.store_keys(
+        torch.empty(tokens, 1, (heads + 2 * kv_heads) * head_dim, dtype=dtype),
+        torch.zeros(tokens, dtype=torch.int32), counts, torch.empty(head_dim // 2), first=0,
+        q_TBHD=q, rows=rows, cache=cache, previous=rows, pending=pending(1),
+    )  # fmt: skip
+    num_values = tree_attention.workspace_size(tokens, 1, heads, kv_heads, head_dim, dtype)
+    tree_attention.tree_attention(
+        q, cache, rows, make_mask(tokens), counts, first=0, scale=0.1,
+        out_TBHD=torch.empty_like(q), workspace=torch.empty(num_values),
+    )  # fmt: skip
+
+
+def make_mask(tokens: int) -> Tensor:
+    return torch.ones(tokens, -(-tokens // MASK_MULTIPLE) * MASK_MULTIPLE, dtype=torch.bool)
+
+
+def pending(batch: int) -> Pending:
+    counts = torch.zeros(2, batch, dtype=torch.int32)
+    return Pending(torch.zeros(batch, 4, dtype=torch.int32), *counts)
+
+
+def quick_cases() -> Iterator[tuple[str, Case]]:
+    """Yield what the shipped models run in bf16."""
+    for (head_dim, state_dim), tokens in itertools.product(LAYERS, (1, 16, 32, 64, 256)):
+        for many in (False, True):
+            yield scan_case(tokens, head_dim, state_dim, many=many)
+    for tokens in (1, 16, 32):
+        yield f"conv T={tokens}", partial(conv, tokens)
+    for num_rows, (inner, columns) in itertools.product(
+        (1, 4, 16, 64), ((2560, 10576), (768, 768))
+    ):
+        yield projection_case(num_rows, inner, columns)
+    yield "row steps D=2560", partial(row_steps, 2560)
+    for tokens in (1, 16):
+        yield attention_case(tokens, 4, 128)
+
+
+def all_cases() -> Iterator[tuple[str, Case]]:
+    """Yield every configuration of every kernel, at sizes that models have."""
+    yield from quick_cases()
+    for (head_dim, state_dim), tokens in itertools.product(OTHER_LAYERS, (1, 16, 32, 64, 256)):
+        for many in (False, True):
+            yield scan_case(tokens, head_dim, state_dim, many=many)
+    for (head_dim, state_dim), tokens in itertools.product(LAYERS, (1, 16, 256)):
+        yield scan_case(tokens, head_dim, state_dim, dtype=FP32)
+    for tokens in (1, 16, 64, 256):
+        yield scan_case(tokens, 64, 128, state=BF16)
+        yield scan_case(tokens, 64, 128, commit=False)
+        yield scan_case(tokens, 64, 128, gated=False)
+    for tokens, dtype, commit in itertools.product((1, 16, 32), (BF16, FP32), (True, False)):
+        run = partial(conv, tokens, dtype=dtype, commit=commit)
+        yield f"conv T={tokens} {dtype} commit={commit}", run
+    for num_rows, dtype in itertools.product((1, 2, 8, 16, 32), (BF16, FP32)):
+        for inner, columns in ((4096, 10272), (768, 3360), (5120, 2560), (1536, 768)):
+            yield projection_case(num_rows, inner, columns, dtype=dtype)
+        yield projection_case(num_rows, 4096, 4096, dtype=dtype, groups=32)
+    for columns, dtype in itertools.product((768, 4096), (BF16, FP32)):
+        yield f"row steps D={columns} {dtype}", partial(row_steps, columns, dtype=dtype)
+    for tokens, group, head_dim in itertools.product((1, 16, 64), (1, 4, 16), (64, 128)):
+        for dtype in (BF16, FP32):
+            yield attention_case(tokens, group, head_dim, dtype=dtype)
+
+
+def scan_case(tokens: int, head_dim: int, state_dim: int, **options: Any) -> tuple[str, Case]:
+    """Return a scan and its name."""
+    words = " ".join(f"{key}={value}" for key, value in options.items())
+    name = f"scan T={tokens} P={head_dim} N={state_dim} {words}".replace("torch.", "")
+    return name, partial(scan, tokens, head_dim, state_dim, **options)
+
+
+def projection_case(num_rows: int, inner: int, columns: int, **options: Any) -> tuple[str, Case]:
+    """Return projections of one size and their name."""
+    words = " ".join(f"{key}={value}" for key, value in options.items())
+    name = f"projections M={num_rows} {columns}x{inner} {words}".replace("torch.", "")
+    return name, partial(projections, num_rows, inner, columns, **options)
+
+
+def attention_case(tokens: int, group: int, head_dim: int, **options: Any) -> tuple[str, Case]:
+    """Return an attention and its name."""
+    words = " ".join(f"{key}={value}" for key, value in options.items())
+    name = f"attention T={tokens} group={group} D={head_dim} {words}".replace("torch.", "")
+    return name, partial(attention, tokens, group, head_dim, **options)
