@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stree_kernels import key_rows, linear, residual, tree_attention, tree_conv, tree_scan
+from stree_kernels import experts, key_rows, linear, residual, tree_attention, tree_conv, tree_scan
 from stree_kernels.key_rows_ref import KeyValues
+from stree_kernels.laws import GATED, Activation
 from stree_kernels.rows import (
     MASK_MULTIPLE,
     MAX_KEPT,
@@ -26,12 +27,30 @@ from stree_kernels.unscaled import COLUMNS_PER_SUM, Residual, UnscaledRows
 
 Case = Callable[[], None]
 
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 LAYERS = ((64, 128), (64, 64))
 """Head dim and state dim of the shipped models: mamba2 and the demo pair."""
 
 OTHER_LAYERS = ((16, 16), (32, 64), (128, 128), (64, 256), (128, 256))
 """The least, the largest, and what else is common."""
+
+
+MLPS: tuple[tuple[int, int, Activation], ...] = (
+    (4096, 21504, "relu2"),
+    (1536, 4096, "swiglu"),
+    (3072, 8192, "swiglu"),
+    (2560, 10240, "geglu"),
+)
+"""Hidden and inner size: Nemotron-H 8B, Granite 4 H 1B, Mamba-in-Llama 3B, Zamba2 2.7B."""
+
+EXPERTS: tuple[tuple[int, int, int, Activation], ...] = (
+    (6, 2688, 1856, "relu2"),
+    (22, 1024, 2688, "relu2"),
+    (6, 1536, 512, "swiglu"),
+    (10, 4096, 768, "swiglu"),
+    (4, 1040, 528, "geglu"),
+)
+"""Chosen experts, hidden and inner size: Nemotron 3 Nano and Super, Granite 4 H Tiny and Small."""
 
 
 def scan(
@@ -83,12 +102,41 @@ def projections(
     weight = torch.empty(num_columns, num_inner, dtype=dtype)
     out = torch.empty(num_rows, num_columns, dtype=dtype)
     linear.linear(rows, weight, out)
-    linear.linear_swiglu(rows, weight, out[:, : num_columns // 2].contiguous())
+    linear.linear_activated(rows, weight, out[:, : num_columns // 2].contiguous(), "swiglu")
     linear.linear(rows._replace(square_sums_MQ=None), weight, out.float())
     sums_out = torch.empty(num_rows, num_columns // COLUMNS_PER_SUM)
     linear.linear_add(rows, weight, Residual(out, out, sums_out), eps=1e-5)
     if dtype != FP32:
         linear.linear_add(rows, weight, Residual(out.float(), out, sums_out), eps=1e-5)
+
+
+def mlp(num_rows: int, hidden: int, inner: int, activation: Activation) -> None:
+    """Run both projections of a dense MLP in bf16, with a stream in fp32."""
+    values = torch.empty(num_rows, hidden, dtype=BF16)
+    sums = torch.empty(num_rows, hidden // COLUMNS_PER_SUM)
+    stream = Residual(values.float(), values, sums)
+    num_products = 2 * inner if activation in GATED else inner
+    out = torch.empty(num_rows, inner, dtype=BF16)
+    linear.linear_activated(
+        stream.rows(1e-5), torch.empty(num_products, hidden, dtype=BF16), out, activation
+    )
+    down = torch.empty(hidden, inner, dtype=BF16)
+    linear.linear_add(UnscaledRows(out, None, 1, 0.0), down, stream, eps=1e-5)
+
+
+def moe(
+    num_rows: int, num_chosen: int, hidden: int, inner: int, activation: Activation, *,
+    dtype: torch.dtype = BF16,
+) -> None:  # fmt: skip
+    """Run the experts of some rows, with an output in fp32."""
+    num_products = 2 * inner if activation in GATED else inner
+    choice = torch.zeros(num_rows, num_chosen, dtype=torch.int64)
+    experts.expert_mlps(
+        torch.empty(num_rows, hidden, dtype=dtype), choice, torch.empty(num_rows, num_chosen),
+        torch.empty(2, num_products, hidden, dtype=dtype),
+        torch.empty(2, hidden, inner, dtype=dtype), torch.empty(num_rows, hidden),
+        activation=activation,
+    )  # fmt: skip
 
 
 def row_steps(num_columns: int, *, dtype: torch.dtype = BF16) -> None:
@@ -101,7 +149,9 @@ def row_steps(num_columns: int, *, dtype: torch.dtype = BF16) -> None:
     residual.start_residual(values, torch.zeros(2, dtype=torch.int64), stream)
     residual.add_residual(values.float(), stream)
     residual.scale_rows(stream.rows(1e-5), values[0].contiguous(), torch.empty_like(values))
-    residual.swiglu(values, torch.empty_like(values[:, : num_columns // 2].contiguous()))
+    residual.activate(
+        values, torch.empty_like(values[:, : num_columns // 2].contiguous()), "swiglu"
+    )
 
 
 def attention(tokens: int, group: int, head_dim: int, *, dtype: torch.dtype = BF16) -> None:
@@ -134,7 +184,7 @@ def pending(batch: int) -> Pending:
 
 
 def quick_cases() -> Iterator[tuple[str, Case]]:
-    """Yield what the shipped models run in bf16."""
+    """Yield what the shipped models run in bf16, and experts."""
     for (head_dim, state_dim), tokens in itertools.product(LAYERS, (1, 16, 32, 64, 256)):
         for many in (False, True):
             yield scan_case(tokens, head_dim, state_dim, many=many)
@@ -147,6 +197,7 @@ def quick_cases() -> Iterator[tuple[str, Case]]:
     yield "row steps D=2560", partial(row_steps, 2560)
     for tokens in (1, 16):
         yield attention_case(tokens, 4, 128)
+    yield moe_case(2, 6, 2688, 1856, "relu2")
 
 
 def all_cases() -> Iterator[tuple[str, Case]]:
@@ -173,6 +224,34 @@ def all_cases() -> Iterator[tuple[str, Case]]:
     for tokens, group, head_dim in itertools.product((1, 16, 64), (1, 4, 16), (64, 128)):
         for dtype in (BF16, FP32):
             yield attention_case(tokens, group, head_dim, dtype=dtype)
+    for tokens, group in itertools.product((1, 16, 64), (3, 5)):
+        yield attention_case(tokens, group, 128)
+    for hidden, inner, activation in MLPS:
+        for num_rows in (1, 2, 16):
+            name = f"mlp M={num_rows} {inner}x{hidden} {activation}"
+            yield name, partial(mlp, num_rows, hidden, inner, activation)
+    for sizes, dtype in itertools.product(EXPERTS, (BF16, FP16, FP32)):
+        yield moe_case(2, *sizes, dtype=dtype)
+    yield from fp16_cases()
+
+
+def fp16_cases() -> Iterator[tuple[str, Case]]:
+    """Yield every kernel in fp16, at the sizes where it takes most."""
+    for (head_dim, state_dim), tokens in itertools.product(
+        (*LAYERS, *OTHER_LAYERS), (1, 16, 32, 64)
+    ):
+        for many in (False, True):
+            yield scan_case(tokens, head_dim, state_dim, dtype=FP16, many=many)
+    yield scan_case(64, 64, 128, dtype=FP16, commit=False, gated=False)
+    for tokens in (1, 16, 32):
+        yield f"conv T={tokens} fp16", partial(conv, tokens, dtype=FP16)
+    for num_rows in (1, 8, 16):
+        yield projection_case(num_rows, 4096, 10272, dtype=FP16)
+        yield projection_case(num_rows, 1536, 768, dtype=FP16)
+        yield projection_case(num_rows, 4096, 4096, dtype=FP16, groups=32)
+    yield "row steps D=4096 fp16", partial(row_steps, 4096, dtype=FP16)
+    for tokens, head_dim in itertools.product((1, 16, 64), (64, 128)):
+        yield attention_case(tokens, 4, head_dim, dtype=FP16)
 
 
 def scan_case(tokens: int, head_dim: int, state_dim: int, **options: Any) -> tuple[str, Case]:
@@ -180,6 +259,13 @@ def scan_case(tokens: int, head_dim: int, state_dim: int, **options: Any) -> tup
     words = " ".join(f"{key}={value}" for key, value in options.items())
     name = f"scan T={tokens} P={head_dim} N={state_dim} {words}".replace("torch.", "")
     return name, partial(scan, tokens, head_dim, state_dim, **options)
+
+
+def moe_case(num_rows: int, *sizes: Any, **options: Any) -> tuple[str, Case]:
+    """Return experts of one size and their name."""
+    words = " ".join(map(str, [*sizes, *options.values()]))
+    name = f"experts M={num_rows} {words}".replace("torch.", "")
+    return name, partial(moe, num_rows, *sizes, **options)
 
 
 def projection_case(num_rows: int, inner: int, columns: int, **options: Any) -> tuple[str, Case]:

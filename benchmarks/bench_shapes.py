@@ -1,18 +1,17 @@
-"""What is benchmarked: layers, a hybrid model's shape, and balanced trees."""
+"""What is benchmarked: layers, the shipped shapes of whole models, and balanced trees."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from stree_core.checkpoint import load_shape
-from stree_core.model_shape import AttentionShape, Block, Mamba2Shape, MlpShape, ModelShape
+from stree_autotune.library import Library, shipped_root
+from stree_core.model_shape import ModelShape
+from stree_core.model_source import sheet_source
 from stree_kernels.rows import MAX_KEPT, Pending, next_num_kept
 
-MODELS = Path(__file__).resolve().parents[1] / "profiles" / "models"
 ACCEPTED_ROWS = 3
 # Three times around for paths of three rows, once for single ones.
 PHASES = 18
@@ -109,37 +108,11 @@ def flushing(phases: list[Pending]) -> Pending:
     return Pending(path, length, torch.full_like(num_kept, MAX_KEPT))
 
 
-def mamba_in_llama_8b() -> ModelShape:
-    """Return the shape of Llama3.1-Mamba2-8B-distill: Mamba2 in even layers, attention in odd.
-
-    x and B come from the keys' and values' 8 heads of the Llama layer that it replaces, C from the
-    32 heads of its queries. Source: jxiw/MambaInLlama, llama3.1_8B/llama3.1_mamba2_0.5.yaml.
-    """
-    mamba = Mamba2Shape(
-        num_heads=32, num_x_heads=8, num_b_groups=8, num_c_groups=32, num_groups=32, head_dim=128,
-        state_dim=128, conv_width=4, conv_bias=True, dt_limit=(0.0, float("inf")),
-    )  # fmt: skip
-    attention = AttentionShape(
-        num_heads=32, num_kv_heads=8, head_dim=128, rotary_dim=128, rope_theta=500000.0
-    )
-    blocks: list[Block] = []
-    for index in range(32):
-        layer = f"model.layers.{index}."
-        mixer = attention if index % 2 else mamba
-        blocks += [
-            Block(mixer, layer + "input_layernorm.weight", layer + "mixer."),
-            Block(MlpShape(14336), layer + "post_attention_layernorm.weight", layer + "mlp."),
-        ]
-    return ModelShape(
-        vocab_size=128256, hidden_size=4096, norm_eps=1e-5, residual_fp32=False, eos_token_ids=(),
-        embed_key="model.embed_tokens.weight", final_norm_key="model.norm.weight",
-        lm_head_key="lm_head.weight", blocks=tuple(blocks),
-    )  # fmt: skip
-
-
 def model_shape(name: str) -> ModelShape:
-    """Return the shape of a benchmarked model."""
-    return mamba_in_llama_8b() if name == "mamba-in-llama-8b" else load_shape(MODELS / name)
+    """Return the shape of a shipped sheet."""
+    return sheet_source(Library.open().find_shape(name)).shape
 
 
-FORWARD_MODELS = ("mamba2-2.7b", "mamba2-130m", "mamba-in-llama-8b")
+def shape_names() -> list[str]:
+    """Return the names of all shipped sheets."""
+    return sorted(path.stem for path in (shipped_root() / "shapes").glob("*.yaml"))

@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 from bench_shapes import (
     ACCEPTED_ROWS,
-    FORWARD_MODELS,
     PHASES,
     balanced_tree,
     model_shape,
     pending_phases,
+    shape_names,
 )
 from gate import require_green
 from report import RESULTS, Row, header, print_table, save, table
@@ -82,7 +82,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time whole forward passes")
-    parser.add_argument("--models", nargs="+", choices=FORWARD_MODELS, default=list(FORWARD_MODELS))
+    parser.add_argument("--models", nargs="+", choices=shape_names(), default=shape_names())
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument(

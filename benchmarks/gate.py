@@ -14,7 +14,7 @@ import triton
 
 ROOT = Path(__file__).resolve().parents[1]
 STAMP = ROOT / "build" / "gate-passed"
-TIMEOUT_S = 400
+TIMEOUT_S = 540
 
 
 def require_green(*, skip: bool = False) -> str:

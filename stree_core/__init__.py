@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from stree_core.decode import Generation, Run, StopRule, generate, stream
     from stree_core.engine import Engine, EngineConfig
+    from stree_core.model_source import ModelSource, find_source
     from stree_core.pair import Pair, Runtime, load_pair, require_profile_fits
     from stree_core.profile import Profile, load_profile, save_profile
     from stree_core.tree import DEFAULT_TREE, Tree
@@ -21,12 +22,14 @@ _HOME = {
     "Engine": "engine",
     "EngineConfig": "engine",
     "Generation": "decode",
+    "ModelSource": "model_source",
     "Pair": "pair",
     "Profile": "profile",
     "Run": "decode",
     "Runtime": "pair",
     "StopRule": "decode",
     "Tree": "tree",
+    "find_source": "model_source",
     "generate": "decode",
     "load_pair": "pair",
     "load_profile": "profile",
@@ -40,12 +43,14 @@ __all__ = [
     "Engine",
     "EngineConfig",
     "Generation",
+    "ModelSource",
     "Pair",
     "Profile",
     "Run",
     "Runtime",
     "StopRule",
     "Tree",
+    "find_source",
     "generate",
     "load_pair",
     "load_profile",

@@ -15,10 +15,12 @@ _OPS = {
     "tree_conv": "tree_conv",
     "tree_scan": "tree_scan",
     "linear": "linear",
-    "linear_swiglu": "linear",
+    "linear_activated": "linear",
     "linear_add": "linear",
     "start_residual": "residual",
+    "add_residual": "residual",
     "scale_rows": "residual",
+    "expert_mlps": "experts",
     "store_keys": "key_rows",
     "tree_attention": "tree_attention",
     "workspace_size": "tree_attention",
@@ -36,10 +38,12 @@ class Backend:
     tree_conv: Callable[..., None]
     tree_scan: Callable[..., None]
     linear: Callable[..., None]
-    linear_swiglu: Callable[..., None]
+    linear_activated: Callable[..., None]
     linear_add: Callable[..., UnscaledRows]
     start_residual: Callable[..., None]
+    add_residual: Callable[..., None]
     scale_rows: Callable[..., None]
+    expert_mlps: Callable[..., None]
     store_keys: Callable[..., None]
     tree_attention: Callable[..., None]
     workspace_size: Callable[..., int]
@@ -86,7 +90,12 @@ def resolve_backend(name: str, device: torch.device) -> str:
     return "triton" if device.type == "cuda" else "torch"
 
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

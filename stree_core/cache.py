@@ -83,7 +83,7 @@ LayerCache = Mamba2Cache | AttentionCache | None
 
 @dataclass(slots=True)
 class Cache:
-    """All of a model's memory for B slots.
+    """All of a model's memory for B slots; one layer for each part, in order.
 
     `pending` is the accepted path of the previous step, which the next committing pass applies;
     `committed_B` counts the tokens that are committed once it is. `current` says which row set the
@@ -161,11 +161,11 @@ def make_cache(
 ) -> Cache:
     """Allocate an empty cache; SSM states are fp32, or float64 when `dtype` is."""
     layers: list[LayerCache] = []
-    for block in shape.blocks:
-        if isinstance(block.mixer, Mamba2Shape):
-            layers.append(_mamba2_cache(block.mixer, size, dtype, device))
-        elif isinstance(block.mixer, AttentionShape):
-            layers.append(_attention_cache(block.mixer, size, dtype, device))
+    for part in shape.parts:
+        if isinstance(part.mixer, Mamba2Shape):
+            layers.append(_mamba2_cache(part.mixer, size, dtype, device))
+        elif isinstance(part.mixer, AttentionShape):
+            layers.append(_attention_cache(part.mixer, size, dtype, device))
         else:
             layers.append(None)
     slots = size.num_slots

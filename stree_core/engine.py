@@ -13,9 +13,10 @@ import torch
 from stree_core.acceptance import top_tokens
 from stree_core.cache import Cache
 from stree_core.errors import ConfigError
+from stree_core.memory import explain_oom, require_memory
 from stree_core.model import Model
 from stree_core.prefill import consume, prefill_cache
-from stree_core.step import Speculator, make_speculator
+from stree_core.step import Speculator, make_caches, make_speculator
 from stree_core.tree import Tree
 from stree_core.tree_plan import make_plan
 
@@ -56,13 +57,13 @@ class Engine:
         self._accepted = [0] * self.config.num_slots
         draft_widths = self.draft.conv_widths if self.draft else frozenset()
         self.plan = make_plan(tree, target.conv_widths, draft_widths, target.device)
-        with torch.inference_mode():
-            self._speculator = make_speculator(
-                target, self.draft, self.plan, self.config.num_slots, self.config.num_positions
-            )
-            self._prefill_caches = {
-                id(m): prefill_cache(m, self.config.num_positions) for m in self._models()
-            }
+        slots, positions = self.config.num_slots, self.config.num_positions
+        num_bytes = self.needed_bytes()
+        what = f"remembering {slots} sequences of {positions} positions"
+        require_memory(num_bytes, what, target.device)
+        with torch.inference_mode(), explain_oom(what, num_bytes, target.device):
+            self._speculator = make_speculator(target, self.draft, self.plan, slots, positions)
+            self._prefill_caches = {id(m): prefill_cache(m, positions) for m in self._models()}
             self._run = self._captured_step()
 
     @property
@@ -124,6 +125,16 @@ class Engine:
     def release(self, slot: int) -> None:
         """Make a slot inactive: it still computes, but no longer advances."""
         self._speculator.buffers.active_B[slot] = 0
+
+    def needed_bytes(self) -> int:
+        """Return what all caches will take: their sizes, summed up without memory behind them."""
+        nowhere = torch.device("meta")
+        slots, positions = self.config.num_slots, self.config.num_positions
+        caches = [
+            *make_caches((self.target, self.draft), self.plan, slots, positions, nowhere),
+            *(prefill_cache(model, positions, nowhere) for model in self._models()),
+        ]
+        return sum(cache.num_bytes for cache in caches if cache is not None)
 
     def _models(self) -> list[Model]:
         return [self.target] if self.draft is None else [self.target, self.draft]

@@ -26,6 +26,10 @@ class BackendUnavailable(StreeError):
     """The named kernel backend cannot run on this machine."""
 
 
+class NotEnoughMemory(StreeError):
+    """A device has too little free memory for what was asked."""
+
+
 class NoFeasibleTree(StreeError):
     """No tree satisfies the limits of a search."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from stree_core.errors import ConfigError, nearest
+from stree_core.errors import CheckpointError, ConfigError, nearest
 
+MAX_JSON_BYTES = 64 << 20
 MAX_YAML_BYTES = 4 << 20
 MAX_YAML_DEPTH = 24
 MAX_YAML_VALUES = 250_000
@@ -58,6 +60,19 @@ def read_limited(path: Path, max_bytes: int) -> bytes:
         return path.read_bytes()
     except OSError as err:
         raise ConfigError(f"{path} cannot be read ({err.strerror}); check the path") from err
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a model's JSON object; raise CheckpointError when it is missing or holds none."""
+    if not path.exists():
+        raise CheckpointError(f"{path.parent} must hold a {path.name}, it has none; check the path")
+    try:
+        content = json.loads(read_limited(path, MAX_JSON_BYTES))
+    except (ValueError, RecursionError, ConfigError) as err:
+        raise CheckpointError(f"{path} is not valid JSON ({err}); fetch it again") from err
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object; fetch it again")
+    return content
 
 
 def parse_yaml(text: bytes, name: str) -> Any:

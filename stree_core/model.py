@@ -2,7 +2,7 @@
 
 Activations are time-major (T, B, ...), like the cache's row buffers; projections take them as M
 rows. The residual stream carries its sums of squares, so that a norm is part of the projection
-after it: the norms' weights are folded into the projections' (stree_core.checkpoint).
+after it: the norms' weights are folded into the projections' (stree_core.model_weights).
 
 Shape letters: T rows of this pass, B slots, M = T * B, D hidden size, V vocabulary, Q partial sums
 of a row, L path capacity, others as in stree_kernels.rows.
@@ -10,61 +10,36 @@ of a row, L path capacity, others as in stree_kernels.rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from stree_core.backend import Backend
-from stree_core.cache import AttentionCache, Cache, CacheSize, Mamba2Cache, make_cache
-from stree_core.model_shape import AttentionShape, Mamba2Shape, ModelShape
+from stree_core.cache import AttentionCache, Cache, CacheSize, LayerCache, Mamba2Cache, make_cache
+from stree_core.model_shape import (
+    AttentionShape,
+    Mamba2Shape,
+    Mixer,
+    MlpShape,
+    ModelShape,
+    MoeShape,
+    SharedBlock,
+)
+from stree_core.model_weights import (
+    AttentionWeights,
+    Mamba2Weights,
+    MlpWeights,
+    ModelWeights,
+    MoeWeights,
+    PartWeights,
+    SharedWeights,
+)
 from stree_core.row_block import RowBlock
-from stree_kernels.rows import Gate, Past, Pending, ScanHeads, gate_width
+from stree_kernels.router import choose_experts
+from stree_kernels.rows import Gate, Past, Pending, gate_width
 from stree_kernels.unscaled import COLUMNS_PER_SUM, Residual, UnscaledRows
-
-
-@dataclass(frozen=True, slots=True)
-class Mamba2Weights:
-    """Parameters of a Mamba2 mixer; the norms before it and after its gate are folded in."""
-
-    in_proj: Tensor
-    conv_CW: Tensor
-    conv_bias_C: Tensor
-    heads: ScanHeads
-    out_proj: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionWeights:
-    """Parameters of an attention mixer; queries, keys and values are one projection.
-
-    `inv_freq_X` are the rotation's angles per position.
-    """
-
-    qkv_proj: Tensor
-    o_proj: Tensor
-    inv_freq_X: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class MlpWeights:
-    """Parameters of a gated MLP; gate and up are one projection."""
-
-    gate_up_proj: Tensor
-    down_proj: Tensor
-
-
-MixerWeights = Mamba2Weights | AttentionWeights | MlpWeights
-
-
-@dataclass(frozen=True, slots=True)
-class ModelWeights:
-    """All parameters; mixers in order."""
-
-    embed_VD: Tensor
-    mixers: tuple[MixerWeights, ...]
-    final_norm: Tensor
-    lm_head_VD: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +73,12 @@ class Model:
         self.dtype = weights.embed_VD.dtype
         self.device = weights.embed_VD.device
         self.conv_widths = frozenset(
-            b.mixer.conv_width for b in shape.blocks if isinstance(b.mixer, Mamba2Shape)
+            p.mixer.conv_width for p in shape.parts if isinstance(p.mixer, Mamba2Shape)
         )
 
-    def make_cache(self, size: CacheSize) -> Cache:
-        """Allocate an empty cache for this model."""
-        return make_cache(self.shape, size, self.dtype, self.device)
+    def make_cache(self, size: CacheSize, device: torch.device | None = None) -> Cache:
+        """Allocate an empty cache for this model, on its device unless another is given."""
+        return make_cache(self.shape, size, self.dtype, device or self.device)
 
     def forward(
         self, tokens_TB: Tensor, block: RowBlock, cache: Cache, *, first: int, commit: bool
@@ -116,19 +91,18 @@ class Model:
         this = Pass(block, cache, first, len(tokens_TB), commit)
         residual, eps = self._start(tokens_TB), self.shape.norm_eps
         rows = residual.rows(eps)
-        layers = zip(self.shape.blocks, self.weights.mixers, cache.layers, strict=True)
-        for shape, weights, layer in layers:
-            if isinstance(weights, MlpWeights):
-                mixed, out_proj = self._mlp(rows, weights), weights.down_proj
-            elif isinstance(weights, Mamba2Weights):
-                assert isinstance(layer, Mamba2Cache)
-                mixed, out_proj = self._mamba2(rows, weights, layer, this), weights.out_proj
-            else:
-                assert isinstance(layer, AttentionCache)
-                assert isinstance(shape.mixer, AttentionShape)
-                mixed = self._attention(rows, weights, shape.mixer, layer, this)
-                out_proj = weights.o_proj
-            rows = self.backend.linear_add(mixed, out_proj, residual, eps=eps)
+        embedding = _copy(rows) if any(b.shared for b in self.shape.blocks) else rows
+        layers = iter(cache.layers)
+        for shape, weights in zip(self.shape.blocks, self.weights.blocks, strict=True):
+            if shape.shared is not None and weights.shared is not None:
+                rows = self._beside(residual, embedding, shape.shared, weights.shared, layers, this)
+            # All parts read the same rows, so all are run before any is added.
+            mixed = [
+                self._mix(rows, part.mixer, part_weights, next(layers), this)
+                for part, part_weights in zip(shape.parts, weights.parts, strict=True)
+            ]
+            for output, out_proj in mixed:
+                rows = self._add(output, out_proj, residual)
         hidden_MD = torch.empty_like(residual.values_MD)
         self.backend.scale_rows(rows, self.weights.final_norm, hidden_MD)
         return hidden_MD.view(*tokens_TB.shape, -1)
@@ -152,13 +126,77 @@ class Model:
             stream_MD = values_MD
         sums_MQ = values_MD.new_empty(num_rows, hidden_size // COLUMNS_PER_SUM, dtype=wide)
         residual = Residual(stream_MD, values_MD, sums_MQ)
-        self.backend.start_residual(embed_VD, tokens_TB.flatten(), residual)
+        self.backend.start_residual(
+            embed_VD, tokens_TB.flatten(), residual, scale=self.shape.embed_scale
+        )
         return residual
 
-    def _mlp(self, rows: UnscaledRows, w: MlpWeights) -> UnscaledRows:
-        out_MF = rows.values_MK.new_empty(len(rows.values_MK), w.down_proj.shape[1])
-        self.backend.linear_swiglu(rows, w.gate_up_proj, out_MF)
+    def _mix(
+        self, rows: UnscaledRows, mixer: Mixer, weights: PartWeights, layer: LayerCache, this: Pass
+    ) -> tuple[UnscaledRows, Tensor | None]:
+        """Return a part's output before its last projection, and that; None where there is none."""
+        if isinstance(weights, Mamba2Weights):
+            assert isinstance(layer, Mamba2Cache)
+            return self._mamba2(rows, weights, layer, this), weights.out_proj
+        if isinstance(weights, AttentionWeights):
+            assert isinstance(layer, AttentionCache)
+            assert isinstance(mixer, AttentionShape)
+            return self._attention(rows, weights, mixer, layer, this), weights.o_proj
+        if isinstance(weights, MlpWeights):
+            assert isinstance(mixer, MlpShape)
+            return self._mlp(rows, weights, mixer), weights.down_proj
+        assert isinstance(mixer, MoeShape)
+        return self._moe(rows, weights, mixer), weights.latent_out
+
+    def _add(
+        self, output: UnscaledRows, out_proj: Tensor | None, residual: Residual
+    ) -> UnscaledRows:
+        """Add a part's output to the stream; return its rows for the next projection."""
+        eps = self.shape.norm_eps
+        if out_proj is not None:
+            return self.backend.linear_add(output, out_proj, residual, eps=eps)
+        self.backend.add_residual(output.values_MK, residual)
+        return residual.rows(eps)
+
+    def _beside(
+        self, residual: Residual, embedding: UnscaledRows, shape: SharedBlock, w: SharedWeights,
+        layers: Iterator[LayerCache], this: Pass,
+    ) -> UnscaledRows:  # fmt: skip
+        """Return the stream's rows plus what the shared layer says, the stream as it was."""
+        eps = self.shape.norm_eps
+        inputs = _side_by_side(residual.rows(eps), embedding)
+        mixed, out_proj = self._mix(inputs, shape.attention.mixer, w.attention, next(layers), this)
+        assert out_proj is not None
+        rows = self.backend.linear_add(mixed, out_proj, _like(residual, zero=True), eps=eps)
+        inner, down_proj = self._mix(rows, shape.mlp.mixer, w.mlp, next(layers), this)
+        assert down_proj is not None
+        out_MD = torch.empty_like(residual.values_MD)
+        self.backend.linear(inner, down_proj, out_MD)
+        said = UnscaledRows(out_MD, None, 1, 0.0)
+        return self.backend.linear_add(said, w.linear, _like(residual, zero=False), eps=eps)
+
+    def _mlp(self, rows: UnscaledRows, w: MlpWeights, m: MlpShape) -> UnscaledRows:
+        out_MF = rows.values_MK.new_empty(len(rows.values_MK), m.inner_dim)
+        self.backend.linear_activated(rows, w.up_proj, out_MF, m.activation)
         return UnscaledRows(out_MF, None, 1, 0.0)
+
+    def _moe(self, rows: UnscaledRows, w: MoeWeights, m: MoeShape) -> UnscaledRows:
+        hidden_MD = torch.empty_like(rows.values_MK)
+        self.backend.scale_rows(rows, w.norm_D, hidden_MD)
+        logits_ME = hidden_MD.to(w.router_ED.dtype) @ w.router_ED.T
+        choice_MC, share_MC = choose_experts(logits_ME, w.bias_E, m.router)
+        out_dtype = w.router_ED.dtype
+        if w.latent_in is not None:
+            out_dtype = hidden_MD.dtype
+            latent_ML = hidden_MD.new_empty(len(hidden_MD), len(w.latent_in))
+            self.backend.linear(UnscaledRows(hidden_MD, None, 1, 0.0), w.latent_in, latent_ML)
+            hidden_MD = latent_ML
+        out_MD = torch.empty_like(hidden_MD, dtype=out_dtype)
+        self.backend.expert_mlps(
+            hidden_MD, choice_MC, share_MC, w.up_EZD, w.down_EDF, out_MD,
+            activation=m.expert.activation,
+        )  # fmt: skip
+        return UnscaledRows(out_MD, None, 1, 0.0)
 
     def _mamba2(
         self, rows: UnscaledRows, w: Mamba2Weights, layer: Mamba2Cache, this: Pass
@@ -187,8 +225,9 @@ class Model:
             past=Past(layer.all_rows(), layer.start(before), this.cache.pending, this.commit),
         )  # fmt: skip
         gated_MX = y_TBHP.view(len(rows.values_MK), -1)
-        sums_MQ = sums_TBQ.view(len(gated_MX), -1)
-        return UnscaledRows(gated_MX, sums_MQ, m.num_groups, self.shape.norm_eps)
+        if not m.norm_groups:
+            return UnscaledRows(gated_MX, None, 1, 0.0)
+        return UnscaledRows(gated_MX, sums_TBQ.view(len(gated_MX), -1), m.norm_groups, m.norm_eps)
 
     def _attention(
         self, rows: UnscaledRows, w: AttentionWeights, a: AttentionShape, layer: AttentionCache,
@@ -211,7 +250,33 @@ class Model:
         )
         self.backend.tree_attention(
             q_TBHD, layer.committed, layer.rows[now], this.block.mask_RR, this.cache.committed_B,
-            first=this.first, scale=a.head_dim**-0.5, out_TBHD=out_TBHD,
+            first=this.first, scale=a.scale, out_TBHD=out_TBHD,
             workspace=qkv_MX.new_empty(num_values, dtype=torch.float32),
         )  # fmt: skip
         return UnscaledRows(out_TBHD.view(len(qkv_MX), -1), None, 1, 0.0)
+
+
+def _copy(rows: UnscaledRows) -> UnscaledRows:
+    """Return rows that stay when the stream goes on."""
+    assert rows.square_sums_MQ is not None
+    return rows._replace(
+        values_MK=rows.values_MK.clone(), square_sums_MQ=rows.square_sums_MQ.clone()
+    )
+
+
+def _side_by_side(left: UnscaledRows, right: UnscaledRows) -> UnscaledRows:
+    """Return rows that hold the columns of both, with one norm over all of them."""
+    assert left.square_sums_MQ is not None
+    assert right.square_sums_MQ is not None
+    return left._replace(
+        values_MK=torch.cat((left.values_MK, right.values_MK), dim=1),
+        square_sums_MQ=torch.cat((left.square_sums_MQ, right.square_sums_MQ), dim=1),
+    )
+
+
+def _like(residual: Residual, *, zero: bool) -> Residual:
+    """Return another residual of the same kind: zero, or a copy."""
+    stream_MD = torch.zeros_like(residual.stream_MD) if zero else residual.stream_MD.clone()
+    same = residual.values_MD is residual.stream_MD
+    values_MD = stream_MD if same else torch.empty_like(residual.values_MD)
+    return Residual(stream_MD, values_MD, torch.empty_like(residual.square_sums_MQ))

@@ -1,31 +1,37 @@
-"""What a model is made of: a typed list of residual blocks, independent of any file format.
+"""What a model is made of: a typed list of residual blocks, and where their weights are stored.
 
-Shape letters are those of stree_kernels.rows. Every block is `x + mixer(norm(x))`; a layer with a
-mixer and an MLP is two blocks.
+Shape letters are those of stree_kernels.rows. A block is `x + sum of parts(norm(x))`; a layer with
+a mixer and an MLP is two blocks, attention beside Mamba2 is one block of two parts.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+
+from stree_kernels.laws import GATED, Activation, RouterLaw
 
 
 @dataclass(frozen=True, slots=True)
 class Mamba2Shape:
     """One Mamba2 mixer (arXiv:2405.21060); neighbouring heads may share x, B and C.
 
-    `num_groups` is that of the norm after the gate.
+    `norm_groups` and `norm_eps` are of the norm after the gate; 0 groups is no norm.
     """
 
     num_heads: int
     num_x_heads: int
     num_b_groups: int
     num_c_groups: int
-    num_groups: int
     head_dim: int
     state_dim: int
     conv_width: int
     conv_bias: bool
     dt_limit: tuple[float, float]
+    norm_groups: int
+    norm_eps: float
 
     @property
     def inner_dim(self) -> int:
@@ -47,94 +53,202 @@ class Mamba2Shape:
         return sum(self.conv_sections)
 
     @property
-    def proj_dim(self) -> int:
+    def proj_sections(self) -> tuple[int, int, int, int, int]:
         """Columns of the input projection: gate, x, B, C, dt."""
-        return self.inner_dim + self.conv_dim + self.num_heads
+        return (self.inner_dim, *self.conv_sections, self.num_heads)
+
+    @property
+    def proj_dim(self) -> int:
+        """All columns of the input projection."""
+        return sum(self.proj_sections)
+
+
+@dataclass(frozen=True, slots=True)
+class Llama3Scaling:
+    """How Llama 3.1 stretches rotations whose wavelength is long beside its first context."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_positions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary positions: the first `dim` dims of each head are rotated."""
+
+    theta: float
+    dim: int
+    scaling: Llama3Scaling | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """One grouped-query attention mixer; the first `rotary_dim` of each head are rotated."""
+    """One grouped-query attention mixer; `scale` multiplies scores, `rope` None is no positions."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rotary_dim: int
-    rope_theta: float
+    scale: float
+    rope: Rope | None
 
 
 @dataclass(frozen=True, slots=True)
 class MlpShape:
-    """One gated SiLU MLP."""
+    """One MLP."""
 
     inner_dim: int
+    activation: Activation
+
+    @property
+    def up_dim(self) -> int:
+        """Rows of the first projection: gate and up, or up alone."""
+        return self.inner_dim * (2 if self.activation in GATED else 1)
 
 
-Mixer = Mamba2Shape | AttentionShape | MlpShape
+@dataclass(frozen=True, slots=True)
+class MoeShape:
+    """Routed expert MLPs; with `latent_dim` they work between two projections to that width."""
+
+    num_experts: int
+    expert: MlpShape
+    router: RouterLaw
+    latent_dim: int | None = None
+
+
+Mixer = Mamba2Shape | AttentionShape | MlpShape | MoeShape
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One tensor of a model: checkpoint tensors stacked along their first dim, viewed as `shape`.
+
+    `row_scales` are runs of rows (count, factor); none is all ones. `adapters` holds for each key,
+    if for any, the keys of two low-rank factors whose product `second @ first` is added to it.
+    """
+
+    keys: tuple[str, ...]
+    shape: tuple[int, ...]
+    row_scales: tuple[tuple[int, float], ...] = ()
+    adapters: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def num_values(self) -> int:
+        """Values of the tensor."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A mixer and its weights, by the names that stree_core.model_weights gives them."""
+
+    mixer: Mixer
+    weights: Mapping[str, Weight]
+
+
+@dataclass(frozen=True, slots=True)
+class SharedBlock:
+    """A transformer layer beside the stream, whose output only the block's own parts read.
+
+    It attends from the stream and the embedding side by side, and has no residual of its own:
+    `linear(mlp(norm(attention(norm([x, embedding])))))` is added to what the parts' norm reads.
+    Source: Zamba2 (arXiv:2411.15242).
+    """
+
+    attention_norm: Weight
+    attention: Part
+    mlp_norm: Weight
+    mlp: Part
+    linear: Weight
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A mixer and the checkpoint keys of its norm and of its own parameters (a prefix)."""
+    """Parts that read the same norm of the stream and are added to it."""
 
-    mixer: Mixer
-    norm_key: str
-    prefix: str
+    norm: Weight
+    parts: tuple[Part, ...]
+    shared: SharedBlock | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """A whole language model; `lm_head_key` equals `embed_key` when the two are tied."""
+    """A whole language model; `lm_head` equals `embed` when the two are tied."""
 
     vocab_size: int
     hidden_size: int
     norm_eps: float
     residual_fp32: bool
     eos_token_ids: tuple[int, ...]
-    embed_key: str
-    final_norm_key: str
-    lm_head_key: str
+    embed: Weight
+    embed_scale: float
     blocks: tuple[Block, ...]
+    final_norm: Weight
+    lm_head: Weight
+
+    @property
+    def parts(self) -> Iterator[Part]:
+        """All parts in the order in which they run."""
+        for block in self.blocks:
+            if block.shared is not None:
+                yield from (block.shared.attention, block.shared.mlp)
+            yield from block.parts
 
     @property
     def has_attention(self) -> bool:
-        """True when some block keeps keys and values, so that the context length costs time."""
-        return any(isinstance(block.mixer, AttentionShape) for block in self.blocks)
+        """True when some part keeps keys and values, so that the context length costs time."""
+        return any(isinstance(part.mixer, AttentionShape) for part in self.parts)
 
-    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return every parameter's checkpoint key and shape."""
-        shapes: dict[str, tuple[int, ...]] = {
-            self.embed_key: (self.vocab_size, self.hidden_size),
-            self.final_norm_key: (self.hidden_size,),
-            self.lm_head_key: (self.vocab_size, self.hidden_size),
-        }
+    @property
+    def weights(self) -> Iterator[Weight]:
+        """Every weight at each of its uses, the embedding and the LM head included."""
+        yield self.embed
         for block in self.blocks:
-            shapes[block.norm_key] = (self.hidden_size,)
-            for name, shape in mixer_parameters(block.mixer, self.hidden_size).items():
-                shapes[block.prefix + name] = shape
-        return shapes
+            yield block.norm
+            if block.shared is not None:
+                yield from (block.shared.attention_norm, block.shared.mlp_norm, block.shared.linear)
+        for part in self.parts:
+            yield from part.weights.values()
+        yield from (self.final_norm, self.lm_head)
+
+    @property
+    def digest(self) -> str:
+        """A hash of everything that time depends on: sizes and mixers, not keys nor values."""
+        blocks = [
+            (
+                [part.mixer for part in block.parts],
+                block.shared and (block.shared.attention.mixer, block.shared.mlp.mixer),
+            )
+            for block in self.blocks
+        ]
+        sizes = (self.vocab_size, self.hidden_size, self.residual_fp32, self.lm_head == self.embed)
+        return hashlib.sha256(repr((sizes, blocks)).encode()).hexdigest()
+
+    @property
+    def num_parameters(self) -> int:
+        """Values of all weights as the decoder holds them: shared ones once, adapters merged."""
+        return sum({w.keys + sum(w.adapters, ()): w.num_values for w in self.weights}.values())
 
     def weight_bytes(self, bytes_per_element: int) -> int:
-        """Return the bytes that one forward pass reads of the parameters.
+        """Return the bytes that a pass over one token reads of the weights.
 
-        The embedding is a look-up of a few rows: it counts through the LM head only.
+        The embedding is a look-up of a few rows: it counts through the LM head only. Of experts,
+        those that one token goes to count.
         """
-        total = self.vocab_size * self.hidden_size
-        for key, shape in self.parameter_shapes().items():
-            if key in (self.embed_key, self.lm_head_key):
-                continue
-            size = 1
-            for extent in shape:
-                size *= extent
-            total += size
+        total = sum(weight.num_values for weight in self.weights) - self.embed.num_values
+        for part in self.parts:
+            if isinstance(part.mixer, MoeShape):
+                resting = part.mixer.num_experts - part.mixer.router.num_chosen
+                stacks = part.weights["up_proj"].num_values + part.weights["down_proj"].num_values
+                total -= stacks * resting // part.mixer.num_experts
         return total * bytes_per_element
 
     def state_bytes(self, bytes_per_element: int) -> int:
         """Return the bytes of one sequence's recurrent state; SSM states are at least fp32."""
         total = 0
-        for block in self.blocks:
-            if isinstance(block.mixer, Mamba2Shape):
-                mamba = block.mixer
+        for part in self.parts:
+            if isinstance(part.mixer, Mamba2Shape):
+                mamba = part.mixer
                 total += max(4, bytes_per_element) * mamba.inner_dim * mamba.state_dim
                 total += bytes_per_element * mamba.conv_dim * (mamba.conv_width - 1)
         return total
@@ -142,37 +256,7 @@ class ModelShape:
     def kv_bytes_per_token(self, bytes_per_element: int) -> int:
         """Return the bytes of keys and values that one committed token adds."""
         return bytes_per_element * sum(
-            2 * block.mixer.num_kv_heads * block.mixer.head_dim
-            for block in self.blocks
-            if isinstance(block.mixer, AttentionShape)
+            2 * part.mixer.num_kv_heads * part.mixer.head_dim
+            for part in self.parts
+            if isinstance(part.mixer, AttentionShape)
         )
-
-
-def mixer_parameters(mixer: Mixer, hidden_size: int) -> dict[str, tuple[int, ...]]:
-    """Return a mixer's parameter names (below its prefix) and shapes."""
-    if isinstance(mixer, Mamba2Shape):
-        shapes: dict[str, tuple[int, ...]] = {
-            "in_proj.weight": (mixer.proj_dim, hidden_size),
-            "conv1d.weight": (mixer.conv_dim, 1, mixer.conv_width),
-            "dt_bias": (mixer.num_heads,),
-            "A_log": (mixer.num_heads,),
-            "D": (mixer.num_heads,),
-            "norm.weight": (mixer.inner_dim,),
-            "out_proj.weight": (hidden_size, mixer.inner_dim),
-        }
-        if mixer.conv_bias:
-            shapes["conv1d.bias"] = (mixer.conv_dim,)
-        return shapes
-    if isinstance(mixer, AttentionShape):
-        queries, keys = (n * mixer.head_dim for n in (mixer.num_heads, mixer.num_kv_heads))
-        return {
-            "q_proj.weight": (queries, hidden_size),
-            "k_proj.weight": (keys, hidden_size),
-            "v_proj.weight": (keys, hidden_size),
-            "o_proj.weight": (hidden_size, queries),
-        }
-    return {
-        "gate_proj.weight": (mixer.inner_dim, hidden_size),
-        "up_proj.weight": (mixer.inner_dim, hidden_size),
-        "down_proj.weight": (hidden_size, mixer.inner_dim),
-    }

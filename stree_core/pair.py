@@ -7,18 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 
 from stree_core.backend import (
+    Backend,
     load_backend,
     resolve_backend,
     resolve_device,
     resolve_dtype,
 )
-from stree_core.checkpoint import load_model, load_shape, load_tokenizer, model_ref, random_model
+from stree_core.checkpoint import load_model
 from stree_core.errors import CheckpointError, ConfigError
 from stree_core.model import Model
+from stree_core.model_source import ModelSource
 from stree_core.profile import ModelRef, Profile
+from stree_core.text import TextCodec, load_text_codec
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,79 +34,101 @@ class Runtime:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A target and a draft with one vocabulary; `tokenizer` is None for random weights."""
+    """A target and a draft with one tokenizer; `codec` is None where there is none to read."""
 
     target: Model
     draft: Model
-    target_ref: ModelRef
-    draft_ref: ModelRef
-    tokenizer: Tokenizer | None
+    target_source: ModelSource
+    draft_source: ModelSource
+    codec: TextCodec | None
+
+    @property
+    def target_ref(self) -> ModelRef:
+        """What files keep of the target."""
+        return self.target_source.ref
+
+    @property
+    def draft_ref(self) -> ModelRef:
+        """What files keep of the draft."""
+        return self.draft_source.ref
 
     @property
     def device(self) -> torch.device:
         """The device that both run on."""
         return self.target.device
 
-    def encode(self, prompts: list[str]) -> list[list[int]]:
-        """Return the token ids of prompts; raise ConfigError on one that has no tokens."""
-        if self.tokenizer is None:
+    def encode(self, prompts: list[str], *, chat: bool = False) -> list[list[int]]:
+        """Return the token ids of prompts, with `chat` each as a turn of the chat template.
+
+        Raises ConfigError on a prompt without text, CheckpointError without tokenizer or template.
+        """
+        if self.codec is None:
             raise CheckpointError(
                 f"{self.target_ref.name} needs tokenizer.json to read prompts, it has none; add it"
             )
         for number, prompt in enumerate(prompts, start=1):
             if not prompt.strip():
                 raise ConfigError(f"prompt {number} must hold some text, it is empty; write it")
-        return [encoding.ids for encoding in self.tokenizer.encode_batch(prompts)]
+        return self.codec.encode_chats(prompts) if chat else self.codec.encode(prompts)
 
     def decode(self, tokens: list[int]) -> str:
         """Return the text of token ids, special tokens left out."""
-        assert self.tokenizer is not None
-        text: str = self.tokenizer.decode(tokens)
-        return text
+        assert self.codec is not None
+        return self.codec.decode(tokens)
 
 
-def load_pair(target: Path, draft: Path, runtime: Runtime, *, random_weights: bool = False) -> Pair:
-    """Load two model folders onto one device.
+def load_single(source: ModelSource, runtime: Runtime) -> Model:
+    """Load one model alone; raise CheckpointError or NotEnoughMemory when it cannot be."""
+    return load_model(source, *_resolved(runtime))
 
-    With `random_weights` only the configs are read: for timing, which does not depend on values.
-    Raises CheckpointError when the two do not share a vocabulary and a tokenizer.
+
+def load_pair(target: ModelSource, draft: ModelSource, runtime: Runtime) -> Pair:
+    """Load two models onto one device; the draft scores the target's tokens only.
+
+    Raises CheckpointError when they do not share a tokenizer, or the draft lacks tokens.
     """
-    device = resolve_device(runtime.device)
-    dtype = resolve_dtype(runtime.dtype, device)
-    backend = load_backend(resolve_backend(runtime.backend, device), device)
-    refs = (model_ref(target), model_ref(draft))
-    _require_same_tokenizer(*refs)
-
-    def load(folder: Path) -> Model:
-        if random_weights:
-            return random_model(load_shape(folder), backend, dtype, device)
-        return load_model(folder, backend, dtype, device)
-
-    with_text = refs[0].tokenizer_sha256 is not None and not random_weights
-    tokenizer = load_tokenizer(target) if with_text else None
-    pair = Pair(load(target), load(draft), *refs, tokenizer)
-    sizes = (pair.target.shape.vocab_size, pair.draft.shape.vocab_size)
-    if sizes[0] != sizes[1]:
+    _require_same_tokenizer(target.ref, draft.ref)
+    num_tokens, num_known = target.shape.vocab_size, draft.shape.vocab_size
+    # Vocabularies are padded to round sizes, so those of one tokenizer may differ.
+    if num_known < num_tokens:
         raise CheckpointError(
-            f"target and draft need one vocabulary, they have {sizes[0]} and {sizes[1]} entries; "
-            "choose a draft made for this target"
+            f"a draft needs the target's whole vocabulary, {target.name} has {num_tokens} tokens "
+            f"and {draft.name} {num_known}; choose a draft made for this target"
         )
-    return pair
+    where = _resolved(runtime)
+    codec = None
+    if target.folder is not None and target.ref.tokenizer_sha256 is not None:
+        codec = load_text_codec(target.folder, target.name)
+    return Pair(
+        load_model(target, *where),
+        load_model(draft, *where, num_logits=num_tokens),
+        target,
+        draft,
+        codec,
+    )
+
+
+def _resolved(runtime: Runtime) -> tuple[Backend, torch.dtype, torch.device]:
+    device = resolve_device(runtime.device)
+    backend = load_backend(resolve_backend(runtime.backend, device), device)
+    return backend, resolve_dtype(runtime.dtype, device), device
 
 
 def require_profile_fits(profile: Profile, pair: Pair) -> None:
     """Raise ConfigError when the profile was made for another target, draft or tokenizer."""
     checks = (("target", profile.target, pair.target_ref), ("draft", profile.draft, pair.draft_ref))
     for role, expected, actual in checks:
-        if expected != actual:
-            part = "config" if expected.config_sha256 != actual.config_sha256 else "tokenizer"
-            mine, theirs = (getattr(ref, f"{part}_sha256") for ref in (expected, actual))
-            if mine == theirs:
-                part, mine, theirs = "name", expected.name, actual.name
-            raise ConfigError(
-                f"the profile is for {role} {expected.name} with {part} {_short(mine)}, but "
-                f"{actual.name} has {_short(theirs)}; use the model it was tuned for or tune again"
-            )
+        parts = (
+            ("config", _short(expected.config_sha256), _short(actual.config_sha256)),
+            ("tokenizer", _short(expected.tokenizer_sha256), _short(actual.tokenizer_sha256)),
+            ("name", expected.name, actual.name),
+        )
+        for part, mine, theirs in parts:
+            if mine != theirs:
+                raise ConfigError(
+                    f"the profile is for {role} {expected.name} with {part} {mine}, but "
+                    f"{actual.name} has {theirs}; use the model it was tuned for or tune again"
+                )
 
 
 def gpu_warning(profile: Profile, device: torch.device) -> str | None:

@@ -18,9 +18,12 @@ PREFILL_CHUNK = 64
 """Prompt tokens per prefill pass."""
 
 
-def prefill_cache(model: Model, num_positions: int) -> Cache:
-    """Allocate the one-slot cache that prompts of up to `num_positions` tokens are consumed in."""
-    return model.make_cache(CacheSize(1, PREFILL_CHUNK, PREFILL_CHUNK, num_positions))
+def prefill_cache(model: Model, num_positions: int, device: torch.device | None = None) -> Cache:
+    """Allocate the one-slot cache that prompts of up to `num_positions` tokens are consumed in.
+
+    It lies on the model's device unless another is given.
+    """
+    return model.make_cache(CacheSize(1, PREFILL_CHUNK, PREFILL_CHUNK, num_positions), device)
 
 
 def consume(model: Model, tokens: Sequence[int], cache: Cache) -> Tensor:

@@ -29,11 +29,15 @@ class Strict(BaseModel):
 
 
 class ModelRef(Strict):
-    """A model by name and by what its files say."""
+    """A model by name and by what its files say.
+
+    `shape_sha256` is ModelShape.digest: a config file may say more than what time depends on.
+    """
 
     name: Name
     config_sha256: Sha256
     tokenizer_sha256: Sha256 | None = None
+    shape_sha256: Sha256 | None = None
 
 
 class GpuRef(Strict):

@@ -137,22 +137,32 @@ class Speculator:
         self.target_cache.advance(None, b.active_B)
 
 
-def make_speculator(
-    target: Model, draft: Model | None, plan: TreePlan, num_slots: int, num_positions: int
-) -> Speculator:
-    """Allocate the memory of a target and, for a tree with nodes, of its draft."""
+def make_caches(
+    models: tuple[Model, Model | None],
+    plan: TreePlan,
+    num_slots: int,
+    num_positions: int,
+    device: torch.device | None = None,
+) -> tuple[Cache, Cache | None]:
+    """Allocate what a target and, for a tree with nodes, its draft remember between steps.
+
+    The caches lie on the models' device unless another is given.
+    """
+    target, draft = models
 
     def size(num_rows: int) -> CacheSize:
         return CacheSize(num_slots, num_rows, plan.tree.depth + 1, num_positions)
 
     draft_cache = None
     if draft is not None and plan.draft_block is not None:
-        draft_cache = draft.make_cache(size(plan.draft_block.num_rows))
-    return Speculator(
-        plan,
-        target,
-        target.make_cache(size(plan.tree.num_tokens)),
-        draft,
-        draft_cache,
-        make_buffers(plan, num_slots, target.device),
-    )
+        draft_cache = draft.make_cache(size(plan.draft_block.num_rows), device)
+    return target.make_cache(size(plan.tree.num_tokens), device), draft_cache
+
+
+def make_speculator(
+    target: Model, draft: Model | None, plan: TreePlan, num_slots: int, num_positions: int
+) -> Speculator:
+    """Allocate the memory of a target and, for a tree with nodes, of its draft."""
+    caches = make_caches((target, draft), plan, num_slots, num_positions)
+    buffers = make_buffers(plan, num_slots, target.device)
+    return Speculator(plan, target, caches[0], draft, caches[1], buffers)

@@ -15,6 +15,7 @@ from stree_autotune.timing import Effort
 from stree_core.backend import load_backend
 from stree_core.checkpoint import random_model
 from stree_core.model_shape import Block, Mamba2Shape, ModelShape
+from stree_core.parts import mamba2_part, matrix, vector
 from stree_kernels import tree_scan_ref
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -180,20 +181,12 @@ def test_gate_finds_the_tests_that_need_a_gpu() -> None:
     assert gate.require_green(skip=True) == "skipped"
 
 
-def test_hybrid_shape_has_the_published_size() -> None:
-    shape = bench_shapes.mamba_in_llama_8b()
-    assert (len(shape.blocks), shape.has_attention) == (64, True)
-    assert shape.blocks[0].mixer.conv_dim == 6144
-    # 8.3 x 10^9 parameters, the embedding's 0.5 counted once.
-    assert 7.7e9 < shape.weight_bytes(1) < 7.8e9
-    assert shape.kv_bytes_per_token(2) == 16 * 2 * 2 * 8 * 128
-
-
 def test_forward_rows_of_a_tiny_model() -> None:
     forward = script("forward")
-    mixer = Mamba2Shape(4, 2, 1, 2, 1, 8, 4, 4, True, (0.0, float("inf")))
-    blocks = tuple(Block(mixer, f"{i}.before.weight", f"{i}.") for i in range(2))
-    shape = ModelShape(32, 16, 1e-5, True, (), "embed", "norm.weight", "embed", blocks)
+    mixer = Mamba2Shape(4, 2, 1, 2, 8, 4, 4, True, (0.0, float("inf")), 1, 1e-5)
+    blocks = tuple(Block(vector(f"{i}.norm", 16), (mamba2_part(mixer, 16, f"{i}."),)) for i in "01")
+    embed = matrix("embed", 32, 16)
+    shape = ModelShape(32, 16, 1e-5, True, (), embed, 1.0, blocks, vector("norm", 16), embed)
     model = random_model(shape, load_backend("torch", CPU), torch.float32, CPU)
     with torch.inference_mode():
         one, eight = forward.measure(model, 2, 0, [1, 8], 0.5, BRIEF)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from synthetic_data import make_table, make_trace, write_library
 
 from stree_autotune import tune as tune_module
 from stree_autotune.cli import app, main
-from stree_autotune.library import Library
+from stree_autotune.library import Library, shipped_root
 from stree_autotune.provenance import git_sha
 from stree_core.errors import NoFeasibleTree
 from stree_core.profile import Profile, load_profile
@@ -26,13 +27,13 @@ QUICK = (*TOY, "--batch-size", "4", "--batch-size", "1", "--max-nodes", "8")
 FLAGS = {
     "": "--acceptance-from --batch-size --context --data --dataset --draft --force --gpu --help "
     "--json --max-nodes --output --rule --seed --target --temperature --top-p -o",
-    "decode": "--backend --data --device --draft --dtype --help --json --max-new-tokens --mode "
-    "--profile --prompt --target -p",
+    "decode": "--backend --chat --data --device --draft --dtype --help --json --max-new-tokens "
+    "--mode --profile --prompt --target -p",
     "probe": "--backend --batch-size --context --data --device --draft --dtype --effort --force "
-    "--gpu --help --json --max-nodes --random-weights --target",
+    "--gpu --help --json --max-nodes --shapes --target",
     "show": "--data --help --json",
-    "trace": "--backend --batch-size --data --dataset --device --draft --dtype --force --help "
-    "--json --limit --max-new-tokens --num-children --prompts --rows --seed --target",
+    "trace": "--backend --batch-size --chat --data --dataset --device --draft --dtype --force "
+    "--help --json --limit --max-new-tokens --num-children --prompts --rows --seed --target",
     "validate": "--backend --batch-size --data --dataset --device --draft --dtype --help --json "
     "--limit --max-new-tokens --output --profile --prompts --target --write -o -p",
 }
@@ -256,7 +257,7 @@ def test_bad_files_are_one_line_and_code_two(terminal: Terminal) -> None:
 def test_a_stale_table_is_refused(terminal: Terminal) -> None:
     folder = terminal.folder / "stree-data" / "models" / "toy-target"
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
+    shutil.copy(shipped_root() / "models" / "demo-target" / "config.json", folder)
     outcome = terminal("--gpu", "h200", "--dataset", "gsm8k", *QUICK)
     assert outcome.code == 2
     assert "must be of the same toy-target" in outcome.err

@@ -21,7 +21,6 @@ from stree_autotune.record import RecordConfig, record_trace
 from stree_autotune.trace_file import load_trace
 from stree_autotune.trace_walk import walk
 from stree_autotune.validate import RAGGED
-from stree_core.checkpoint import model_ref
 from stree_core.prefill import consume, prefill_cache
 from stree_core.tree import DEFAULT_TREE, Tree
 from stree_kernels.testing import assert_close
@@ -39,7 +38,8 @@ TREES = {
 
 def _pair(dtype: str) -> stree_core.Pair:
     runtime = stree_core.Runtime("cpu", dtype, "torch")
-    return stree_core.load_pair(MODELS / "demo-target", MODELS / "demo-draft", runtime)
+    sources = (stree_core.find_source(MODELS / name) for name in ("demo-target", "demo-draft"))
+    return stree_core.load_pair(*sources, runtime)
 
 
 @pytest.fixture(scope="module", params=["float64", "float32"])
@@ -111,8 +111,11 @@ def test_logits_equal_transformers(name: str, prompts: list[list[int]]) -> None:
 def test_shipped_traces_belong_to_the_shipped_pair(dataset: str) -> None:
     path = Library.open().find_trace("demo-target", "demo-draft", dataset)
     trace = load_trace(path)
-    assert trace.meta.target == model_ref(MODELS / "demo-target")
-    assert trace.meta.draft == model_ref(MODELS / "demo-draft")
+    for traced, name in ((trace.meta.target, "demo-target"), (trace.meta.draft, "demo-draft")):
+        shipped = stree_core.find_source(MODELS / name).ref
+        assert (traced.config_sha256, traced.tokenizer_sha256, traced.name) == (
+            shipped.config_sha256, shipped.tokenizer_sha256, name,
+        )  # fmt: skip
     assert trace.reliable
     share = float(np.mean(trace.ranks == 0))
     assert trace.meta.statistics["rank0_share"] == pytest.approx(share, abs=1e-5)

@@ -22,7 +22,7 @@ from stree_kernels import key_rows as kernel
 from stree_kernels import key_rows_ref as reference
 from stree_kernels.key_rows_ref import KeyValues
 from stree_kernels.rows import Pending
-from stree_kernels.testing import assert_close, poisoned
+from stree_kernels.testing import TOLERANCES, assert_close, poisoned
 
 FEW = settings(max_examples=20, deadline=None, derandomize=True)
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests cover this")
@@ -169,7 +169,7 @@ def check_kernel(case: Case, dtype: torch.dtype, device: str = "cpu", first: int
     (q, rows), (true_q, true_rows) = ours.store(kernel, first), truth.store(reference, first)
     # An angle formed in fp32 is off by up to its own last digit.
     largest = int(case.committed.max()) + int(case.depth.max())
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype] + largest * 2.0**-24
+    tolerance = TOLERANCES[dtype] + largest * 2.0**-24
     assert_close("q", q, true_q, tolerance=tolerance)
     assert_close("k", rows.key, true_rows.key, tolerance=tolerance)
     assert torch.equal(rows.value.double(), true_rows.value), "values are copied"
@@ -202,7 +202,7 @@ def test_interpreted_kernel_writes_rows_from_the_first_one() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", KERNEL_CASES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_kernel_equals_the_reference(name: str, dtype: torch.dtype) -> None:
     check_kernel(KERNEL_CASES[name], dtype, "cuda")
     check_kernel(KERNEL_CASES["no path"], dtype, "cuda", first=1)
@@ -249,5 +249,5 @@ def test_sizes_beyond_the_kernel_are_refused() -> None:
         case.store(kernel, 3)
     with pytest.raises(ValueError, match=r"4 \+ 2 x 2 times 16, got 112 columns"):
         dataclasses.replace(case, qkv=case.qkv[..., :-16]).store(kernel)
-    with pytest.raises(ValueError, match=r"one dtype of torch.bfloat16, torch.float32, got"):
+    with pytest.raises(ValueError, match=r"one dtype of torch.bfloat16, torch.float16, .*, got"):
         make_case(committed=[1]).store(kernel)

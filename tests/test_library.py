@@ -14,6 +14,7 @@ from stree_autotune.library import (
     check_name,
     data_folder,
     require_same_model,
+    require_same_shape,
     shipped_root,
 )
 from stree_core.errors import ConfigError, MissingMeasurement
@@ -33,8 +34,10 @@ def root(tmp_path: Path) -> Path:
     for name in PAIR:
         folder = tmp_path / "models" / name
         folder.mkdir(parents=True)
-        (folder / "config.json").write_text(f'{{"name": "{name}"}}')
+        shutil.copy(shipped_root() / "models" / name / "config.json", folder)
     (tmp_path / "models" / "demo-target" / "tokenizer.json").write_text("{}")
+    (tmp_path / "shapes").mkdir()
+    shutil.copy(shipped_root() / "shapes" / "mamba2-130m.yaml", tmp_path / "shapes")
     save_profile(make_profile(), tmp_path / "tuned" / "mine.yaml")
     return write_library(tmp_path, make_table(), make_trace())
 
@@ -113,25 +116,37 @@ def test_models_by_name_and_by_folder(library: Library, root: Path) -> None:
     assert library.find_model("demo-target") == folder
     assert library.find_model(str(folder)) == folder
     assert library.model_name(str(folder)) == "demo-target"
-    ref = library.model_ref("demo-target")
-    assert ref is not None
-    assert ref.config_sha256 == sha256_of(folder / "config.json")
-    assert ref.tokenizer_sha256 == sha256_of(folder / "tokenizer.json")
-    draft = library.model_ref("demo-draft")
+    source = library.find_source("demo-target")
+    assert source is not None
+    assert source.name == "demo-target"
+    assert source.ref.config_sha256 == sha256_of(folder / "config.json")
+    assert source.ref.tokenizer_sha256 == sha256_of(folder / "tokenizer.json")
+    assert source.ref.shape_sha256 == source.shape.digest
+    draft = library.find_source("demo-draft")
     assert draft is not None
-    assert draft.tokenizer_sha256 is None
+    assert draft.ref.tokenizer_sha256 is None
 
 
 def test_models_known_by_a_table_alone(library: Library, root: Path) -> None:
     write_library(root, make_table(target="mamba2-2.7b", draft="mamba2-130m"))
     assert library.model_name("mamba2-2.7b") == "mamba2-2.7b"
-    assert library.model_ref("mamba2-2.7b") is None
+    assert library.find_source("mamba2-2.7b") is None
     with pytest.raises(ConfigError, match=r"a folder with config\.json"):
         library.find_model("mamba2-2.7b")
 
 
+def test_shapes_by_name(library: Library, root: Path) -> None:
+    assert library.find_shape("mamba2-130m") == root / "shapes" / "mamba2-130m.yaml"
+    with pytest.raises(ConfigError, match="did you mean mamba2-130m"):
+        library.find_shape("mamba2-130")
+
+
+def test_a_hub_id_goes_by_its_last_part(library: Library) -> None:
+    assert library.model_name("state-spaces/mamba2-2.7b") == "mamba2-2.7b"
+
+
 @pytest.mark.parametrize(
-    "name", ["demo-targt", "./nowhere", "..", "nowhere/model", "a--b", "", "a b"]
+    "name", ["demo-targt", "./nowhere", "..", "no/where/model", "a--b", "", "a b"]
 )
 def test_unknown_models(library: Library, name: str) -> None:
     with pytest.raises(ConfigError, match=r"did you mean demo-target|config\.json|name has"):
@@ -199,3 +214,19 @@ def test_an_unknown_tokenizer_is_no_difference() -> None:
     unknown = ref.model_copy(update={"tokenizer_sha256": None})
     require_same_model(ref, unknown, "table", "trace", "mend")
     require_same_model(unknown, ref, "table", "trace", "mend")
+
+
+def test_times_hold_for_every_model_of_a_shape() -> None:
+    """A config may say more than the sheet that was timed."""
+    timed = model_ref("demo-target").model_copy(update={"shape_sha256": "1" * 64})
+    other = timed.model_copy(update={"config_sha256": "e" * 64})
+    require_same_shape(timed, other, "table", "folder", "mend")
+    with pytest.raises(ConfigError, match="and eeeeeeeeeeee"):
+        require_same_model(timed, other, "table", "folder", "mend")
+    reshaped = other.model_copy(update={"shape_sha256": "2" * 64})
+    with pytest.raises(ConfigError, match="got shape 111111111111 and 222222222222; mend"):
+        require_same_shape(timed, reshaped, "table", "folder", "mend")
+    # A file that knows no shape is compared by its config.
+    unknown = other.model_copy(update={"shape_sha256": None})
+    with pytest.raises(ConfigError, match="got config"):
+        require_same_shape(timed, unknown, "table", "folder", "mend")

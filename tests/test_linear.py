@@ -16,13 +16,17 @@ from torch.nn import functional
 from stree_kernels import linear as kernel
 from stree_kernels import linear_ref as reference
 from stree_kernels.gemv_kernel import GemvConfig
+from stree_kernels.laws import GATED
 from stree_kernels.linear_kernel import LinearConfig
 from stree_kernels.residual_ref import normalised
 from stree_kernels.testing import TOLERANCES, assert_close, poisoned
 from stree_kernels.unscaled import COLUMNS_PER_SUM, Residual, UnscaledRows
 
 EPS = 1e-3
-OPS = ("linear", "linear_swiglu", "linear_add")
+ACTIVATIONS = ("swiglu", "geglu", "relu2")
+OPS = ("linear", "linear_add", *ACTIVATIONS)
+"""An activation stands for `linear_activated` with it."""
+NARROW = (torch.bfloat16, torch.float16)
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests cover this")
 
 
@@ -45,7 +49,7 @@ class Case:
         return UnscaledRows(self.values, runs.square().sum(2), self.num_groups, EPS)
 
     def to(self, dtype: torch.dtype, device: str = "cpu") -> Case:
-        """Return a copy in another dtype; the stream of a bf16 case stays in fp32."""
+        """Return a copy in another dtype; the stream of a 16-bit case stays in fp32."""
         stream_dtype = torch.promote_types(dtype, torch.float32)
         return dataclasses.replace(
             self,
@@ -64,9 +68,12 @@ class Case:
             residual = residual_of(self.stream.to(dtype) if own_values else self.stream, dtype)
             following = ops.linear_add(self.rows(), weight, residual, eps=EPS)
             return (*residual, normalised(following))
-        size = num_columns // 2 if op == "linear_swiglu" else num_columns
+        size = num_columns // 2 if op in GATED else num_columns
         out = poisoned(num_rows, size + 1, dtype=out_dtype or dtype, device=device)
-        getattr(ops, op)(self.rows(), weight, out[:, :-1])
+        if op in ACTIVATIONS:
+            ops.linear_activated(self.rows(), weight, out[:, :-1], op)
+        else:
+            ops.linear(self.rows(), weight, out[:, :-1])
         assert out[:, -1].isnan().all(), "only the columns asked for are written"
         return (out[:, :-1],)
 
@@ -101,9 +108,11 @@ def by_formula(case: Case, op: str) -> Tensor:
         groups = x.unflatten(1, (case.num_groups, -1))
         x = functional.rms_norm(groups, groups.shape[2:], eps=EPS).flatten(1)
     product = x @ case.weight.T
-    if op == "linear_swiglu":
+    if op in GATED:
         gate, up = product.chunk(2, dim=1)
-        return functional.silu(gate) * up
+        return (functional.silu if op == "swiglu" else functional.gelu)(gate) * up
+    if op == "relu2":
+        return product.clamp(min=0) ** 2
     return product + case.stream if op == "linear_add" else product
 
 
@@ -143,18 +152,18 @@ def check_kernel(
 ) -> None:
     """Compare the kernel with the reference in float64 on the values that the kernel sees."""
     ours = case.to(dtype, device)
-    # Groups, and cuBLAS, take rows that are rounded after the norm; a stream of bf16 is rounded.
+    # Groups, and cuBLAS, take rows that are rounded after the norm; a narrow stream is rounded.
     early = case.num_groups > 1 or kernel.pick_config(len(case.values), ours.weight) is None
-    rounded = dtype == torch.bfloat16 and (early or options.get("own_values"))
-    tolerance = TOLERANCES[torch.bfloat16] if rounded else None
+    rounded = dtype in NARROW and (early or options.get("own_values"))
+    tolerance = TOLERANCES[dtype] if rounded else None
     truth = ours.to(torch.float64, device)
     names = ("out", "values", "sums", "next rows")
     for name, actual, expected in zip(
         names, ours.run(kernel, op, **options), truth.run(reference, op), strict=False
     ):
         # The next rows' values are rounded to the model's dtype.
-        narrow = name == "next rows" and dtype == torch.bfloat16
-        coarse = TOLERANCES[torch.bfloat16] if narrow else tolerance
+        narrow = name == "next rows" and dtype in NARROW
+        coarse = TOLERANCES[dtype] if narrow else tolerance
         assert_close(name, actual, expected, tolerance=coarse)
 
 
@@ -199,7 +208,7 @@ def test_interpreted_ops_take_any_rows(name: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [*NARROW, torch.float32], ids=str)
 def test_kernel_equals_the_reference(name: str, op: str, dtype: torch.dtype) -> None:
     check_kernel(CASES[name], op, dtype, "cuda")
 
@@ -211,6 +220,20 @@ def test_kernel_on_sizes_of_models(num_rows: int, op: str) -> None:
     check_kernel(make_case(num_rows, 2560, 1056, num_sums=160), op, torch.bfloat16, "cuda")
     grouped = make_case(num_rows, 4096, 512, num_groups=32, num_sums=32)
     check_kernel(grouped, op, torch.bfloat16, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_rows", [1, 4, 33])
+@pytest.mark.parametrize("op", OPS)
+def test_kernel_in_fp16_on_sizes_of_models(num_rows: int, op: str) -> None:
+    check_kernel(make_case(num_rows, 2560, 1056, num_sums=160), op, torch.float16, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_rows", [1, 4])
+def test_kernel_takes_the_widest_rows_of_models(num_rows: int) -> None:
+    check_kernel(make_case(num_rows, 21504, 4096), "linear_add", torch.bfloat16, "cuda")
+    check_kernel(make_case(num_rows, 4096, 21504, num_sums=512), "relu2", torch.bfloat16, "cuda")
 
 
 @pytest.mark.gpu
@@ -238,5 +261,7 @@ def test_sizes_beyond_the_kernel_are_refused() -> None:
         make_case(2, 96, 32, num_groups=3, num_sums=4).to(torch.float32).run(kernel, "linear")
     with pytest.raises(ValueError, match=r"one sum of squares for 8 columns, got stream \(2, 36\)"):
         make_case(2, 32, 36).to(torch.float32).run(kernel, "linear_add")
-    with pytest.raises(ValueError, match=r"rows: one dtype of torch.bfloat16, torch.float32, got"):
+    with pytest.raises(
+        ValueError, match=r"rows: one dtype of torch.bfloat16, torch.float16, .*, got"
+    ):
         CASES["one norm"].run(kernel, "linear")

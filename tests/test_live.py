@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from tiny_models import random_texts, save_pair
 
 from stree_autotune.cli import main
 from stree_autotune.runtime_table import load_runtime_table
+from stree_autotune.trace_file import load_trace
 from stree_core.profile import load_profile
 
 PAIR = ("--target", "tiny-target", "--draft", "tiny-draft")
@@ -104,6 +106,87 @@ def test_from_measurement_to_text(run: Runner) -> None:
     assert json.loads(out.splitlines()[-1])["text"] == tuned.removesuffix("\n")
 
 
+def test_one_model_is_timed_alone(run: Runner) -> None:
+    few = ("--batch-size", "2", "--max-nodes", "3", "--context", "64", "--effort", "quick")
+    code, out, err = run("probe", "--target", "stree-data/models/tiny-target", *few, "--json")
+    assert code == 0, err
+    summary = json.loads(out.splitlines()[-1])
+    assert (summary["model"], summary["weights"], summary["dtype"]) == (
+        "tiny-target", "real", "float32",
+    )  # fmt: skip
+    rows = {row["num_tokens"]: row for row in summary["rows"]}
+    assert sorted(rows) == [1, 2, 4]
+    assert all(row["batch_size"] == 2 and row["ms"] > 0 for row in rows.values())
+    assert rows[1]["step_ms"] > 0
+    assert "tiny-target, its own weights, context 64" in out
+    assert "pass --draft" in out
+
+
+def test_shapes_are_timed_with_random_weights(run: Runner, folder: Path) -> None:
+    sheets = folder / "stree-data" / "shapes"
+    sheets.mkdir(exist_ok=True)
+    for name, layers in (("deep", 3), ("flat", 1)):
+        sheet = {
+            "schema_version": 1, "kind": "stree-shape", "name": name, "sources": ["this test"],
+            "config": {
+                "d_model": 32, "n_layer": layers, "vocab_size": 90,
+                "ssm_cfg": {"layer": "Mamba2", "d_state": 16, "headdim": 16},
+            },
+        }  # fmt: skip
+        (sheets / f"{name}.yaml").write_text(json.dumps(sheet))
+    few = ("--batch-size", "1", "--max-nodes", "4", "--context", "64", "--effort", "quick")
+    code, out, err = run("probe", "--shapes", "deep", *few)
+    assert code == 0, err
+    assert "deep, random weights, context 64" in out
+    code, out, err = run("probe", "--shapes", "deep,flat", *few)
+    assert code == 0, err
+    table = load_runtime_table(Path("stree-data/runtime/cpu--deep--flat.yaml"))
+    assert table.weights == "random"
+    assert table.target.shape_sha256 != table.draft.shape_sha256
+    assert table.draft.vocab_size == 96
+
+
+def test_chats_are_put_into_the_template(run: Runner, folder: Path) -> None:
+    template = "{% for m in messages %}w9 {{ m.content }} w8{% endfor %}"
+    model = folder / "stree-data" / "models" / "tiny-target"
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert run("--gpu", "cpu", "--dataset", "toys", *PAIR, "--context", "128", "--max-nodes", "8",
+               "--batch-size", "1")[0] == 0  # fmt: skip
+    prompt = ("decode", "--max-new-tokens", "20", "--prompt")
+    code, chat, err = run(*prompt, "w3 w4", "--chat")
+    assert code == 0, err
+    assert run(*prompt, "w9 w3 w4 w8")[1] == chat
+    record = ("trace", "--dataset", "chats", "--prompts", "prompts.jsonl", *PAIR, "--chat")
+    assert run(*record, "--max-new-tokens", "5")[0] == 0
+    path = Path("stree-data/traces/tiny-target--tiny-draft--chats--greedy.safetensors")
+    assert load_trace(path).meta.chat
+    (model / "tokenizer_config.json").unlink()
+    code, _, err = run(*prompt, "w3 w4", "--chat")
+    assert code == 2
+    assert "tiny-target must hold a chat template" in err
+
+
+def test_models_come_from_the_hub_by_their_id(
+    run: Runner, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache of the hub, filled by hand: nothing is fetched in a test."""
+    models = folder / "stree-data" / "models"
+    for name in ("tiny-target", "tiny-draft"):
+        repository = folder / "hub" / f"models--toys--{name}"
+        shutil.copytree(models / name, repository / "snapshots" / "0123abcd", dirs_exist_ok=True)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / "main").write_text("0123abcd")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "hub"))
+    prompt = ("decode", "--prompt", "w3 w4", "--max-new-tokens", "20")
+    local = run(*prompt)
+    assert local[0] == 0
+    assert run(*prompt, "--target", "toys/tiny-target", "--draft", "toys/tiny-draft") == local
+    code, _, err = run(*prompt, "--target", "toys/absent")
+    assert code == 2
+    assert "toys/absent is not whole in the local cache" in err
+
+
 def test_bad_requests_are_one_sentence_and_leave_nothing(run: Runner, folder: Path) -> None:
     before = sorted(path for path in folder.rglob("*") if path.is_file())
     for arguments, message in [
@@ -114,6 +197,10 @@ def test_bad_requests_are_one_sentence_and_leave_nothing(run: Runner, folder: Pa
         (("probe", "--target", "tiny-tarket", "--draft", "tiny-draft"), "tiny-target"),
         (("probe", *PAIR, "--backend", "triton"), "needs a CUDA device"),
         (("probe", *PAIR, "--dtype", "float8"), "dtype must be known"),
+        (("probe", "--shapes", "granite-4-h-2b"), "did you mean granite-4-h-1b"),
+        (("probe", "--shapes", "a,b,c"), "names a target, or a target and a draft"),
+        (("probe", "--shapes", "deep", "--target", "x"), "in place of --target"),
+        (("probe", "--draft", "tiny-draft"), "needs its target"),
     ]:
         code, _, err = run(*arguments)
         assert code == 2, arguments

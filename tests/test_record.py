@@ -14,6 +14,7 @@ from stree_autotune.trace_file import NO_RANK, Trace
 from stree_autotune.trace_walk import walk
 from stree_core.decode import StopRule, generate
 from stree_core.engine import Engine, EngineConfig
+from stree_core.model_source import ModelSource
 from stree_core.pair import Pair
 from stree_core.profile import ModelRef
 from stree_core.tree import DEFAULT_TREE, Tree
@@ -38,7 +39,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("pair")
     target = ours(tiny_bamba(), folder / "target")
     draft = ours(perturbed(tiny_bamba(), 0.07), folder / "draft")
-    return Pair(target, draft, REF, REF, None)
+    source = ModelSource(REF, target.shape, None)
+    return Pair(target, draft, source, source, None)
 
 
 @pytest.fixture(scope="module")

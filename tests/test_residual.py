@@ -14,10 +14,14 @@ from torch.nn import functional
 
 from stree_kernels import residual as kernel
 from stree_kernels import residual_ref as reference
-from stree_kernels.testing import assert_close, poisoned
+from stree_kernels.laws import GATED, Activation
+from stree_kernels.testing import TOLERANCES, assert_close, poisoned
 from stree_kernels.unscaled import COLUMNS_PER_SUM, Residual, UnscaledRows
 
 EPS = 1e-3
+SCALE = 12.0
+ACTIVATIONS: tuple[Activation, ...] = ("swiglu", "geglu", "relu2")
+NARROW = (torch.bfloat16, torch.float16)
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests cover this")
 
 
@@ -50,6 +54,28 @@ def test_reference_starts_from_the_embedding() -> None:
     assert torch.equal(residual.values_MD, embed[tokens])
     sums = embed[tokens].view(3, -1, COLUMNS_PER_SUM).square().sum(2)
     assert_close("sums", residual.square_sums_MQ, sums)
+
+
+def test_reference_scales_the_embedding_before_it_rounds() -> None:
+    embed, tokens = normal(7, 48).bfloat16(), torch.tensor([3, 3, 0])
+    residual = residual_of(torch.empty(3, 48), torch.bfloat16)
+    reference.start_residual(embed, tokens, residual, scale=0.3)
+    assert torch.equal(residual.stream_MD, embed[tokens].float() * 0.3)
+    assert torch.equal(residual.values_MD, residual.stream_MD.bfloat16())
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_reference_activates(activation: Activation) -> None:
+    gate, up = normal(3, 10), normal(3, 11)[:, :10]
+    inputs = torch.cat((gate, up), dim=1) if activation in GATED else up
+    expected = {
+        "swiglu": gate * gate.sigmoid() * up,
+        "geglu": gate * torch.special.ndtr(gate) * up,
+        "relu2": torch.where(up > 0, up * up, 0.0),
+    }
+    out = poisoned(3, 10, dtype=torch.float64)
+    reference.activate(inputs, out, activation)
+    assert_close("out", out, expected[activation])
 
 
 def test_reference_adds_before_it_rounds() -> None:
@@ -89,7 +115,7 @@ def run_residual(ops: Any, op: str, source: Tensor, residual: Residual) -> Resid
     """Start from, or add, `source`."""
     if op == "start_residual":
         tokens = torch.arange(len(residual.stream_MD), device=source.device) % 3
-        ops.start_residual(source, tokens, residual)
+        ops.start_residual(source, tokens, residual, scale=SCALE)
     else:
         ops.add_residual(source, residual)
     return residual
@@ -104,8 +130,8 @@ def check_residual_op(
     ours = run_residual(kernel, op, source, residual_of(stream, dtype))
     truth = residual_of(stream.double(), torch.float64)
     run_residual(reference, op, source.double(), truth)
-    # The sums are of what the stream holds, which is rounded where it is bf16.
-    tolerance = 1e-2 if stream_dtype == torch.bfloat16 else None
+    # The sums are of what the stream holds, which is rounded where it is narrow.
+    tolerance = TOLERANCES[stream_dtype] if stream_dtype in NARROW else None
     assert_close("stream", ours.stream_MD, truth.stream_MD)
     assert_close("values", ours.values_MD, truth.values_MD)
     assert_close("sums", ours.square_sums_MQ, truth.square_sums_MQ, tolerance=tolerance)
@@ -142,13 +168,16 @@ def check_scale_rows(
     assert out[:, -1].isnan().all(), "only the columns asked for are written"
 
 
-def check_swiglu(num_rows: int, inner: int, dtype: torch.dtype, device: str) -> None:
+def check_activate(
+    num_rows: int, inner: int, activation: Activation, dtype: torch.dtype, device: str
+) -> None:
     """Compare the kernel with the reference in float64 on the values that the kernel sees."""
-    gate_up = normal(num_rows, 2 * inner).to(device, dtype)
+    num_inputs = 2 * inner if activation in GATED else inner
+    inputs = normal(num_rows, num_inputs).to(device, dtype)
     out = poisoned(num_rows, inner + 1, dtype=dtype, device=device)
     truth = poisoned(num_rows, inner, dtype=torch.float64, device=device)
-    kernel.swiglu(gate_up, out[:, :-1])
-    reference.swiglu(gate_up.double(), truth)
+    kernel.activate(inputs, out[:, :-1], activation)
+    reference.activate(inputs.double(), truth, activation)
     assert_close("out", out[:, :-1], truth)
     assert out[:, -1].isnan().all(), "only the columns asked for are written"
 
@@ -173,16 +202,29 @@ def test_interpreted_norm_equals_the_reference() -> None:
 
 
 @interpreted
-def test_interpreted_swiglu_equals_the_reference() -> None:
-    check_swiglu(3, 1030, torch.float32, "cpu")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_interpreted_activation_equals_the_reference(activation: Activation) -> None:
+    check_activate(3, 1030, activation, torch.float32, "cpu")
+
+
+@interpreted
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_interpreted_activation_keeps_nan(activation: Activation) -> None:
+    out = torch.zeros(1, 2)
+    kernel.activate(torch.full((1, 4 if activation in GATED else 2), torch.nan), out, activation)
+    assert out.isnan().all()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", ["start_residual", "add_residual"])
 @pytest.mark.parametrize("num_rows", [1, 5, 300])
-@pytest.mark.parametrize("stream_dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_residual_equals_the_reference(op: str, num_rows: int, stream_dtype: torch.dtype) -> None:
-    check_residual_op(op, num_rows, 2560, torch.bfloat16, stream_dtype, "cuda")
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("wide", [False, True])
+def test_residual_equals_the_reference(
+    op: str, num_rows: int, dtype: torch.dtype, wide: bool
+) -> None:
+    stream_dtype = torch.float32 if wide else dtype
+    check_residual_op(op, num_rows, 2560, dtype, stream_dtype, "cuda")
 
 
 @pytest.mark.gpu
@@ -191,12 +233,13 @@ def test_late_norm_equals_the_reference() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [*NARROW, torch.float32], ids=str)
 @pytest.mark.parametrize("num_rows", [1, 5, 300])
-def test_norm_and_swiglu_equal_the_reference(num_rows: int, dtype: torch.dtype) -> None:
+def test_norm_and_activation_equal_the_reference(num_rows: int, dtype: torch.dtype) -> None:
     check_scale_rows(num_rows, 4096, 32, 32, weighted=True, dtype=dtype, device="cuda")
     check_scale_rows(num_rows, 2560, 1, 160, weighted=False, dtype=dtype, device="cuda")
-    check_swiglu(num_rows, 14336, dtype, "cuda")
+    for activation in ACTIVATIONS:
+        check_activate(num_rows, 14336, activation, dtype, "cuda")
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -209,5 +252,5 @@ def test_what_does_not_fit_is_refused() -> None:
         kernel.add_residual(out, residual._replace(values_MD=out.clone()))
     with pytest.raises(ValueError, match=r"the product is \(2, 32\), got \(3, 32\)"):
         kernel.add_residual(torch.empty(3, 32), residual)
-    with pytest.raises(ValueError, match=r"gate and up is \(2, 64\), got \(2, 32\)"):
-        kernel.swiglu(out, torch.empty(2, 32))
+    with pytest.raises(ValueError, match=r"the activation's inputs is \(2, 64\), got \(2, 32\)"):
+        kernel.activate(out, torch.empty(2, 32), "geglu")

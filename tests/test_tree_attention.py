@@ -191,7 +191,7 @@ def test_interpreted_kernel_attends_by_levels() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", KERNEL_CASES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_kernel_equals_the_reference(name: str, dtype: torch.dtype) -> None:
     check_kernel(KERNEL_CASES[name], dtype, "cuda")
 
@@ -239,5 +239,5 @@ def test_sizes_beyond_the_kernel_are_refused() -> None:
     case = make_case(Tree.chain(1), committed=[1]).to(torch.float32)
     with pytest.raises(ValueError, match=r"256 rows and 1048576 positions, got 2 and 1048577;"):
         dataclasses.replace(case, cache=KeyValues(far, far)).attend(kernel)
-    with pytest.raises(ValueError, match=r"one dtype of torch.bfloat16, torch.float32, got"):
+    with pytest.raises(ValueError, match=r"one dtype of torch.bfloat16, torch.float16, .*, got"):
         make_case(Tree.chain(1), committed=[1]).attend(kernel)

@@ -189,7 +189,7 @@ def test_interpreted_kernel_convolves_by_levels() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", KERNEL_CASES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_kernel_equals_the_reference(name: str, dtype: torch.dtype) -> None:
     check_kernel(KERNEL_CASES[name], dtype, "cuda")
 
@@ -208,5 +208,5 @@ def test_sizes_beyond_the_kernel_are_refused() -> None:
     case = make_case(Tree.chain(1)).to(torch.float32)
     with pytest.raises(ValueError, match=r"cover every row up to the last one scored, 9"):
         case.convolve(kernel, 0, 9)
-    with pytest.raises(ValueError, match=r"one dtype of torch.bfloat16, torch.float32, got"):
+    with pytest.raises(ValueError, match=r"one dtype of torch.bfloat16, torch.float16, .*, got"):
         make_case(Tree.chain(1)).convolve(kernel)

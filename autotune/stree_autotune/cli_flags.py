@@ -21,8 +21,12 @@ Gpu = Annotated[str, typer.Option("--gpu", help="GPU by name: h100, h200, cpu, .
 Dataset = Annotated[
     str, typer.Option("--dataset", help="Dataset by name: demo, gsm8k, human_eval, mt_bench, ...")
 ]
-Target = Annotated[str, typer.Option("--target", help="Target model: a name or a model folder.")]
-Draft = Annotated[str, typer.Option("--draft", help="Draft model: a name or a model folder.")]
+Target = Annotated[
+    str, typer.Option("--target", help="Target model: a name, a model folder or a hub id.")
+]
+Draft = Annotated[
+    str, typer.Option("--draft", help="Draft model: a name, a model folder or a hub id.")
+]
 Rule = Annotated[str, typer.Option("--rule", help="Acceptance rule.")]
 Temperature = Annotated[float, typer.Option("--temperature", help="Sampling temperature.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Nucleus of the sampling law.")]
@@ -72,12 +76,15 @@ Dtype = Annotated[
     str,
     typer.Option(
         "--dtype",
-        help="auto, float32, float64, bfloat16; auto is bfloat16 on a GPU, else float32.",
+        help="auto, bfloat16, float16, float32, float64; auto is bfloat16 on a GPU, else float32.",
     ),
 ]
 Backend = Annotated[
     str,
     typer.Option("--backend", help="auto, torch, triton; auto is triton on a GPU, else torch."),
+]
+Chat = Annotated[
+    bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")
 ]
 ProfilePath = Annotated[Path, typer.Option("--profile", "-p", help="Profile to read.")]
 Prompts = Annotated[

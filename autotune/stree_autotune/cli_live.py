@@ -8,11 +8,12 @@ from typing import Annotated, Literal
 import typer
 
 from stree_autotune import cli_flags as flags
+from stree_core.errors import ConfigError
 
 
 def register_live_verbs(app: typer.Typer) -> None:
     """Add the verbs of this module to `app`."""
-    app.command(epilog="Example: stree-tune probe --gpu cpu --effort quick")(probe)
+    app.command(epilog="Example: stree-tune probe --shapes granite-4-h-1b --batch-size 1")(probe)
     app.command(epilog="Example: stree-tune trace --dataset demo --limit 64")(trace)
     app.command(epilog="Example: stree-tune validate --limit 16")(validate)
     app.command(epilog='Example: stree-tune decode --prompt "Tom has 3 apples."')(decode)
@@ -22,8 +23,26 @@ def probe(
     gpu: Annotated[
         str, typer.Option("--gpu", show_default="from the device", help="Name to record under.")
     ] = "",
-    target: flags.Target = flags.DEFAULT_TARGET,
-    draft: flags.Draft = flags.DEFAULT_DRAFT,
+    target: Annotated[
+        str,
+        typer.Option("--target", show_default="demo-target", help="Name, folder or hub id."),
+    ] = "",
+    draft: Annotated[
+        str,
+        typer.Option(
+            "--draft",
+            show_default="none with a target of your own, which is then timed alone",
+            help="Name, folder or hub id.",
+        ),
+    ] = "",
+    shapes: Annotated[
+        str,
+        typer.Option(
+            "--shapes",
+            metavar="TARGET[,DRAFT]",
+            help="Time shipped shapes with random weights, a pair or one alone.",
+        ),
+    ] = "",
     context: flags.Context = 1024,
     data: flags.Data = flags.DEFAULT_DATA_PATHS,
     batch_size: flags.BatchSizes = flags.DEFAULT_BATCH_SIZES,
@@ -34,29 +53,43 @@ def probe(
     backend: flags.Backend = "auto",
     device: flags.Device = "auto",
     dtype: flags.Dtype = "auto",
-    random_weights: Annotated[
-        bool,
-        typer.Option("--random-weights", help="Shapes from config.json alone, no trained weights."),
-    ] = False,
     as_json: flags.AsJson = False,
     force: flags.Force = False,
 ) -> None:
-    """Measure on this machine what passes and steps cost; writes a runtime table."""
-    from stree_autotune.live import PairRequest, run_probe
+    """Measure what passes and steps cost here; of a pair, writes a runtime table."""
+    names = _probed_names(target, draft, shapes)
+    from stree_autotune.live import PairRequest
+    from stree_autotune.live_probe import run_model_probe, run_probe
     from stree_autotune.probe import ProbeConfig
     from stree_core.pair import Runtime
 
-    runtime = Runtime(device, dtype, backend)
     config = ProbeConfig(
         gpu=gpu,
         context=context,
         batch_sizes=tuple(sorted(set(batch_size))),
         max_nodes=max_nodes,
         effort=effort,
-        random_weights=random_weights,
     )
-    request = PairRequest(target, draft, tuple(data), runtime, random_weights)
-    run_probe(request, config, as_json=as_json, force=force)
+    runtime = Runtime(device, dtype, backend)
+    request = PairRequest(*names, tuple(data), runtime, shapes=bool(shapes))
+    if request.draft:
+        run_probe(request, config, as_json=as_json, force=force)
+    else:
+        run_model_probe(request, config, as_json=as_json)
+
+
+def _probed_names(target: str, draft: str, shapes: str) -> tuple[str, str]:
+    """Return the names of the target and the draft, the latter empty for the target alone."""
+    if not shapes:
+        if draft and not target:
+            raise ConfigError(f"--draft {draft} needs its target; pass --target as well")
+        return (target, draft) if target else (flags.DEFAULT_TARGET, flags.DEFAULT_DRAFT)
+    if target or draft:
+        raise ConfigError("--shapes stands in place of --target and --draft; pass one or the other")
+    names = shapes.split(",")
+    if len(names) > 2 or not all(names):
+        raise ConfigError(f"--shapes names a target, or a target and a draft, got {shapes!r}")
+    return names[0], names[1] if len(names) == 2 else ""
 
 
 def trace(
@@ -73,6 +106,7 @@ def trace(
         str, typer.Option("--rows", metavar="A:B", help="Rows of the file, from A up to before B.")
     ] = "",
     batch_size: flags.BatchSize = 16,
+    chat: flags.Chat = False,
     data: flags.Data = flags.DEFAULT_DATA_PATHS,
     device: flags.Device = "auto",
     dtype: flags.Dtype = "auto",
@@ -95,6 +129,7 @@ def trace(
         max_new_tokens=max_new_tokens,
         num_slots=batch_size,
         seed=seed,
+        chat=chat,
     )
     request = PairRequest(target, draft, tuple(data), Runtime(device, dtype, backend))
     run_trace(request, config, prompts=texts[: limit or None], as_json=as_json, force=force)
@@ -141,10 +176,13 @@ def validate(
 
 
 def decode(
-    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="Text to continue.")],
+    prompt: Annotated[
+        str, typer.Option("--prompt", metavar="TEXT", help="Text to continue or to answer.")
+    ],
     profile: flags.ProfilePath = flags.DEFAULT_PROFILE,
     target: flags.ProfileTarget = "",
     draft: flags.ProfileDraft = "",
+    chat: flags.Chat = False,
     max_new_tokens: flags.MaxNewTokens = 128,
     mode: Annotated[
         Literal["auto", "off"],
@@ -165,6 +203,7 @@ def decode(
         request,
         profile_path=profile,
         prompt=prompt,
+        chat=chat,
         max_new_tokens=max_new_tokens,
         mode=mode,
         as_json=as_json,

@@ -1,7 +1,8 @@
 """Where GPU sheets, runtime tables, traces, profiles and models are found, by name.
 
-Every root holds gpus/, runtime/, traces/, tuned/ and models/. The folders given with `--data` come
-first (./stree-data when none is given and it exists), the data shipped with the package last.
+Every root holds gpus/, shapes/, runtime/, traces/, tuned/ and models/. The folders given with
+`--data` come first (./stree-data when none is given and it exists), what ships with the package
+last.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from pathlib import Path
 from stree_autotune.gpu_sheet import GpuSheet, load_gpu_sheet
 from stree_autotune.runtime_table import probe_command, runtime_file_name
 from stree_core.errors import ConfigError, MissingMeasurement, nearest
-from stree_core.files import sha256_of
+from stree_core.hub import is_hub_id
+from stree_core.model_source import ModelSource, folder_source
 from stree_core.profile import ModelRef
+from stree_core.shape_sheet import find_shape_sheet
 
 DEFAULT_DATA = Path("stree-data")
 DATASETS = ("demo", "gsm8k", "human_eval", "mt_bench")
@@ -165,32 +168,37 @@ class Library:
             return Path(name)
         names = {path.parent.name for path in self._files("models/*", "json")}
         raise ConfigError(
-            f"a model is a folder with config.json or a shipped name, got {name}; "
-            f"{nearest(name, names)}"
+            f"a model is a folder with config.json, a Hugging Face id or a shipped name, got "
+            f"{name}; {nearest(name, names)}"
         )
 
+    def find_shape(self, name: str) -> Path:
+        """Return a shape sheet by its name; else ConfigError."""
+        path = find_shape_sheet(self.roots, name)
+        if path is None:
+            names = {path.stem for path in self._files("shapes", "yaml")}
+            raise ConfigError(f"{name} is no known shape; {nearest(name, names)}")
+        return path
+
     def model_name(self, name: str) -> str:
-        """Return the name that a model's files go by; a folder goes by its last part.
+        """Return the name that a model's files go by; a folder or id goes by its last part.
 
         Raises ConfigError for a name that no folder, table or trace has.
         """
+        if is_hub_id(name) and not Path(name).exists():
+            return check_name(name.split("/")[1], "model")
         if is_path(name) or (name not in self.model_names() and Path(name).is_dir()):
             return check_name(self.find_model(name).resolve().name, "model folder")
         known(name, self.model_names(), "model", "or give its folder")
         return name
 
-    def model_ref(self, name: str) -> ModelRef | None:
-        """Return what a model's files say now, None when only its name is known."""
+    def find_source(self, name: str) -> ModelSource | None:
+        """Return what a model's files say now, None when they are not on this machine."""
         try:
             folder = self.find_model(name)
         except ConfigError:
             return None
-        tokenizer = folder / "tokenizer.json"
-        return ModelRef(
-            name=self.model_name(name),
-            config_sha256=sha256_of(folder / "config.json"),
-            tokenizer_sha256=sha256_of(tokenizer) if tokenizer.is_file() else None,
-        )
+        return folder_source(folder, self.model_name(name))
 
     def _first(self, name: str) -> Path | None:
         paths = (root / name for root in self.roots)
@@ -226,17 +234,33 @@ def require_same_model(
     first: ModelRef, second: ModelRef, first_file: str, second_file: str, remedy: str
 ) -> None:
     """Raise ConfigError unless two files speak of the same model; tokenizers count where known."""
-    pairs = [
-        ("name", first.name, second.name),
-        ("config", first.config_sha256[:12], second.config_sha256[:12]),
-    ]
+    config = ("config", first.config_sha256[:12], second.config_sha256[:12])
+    _require_equal(first, second, config, f"{first_file} and {second_file}", remedy)
+
+
+def require_same_shape(
+    first: ModelRef, second: ModelRef, first_file: str, second_file: str, remedy: str
+) -> None:
+    """Raise ConfigError unless two models of one name take the same time; tokenizers count too.
+
+    Files that know no shape are compared by their configs.
+    """
+    part = ("config", first.config_sha256[:12], second.config_sha256[:12])
+    if first.shape_sha256 and second.shape_sha256:
+        part = ("shape", first.shape_sha256[:12], second.shape_sha256[:12])
+    _require_equal(first, second, part, f"{first_file} and {second_file}", remedy)
+
+
+def _require_equal(
+    first: ModelRef, second: ModelRef, part: tuple[str, str, str], files: str, remedy: str
+) -> None:
+    parts = [("name", first.name, second.name), part]
     if first.tokenizer_sha256 and second.tokenizer_sha256:
-        pairs.append(("tokenizer", first.tokenizer_sha256[:12], second.tokenizer_sha256[:12]))
-    for what, one, other in pairs:
+        parts.append(("tokenizer", first.tokenizer_sha256[:12], second.tokenizer_sha256[:12]))
+    for what, one, other in parts:
         if one != other:
             raise ConfigError(
-                f"{first_file} and {second_file} must be of the same {first.name}, got {what} "
-                f"{one} and {other}; {remedy}"
+                f"{files} must be of the same {first.name}, got {what} {one} and {other}; {remedy}"
             )
 
 

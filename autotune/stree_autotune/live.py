@@ -1,4 +1,4 @@
-"""The verbs that run models and write files: probe, trace, decode."""
+"""Open what the command line names, and the verbs trace and decode."""
 
 from __future__ import annotations
 
@@ -13,27 +13,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from stree_autotune.library import Library, check_name, data_folder, trace_file_name
-from stree_autotune.probe import ProbeConfig, extends, missing_batch_sizes, probe
 from stree_autotune.prompts import load_prompts
 from stree_autotune.record import RecordConfig, record_trace
-from stree_autotune.runtime_table import (
-    RuntimeTable,
-    load_runtime_table,
-    runtime_file_name,
-    save_runtime_table,
-)
 from stree_autotune.trace_file import save_trace
 from stree_core.decode import StopRule, generate, stream
 from stree_core.engine import Engine, EngineConfig
 from stree_core.errors import ConfigError
+from stree_core.hub import is_hub_id
+from stree_core.model_source import ModelSource, find_source, folder_source, sheet_source
 from stree_core.pair import (
     Pair,
     Runtime,
-    device_name,
     gpu_warning,
     load_pair,
     require_profile_fits,
-    short_gpu_name,
 )
 from stree_core.profile import Profile, load_profile
 from stree_core.tree import Tree
@@ -45,20 +38,32 @@ DEMO_DATASET = "demo"
 
 @dataclass(frozen=True, slots=True)
 class PairRequest:
-    """Which models, from where, and on what to run them; empty names are a profile's."""
+    """Which models, from where, and on what to run them; empty names are a profile's.
+
+    With `shapes` the names are those of shape sheets, whose weights are drawn at random.
+    """
 
     target: str
     draft: str
     data: tuple[Path, ...]
     runtime: Runtime
-    random_weights: bool = False
+    shapes: bool = False
+
+
+def open_source(request: PairRequest, name: str) -> ModelSource:
+    """Find a model by its folder, its Hugging Face id, its shipped name or its shape's name."""
+    library = Library.open(request.data, missing_ok=True)
+    if request.shapes:
+        return sheet_source(library.find_shape(name))
+    if is_hub_id(name) and not Path(name).exists():
+        return find_source(name)
+    return folder_source(library.find_model(name))
 
 
 def open_pair(request: PairRequest) -> Pair:
     """Find and load the pair of a request."""
-    library = Library.open(request.data, missing_ok=True)
-    folders = (library.find_model(request.target), library.find_model(request.draft))
-    return load_pair(*folders, request.runtime, random_weights=request.random_weights)
+    target, draft = (open_source(request, name) for name in (request.target, request.draft))
+    return load_pair(target, draft, request.runtime)
 
 
 def open_profile_pair(request: PairRequest, profile: Profile) -> Pair:
@@ -79,31 +84,6 @@ def open_prompts(dataset: str, file: Path | None, data: tuple[Path, ...]) -> lis
     return load_prompts(dataset, file)
 
 
-def run_probe(request: PairRequest, config: ProbeConfig, *, as_json: bool, force: bool) -> None:
-    """Measure a runtime table and write it where tuning looks first."""
-    pair = open_pair(request)
-    if not config.gpu:
-        gpu = short_gpu_name(device_name(pair.device), pair.device)
-        config = replace(config, gpu=gpu)
-    check_name(config.gpu, "GPU")
-    names = (pair.target_ref.name, pair.draft_ref.name)
-    path = data_folder(request.data) / "runtime" / runtime_file_name(config.gpu, *names)
-    known = _known_table(path, pair, config, force=force)
-    logger.info("probing %s + %s on %s", *names, device_name(pair.device))
-    # Saved after every batch size: a long probe that is stopped keeps what it has measured.
-    for table in probe(pair, config, logger.info, known):
-        save_runtime_table(table, path)
-    summary = {
-        "path": str(path),
-        "gpu": table.gpu,
-        "gpu_name": table.gpu_name,
-        "points": len(table.points),
-        "steps": len(table.steps),
-    }
-    text = f"wrote {path}: {len(table.points)} points, {len(table.steps)} whole steps"
-    _report(text, summary, as_json)
-
-
 def run_trace(
     request: PairRequest,
     config: RecordConfig,
@@ -118,7 +98,7 @@ def run_trace(
     name = trace_file_name(pair.target_ref.name, pair.draft_ref.name, config.dataset)
     path = data_folder(request.data) / "traces" / name
     _require_new(path, force=force)
-    tokens = pair.encode(prompts)
+    tokens = pair.encode(prompts, chat=config.chat)
     with prompt_progress(len(tokens), "prompts") as advance:
         trace = record_trace(pair, tokens, config, advance)
     save_trace(trace, path)
@@ -127,7 +107,7 @@ def run_trace(
     lines += [f"  {key.replace('_', ' ')}: {value:g}" for key, value in statistics.items()]
     if not trace.reliable:
         lines.append("  unreliable: a trace needs at least 64 prompts")
-    _report("\n".join(lines), {"path": str(path), **statistics}, as_json)
+    report("\n".join(lines), {"path": str(path), **statistics}, as_json)
 
 
 def run_decode(
@@ -135,6 +115,7 @@ def run_decode(
     *,
     profile_path: Path,
     prompt: str,
+    chat: bool,
     max_new_tokens: int,
     mode: Literal["auto", "off"],
     as_json: bool,
@@ -146,7 +127,7 @@ def run_decode(
     if warning:
         logger.warning(warning)
     tree = profile.row_for(1).tree.build() if mode == "auto" else Tree.chain(0)
-    (tokens,) = pair.encode([prompt])
+    (tokens,) = pair.encode([prompt], chat=chat)
     num_positions = len(tokens) + max_new_tokens + tree.depth + 1
     engine = Engine(pair.target, pair.draft, tree, EngineConfig(1, num_positions))
     stop = StopRule(max_new_tokens, pair.target.shape.eos_token_ids)
@@ -213,25 +194,11 @@ def print_json(content: object) -> None:
     sys.stdout.write(json.dumps(content) + "\n")
 
 
-def _report(text: str, summary: dict[str, object], as_json: bool) -> None:
+def report(text: str, summary: dict[str, object], as_json: bool) -> None:
+    """Print lines for a reader, then, when asked, one line of JSON."""
     sys.stdout.write(text + "\n")
     if as_json:
         print_json(summary)
-
-
-def _known_table(
-    path: Path, pair: Pair, config: ProbeConfig, *, force: bool
-) -> RuntimeTable | None:
-    """Return the table at `path` when this probe only adds batch sizes to it, None when it is new.
-
-    Raises ConfigError when the probe would change what is there, unless `force`.
-    """
-    if force or not path.exists():
-        return None
-    known = load_runtime_table(path)
-    if not extends(known, pair, config) or not missing_batch_sizes(config, known):
-        raise ConfigError(f"{path} exists already; pass --force to measure all of it again")
-    return known
 
 
 def _require_new(path: Path, *, force: bool) -> None:

@@ -59,7 +59,6 @@ class ProbeConfig:
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     max_nodes: int = 64
     effort: str = "quick"
-    random_weights: bool = False
 
 
 def probe(
@@ -79,7 +78,9 @@ def probe(
     trees = step_trees(config.max_nodes)
     for batch_size in missing_batch_sizes(config, known):
         points += _terms(pair, config, batch_size, effort)
-        off, *timed = _whole_steps(pair, config, batch_size, (Tree.chain(0), *trees.values()))
+        off, *timed = time_whole_steps(
+            pair.target, pair.draft, config, batch_size, (Tree.chain(0), *trees.values())
+        )
         points.append(Point("one_token", batch_size, 1, off.ms, off.spread_ms))
         steps += [
             Step(batch_size, name, timing.ms, timing.spread_ms)
@@ -111,7 +112,7 @@ def _table(pair: Pair, config: ProbeConfig, points: list[Point], steps: list[Ste
         dtype=str(pair.target.dtype).removeprefix("torch."),
         backend="triton" if pair.target.backend.name == "triton" else "torch",
         context=config.context,
-        weights="random" if config.random_weights else "real",
+        weights="random" if pair.target_source.folder is None else "real",
         measured=_measured(EFFORTS[config.effort], pair.device),
         points=tuple(p._replace(ms=_round(p.ms), spread_ms=_round(p.spread_ms)) for p in points),
         trees={name: TreeText(paths=tree.paths) for name, tree in trees.items()},
@@ -144,7 +145,7 @@ def _terms(pair: Pair, config: ProbeConfig, batch_size: int, effort: Effort) -> 
     with torch.inference_mode():
         pool = torch.cuda.graph_pool_handle() if pair.device.type == "cuda" else None
         shared = _occupied(pair, config, batch_size)
-        vocab_size = pair.draft.shape.vocab_size
+        vocab_size = pair.target.shape.vocab_size
 
         def add(term: str, size: int, work: Work) -> None:
             candidates[term, size] = captured(work, pair.device, pool)
@@ -160,7 +161,7 @@ def _terms(pair: Pair, config: ProbeConfig, batch_size: int, effort: Effort) -> 
             add("one child", width, partial(top_tokens, logits, 1))
             add("children", width, partial(top_tokens, logits, BRANCH_CHILDREN))
         timings = time_interleaved(candidates, pair.device, effort)
-    _free(pair.device)
+    free(pair.device)
     return _as_points(timings, batch_size)
 
 
@@ -186,7 +187,7 @@ def _occupied(pair: Pair, config: ProbeConfig, batch_size: int) -> Speculator:
     tree = even_tree(config.max_nodes, config.max_nodes // _TYPICAL_DEPTH + 1)
     plan = make_plan(tree, pair.target.conv_widths, pair.draft.conv_widths, pair.device)
     shared = make_speculator(pair.target, pair.draft, plan, batch_size, config.context)
-    _occupy(shared, config.context // 2)
+    occupy(shared, config.context // 2)
     return shared
 
 
@@ -200,7 +201,7 @@ def _rebound(shared: Speculator, tree: Tree) -> Speculator:
     return dataclasses.replace(shared, plan=plan, buffers=buffers)
 
 
-def _occupy(speculator: Speculator, num_tokens: int) -> None:
+def occupy(speculator: Speculator, num_tokens: int) -> None:
     """Set every slot to hold `num_tokens`, the last step's path of two still pending.
 
     Slots keep different numbers of rows, as in a running decoder: only some advance their state.
@@ -214,8 +215,8 @@ def _occupy(speculator: Speculator, num_tokens: int) -> None:
             kept.copy_(torch.arange(len(kept), device=kept.device) * 3 % (MAX_KEPT + 1))
 
 
-def _whole_steps(
-    pair: Pair, config: ProbeConfig, batch_size: int, trees: Iterable[Tree]
+def time_whole_steps(
+    target: Model, draft: Model | None, config: ProbeConfig, batch_size: int, trees: Iterable[Tree]
 ) -> list[Timing]:
     """Time complete steps, host included: in turns, as many engines at a time as memory allows."""
     timings: dict[int, Timing] = {}
@@ -225,15 +226,15 @@ def _whole_steps(
     while waiting:
         index, tree = waiting.pop(0)
         group[index] = _Stepper(
-            Engine(pair.target, pair.draft, tree, EngineConfig(batch_size, config.context))
+            Engine(target, draft, tree, EngineConfig(batch_size, config.context))
         )
         num_bytes = sum(stepper.engine.cache_bytes for stepper in group.values())
         if num_bytes > _GROUP_BYTES or not waiting:
             works: dict[int, Work] = dict(group)
-            timings |= time_interleaved(works, pair.device, effort, wall=True)
+            timings |= time_interleaved(works, target.device, effort, wall=True)
             works.clear()
             group.clear()
-            _free(pair.device)
+            free(target.device)
     return [timings[index] for index in sorted(timings)]
 
 
@@ -249,12 +250,13 @@ class _Stepper:
     def __call__(self) -> None:
         if self._num_steps % self._period == 0:
             with torch.inference_mode():
-                _occupy(self.engine.speculator, self._start)
+                occupy(self.engine.speculator, self._start)
         self._num_steps += 1
         self.engine.step()
 
 
-def _free(device: torch.device) -> None:
+def free(device: torch.device) -> None:
+    """Give back what the last measurements held."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

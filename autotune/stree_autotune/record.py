@@ -22,7 +22,7 @@ _GRAM = 8
 
 @dataclass(frozen=True, slots=True)
 class RecordConfig:
-    """What to record; `num_slots` prompts run together."""
+    """What to record; `num_slots` prompts run together; `chat` says how they were encoded."""
 
     dataset: str
     num_children: int = 16
@@ -30,6 +30,7 @@ class RecordConfig:
     num_slots: int = 16
     seed: int = 0
     ignore_eos: bool = False
+    chat: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,7 @@ def _as_trace(pair: Pair, recordings: Sequence[Recording], config: RecordConfig)
         num_children=config.num_children,
         max_new_tokens=config.max_new_tokens,
         ignore_eos=config.ignore_eos,
+        chat=config.chat,
         seed=config.seed,
         dtype=str(pair.target.dtype).removeprefix("torch."),
         num_prompts=len(recordings),

@@ -49,7 +49,7 @@ class Step(NamedTuple):
 
 
 class ModelCost(ModelRef):
-    """A model and the bytes that its passes move."""
+    """A model and the bytes that its passes move; times are those of every model of its shape."""
 
     weight_bytes: PositiveInt
     state_bytes_per_sequence: NonNegativeInt
@@ -64,6 +64,7 @@ class ModelCost(ModelRef):
             name=self.name,
             config_sha256=self.config_sha256,
             tokenizer_sha256=self.tokenizer_sha256,
+            shape_sha256=self.shape_sha256,
         )
 
 

@@ -50,6 +50,7 @@ class TraceMeta(Strict):
     depths: Literal[1] = 1
     max_new_tokens: PositiveInt
     ignore_eos: bool = False
+    chat: bool = False
     seed: int
     dtype: Name
     num_prompts: PositiveInt

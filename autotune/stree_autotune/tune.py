@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from stree_autotune.estimate import estimate_table
-from stree_autotune.library import Library, require_same_model
+from stree_autotune.library import Library, require_same_model, require_same_shape
 from stree_autotune.provenance import provenance
 from stree_autotune.runtime_table import RuntimeTable, load_runtime_table
 from stree_autotune.step_cost import StepCost
@@ -17,6 +17,7 @@ from stree_core.files import sha256_of
 from stree_core.profile import (
     GpuRef,
     Interval,
+    ModelRef,
     PolicyRow,
     Predicted,
     Profile,
@@ -72,7 +73,8 @@ def tune(request: TuneRequest) -> Profile:
     library = Library.open(request.data)
     target, draft = library.model_name(request.target), library.model_name(request.draft)
     runtime = _load_runtime(library, request, target, draft)
-    trace, trace_source = _load_acceptance(library, request, runtime.table, target, draft)
+    trace, trace_source = _load_acceptance(library, request, target, draft)
+    refs = _require_one_pair(library, request, runtime, trace, trace_source)
     runtime.cost.require(request.batch_sizes, request.max_nodes)
     decisions = decide_policy(
         trace,
@@ -82,8 +84,8 @@ def tune(request: TuneRequest) -> Profile:
         seed=request.seed,
     )
     return Profile(
-        target=runtime.table.target.ref,
-        draft=runtime.table.draft.ref,
+        target=refs[0],
+        draft=refs[1],
         gpu=GpuRef(name=request.gpu, status=runtime.source.status),
         dataset=trace.meta.dataset,
         sampling=request.sampling,
@@ -97,11 +99,6 @@ def tune(request: TuneRequest) -> Profile:
 def _load_runtime(library: Library, request: TuneRequest, target: str, draft: str) -> Runtime:
     found = library.find_runtime(request.gpu, target, draft)
     table = load_runtime_table(found.path)
-    for ref, name in ((table.target, request.target), (table.draft, request.draft)):
-        now = library.model_ref(name)
-        if now is not None:
-            remedy = f"record it again with `{table.probe_command} --force`"
-            require_same_model(ref, now, f"runtime table {found.path.name}", "folder", remedy)
     attention = table.target.kv_bytes_per_token + table.draft.kv_bytes_per_token > 0
     if attention and table.context != request.context:
         raise MissingMeasurement(
@@ -119,8 +116,42 @@ def _load_runtime(library: Library, request: TuneRequest, target: str, draft: st
     return Runtime(table, cost, _source(library, found.path, note, estimated=not found.is_exact))
 
 
+def _require_one_pair(
+    library: Library, request: TuneRequest, runtime: Runtime, trace: Trace, trace_source: Source
+) -> tuple[ModelRef, ModelRef]:
+    """Return the target and the draft as the profile names them.
+
+    Raises ConfigError unless table, trace and, where they are there, folders are of one pair; a
+    borrowed trace may be of any.
+    """
+    table, borrowed = runtime.table, trace_source.status == "estimated"
+    roles = (
+        (table.target, trace.meta.target, request.target),
+        (table.draft, trace.meta.draft, request.draft),
+    )
+    table_file = f"runtime table {PurePosixPath(runtime.source.name).name}"
+    trace_file = f"trace {PurePosixPath(trace_source.name).name}"
+    refs = []
+    for timed, traced, name in roles:
+        here = library.find_source(name)
+        if here is not None:
+            again = f"record it again with `{table.probe_command} --force`"
+            require_same_shape(timed, here.ref, table_file, "folder", again)
+            if not borrowed:
+                again = "record it again with `stree-tune trace --force`"
+                require_same_model(traced, here.ref, trace_file, "folder", again)
+            refs.append(here.ref)
+        elif borrowed:
+            refs.append(timed.ref)
+        else:
+            again = "record the older of the two again"
+            require_same_shape(timed, traced, table_file, trace_file, again)
+            refs.append(traced)
+    return refs[0], refs[1]
+
+
 def _load_acceptance(
-    library: Library, request: TuneRequest, table: RuntimeTable, target: str, draft: str
+    library: Library, request: TuneRequest, target: str, draft: str
 ) -> tuple[Trace, Source]:
     """Return the trace of the pair, or the borrowed one, and how the profile names it."""
     borrowed = bool(request.acceptance_from)
@@ -142,13 +173,6 @@ def _load_acceptance(
     notes = []
     if borrowed:
         notes.append(f"borrowed from {trace.meta.target.name} + {trace.meta.draft.name}")
-    else:
-        remedy = "record the older of the two again"
-        for measured, traced in (
-            (table.target, trace.meta.target),
-            (table.draft, trace.meta.draft),
-        ):
-            require_same_model(measured, traced, "runtime table", f"trace {path.name}", remedy)
     if not trace.reliable:
         notes.append(f"only {trace.meta.num_prompts} prompts; a reliable trace has at least 64")
     return trace, _source(library, path, "; ".join(notes), estimated=borrowed)

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stree_kernels.laws import GATED, Activation
 from stree_kernels.linear_parts import (
     finish,
     load_stream,
@@ -79,9 +80,10 @@ def gemv_kernel(
     # sizes
     num_columns, eps,
     # meta
-    INNER: tl.constexpr, GROUPS: tl.constexpr, SUMS: tl.constexpr, SWIGLU: tl.constexpr,
-    PER_SUM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, VECTOR: tl.constexpr,
-    WARPS_N: tl.constexpr, WARPS_K: tl.constexpr, DEPTH: tl.constexpr, PDL: tl.constexpr,
+    INNER: tl.constexpr, GROUPS: tl.constexpr, SUMS: tl.constexpr, GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr, PER_SUM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr,
+    VECTOR: tl.constexpr, WARPS_N: tl.constexpr, WARPS_K: tl.constexpr, DEPTH: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One row times BLOCK_N rows of the weight, and what follows the product."""
     THREADS: tl.constexpr = WARPS_K * 32
@@ -89,7 +91,7 @@ def gemv_kernel(
     STEPS: tl.constexpr = (INNER + BLOCK_K - 1) // BLOCK_K
     BLOCK_R: tl.constexpr = BLOCK_N // WARPS_N
     columns_K = tl.arange(0, BLOCK_K)
-    rows_N = weight_rows(tl.arange(0, BLOCK_N), num_columns, BLOCK_N, SWIGLU)
+    rows_N = weight_rows(tl.arange(0, BLOCK_N), tl.program_id(0), num_columns, BLOCK_N, GATED)
     weight_ptrs = weight_ptr + rows_N[:, None] * INNER + columns_K[None, :]
     weights: tl.tuple = ()
     for step in tl.static_range(DEPTH if DEPTH < STEPS else STEPS):
@@ -123,13 +125,13 @@ def gemv_kernel(
     acc_MN = tl.reshape(tl.sum(acc_RWT, axis=2), [1, BLOCK_N])
     finish(
         acc_MN, scale_M, stream_MN, 1, num_columns, 0, out_ptr, out_values_ptr, out_sums_ptr,
-        1, BLOCK_N, SWIGLU, PER_SUM,
+        1, BLOCK_N, GATED, ACTIVATION, PER_SUM,
     )  # fmt: skip
 
 
 def launch_gemv(
     config: GemvConfig, rows: UnscaledRows, weight: Tensor, out: Tensor,
-    *, swiglu: bool = False, residual: Residual | None = None,
+    *, activation: Activation | None = None, residual: Residual | None = None,
 ) -> None:  # fmt: skip
     """Run the kernel on one row; `out` is the stream of a residual."""
     values, sums, num_groups, eps = rows
@@ -140,7 +142,7 @@ def launch_gemv(
     gemv_kernel[(triton.cdiv(len(weight), config.block_n),)](
         values, sums, weight, out, out_values, out_sums, out.shape[1], eps,
         INNER=values.shape[1], GROUPS=num_groups if num_sums else 1, SUMS=num_sums,
-        SWIGLU=swiglu, PER_SUM=per_sum, BLOCK_N=config.block_n,
+        GATED=activation in GATED, ACTIVATION=activation, PER_SUM=per_sum, BLOCK_N=config.block_n,
         BLOCK_Q=triton.next_power_of_2(max(1, num_sums)),
         VECTOR=LOAD_BYTES // weight.element_size(), WARPS_N=config.warps_n,
         WARPS_K=config.warps_k, DEPTH=config.depth,

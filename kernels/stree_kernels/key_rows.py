@@ -21,7 +21,7 @@ from torch import Tensor
 
 from stree_kernels.key_rows_ref import KeyValues
 from stree_kernels.pdl import launch_options, wait_for_previous
-from stree_kernels.rows import Pending, check_cover, require_dtypes, require_packed
+from stree_kernels.rows import FLOATS, Pending, check_cover, require_dtypes, require_packed
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 MAX_POSITIONS = 1 << 20
@@ -162,8 +162,8 @@ def store_keys(
 ) -> None:
     """Split the projection of rows first..first + T - 1 into `q_TBHD` and `rows`, rotated.
 
-    The contract is that of `key_rows_ref.store_keys`, with activations in bf16 or fp32, rotations
-    in fp32 and positions up to 2^20.
+    The contract is that of `key_rows_ref.store_keys`, with activations of a dtype in `FLOATS`,
+    rotations in fp32 and positions up to 2^20.
     Raises ValueError when a size, dtype or stride is beyond what the kernel takes.
     """
     num_tokens, num_slots, num_heads, head_dim = q_TBHD.shape
@@ -215,9 +215,7 @@ def _check(
         raise ValueError("a pending path needs the rows it names, got none; pass `previous`")
     check_cover(first + num_tokens, len(counts[0]), len(rows.key), len(rows.value))
     buffers = (q, *rows, *(previous or ()))
-    require_dtypes(
-        "the projection, rows and cache", (qkv, *buffers, *cache), (torch.bfloat16, torch.float32)
-    )
+    require_dtypes("the projection, rows and cache", (qkv, *buffers, *cache), FLOATS)
     require_dtypes("the rotation", (inv_freq,), (torch.float32,))
     require_dtypes("depths, counts and the path", (*counts, *(pending or ())), (torch.int32,))
     require_packed("q, a row buffer or the cache", (*buffers, *cache), 4)

@@ -3,7 +3,7 @@
 The work is that of `linear_ref`. Few rows take one Triton kernel, which streams the weight once and
 does what follows the product; more rows take cuBLAS between row-wise kernels.
 
-Shape letters: M rows, K columns in, N columns out, D hidden, F MLP inner.
+Shape letters: M rows, K columns in, N columns out, D hidden, F MLP inner, X = 2 F if gated, else F.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from stree_kernels.gemv_kernel import GemvConfig, launch_gemv
+from stree_kernels.laws import GATED, Activation
 from stree_kernels.linear_kernel import LinearConfig, launch_linear
-from stree_kernels.residual import add_residual, scale_rows, swiglu
-from stree_kernels.rows import require_dtypes, require_packed
+from stree_kernels.residual import activate, add_residual, scale_rows
+from stree_kernels.rows import FLOATS, require_dtypes, require_packed
 from stree_kernels.unscaled import Residual, UnscaledRows, check_residual, check_rows
 
-FLOATS = (torch.bfloat16, torch.float32)
 GROUP_MULTIPLE = 32
 """What the columns of a norm group are a multiple of: a group may end at no other column."""
 MAX_COLUMNS = 8192
@@ -69,21 +69,25 @@ def linear(rows: UnscaledRows, weight_NK: Tensor, out_MN: Tensor) -> None:
         _matmul(rows, weight_NK, out_MN)
 
 
-def linear_swiglu(rows: UnscaledRows, weight_2FK: Tensor, out_MF: Tensor) -> None:
-    """Write silu(gate) * up to `out_MF`; the weight holds the rows of gate, then those of up.
+def linear_activated(
+    rows: UnscaledRows, weight_XK: Tensor, out_MF: Tensor, activation: Activation
+) -> None:
+    """Write the activation of norm(rows) @ weight.T to `out_MF`.
 
-    The contract is that of `linear_ref.linear_swiglu`. Allocates where it takes several launches.
+    The contract is that of `linear_ref.linear_activated`. Allocates where it takes several
+    launches.
     Raises ValueError when a size, dtype or stride is beyond what the kernel takes.
     """
-    num_rows = len(rows.values_MK)
-    _check(rows, weight_2FK, out_MF, (num_rows, len(weight_2FK) // 2))
-    config = pick_config(num_rows, weight_2FK)
+    num_rows, num_products = len(rows.values_MK), len(weight_XK)
+    num_inner = num_products // 2 if activation in GATED else num_products
+    _check(rows, weight_XK, out_MF, (num_rows, num_inner))
+    config = pick_config(num_rows, weight_XK)
     if config is not None:
-        launch(config, rows, weight_2FK, out_MF, swiglu=True)
+        launch(config, rows, weight_XK, out_MF, activation=activation)
     else:
-        gate_up_M2F = weight_2FK.new_empty(num_rows, len(weight_2FK))
-        _matmul(rows, weight_2FK, gate_up_M2F)
-        swiglu(gate_up_M2F, out_MF)
+        product_MX = weight_XK.new_empty(num_rows, num_products)
+        _matmul(rows, weight_XK, product_MX)
+        activate(product_MX, out_MF, activation)
 
 
 def linear_add(
@@ -113,13 +117,13 @@ def linear_add(
 
 def launch(
     config: LinearConfig | GemvConfig, rows: UnscaledRows, weight: Tensor, out: Tensor,
-    *, swiglu: bool = False, residual: Residual | None = None,
+    *, activation: Activation | None = None, residual: Residual | None = None,
 ) -> None:  # fmt: skip
     """Run the kernel that `config` is of; `out` is the stream of a residual."""
     if isinstance(config, GemvConfig):
-        launch_gemv(config, rows, weight, out, swiglu=swiglu, residual=residual)
+        launch_gemv(config, rows, weight, out, activation=activation, residual=residual)
     else:
-        launch_linear(config, rows, weight, out, swiglu=swiglu, residual=residual)
+        launch_linear(config, rows, weight, out, activation=activation, residual=residual)
 
 
 def _scaled(rows: UnscaledRows) -> UnscaledRows:

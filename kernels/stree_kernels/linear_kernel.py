@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stree_kernels.laws import GATED, Activation
 from stree_kernels.linear_parts import (
     finish,
     load_stream,
@@ -141,16 +142,16 @@ def linear_kernel(
     # strides
     stride_out_m,
     # meta
-    INNER: tl.constexpr, GROUPS: tl.constexpr, SUMS: tl.constexpr, SWIGLU: tl.constexpr,
-    PER_SUM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr,
-    WARPS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, ROWS_DEPTH: tl.constexpr,
-    WEIGHT_FIRST: tl.constexpr, PDL: tl.constexpr,
+    INNER: tl.constexpr, GROUPS: tl.constexpr, SUMS: tl.constexpr, GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr, PER_SUM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_Q: tl.constexpr, WARPS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS_DEPTH: tl.constexpr, WEIGHT_FIRST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """All rows times BLOCK_N rows of the weight, and what follows."""
     STEP_K: tl.constexpr = WARPS * WIDTH
     STEPS: tl.constexpr = (INNER + STEP_K - 1) // STEP_K
     x_N = tl.arange(0, BLOCK_N * WARPS)
-    rows_N = weight_rows(_row_of(x_N, WARPS), num_columns, BLOCK_N, SWIGLU)
+    rows_N = weight_rows(_row_of(x_N, WARPS), tl.program_id(0), num_columns, BLOCK_N, GATED)
     columns_N = _columns(x_N, WARPS, WIDTH)
     weight_ptrs = weight_ptr + rows_N[:, None] * INNER + columns_N
     weights: tl.tuple = ()
@@ -195,13 +196,14 @@ def linear_kernel(
         acc_MN = tl.trans(acc_MN)
     finish(
         acc_MN, scale_M, stream_MN, num_rows, num_columns, stride_out_m,
-        out_ptr, out_values_ptr, out_sums_ptr, BLOCK_M, BLOCK_N, SWIGLU, PER_SUM,
+        out_ptr, out_values_ptr, out_sums_ptr, BLOCK_M, BLOCK_N, GATED, ACTIVATION,
+        PER_SUM,
     )  # fmt: skip
 
 
 def launch_linear(
     config: LinearConfig, rows: UnscaledRows, weight: Tensor, out: Tensor,
-    *, swiglu: bool = False, residual: Residual | None = None,
+    *, activation: Activation | None = None, residual: Residual | None = None,
 ) -> None:  # fmt: skip
     """Run the kernel on at most 16 rows; `out` is the stream of a residual."""
     values, sums, num_groups, eps = rows
@@ -215,10 +217,10 @@ def launch_linear(
     linear_kernel[(triton.cdiv(len(weight), config.block_n),)](
         values, sums, weight, out, out_values, out_sums,
         num_rows, out.shape[1], eps, out.stride(0),
-        INNER=num_inner, GROUPS=num_groups if num_sums else 1, SUMS=num_sums, SWIGLU=swiglu,
-        PER_SUM=per_sum, BLOCK_M=block_m, BLOCK_N=config.block_n,
-        BLOCK_Q=min(block_q, triton.next_power_of_2(max(1, num_sums))), WARPS=config.num_warps,
-        WIDTH=WIDTH, DEPTH=config.depth, ROWS_DEPTH=config.rows_depth,
-        WEIGHT_FIRST=config.weight_first, num_warps=config.num_warps,
-        num_stages=1, **launch_options(values.device),
+        INNER=num_inner, GROUPS=num_groups if num_sums else 1, SUMS=num_sums,
+        GATED=activation in GATED, ACTIVATION=activation, PER_SUM=per_sum, BLOCK_M=block_m,
+        BLOCK_N=config.block_n, BLOCK_Q=min(block_q, triton.next_power_of_2(max(1, num_sums))),
+        WARPS=config.num_warps, WIDTH=WIDTH, DEPTH=config.depth, ROWS_DEPTH=config.rows_depth,
+        WEIGHT_FIRST=config.weight_first, num_warps=config.num_warps, num_stages=1,
+        **launch_options(values.device),
     )  # fmt: skip

@@ -8,22 +8,26 @@ and up are multiplied), Q partial sums of a row.
 # mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from stree_kernels.unscaled import Residual
 
+SQRT_HALF = tl.constexpr(math.sqrt(0.5))
+
 
 @triton.jit
-def weight_rows(tile_N, num_columns, BLOCK_N: tl.constexpr, SWIGLU: tl.constexpr):
-    """The rows of the weight that a program multiplies: with SWIGLU half gate, half up.
+def weight_rows(tile_N, block, num_columns, BLOCK_N: tl.constexpr, GATED: tl.constexpr):
+    """The rows of the weight in a block of BLOCK_N: with GATED half gate, half up.
 
     Past the last row the last one is read again, so that these loads need no mask.
     """
-    BLOCK_C: tl.constexpr = BLOCK_N // 2 if SWIGLU else BLOCK_N
-    rows_N = tl.minimum(tl.program_id(0) * BLOCK_C + tile_N % BLOCK_C, num_columns - 1)
-    if SWIGLU:
+    BLOCK_C: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    rows_N = tl.minimum(block * BLOCK_C + tile_N % BLOCK_C, num_columns - 1)
+    if GATED:
         rows_N += tile_N // BLOCK_C * num_columns
     return rows_N.to(tl.int64)
 
@@ -51,6 +55,38 @@ def row_scales(
 
 
 @triton.jit
+def gate(gate_MC, up_MC, ACTIVATION: tl.constexpr):
+    """silu(gate) * up, or gelu(gate) * up."""
+    if ACTIVATION == "swiglu":
+        factor_MC = gate_MC / (1.0 + tl.exp(-gate_MC))
+    else:
+        factor_MC = 0.5 * gate_MC * (1.0 + tl.erf(gate_MC * SQRT_HALF))
+    return factor_MC * up_MC
+
+
+@triton.jit
+def square_relu(up):
+    """relu(up) ** 2. A NaN, which compares false, stays."""
+    positive = tl.where(up < 0.0, 0.0, up)
+    return positive * positive
+
+
+@triton.jit
+def activate_tile(
+    acc_MN, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """The activation [M, C] of a product with the rows that `weight_rows` gives; may be None."""
+    if GATED:
+        halves = tl.permute(tl.reshape(acc_MN, [BLOCK_M, 2, BLOCK_N // 2]), (0, 2, 1))
+        gate_MC, up_MC = tl.split(halves)
+        acc_MN = gate(gate_MC, up_MC, ACTIVATION)
+    elif ACTIVATION is not None:
+        acc_MN = square_relu(acc_MN)
+    return acc_MN
+
+
+@triton.jit
 def _tile(num_rows, num_columns, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     """The rows and columns that a program writes, and which of them exist."""
     rows_M = tl.arange(0, BLOCK_M).to(tl.int64)[:, None]
@@ -72,16 +108,14 @@ def load_stream(
 def finish(
     acc_MN, scale_M, stream_MN, num_rows, num_columns, stride_out_m,
     out_ptr, values_ptr, square_sums_ptr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWIGLU: tl.constexpr, PER_SUM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
+    PER_SUM: tl.constexpr,
 ):  # fmt: skip
-    """Scale the product, then store it, silu(gate) * up, or its sum with the residual stream."""
-    BLOCK_C: tl.constexpr = BLOCK_N // 2 if SWIGLU else BLOCK_N
+    """Scale the product, then store it, its activation, or its sum with the residual stream."""
+    BLOCK_C: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     if scale_M is not None:
         acc_MN *= scale_M[:, None]
-    if SWIGLU:
-        halves = tl.permute(tl.reshape(acc_MN, [BLOCK_M, 2, BLOCK_C]), (0, 2, 1))
-        gate_MC, up_MC = tl.split(halves)
-        acc_MN = gate_MC / (1.0 + tl.exp(-gate_MC)) * up_MC
+    acc_MN = activate_tile(acc_MN, BLOCK_M, BLOCK_N, GATED, ACTIVATION)
     if stream_MN is not None:
         acc_MN += stream_MN
     rows_M, columns_C, valid_MC = _tile(num_rows, num_columns, BLOCK_M, BLOCK_C)

@@ -2,16 +2,16 @@
 
 It is also the CPU's path.
 
-Shape letters: M rows, K columns in, N columns out, D hidden, F MLP inner.
+Shape letters: M rows, K columns in, N columns out, D hidden, F MLP inner, X = 2 F if gated, else F.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from stree_kernels.residual_ref import add_residual, normalised
+from stree_kernels.laws import Activation
+from stree_kernels.residual_ref import activated, add_residual, normalised
 from stree_kernels.unscaled import Residual, UnscaledRows
 
 
@@ -20,10 +20,14 @@ def linear(rows: UnscaledRows, weight_NK: Tensor, out_MN: Tensor) -> None:
     out_MN.copy_(_product(rows, weight_NK))
 
 
-def linear_swiglu(rows: UnscaledRows, weight_2FK: Tensor, out_MF: Tensor) -> None:
-    """Write silu(gate) * up to `out_MF`; the weight holds the rows of gate, then those of up."""
-    gate_MF, up_MF = _product(rows, weight_2FK).chunk(2, dim=1)
-    out_MF.copy_(functional.silu(gate_MF) * up_MF)
+def linear_activated(
+    rows: UnscaledRows, weight_XK: Tensor, out_MF: Tensor, activation: Activation
+) -> None:
+    """Write the activation of norm(rows) @ weight.T to `out_MF`.
+
+    The weight of a gated activation holds the rows of gate, then those of up.
+    """
+    out_MF.copy_(activated(_product(rows, weight_XK), activation))
 
 
 def linear_add(

@@ -3,7 +3,8 @@
 The work is that of `residual_ref`. A program owns a run of one row's columns; `scale_rows`
 and `add_residual` read what others wrote: the sums of squares of a norm.
 
-Shape letters: M rows, K columns, Q partial sums of a row, D hidden, F MLP inner, V vocab.
+Shape letters: M rows, K columns, Q partial sums of a row, D hidden, F MLP inner,
+X = 2 F if gated, else F, V vocab.
 """
 
 # The Triton DSL annotates its constants only.
@@ -15,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stree_kernels.linear_parts import scale_factor
+from stree_kernels.laws import GATED, Activation
+from stree_kernels.linear_parts import gate, scale_factor, square_relu
 from stree_kernels.pdl import launch_options, wait_for_previous
-from stree_kernels.rows import require_dtypes, require_packed
+from stree_kernels.rows import FLOATS, require_dtypes, require_packed
 from stree_kernels.unscaled import (
     COLUMNS_PER_SUM,
     Residual,
@@ -26,7 +28,6 @@ from stree_kernels.unscaled import (
     check_rows,
 )
 
-FLOATS = (torch.bfloat16, torch.float32)
 BLOCK = 1024
 """Columns of one row that a program holds at a time."""
 NUM_WARPS = 4
@@ -65,7 +66,7 @@ def _start_residual_kernel(
     # pointers
     embed_ptr, tokens_ptr, stream_ptr, values_ptr, sums_ptr,
     # sizes
-    num_columns,
+    num_columns, scale,
     # meta
     BLOCK_D: tl.constexpr, PER_SUM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -76,7 +77,7 @@ def _start_residual_kernel(
     token = tl.load(tokens_ptr + row)
     embed_D = tl.load(embed_ptr + token * num_columns + columns_D, mask=valid_D, other=0.0)
     _write_stream(
-        embed_D.to(tl.float32), row, columns_D, valid_D, num_columns,
+        embed_D.to(tl.float32) * scale, row, columns_D, valid_D, num_columns,
         stream_ptr, values_ptr, sums_ptr, BLOCK_D, PER_SUM,
     )  # fmt: skip
 
@@ -142,30 +143,36 @@ def _scale_rows_kernel(
 
 
 @triton.jit
-def _swiglu_kernel(
+def _activate_kernel(
     # pointers
-    gate_up_ptr, out_ptr,
+    inputs_ptr, out_ptr,
     # sizes
     num_columns,
     # strides
     stride_out_m,
     # meta
-    BLOCK_F: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns_F = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     valid_F = columns_F < num_columns
     wait_for_previous(PDL)
-    gate_ptrs = gate_up_ptr + row * 2 * num_columns + columns_F
-    gate_F = tl.load(gate_ptrs, mask=valid_F, other=0.0).to(tl.float32)
-    up_F = tl.load(gate_ptrs + num_columns, mask=valid_F, other=0.0).to(tl.float32)
-    out_F = gate_F / (1.0 + tl.exp(-gate_F)) * up_F
+    if GATED:
+        gate_ptrs = inputs_ptr + row * 2 * num_columns + columns_F
+        gate_F = tl.load(gate_ptrs, mask=valid_F, other=0.0).to(tl.float32)
+        up_F = tl.load(gate_ptrs + num_columns, mask=valid_F, other=0.0).to(tl.float32)
+        out_F = gate(gate_F, up_F, ACTIVATION)
+    else:
+        up_ptrs = inputs_ptr + row * num_columns + columns_F
+        out_F = square_relu(tl.load(up_ptrs, mask=valid_F, other=0.0).to(tl.float32))
     out_ptrs = out_ptr + row * stride_out_m + columns_F
     tl.store(out_ptrs, out_F.to(out_ptr.dtype.element_ty), mask=valid_F)
 
 
-def start_residual(embed_VD: Tensor, tokens_M: Tensor, residual: Residual) -> None:
-    """Make the residual the embeddings of `tokens_M` (int64, within the vocabulary).
+def start_residual(
+    embed_VD: Tensor, tokens_M: Tensor, residual: Residual, *, scale: float = 1.0
+) -> None:
+    """Make the residual the embeddings of `tokens_M` (int64, within the vocabulary) times `scale`.
 
     The contract is that of `residual_ref.start_residual`.
     """
@@ -178,7 +185,7 @@ def start_residual(embed_VD: Tensor, tokens_M: Tensor, residual: Residual) -> No
     _check_shape("the residual stream", stream, (len(tokens_M), embed_VD.shape[1]))
     _start_residual_kernel[_grid(stream)](
         embed_VD, tokens_M, stream, None if values.dtype == stream.dtype else values, sums,
-        stream.shape[1], BLOCK_D=BLOCK, PER_SUM=COLUMNS_PER_SUM, num_warps=NUM_WARPS,
+        stream.shape[1], float(scale), BLOCK_D=BLOCK, PER_SUM=COLUMNS_PER_SUM, num_warps=NUM_WARPS,
         **launch_options(stream.device),
     )  # fmt: skip
 
@@ -187,7 +194,7 @@ def add_residual(
     product_MD: Tensor, residual: Residual, norm_of: UnscaledRows | None = None,
     scaled: UnscaledRows | None = None,
 ) -> None:  # fmt: skip
-    """Add `product_MD` (bf16 or fp32) to the residual stream, times the norm of some rows.
+    """Add `product_MD`, of a dtype in `FLOATS`, to the residual stream, times some rows' norm.
 
     The contract is that of `residual_ref.add_residual`.
     """
@@ -240,18 +247,20 @@ def scale_rows(rows: UnscaledRows, weight_K: Tensor | None, out_MK: Tensor) -> N
     )  # fmt: skip
 
 
-def swiglu(gate_up_M2F: Tensor, out_MF: Tensor) -> None:
-    """Write silu(gate) * up to `out_MF`, whose rows may be apart.
+def activate(inputs_MX: Tensor, out_MF: Tensor, activation: Activation) -> None:
+    """Write an MLP's activation to `out_MF`, whose rows may be apart.
 
-    The contract is that of `residual_ref.swiglu`.
+    The contract is that of `residual_ref.activate`.
     """
-    require_dtypes("gate, up and the output", (gate_up_M2F, out_MF), FLOATS)
-    require_packed("gate and up", (gate_up_M2F,), 2)
+    gated = activation in GATED
+    require_dtypes("the activation's inputs and output", (inputs_MX, out_MF), FLOATS)
+    require_packed("the activation's inputs", (inputs_MX,), 2)
     require_packed("a row of the output", (out_MF,), 1)
-    _check_shape("gate and up", gate_up_M2F, (len(out_MF), 2 * out_MF.shape[1]))
-    _swiglu_kernel[_grid(out_MF)](
-        gate_up_M2F, out_MF, out_MF.shape[1], out_MF.stride(0), BLOCK_F=BLOCK,
-        num_warps=NUM_WARPS, **launch_options(out_MF.device),
+    num_columns = out_MF.shape[1]
+    _check_shape("the activation's inputs", inputs_MX, (len(out_MF), num_columns * (1 + gated)))
+    _activate_kernel[_grid(out_MF)](
+        inputs_MX, out_MF, num_columns, out_MF.stride(0), BLOCK_F=BLOCK, GATED=gated,
+        ACTIVATION=activation, num_warps=NUM_WARPS, **launch_options(out_MF.device),
     )  # fmt: skip
 
 

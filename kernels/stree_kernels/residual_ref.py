@@ -2,7 +2,8 @@
 
 It is also the CPU's path. All compute in fp32 at least.
 
-Shape letters: M rows, K columns, G norm groups, D hidden, F MLP inner, V vocab.
+Shape letters: M rows, K columns, G norm groups, D hidden, F MLP inner, X = 2 F if gated, else F,
+V vocab.
 """
 
 from __future__ import annotations
@@ -11,12 +12,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stree_kernels.unscaled import COLUMNS_PER_SUM, Residual, UnscaledRows, scale_factors
+from stree_kernels.laws import Activation
+from stree_kernels.unscaled import (
+    COLUMNS_PER_SUM,
+    Residual,
+    UnscaledRows,
+    scale_factors,
+)
 
 
-def start_residual(embed_VD: Tensor, tokens_M: Tensor, residual: Residual) -> None:
-    """Make the residual the embeddings of `tokens_M` (int64)."""
-    _write(embed_VD[tokens_M], residual)
+def start_residual(
+    embed_VD: Tensor, tokens_M: Tensor, residual: Residual, *, scale: float = 1.0
+) -> None:
+    """Make the residual the embeddings of `tokens_M` (int64) times `scale`."""
+    dtype = torch.promote_types(embed_VD.dtype, torch.float32)
+    _write(embed_VD[tokens_M].to(dtype) * scale, residual)
 
 
 def add_residual(
@@ -44,11 +54,19 @@ def scale_rows(rows: UnscaledRows, weight_K: Tensor | None, out_MK: Tensor) -> N
     out_MK.copy_(scaled_MK if weight_K is None else scaled_MK * weight_K)
 
 
-def swiglu(gate_up_M2F: Tensor, out_MF: Tensor) -> None:
-    """Write silu(gate) * up to `out_MF`; a row holds all of gate, then all of up."""
-    dtype = torch.promote_types(gate_up_M2F.dtype, torch.float32)
-    gate_MF, up_MF = gate_up_M2F.to(dtype).chunk(2, dim=1)
-    out_MF.copy_(functional.silu(gate_MF) * up_MF)
+def activate(inputs_MX: Tensor, out_MF: Tensor, activation: Activation) -> None:
+    """Write an MLP's activation to `out_MF`; gated, a row holds all of gate, then all of up."""
+    dtype = torch.promote_types(inputs_MX.dtype, torch.float32)
+    out_MF.copy_(activated(inputs_MX.to(dtype), activation))
+
+
+def activated(inputs_MX: Tensor, activation: Activation) -> Tensor:
+    """Return an MLP's activation; gated ones halve the columns. The gelu is the exact one."""
+    if activation == "relu2":
+        return functional.relu(inputs_MX).square()
+    gate_MF, up_MF = inputs_MX.chunk(2, dim=1)
+    gate = functional.silu if activation == "swiglu" else functional.gelu
+    return gate(gate_MF) * up_MF
 
 
 def normalised(rows: UnscaledRows) -> Tensor:

@@ -13,6 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+"""The dtypes that the kernels take for weights and activations."""
+
 MAX_KEPT = 16
 """Accepted rows that wait beside the state; with more it advances, so it is seldom written."""
 
@@ -124,8 +127,8 @@ def check_scan(
     sums = () if gate is None else (gate.square_sums_BTQ,)
     blocks = (rows.x_BRXP, rows.b_BRGN, c, out, past.rows.x_BRXP, past.rows.b_BRGN, *z)
     vectors = (rows.dt_BRH, past.rows.dt_BRH, mask, *past.pending, *sums)
-    require_dtypes("x, B, C, z and the output", blocks, (torch.bfloat16, torch.float32))
-    require_dtypes("the state", (state,), (torch.float32, torch.bfloat16))
+    require_dtypes("x, B, C, z and the output", blocks, FLOATS)
+    require_dtypes("the state", (state,), FLOATS)
     require_dtypes("A, D, the bias of dt and sums", (*heads, *sums), (torch.float32,))
     require_dtypes("the mask", (mask,), (torch.bool,))
     require_dtypes("the path and its lengths", past.pending, (torch.int32,))

@@ -54,14 +54,39 @@ def load_columns(source, row, valid, dims):
 
 
 @triton.jit
+def _halves(wide):
+    """Two bf16 numbers whose sum an fp32 one is, but for its last bits; an fp16 one exactly."""
+    high = wide.to(tl.bfloat16)
+    return high, (wide - high.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
 def dot_wide(wide, right, total):
-    """total + wide @ right for an fp32 `wide`: with bf16 on the right, as two bf16 parts."""
+    """total + wide @ right for an fp32 `wide`: with 16 bits on the right, as two bf16 parts.
+
+    Parts of fp16 would overflow or lose their digits, so fp16 on the right is taken apart too.
+    """
     if right.dtype == tl.float32:
         total = tl.dot(wide, right, total, input_precision="ieee")
     else:
-        high = wide.to(right.dtype)
-        low = (wide - high.to(tl.float32)).to(right.dtype)
+        high, low = _halves(wide)
+        if right.dtype == tl.float16:
+            right, right_low = _halves(right.to(tl.float32))
+            total = tl.dot(high, right_low, total)
         total = tl.dot(low, right, tl.dot(high, right, total))
+    return total
+
+
+@triton.jit
+def dot_rounded(left, right, total, NARROW: tl.constexpr):
+    """total + left @ right, one of fp32 and one of dtype NARROW, to which the first is rounded.
+
+    Beside fp16 it is rounded to tf32, which has as many digits and the range of fp32.
+    """
+    if tl.float16 == NARROW:
+        total = tl.dot(left.to(tl.float32), right.to(tl.float32), total, input_precision="tf32")
+    else:
+        total = tl.dot(left.to(NARROW), right.to(NARROW), total, input_precision="ieee")
     return total
 
 

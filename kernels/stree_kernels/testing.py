@@ -10,6 +10,8 @@ TOLERANCES = {
     torch.float64: 1e-12,
     # likewise of 6e-8: measured 1e-7 for outputs, 5e-7 for 256 rows in one block
     torch.float32: 1e-5,
+    # the output's own rounding is 1.4e-4 (root mean square), the products' inside more
+    torch.float16: 2e-3,
     # the output's own rounding is 1e-3 (root mean square), the products' inside about as much
     torch.bfloat16: 1e-2,
 }

@@ -26,7 +26,7 @@ from torch import Tensor
 from stree_kernels import pdl
 from stree_kernels.key_rows_ref import KeyValues
 from stree_kernels.pdl import launch_options, wait_for_previous
-from stree_kernels.rows import check_cover, require_dtypes, require_packed
+from stree_kernels.rows import FLOATS, check_cover, require_dtypes, require_packed
 
 MAX_ROWS = 256
 MAX_GROUP = 16
@@ -275,9 +275,9 @@ def tree_attention(
 ) -> None:
     """Attend from rows first..first + T - 1 to committed tokens and rows in their mask.
 
-    The contract is that of `tree_attention_ref.tree_attention`, in bf16 or fp32; NaN in unused
-    parts of `cache` and `rows` does no harm. `workspace` holds `workspace_size` fp32 values, which
-    need no preparation.
+    The contract is that of `tree_attention_ref.tree_attention`, in a dtype of `FLOATS`; NaN in
+    unused parts of `cache` and `rows` does no harm. `workspace` holds `workspace_size` fp32 values,
+    which need no preparation.
     Raises ValueError when a size, dtype or stride is beyond what the kernel takes.
     """
     num_tokens, num_slots, num_heads, head_dim = q_TBHD.shape
@@ -341,7 +341,7 @@ def _check(
         )
     check_cover(num_rows, len(mask), len(rows.key), len(rows.value))
     blocks = (q, out, *cache, *rows)
-    require_dtypes("q, the cache, rows and output", blocks, (torch.bfloat16, torch.float32))
+    require_dtypes("q, the cache, rows and output", blocks, FLOATS)
     require_dtypes("the mask", (mask,), (torch.bool,))
     require_dtypes("the committed lengths", (committed,), (torch.int32,))
     require_packed("q, the cache, a row buffer or the output", blocks, 4)

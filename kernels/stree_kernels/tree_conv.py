@@ -21,7 +21,14 @@ import triton.language as tl
 from torch import Tensor
 
 from stree_kernels.pdl import launch_options, release_next, wait_for_previous
-from stree_kernels.rows import Pending, check_cover, require_dtypes, require_packed, strides
+from stree_kernels.rows import (
+    FLOATS,
+    Pending,
+    check_cover,
+    require_dtypes,
+    require_packed,
+    strides,
+)
 
 WIDTHS = (2, 3, 4)
 
@@ -151,7 +158,7 @@ def tree_conv(
 ) -> None:
     """Advance the state along `pending`, then convolve rows first..first + num_tokens - 1.
 
-    The contract is that of `tree_conv_ref.tree_conv`, with all in bf16 or fp32.
+    The contract is that of `tree_conv_ref.tree_conv`, with all in one dtype of `FLOATS`.
     Raises ValueError when a size, dtype or stride is beyond what the kernel takes.
     """
     num_rows = first + num_tokens
@@ -187,9 +194,7 @@ def _check(
     if pending and prev is None:
         raise ValueError("a pending path needs the rows it names, got none; pass `previous_BRE`")
     blocks = (inputs, out) if prev is None else (inputs, out, prev)
-    require_dtypes(
-        "the state, inputs and output", (state, *blocks), (torch.bfloat16, torch.float32)
-    )
+    require_dtypes("the state, inputs and output", (state, *blocks), FLOATS)
     indices = (ancestors, *(pending or ()))
     require_dtypes("the ancestors, the path and its length", indices, (torch.int32,))
     require_packed("the state, the weight or the ancestors", (state, weight, ancestors), 2)

@@ -39,6 +39,7 @@ from stree_kernels.rows import (
 from stree_kernels.scan_parts import (
     KEPT,
     advance,
+    dot_rounded,
     load_columns,
     load_rows,
     load_vector,
@@ -77,6 +78,9 @@ OLDER_CONFIGS = (
     (ScanConfig(16, 256, 16, 4, None),) * 2,
     (ScanConfig(256, 256, 32, 4, None),) * 2,
 )
+# Operands beside fp16 are of fp32, so a tile of 64 rows would not fit. All 255 registers are asked
+# for: the assembler would rather spill some. Sized by `benchmarks/aot.py`, not by timing.
+FP16_CONFIGS = (ScanConfig(16, 256, 16, 4, None), ScanConfig(256, 256, 32, 4, 255))
 FP32_CONFIG = ScanConfig(256, 128, 16, 8, None)
 TOKEN_CONFIGS = (ScanConfig(1, 256, 1, 4, None), ScanConfig(1, 256, 1, 4, 128))
 # Triton 3.7 cannot lay out this kernel's product for the tensor cores of compute capability 10.0;
@@ -96,6 +100,8 @@ def pick_config(
         return NEWEST_TOKEN_CONFIG if capability >= 100 else TOKEN_CONFIGS[many]
     if dtype == torch.float32:
         return FP32_CONFIG
+    if dtype == torch.float16:
+        return FP16_CONFIGS[num_rows > FP16_CONFIGS[0].max_rows]
     return next(
         pair[many]
         for pair in (CONFIGS if capability >= 90 else OLDER_CONFIGS)
@@ -129,7 +135,7 @@ def _add_ancestors(y_PT, x_PJ, b_JN, c_NT, d_J, path_J, path_T, mask_JT):
     # Outside the mask the exponent may be positive and overflow, so the mask comes before exp.
     exponent_JT = tl.where(mask_JT, path_T[None, :] - path_J[:, None], float("-inf"))
     weight_JT = score_JT * tl.exp(exponent_JT) * d_J[:, None]
-    return tl.dot(x_PJ, weight_JT.to(x_PJ.dtype), y_PT, input_precision="ieee")
+    return dot_rounded(x_PJ, weight_JT, y_PT, x_PJ.dtype)
 
 
 @triton.jit
@@ -167,8 +173,8 @@ def _attend(
 
 @triton.jit
 def _add_state(y_PT, state, c_NT, path_T):
-    """y + exp(c) S C. With bf16 rows S is rounded for this product alone."""
-    carried_PT = tl.dot(state.to(c_NT.dtype), c_NT, input_precision="ieee")
+    """y + exp(c) S C. With 16-bit rows S is rounded for this product alone."""
+    carried_PT = dot_rounded(state, c_NT, None, c_NT.dtype)
     return y_PT + carried_PT * tl.exp(path_T)[None, :]
 
 
@@ -269,7 +275,7 @@ def tree_scan(
 ) -> None:  # fmt: skip
     """Score rows first..first + T - 1 after all accepted tokens of `past`, and commit these.
 
-    The contract is that of `tree_scan_ref.tree_scan`, with all in bf16 or fp32.
+    The contract is that of `tree_scan_ref.tree_scan`, with all in one dtype of `FLOATS`.
     Raises ValueError when a size, dtype or stride is beyond what the kernel takes.
     """
     num_rows = first + c_BTGN.shape[1]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stree_kernels.rows import require_dtypes, require_packed
+from stree_kernels.rows import FLOATS, require_dtypes, require_packed
 
 COLUMNS_PER_SUM = 8
 """Columns of a residual stream that one sum of squares covers: the least a program may own."""
@@ -60,7 +60,7 @@ def scale_factors(rows: UnscaledRows) -> Tensor:
 def check_rows(rows: UnscaledRows) -> None:
     """Raise ValueError unless the rows have the sizes, dtypes and strides a kernel relies on."""
     values, sums = rows.values_MK, rows.square_sums_MQ
-    require_dtypes("rows", (values,), (torch.bfloat16, torch.float32))
+    require_dtypes("rows", (values,), FLOATS)
     require_packed("rows", (values,), 2)
     if sums is None:
         return
@@ -77,8 +77,8 @@ def check_residual(residual: Residual) -> None:
     """Raise ValueError unless a residual has the sizes, dtypes and strides a kernel relies on."""
     stream, values, sums = residual
     num_rows, num_columns = stream.shape
-    require_dtypes("the residual stream", (stream,), (torch.bfloat16, torch.float32))
-    require_dtypes("the residual's values", (values,), (torch.bfloat16, torch.float32))
+    require_dtypes("the residual stream", (stream,), FLOATS)
+    require_dtypes("the residual's values", (values,), FLOATS)
     require_dtypes("sums of squares", (sums,), (torch.float32,))
     require_packed("the residual", residual, 2)
     if stream.dtype == values.dtype and stream.data_ptr() != values.data_ptr():

@@ -1,0 +1,70 @@
+"""Measure the passes of one model alone: what verifying a tree would cost, before any draft."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from stree_autotune.probe import (
+    ProbeConfig,
+    even_tree,
+    free,
+    occupy,
+    time_whole_steps,
+)
+from stree_autotune.timing import EFFORTS, Work, captured, time_interleaved
+from stree_core.model import Model
+from stree_core.step import make_buffers, make_speculator
+from stree_core.tree import Tree
+from stree_core.tree_plan import make_plan
+
+PASS_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class PassTime(NamedTuple):
+    """A pass over `num_tokens` rows of each slot: median and spread; `step_ms` with one row only.
+
+    `step_ms` is the wall time of a whole step without speculation, host included.
+    """
+
+    batch_size: int
+    num_tokens: int
+    ms: float
+    spread_ms: float
+    step_ms: float | None
+
+
+def probe_model(
+    model: Model, config: ProbeConfig, progress: Callable[[str], None]
+) -> Iterator[list[PassTime]]:
+    """Time forward passes with LM head and argmax, batch size by batch size, and whole steps."""
+    for batch_size in config.batch_sizes:
+        rows = _passes(model, config, batch_size)
+        (step,) = time_whole_steps(model, None, config, batch_size, [Tree.chain(0)])
+        progress(f"batch size {batch_size}: one token {step.ms:.3f} ms")
+        yield [row._replace(step_ms=step.ms) if row.num_tokens == 1 else row for row in rows]
+
+
+def _passes(model: Model, config: ProbeConfig, batch_size: int) -> list[PassTime]:
+    largest = config.max_nodes + 1
+    sizes = sorted({size for size in PASS_SIZES if size <= largest})
+    device = model.device
+    candidates: dict[int, Work] = {}
+    with torch.inference_mode():
+        pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        plans = {
+            size: make_plan(even_tree(size - 1, 2), model.conv_widths, frozenset(), device)
+            for size in sizes
+        }
+        shared = make_speculator(model, None, plans[sizes[-1]], batch_size, config.context)
+        occupy(shared, config.context // 2)
+        for size, plan in plans.items():
+            buffers = make_buffers(plan, batch_size, device)
+            bound = dataclasses.replace(shared, plan=plan, buffers=buffers)
+            candidates[size] = captured(bound.verify, device, pool)
+        timings = time_interleaved(candidates, device, EFFORTS[config.effort])
+    free(device)
+    return [PassTime(batch_size, size, t.ms, t.spread_ms, None) for size, t in timings.items()]

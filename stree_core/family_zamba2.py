@@ -1,0 +1,130 @@
+"""Zamba2 (arXiv:2411.15242): Mamba2 layers, some behind a transformer layer with shared weights.
+
+Each use of the shared layer has low-rank adapters of its own, which are merged when it is loaded:
+its weights are then kept once per use.
+"""
+
+from __future__ import annotations
+
+from math import inf
+
+from stree_core.config_keys import (
+    Config,
+    Unsupported,
+    eos_ids,
+    grouped_mamba2,
+    head_and_embedding,
+    kv_heads_of,
+    number,
+    refuse,
+    require_layers,
+    rope_of,
+)
+from stree_core.model_shape import (
+    AttentionShape,
+    Block,
+    Mamba2Shape,
+    MlpShape,
+    ModelShape,
+    SharedBlock,
+)
+from stree_core.parts import attention_part, mamba2_part, matrix, mlp_part, vector
+
+KINDS = ("mamba", "linear_attention", "hybrid")
+# Fixed in the published mixer, whatever the config's norm_eps.
+MIXER_EPS = 1e-5
+
+
+def zamba2(config: Config) -> ModelShape:
+    """`Zamba2ForCausalLM`; its time steps have a least value."""
+    refuse(config, add_bias_linear=False, use_long_context=False)
+    width, mixer = config["hidden_size"], _mixer(config)
+    kinds = config["layers_block_type"]
+    require_layers(kinds, KINDS, config["num_hidden_layers"])
+    hybrids = [index for index, kind in enumerate(kinds) if kind == "hybrid"]
+    blocks = []
+    for index, kind in enumerate(kinds):
+        layer = f"model.layers.{index}."
+        inner = layer + "mamba_decoder." if kind == "hybrid" else layer
+        shared = None
+        if kind == "hybrid":
+            use = hybrids.index(index)
+            owner = hybrids[use % config["num_mem_blocks"]]
+            shared = _shared(config, layer, f"model.layers.{owner}.shared_transformer.", use)
+        part = mamba2_part(mixer, width, inner + "mamba.")
+        blocks.append(Block(vector(inner + "input_layernorm.weight", width), (part,), shared))
+    embed, lm_head = head_and_embedding(config, "model.embed_tokens.weight", tied_by_default=True)
+    return ModelShape(
+        vocab_size=config["vocab_size"],
+        hidden_size=width,
+        norm_eps=config["rms_norm_eps"],
+        residual_fp32=False,
+        eos_token_ids=eos_ids(config),
+        embed=embed,
+        embed_scale=1.0,
+        blocks=tuple(blocks),
+        final_norm=vector("model.final_layernorm.weight", width),
+        lm_head=lm_head,
+    )
+
+
+def _mixer(config: Config) -> Mamba2Shape:
+    num_heads = config["n_mamba_heads"]
+    return grouped_mamba2(
+        num_heads=num_heads,
+        head_dim=config["mamba_expand"] * config["hidden_size"] // num_heads,
+        num_groups=config["mamba_ngroups"],
+        state_dim=config["mamba_d_state"],
+        conv_width=config["mamba_d_conv"],
+        # transformers clamps so in its chunk path, and not at all in its one-token path.
+        limit=(number(config["time_step_min"]), inf),
+        norm_eps=MIXER_EPS,
+    )
+
+
+def _shared(config: Config, layer: str, owner: str, use: int) -> SharedBlock:
+    """Return the `use`-th use of a shared layer, whose weights lie under `owner`."""
+    width = config["hidden_size"]
+    head_dim = 2 * width // config["num_attention_heads"]
+    attention = AttentionShape(
+        num_heads=config["num_attention_heads"],
+        num_kv_heads=kv_heads_of(config),
+        head_dim=head_dim,
+        scale=(head_dim / 2) ** -0.5,
+        rope=rope_of(config, head_dim) if config.get("use_mem_rope", False) else None,
+    )
+    adapters: tuple[tuple[str, str], ...] = ()
+    if config.get("use_shared_attention_adapter", False):
+        adapters = tuple(
+            _adapter(f"{owner}self_attn.linear_{name}_adapter_list.{use}.") for name in "qkv"
+        )
+    return SharedBlock(
+        attention_norm=vector(owner + "input_layernorm.weight", 2 * width),
+        attention=attention_part(
+            attention, 2 * width, owner + "self_attn.", out_width=width, adapters=adapters
+        ),
+        mlp_norm=vector(owner + "pre_ff_layernorm.weight", width),
+        mlp=mlp_part(
+            _mlp(config),
+            width,
+            owner + "feed_forward.",
+            up_names=("gate_up_proj.weight",),
+            adapters=(_adapter(f"{owner}feed_forward.gate_up_proj_adapter_list.{use}."),),
+        ),
+        linear=matrix(layer + "linear.weight", width, width),
+    )
+
+
+def _mlp(config: Config) -> MlpShape:
+    name = config.get("hidden_act", "gelu")
+    inner_dim = config.get("intermediate_size") or 4 * config["hidden_size"]
+    if name == "gelu":
+        return MlpShape(inner_dim, "geglu")
+    if name == "silu":
+        return MlpShape(inner_dim, "swiglu")
+    raise Unsupported(f"hidden_act = {name!r} is not supported, only 'gelu' and 'silu'")
+
+
+def _adapter(prefix: str) -> tuple[str, str]:
+    """Return the keys of a low-rank pair."""
+    return prefix + "0.weight", prefix + "1.weight"

@@ -1,0 +1,100 @@
+"""Where a model comes from: a folder with weights, a Hugging Face id, or a shape alone.
+
+Nothing here loads torch: tuning asks for names and hashes only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stree_core.errors import CheckpointError
+from stree_core.families import shape_from_config
+from stree_core.files import read_json, sha256_of
+from stree_core.hub import fetch_model, is_hub_id
+from stree_core.model_shape import ModelShape
+from stree_core.profile import ModelRef
+from stree_core.shape_sheet import load_shape_sheet
+from stree_core.text import tokenizer_sha256
+
+CONFIG = "config.json"
+MAMBA_CONFIG = "mamba_config.json"
+GENERATION_CONFIG = "generation_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A model before it is loaded; without a folder its weights are drawn at random."""
+
+    ref: ModelRef
+    shape: ModelShape
+    folder: Path | None
+
+    @property
+    def name(self) -> str:
+        """The name that files keep of it."""
+        return self.ref.name
+
+
+def find_source(name: str | Path) -> ModelSource:
+    """Return the source of a model folder or of a Hugging Face id, which is fetched.
+
+    Raises CheckpointError when it is neither, cannot be fetched, or cannot be used.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder_source(folder)
+    if isinstance(name, str) and is_hub_id(name):
+        fetched = fetch_model(name)
+        return folder_source(fetched.folder, fetched.name)
+    raise CheckpointError(
+        f"a model is a folder with config.json or a Hugging Face id, got {name}; check the path"
+    )
+
+
+def folder_source(folder: Path, name: str | None = None) -> ModelSource:
+    """Return the source of a model folder; raise CheckpointError when it cannot be used."""
+    name = name or folder.resolve().name
+    shape = shape_from_config(read_config(folder), name)
+    ref = ModelRef(
+        name=name,
+        config_sha256=_config_sha256(folder),
+        tokenizer_sha256=tokenizer_sha256(folder),
+        shape_sha256=shape.digest,
+    )
+    return ModelSource(ref, shape, folder)
+
+
+def sheet_source(path: Path) -> ModelSource:
+    """Return the source of a shape sheet; raise ConfigError when it is malformed."""
+    sheet = load_shape_sheet(path)
+    shape = shape_from_config(sheet.config_dict, sheet.name)
+    ref = ModelRef(name=sheet.name, config_sha256=sha256_of(path), shape_sha256=shape.digest)
+    return ModelSource(ref, shape, None)
+
+
+def _config_sha256(folder: Path) -> str:
+    """Return the hash of config.json, or of it and the file that says which layers attend."""
+    digest = sha256_of(folder / CONFIG)
+    if not (folder / MAMBA_CONFIG).is_file():
+        return digest
+    both = digest + sha256_of(folder / MAMBA_CONFIG)
+    return hashlib.sha256(both.encode()).hexdigest()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return config.json, with what stands in further files under keys of its own.
+
+    generation_config.json knows all end tokens; Mamba-in-Llama keeps its mixers in
+    mamba_config.json. Raises CheckpointError when a file cannot be read.
+    """
+    config = read_json(folder / CONFIG)
+    if (folder / MAMBA_CONFIG).is_file():
+        config["mamba_config"] = read_json(folder / MAMBA_CONFIG)
+    if (folder / GENERATION_CONFIG).is_file():
+        eos = read_json(folder / GENERATION_CONFIG).get("eos_token_id")
+        if eos is not None:
+            config["eos_token_id"] = eos
+    return config
