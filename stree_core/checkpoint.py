@@ -27,7 +27,7 @@ def load_model(
     cannot be used, NotEnoughMemory when the weights do not fit.
     """
     if source.folder is None:
-        return random_model(source.shape, backend, dtype, device, num_logits)
+        return random_model(source.shape, backend, dtype, device, num_logits, source.name)
     files = WeightFiles(source.folder, source.name, device)
     return _build(source.shape, files.read, backend, dtype, device, num_logits, source.name)
 
@@ -38,6 +38,7 @@ def random_model(
     dtype: torch.dtype,
     device: torch.device,
     num_logits: int | None = None,
+    name: str = "this shape",
 ) -> Model:
     """Build a model of `shape` with random weights, for timing: time does not depend on values.
 
@@ -51,7 +52,7 @@ def random_model(
         values = torch.randn(weight.shape, generator=generator, device=device, dtype=dtype)
         return values.mul_(weight.shape[-1] ** -0.5)
 
-    return _build(shape, draw, backend, dtype, device, num_logits, "this shape")
+    return _build(shape, draw, backend, dtype, device, num_logits, name)
 
 
 def _build(

@@ -13,6 +13,7 @@ from stree_autotune.probe import (
     even_tree,
     free,
     occupy,
+    rounded,
     time_whole_steps,
 )
 from stree_autotune.timing import EFFORTS, Work, captured, time_interleaved
@@ -45,7 +46,8 @@ def probe_model(
         rows = _passes(model, config, batch_size)
         (step,) = time_whole_steps(model, None, config, batch_size, [Tree.chain(0)])
         progress(f"batch size {batch_size}: one token {step.ms:.3f} ms")
-        yield [row._replace(step_ms=step.ms) if row.num_tokens == 1 else row for row in rows]
+        step_ms = rounded(step.ms)
+        yield [row._replace(step_ms=step_ms) if row.num_tokens == 1 else row for row in rows]
 
 
 def _passes(model: Model, config: ProbeConfig, batch_size: int) -> list[PassTime]:
@@ -67,4 +69,7 @@ def _passes(model: Model, config: ProbeConfig, batch_size: int) -> list[PassTime
             candidates[size] = captured(bound.verify, device, pool)
         timings = time_interleaved(candidates, device, EFFORTS[config.effort])
     free(device)
-    return [PassTime(batch_size, size, t.ms, t.spread_ms, None) for size, t in timings.items()]
+    return [
+        PassTime(batch_size, size, rounded(timing.ms), rounded(timing.spread_ms), None)
+        for size, timing in timings.items()
+    ]

@@ -114,9 +114,9 @@ def _table(pair: Pair, config: ProbeConfig, points: list[Point], steps: list[Ste
         context=config.context,
         weights="random" if pair.target_source.folder is None else "real",
         measured=_measured(EFFORTS[config.effort], pair.device),
-        points=tuple(p._replace(ms=_round(p.ms), spread_ms=_round(p.spread_ms)) for p in points),
+        points=tuple(p._replace(ms=rounded(p.ms), spread_ms=rounded(p.spread_ms)) for p in points),
         trees={name: TreeText(paths=tree.paths) for name, tree in trees.items()},
-        steps=tuple(s._replace(ms=_round(s.ms), spread_ms=_round(s.spread_ms)) for s in steps),
+        steps=tuple(s._replace(ms=rounded(s.ms), spread_ms=rounded(s.spread_ms)) for s in steps),
     )
 
 
@@ -288,6 +288,6 @@ def _measured(effort: Effort, device: torch.device) -> TableMeasured:
     )
 
 
-def _round(ms: float) -> float:
+def rounded(ms: float) -> float:
     """Keep four digits: the others are noise, and files stay readable."""
     return float(f"{ms:.4g}")
