@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
-from stree_core.model_shape import Llama3Scaling, Mamba2Shape, Rope, Weight
-from stree_core.parts import matrix
+from stree_core.model_shape import (
+    AttentionShape,
+    Block,
+    Llama3Scaling,
+    Mamba2Shape,
+    ModelShape,
+    Part,
+    Rope,
+)
+from stree_core.parts import matrix, vector
 
 Config = dict[str, Any]
 
@@ -47,16 +56,11 @@ def head_dim_of(config: Config) -> int:
     return int(given or config["hidden_size"] // config["num_attention_heads"])
 
 
-def kv_heads_of(config: Config) -> int:
-    """Read the heads of keys and values, one for each query head unless they are given."""
-    return int(config.get("num_key_value_heads") or config["num_attention_heads"])
-
-
-def rope_of(config: Config, head_dim: int, rotated_share: float = 1.0) -> Rope:
+def rope_of(config: Config, *, rotated_share: float = 1.0) -> Rope:
     """Read rotary positions from `rope_parameters`, or the older rope_theta and rope_scaling."""
     rope: Config = {"rope_theta": config.get("rope_theta", 10000.0)}
     rope |= config.get("rope_parameters") or config.get("rope_scaling") or {}
-    dim = int(head_dim * float(rope.get("partial_rotary_factor", rotated_share)))
+    dim = int(head_dim_of(config) * float(rope.get("partial_rotary_factor", rotated_share)))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return Rope(float(rope["rope_theta"]), dim)
@@ -122,14 +126,54 @@ def mamba_keys_mixer(config: Config, *, with_norm: bool = True) -> Mamba2Shape:
     )
 
 
-def head_and_embedding(
-    config: Config, embed_key: str, *, tied_by_default: bool, head_key: str = "lm_head.weight"
-) -> tuple[Weight, Weight]:
-    """Return the embedding and the LM head, which are one weight when the config ties them."""
-    size = (config["vocab_size"], config["hidden_size"])
-    embed = matrix(embed_key, *size)
+def attention_of(config: Config, rope: Rope | None, scale: float | None = None) -> AttentionShape:
+    """Read a grouped-query attention; scores are divided by the root of the head's width."""
+    head_dim = head_dim_of(config)
+    return AttentionShape(
+        num_heads=config["num_attention_heads"],
+        num_kv_heads=int(config.get("num_key_value_heads") or config["num_attention_heads"]),
+        head_dim=head_dim,
+        scale=head_dim**-0.5 if scale is None else scale,
+        rope=rope,
+    )
+
+
+def two_blocks(
+    config: Config, norm_keys: tuple[str, str], mixers: tuple[Part, ...], mlps: tuple[Part, ...]
+) -> list[Block]:
+    """Return the usual layer: mixers behind one norm, then MLPs behind another."""
+    first, second = (vector(key, config["hidden_size"]) for key in norm_keys)
+    return [Block(first, mixers), Block(second, mlps)]
+
+
+def language_model(
+    config: Config,
+    blocks: Sequence[Block],
+    embed_key: str,
+    final_norm_key: str,
+    *,
+    norm_eps: float,
+    tied_by_default: bool = False,
+    residual_fp32: bool = False,
+    embed_scale: float = 1.0,
+    logit_scale: float = 1.0,
+) -> ModelShape:
+    """Return a model whose LM head is `lm_head.weight`, or the embedding where they are tied."""
+    vocab_size, width = config["vocab_size"], config["hidden_size"]
+    embed = matrix(embed_key, vocab_size, width)
     tied = config.get("tie_word_embeddings", tied_by_default)
-    return embed, embed if tied else matrix(head_key, *size)
+    return ModelShape(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        norm_eps=norm_eps,
+        residual_fp32=residual_fp32,
+        eos_token_ids=eos_ids(config),
+        embed=embed,
+        embed_scale=embed_scale,
+        blocks=tuple(blocks),
+        final_norm=vector(final_norm_key, width, logit_scale),
+        lm_head=embed if tied else matrix("lm_head.weight", vocab_size, width),
+    )
 
 
 def require_layers(kinds: list[str], known: tuple[str, ...], num_layers: int | None) -> None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from stree_core.config_keys import (
     Config,
-    eos_ids,
-    head_and_embedding,
-    head_dim_of,
-    kv_heads_of,
+    attention_of,
+    language_model,
     mamba_keys_mixer,
     refuse,
     rope_of,
+    two_blocks,
 )
-from stree_core.model_shape import AttentionShape, Block, MlpShape, ModelShape, Part
-from stree_core.parts import attention_part, mamba2_part, mlp_part, vector
+from stree_core.model_shape import Block, MlpShape, ModelShape, Part
+from stree_core.parts import attention_part, mamba2_part, mlp_part
 
 
 def falcon_h1(config: Config) -> ModelShape:
@@ -33,42 +32,27 @@ def falcon_h1(config: Config) -> ModelShape:
         feed_forward = mlp_part(
             mlp, width, layer + "feed_forward.", gate_scale=gate_scale, out_scale=down_scale
         )
-        blocks += [
-            Block(vector(layer + "input_layernorm.weight", width), _mixers(config, layer)),
-            Block(vector(layer + "pre_ff_layernorm.weight", width), (feed_forward,)),
-        ]
-    embed, lm_head = head_and_embedding(config, "model.embed_tokens.weight", tied_by_default=False)
-    return ModelShape(
-        vocab_size=config["vocab_size"],
-        hidden_size=width,
+        norms = (layer + "input_layernorm.weight", layer + "pre_ff_layernorm.weight")
+        blocks += two_blocks(config, norms, _mixers(config, layer), (feed_forward,))
+    return language_model(
+        config,
+        blocks,
+        "model.embed_tokens.weight",
+        "model.final_layernorm.weight",
         norm_eps=config["rms_norm_eps"],
-        residual_fp32=False,
-        eos_token_ids=eos_ids(config),
-        embed=embed,
         embed_scale=_factor(config, "embedding_multiplier"),
-        blocks=tuple(blocks),
-        final_norm=vector(
-            "model.final_layernorm.weight", width, _factor(config, "lm_head_multiplier")
-        ),
-        lm_head=lm_head,
+        logit_scale=_factor(config, "lm_head_multiplier"),
     )
 
 
 def _mixers(config: Config, layer: str) -> tuple[Part, ...]:
     """Return the attention and the Mamba2 mixer that read the same rows."""
-    width, head_dim = config["hidden_size"], head_dim_of(config)
-    attention = AttentionShape(
-        num_heads=config["num_attention_heads"],
-        num_kv_heads=kv_heads_of(config),
-        head_dim=head_dim,
-        scale=head_dim**-0.5,
-        rope=rope_of(config, head_dim),
-    )
+    width = config["hidden_size"]
     into_mamba = _factor(config, "ssm_in_multiplier")
     sections = config.get("ssm_multipliers") or [1.0] * 5
     return (
         attention_part(
-            attention,
+            attention_of(config, rope_of(config)),
             width,
             layer + "self_attn.",
             in_scale=_factor(config, "attention_in_multiplier"),

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from stree_core.config_keys import (
     Config,
-    eos_ids,
-    head_and_embedding,
-    head_dim_of,
-    kv_heads_of,
+    attention_of,
+    language_model,
     mamba_keys_mixer,
     refuse,
     require_layers,
     rope_of,
+    two_blocks,
 )
-from stree_core.model_shape import AttentionShape, Block, MlpShape, ModelShape, MoeShape, Part
-from stree_core.parts import attention_part, mamba2_part, mlp_part, moe_part, vector
+from stree_core.model_shape import Block, MlpShape, ModelShape, MoeShape, Part
+from stree_core.parts import attention_part, mamba2_part, mlp_part, moe_part
 from stree_kernels.laws import RouterLaw
 
 # Older files say mamba and attention.
@@ -29,7 +28,9 @@ def granite(config: Config) -> ModelShape:
     )  # fmt: skip
     width = config["hidden_size"]
     into_stream = float(config.get("residual_multiplier", 1.0))
-    attention, mixer = _attention(config), mamba_keys_mixer(config)
+    rope = rope_of(config) if config.get("position_embedding_type") == "rope" else None
+    attention = attention_of(config, rope, float(config.get("attention_multiplier", 1.0)))
+    mixer = mamba_keys_mixer(config)
     kinds = config.get("layer_types") or config.get("layers_block_type")
     kinds = kinds or ["mamba"] * config["num_hidden_layers"]
     require_layers(kinds, KINDS, config["num_hidden_layers"])
@@ -40,37 +41,16 @@ def granite(config: Config) -> ModelShape:
             part = attention_part(attention, width, layer + "self_attn.", out_scale=into_stream)
         else:
             part = mamba2_part(mixer, width, layer + "mamba.", out_scale=into_stream)
-        blocks += [
-            Block(vector(layer + "input_layernorm.weight", width), (part,)),
-            Block(
-                vector(layer + "post_attention_layernorm.weight", width),
-                _feed_forward(config, layer, into_stream),
-            ),
-        ]
-    embed, lm_head = head_and_embedding(config, "model.embed_tokens.weight", tied_by_default=False)
-    return ModelShape(
-        vocab_size=config["vocab_size"],
-        hidden_size=width,
+        norms = (layer + "input_layernorm.weight", layer + "post_attention_layernorm.weight")
+        blocks += two_blocks(config, norms, (part,), _feed_forward(config, layer, into_stream))
+    return language_model(
+        config,
+        blocks,
+        "model.embed_tokens.weight",
+        "model.norm.weight",
         norm_eps=config["rms_norm_eps"],
-        residual_fp32=False,
-        eos_token_ids=eos_ids(config),
-        embed=embed,
         embed_scale=float(config.get("embedding_multiplier", 1.0)),
-        blocks=tuple(blocks),
-        final_norm=vector("model.norm.weight", width, 1 / config.get("logits_scaling", 1.0)),
-        lm_head=lm_head,
-    )
-
-
-def _attention(config: Config) -> AttentionShape:
-    head_dim = head_dim_of(config)
-    rotates = config.get("position_embedding_type") == "rope"
-    return AttentionShape(
-        num_heads=config["num_attention_heads"],
-        num_kv_heads=kv_heads_of(config),
-        head_dim=head_dim,
-        scale=float(config.get("attention_multiplier", 1.0)),
-        rope=rope_of(config, head_dim) if rotates else None,
+        logit_scale=1 / config.get("logits_scaling", 1.0),
     )
 
 

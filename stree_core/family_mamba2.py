@@ -5,16 +5,15 @@ from __future__ import annotations
 from stree_core.config_keys import (
     Config,
     dt_limit,
-    eos_ids,
     grouped_mamba2,
-    head_and_embedding,
+    language_model,
     refuse,
 )
 from stree_core.model_shape import Block, Mamba2Shape, ModelShape
-from stree_core.parts import mamba2_part, matrix, vector
+from stree_core.parts import mamba2_part, vector
 
 # The tokenizer of every published native checkpoint is that of GPT-NeoX: <|endoftext|>.
-NATIVE_EOS = (0,)
+NATIVE_EOS = 0
 NATIVE_EPS = 1e-5
 
 
@@ -31,19 +30,13 @@ def mamba2(config: Config) -> ModelShape:
         limit=dt_limit(config.get("time_step_limit")),
         norm_eps=config["layer_norm_epsilon"],
     )
-    width = config["hidden_size"]
-    embed, lm_head = head_and_embedding(config, "backbone.embeddings.weight", tied_by_default=False)
-    return ModelShape(
-        vocab_size=config["vocab_size"],
-        hidden_size=width,
+    return language_model(
+        config,
+        _blocks(mixer, config["hidden_size"], config["num_hidden_layers"]),
+        "backbone.embeddings.weight",
+        "backbone.norm_f.weight",
         norm_eps=config["layer_norm_epsilon"],
         residual_fp32=config.get("residual_in_fp32", True),
-        eos_token_ids=eos_ids(config),
-        embed=embed,
-        embed_scale=1.0,
-        blocks=_blocks(mixer, width, config["num_hidden_layers"]),
-        final_norm=vector("backbone.norm_f.weight", width),
-        lm_head=lm_head,
     )
 
 
@@ -68,20 +61,19 @@ def native_mamba2(config: Config) -> ModelShape:
         norm_eps=NATIVE_EPS,
     )
     multiple = config.get("pad_vocab_size_multiple", 8)
-    vocab_size = -(-config["vocab_size"] // multiple) * multiple
-    embed = matrix("backbone.embedding.weight", vocab_size, width)
-    tied = config.get("tie_embeddings", True)
-    return ModelShape(
-        vocab_size=vocab_size,
-        hidden_size=width,
+    named = {
+        "vocab_size": -(-config["vocab_size"] // multiple) * multiple,
+        "hidden_size": width,
+        "tie_word_embeddings": config.get("tie_embeddings", True),
+        "eos_token_id": config.get("eos_token_id", NATIVE_EOS),
+    }
+    return language_model(
+        named,
+        _blocks(mixer, width, config["n_layer"]),
+        "backbone.embedding.weight",
+        "backbone.norm_f.weight",
         norm_eps=NATIVE_EPS,
         residual_fp32=config.get("residual_in_fp32", True),
-        eos_token_ids=eos_ids(config) or NATIVE_EOS,
-        embed=embed,
-        embed_scale=1.0,
-        blocks=_blocks(mixer, width, config["n_layer"]),
-        final_norm=vector("backbone.norm_f.weight", width),
-        lm_head=embed if tied else matrix("lm_head.weight", vocab_size, width),
     )
 
 

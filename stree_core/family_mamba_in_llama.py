@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from stree_core.config_keys import (
     Config,
+    attention_of,
     dt_limit,
-    eos_ids,
-    head_and_embedding,
-    head_dim_of,
-    kv_heads_of,
+    language_model,
     refuse,
     rope_of,
+    two_blocks,
 )
-from stree_core.model_shape import AttentionShape, Block, Mamba2Shape, MlpShape, ModelShape
-from stree_core.parts import attention_part, mamba2_part, mlp_part, vector
+from stree_core.model_shape import Block, Mamba2Shape, MlpShape, ModelShape
+from stree_core.parts import attention_part, mamba2_part, mlp_part
 
 # Fixed in the published mixer, whatever the config's norm_eps.
 MIXER_EPS = 1e-5
@@ -28,7 +27,7 @@ def mamba_in_llama(config: Config) -> ModelShape:
     refuse(config, model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False)
     mamba = config["mamba_config"]
     width = config["hidden_size"]
-    attention, mixer = _attention(config), _mixer(mamba)
+    attention, mixer = attention_of(config, rope_of(config)), _mixer(mamba)
     mlp = MlpShape(config["intermediate_size"], "swiglu")
     attention_layers = set(mamba["attn_layers"])
     blocks: list[Block] = []
@@ -38,36 +37,14 @@ def mamba_in_llama(config: Config) -> ModelShape:
             part = attention_part(attention, width, layer + "self_attn.")
         else:
             part = mamba2_part(mixer, width, layer + "mamba.")
-        blocks += [
-            Block(vector(layer + "input_layernorm.weight", width), (part,)),
-            Block(
-                vector(layer + "post_attention_layernorm.weight", width),
-                (mlp_part(mlp, width, layer + "mlp."),),
-            ),
-        ]
-    embed, lm_head = head_and_embedding(config, "model.embed_tokens.weight", tied_by_default=False)
-    return ModelShape(
-        vocab_size=config["vocab_size"],
-        hidden_size=width,
+        norms = (layer + "input_layernorm.weight", layer + "post_attention_layernorm.weight")
+        blocks += two_blocks(config, norms, (part,), (mlp_part(mlp, width, layer + "mlp."),))
+    return language_model(
+        config,
+        blocks,
+        "model.embed_tokens.weight",
+        "model.norm.weight",
         norm_eps=config["rms_norm_eps"],
-        residual_fp32=False,
-        eos_token_ids=eos_ids(config),
-        embed=embed,
-        embed_scale=1.0,
-        blocks=tuple(blocks),
-        final_norm=vector("model.norm.weight", width),
-        lm_head=lm_head,
-    )
-
-
-def _attention(config: Config) -> AttentionShape:
-    head_dim = head_dim_of(config)
-    return AttentionShape(
-        num_heads=config["num_attention_heads"],
-        num_kv_heads=kv_heads_of(config),
-        head_dim=head_dim,
-        scale=head_dim**-0.5,
-        rope=rope_of(config, head_dim),
     )
 
 

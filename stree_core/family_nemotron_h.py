@@ -6,15 +6,14 @@ from math import inf
 
 from stree_core.config_keys import (
     Config,
-    eos_ids,
+    attention_of,
     grouped_mamba2,
-    head_and_embedding,
-    kv_heads_of,
+    language_model,
     number,
     refuse,
     require_layers,
 )
-from stree_core.model_shape import AttentionShape, Block, MlpShape, ModelShape, MoeShape, Part
+from stree_core.model_shape import Block, MlpShape, ModelShape, MoeShape, Part
 from stree_core.parts import attention_part, mamba2_part, mlp_part, moe_part, vector
 from stree_kernels.laws import RouterLaw
 
@@ -41,18 +40,12 @@ def nemotron_h(config: Config) -> ModelShape:
         )
         for index, kind in enumerate(kinds)
     )
-    embed, lm_head = head_and_embedding(config, "backbone.embeddings.weight", tied_by_default=False)
-    return ModelShape(
-        vocab_size=config["vocab_size"],
-        hidden_size=width,
+    return language_model(
+        config,
+        blocks,
+        "backbone.embeddings.weight",
+        "backbone.norm_f.weight",
         norm_eps=_eps(config),
-        residual_fp32=False,
-        eos_token_ids=eos_ids(config),
-        embed=embed,
-        embed_scale=1.0,
-        blocks=blocks,
-        final_norm=vector("backbone.norm_f.weight", width),
-        lm_head=lm_head,
     )
 
 
@@ -83,14 +76,7 @@ def _parts(config: Config, kind: str, prefix: str) -> tuple[Part, ...]:
         )
         return (mamba2_part(mixer, width, prefix),)
     if kind == "full_attention":
-        head_dim = config.get("head_dim") or config["attention_head_dim"]
-        attention = AttentionShape(
-            num_heads=config["num_attention_heads"],
-            num_kv_heads=kv_heads_of(config),
-            head_dim=head_dim,
-            scale=head_dim**-0.5,
-            rope=None,
-        )
+        attention = attention_of(config, rope=None)
         return (attention_part(attention, width, prefix),)
     if kind == "mlp":
         return (_mlp(config["intermediate_size"], width, prefix),)

@@ -11,23 +11,15 @@ from math import inf
 from stree_core.config_keys import (
     Config,
     Unsupported,
-    eos_ids,
+    attention_of,
     grouped_mamba2,
-    head_and_embedding,
-    kv_heads_of,
+    language_model,
     number,
     refuse,
     require_layers,
     rope_of,
 )
-from stree_core.model_shape import (
-    AttentionShape,
-    Block,
-    Mamba2Shape,
-    MlpShape,
-    ModelShape,
-    SharedBlock,
-)
+from stree_core.model_shape import Block, Mamba2Shape, MlpShape, ModelShape, SharedBlock
 from stree_core.parts import attention_part, mamba2_part, matrix, mlp_part, vector
 
 KINDS = ("mamba", "linear_attention", "hybrid")
@@ -53,18 +45,13 @@ def zamba2(config: Config) -> ModelShape:
             shared = _shared(config, layer, f"model.layers.{owner}.shared_transformer.", use)
         part = mamba2_part(mixer, width, inner + "mamba.")
         blocks.append(Block(vector(inner + "input_layernorm.weight", width), (part,), shared))
-    embed, lm_head = head_and_embedding(config, "model.embed_tokens.weight", tied_by_default=True)
-    return ModelShape(
-        vocab_size=config["vocab_size"],
-        hidden_size=width,
+    return language_model(
+        config,
+        blocks,
+        "model.embed_tokens.weight",
+        "model.final_layernorm.weight",
         norm_eps=config["rms_norm_eps"],
-        residual_fp32=False,
-        eos_token_ids=eos_ids(config),
-        embed=embed,
-        embed_scale=1.0,
-        blocks=tuple(blocks),
-        final_norm=vector("model.final_layernorm.weight", width),
-        lm_head=lm_head,
+        tied_by_default=True,
     )
 
 
@@ -86,13 +73,9 @@ def _shared(config: Config, layer: str, owner: str, use: int) -> SharedBlock:
     """Return the `use`-th use of a shared layer, whose weights lie under `owner`."""
     width = config["hidden_size"]
     head_dim = 2 * width // config["num_attention_heads"]
-    attention = AttentionShape(
-        num_heads=config["num_attention_heads"],
-        num_kv_heads=kv_heads_of(config),
-        head_dim=head_dim,
-        scale=(head_dim / 2) ** -0.5,
-        rope=rope_of(config, head_dim) if config.get("use_mem_rope", False) else None,
-    )
+    heads = config | {"head_dim": head_dim}
+    rope = rope_of(heads) if config.get("use_mem_rope", False) else None
+    attention = attention_of(heads, rope, scale=(head_dim / 2) ** -0.5)
     adapters: tuple[tuple[str, str], ...] = ()
     if config.get("use_shared_attention_adapter", False):
         adapters = tuple(
