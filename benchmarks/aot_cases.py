@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stree_kernels import experts, key_rows, linear, residual, tree_attention, tree_conv, tree_scan
+from stree_kernels import (
+    experts,
+    key_rows,
+    linear,
+    residual,
+    tree_attention,
+    tree_conv,
+    tree_scan,
+    uniforms,
+)
 from stree_kernels.key_rows_ref import KeyValues
 from stree_kernels.laws import GATED, Activation
 from stree_kernels.rows import (
@@ -174,6 +183,12 @@ def attention(tokens: int, group: int, head_dim: int, *, dtype: torch.dtype = BF
     )  # fmt: skip
 
 
+def uniform_numbers(num_columns: int) -> None:
+    """Fill two rows of numbers of each of three sequences."""
+    seeds, steps = torch.zeros(2, 3, dtype=torch.int64)
+    uniforms.fill_uniforms(seeds, steps, torch.empty(2, 3, num_columns), stream=0)
+
+
 def make_mask(tokens: int) -> Tensor:
     return torch.ones(tokens, -(-tokens // MASK_MULTIPLE) * MASK_MULTIPLE, dtype=torch.bool)
 
@@ -198,6 +213,7 @@ def quick_cases() -> Iterator[tuple[str, Case]]:
     for tokens in (1, 16):
         yield attention_case(tokens, 4, 128)
     yield moe_case(2, 6, 2688, 1856, "relu2")
+    yield "uniforms X=50288", partial(uniform_numbers, 50288)
 
 
 def all_cases() -> Iterator[tuple[str, Case]]:

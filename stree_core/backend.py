@@ -24,6 +24,7 @@ _OPS = {
     "store_keys": "key_rows",
     "tree_attention": "tree_attention",
     "workspace_size": "tree_attention",
+    "fill_uniforms": "uniforms",
 }
 """The module of stree_kernels that holds each op; its reference is in a module ending in _ref."""
 
@@ -47,6 +48,7 @@ class Backend:
     store_keys: Callable[..., None]
     tree_attention: Callable[..., None]
     workspace_size: Callable[..., int]
+    fill_uniforms: Callable[..., None]
 
 
 def load_backend(name: str, device: torch.device) -> Backend:

@@ -198,7 +198,7 @@ def _mamba2_cache(
 def _attention_cache(
     a: AttentionShape, size: CacheSize, dtype: torch.dtype, device: torch.device
 ) -> AttentionCache:
-    heads = (a.num_kv_heads, a.head_dim)
+    heads = (a.num_kv_heads, a.row_dim)
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=dtype, device=device)

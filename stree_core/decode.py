@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 from stree_core.engine import Engine
 from stree_core.errors import ConfigError
+from stree_core.sampling import SamplingParams
+
+_Request = tuple[Sequence[int], SamplingParams]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,18 +85,21 @@ def generate(
     prompts: Sequence[Sequence[int]],
     stop: StopRule,
     progress: Callable[[int], None] | None = None,
+    sampling: Sequence[SamplingParams] | SamplingParams | None = None,
 ) -> Run:
     """Decode `prompts` (token ids), as many at a time as the engine has slots.
 
-    `progress` is called with the number of finished prompts. Raises ConfigError on a prompt that
-    does not fit.
+    `sampling` is of all prompts or of each, greedy by default. `progress` is called with the number
+    of finished prompts. Raises ConfigError on a prompt that does not fit, or on sampling that the
+    engine was not made for.
     """
+    params = _of_each(prompts, sampling)
     if stop.max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens must be at least 1, got {stop.max_new_tokens}; raise it")
     generations: list[Generation] = []
     seconds = 0.0
     num_engine_steps = 0
-    for group in _groups(prompts, engine.config.num_slots):
+    for group in _groups(list(zip(prompts, params, strict=True)), engine.config.num_slots):
         batch = [Generation() for _ in group]
         running = _prefill(engine, group, batch, stop)
         start = time.perf_counter()
@@ -111,9 +117,11 @@ def generate(
     return Run(tuple(generations), seconds, num_engine_steps)
 
 
-def stream(engine: Engine, prompt: Sequence[int], stop: StopRule) -> Iterator[list[int]]:
+def stream(
+    engine: Engine, prompt: Sequence[int], stop: StopRule, sampling: SamplingParams | None = None
+) -> Iterator[list[int]]:
     """Decode one prompt in slot 0, yielding the kept tokens of prefill and of every step."""
-    tokens, ended = stop.cut([engine.prefill(0, prompt)], 0)
+    tokens, ended = stop.cut([engine.prefill(0, prompt, sampling)], 0)
     num_tokens = len(tokens)
     yield tokens
     while not ended:
@@ -123,15 +131,15 @@ def stream(engine: Engine, prompt: Sequence[int], stop: StopRule) -> Iterator[li
 
 
 def _prefill(
-    engine: Engine, group: Sequence[Sequence[int]], batch: list[Generation], stop: StopRule
+    engine: Engine, group: Sequence[_Request], batch: list[Generation], stop: StopRule
 ) -> set[int]:
     """Fill one slot per prompt; return the slots that go on."""
     for slot in range(engine.config.num_slots):
         engine.release(slot)
     running = set()
-    for slot, prompt in enumerate(group):
+    for slot, (prompt, params) in enumerate(group):
         engine.require_fits(len(prompt), stop.max_new_tokens)
-        tokens, ended = stop.cut([engine.prefill(slot, prompt)], 0)
+        tokens, ended = stop.cut([engine.prefill(slot, prompt, params)], 0)
         batch[slot].tokens += tokens
         if ended:
             engine.release(slot)
@@ -148,6 +156,20 @@ def _extend(generation: Generation, emitted: Sequence[int], stop: StopRule) -> b
     return ended
 
 
-def _groups(prompts: Sequence[Sequence[int]], num_slots: int) -> Iterator[Sequence[Sequence[int]]]:
-    for start in range(0, len(prompts), num_slots):
-        yield prompts[start : start + num_slots]
+def _groups(requests: Sequence[_Request], num_slots: int) -> Iterator[Sequence[_Request]]:
+    for start in range(0, len(requests), num_slots):
+        yield requests[start : start + num_slots]
+
+
+def _of_each(
+    prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingParams] | SamplingParams | None
+) -> Sequence[SamplingParams]:
+    """Return the parameters of every prompt."""
+    if sampling is None or isinstance(sampling, SamplingParams):
+        return [sampling or SamplingParams()] * len(prompts)
+    if len(sampling) != len(prompts):
+        raise ConfigError(
+            f"sampling is one for all prompts or one for each, got {len(sampling)} for "
+            f"{len(prompts)}; pass as many"
+        )
+    return sampling

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
-from stree_core.acceptance import top_tokens
 from stree_core.cache import Cache
 from stree_core.errors import ConfigError
 from stree_core.memory import explain_oom, require_memory
 from stree_core.model import Model
 from stree_core.prefill import consume, prefill_cache
+from stree_core.rules import GREEDY, SamplingSupport
+from stree_core.sampling import SamplingParams
 from stree_core.step import Speculator, make_caches, make_speculator
 from stree_core.tree import Tree
 from stree_core.tree_plan import make_plan
@@ -28,12 +29,14 @@ class EngineConfig:
     """Slots that run together, positions that each may fill (prompt and output).
 
     With `record` a step notes which child of the root was accepted but emits one token alone.
+    `sampling` is what requests may ask for.
     """
 
     num_slots: int = 1
     num_positions: int = 1024
     use_graph: bool = True
     record: bool = False
+    sampling: SamplingSupport = GREEDY
 
 
 class Engine:
@@ -62,7 +65,9 @@ class Engine:
         what = f"remembering {slots} sequences of {positions} positions"
         require_memory(num_bytes, what, target.device)
         with torch.inference_mode(), explain_oom(what, num_bytes, target.device):
-            self._speculator = make_speculator(target, self.draft, self.plan, slots, positions)
+            self._speculator = make_speculator(
+                target, self.draft, self.plan, slots, positions, self.config.sampling
+            )
             self._prefill_caches = {id(m): prefill_cache(m, positions) for m in self._models()}
             self._run = self._captured_step()
 
@@ -88,16 +93,23 @@ class Engine:
             )
 
     @torch.inference_mode()
-    def prefill(self, slot: int, prompt: Sequence[int]) -> int:
+    def prefill(
+        self, slot: int, prompt: Sequence[int], params: SamplingParams | None = None
+    ) -> int:
         """Consume a prompt into `slot`, make it active and return the first token.
 
-        Raises ConfigError when the prompt is empty or leaves no position for output.
+        Raises ConfigError when the prompt is empty, leaves no position for output, or asks for
+        sampling that the engine was not made for.
         """
+        params = params or SamplingParams()
+        self.config.sampling.require(params)
         if not prompt:
             raise ConfigError("a prompt must hold at least one token, got none; write something")
         self.require_fits(len(prompt), 1)
         hidden = self._consume(self.target, prompt, slot, self._speculator.target_cache)
-        first = int(top_tokens(self.target.logits(hidden[-1:]), 1))
+        rule = self._speculator.rule
+        rule.start(slot, params, prompt)
+        first = int(rule.first(slot, self.target.logits(hidden[-1:])[0, 0]))
         buffers = self._speculator.buffers
         buffers.latest_2B[:, slot] = torch.tensor([prompt[-1], first], device=self.target.device)
         buffers.active_B[slot] = 1

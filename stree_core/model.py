@@ -238,7 +238,7 @@ class Model:
         size = (this.num_tokens, num_slots)
         qkv_MX = rows.values_MK.new_empty(len(rows.values_MK), len(w.qkv_proj))
         self.backend.linear(rows, w.qkv_proj, qkv_MX)
-        q_TBHD = qkv_MX.new_empty(*size, a.num_heads, a.head_dim)
+        q_TBHD = qkv_MX.new_empty(*size, a.num_heads, a.row_dim)
         self.backend.store_keys(
             qkv_MX.view(*size, -1), this.block.depth_R, this.cache.committed_B, w.inv_freq_X,
             first=this.first, q_TBHD=q_TBHD, rows=layer.rows[now], cache=layer.committed,
@@ -246,7 +246,7 @@ class Model:
         )  # fmt: skip
         out_TBHD = torch.empty_like(q_TBHD)
         num_values = self.backend.workspace_size(
-            *size, a.num_heads, a.num_kv_heads, a.head_dim, self.dtype
+            *size, a.num_heads, a.num_kv_heads, a.row_dim, self.dtype
         )
         self.backend.tree_attention(
             q_TBHD, layer.committed, layer.rows[now], this.block.mask_RR, this.cache.committed_B,

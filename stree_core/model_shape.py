@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from stree_kernels.laws import GATED, Activation, RouterLaw
 
+LEAST_ROW_DIM = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Mamba2Shape:
@@ -91,6 +93,11 @@ class AttentionShape:
     head_dim: int
     scale: float
     rope: Rope | None
+
+    @property
+    def row_dim(self) -> int:
+        """Width of a head as it is computed and kept: kernels take powers of two, the rest is 0."""
+        return max(LEAST_ROW_DIM, 1 << (self.head_dim - 1).bit_length())
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +263,7 @@ class ModelShape:
     def kv_bytes_per_token(self, bytes_per_element: int) -> int:
         """Return the bytes of keys and values that one committed token adds."""
         return bytes_per_element * sum(
-            2 * part.mixer.num_kv_heads * part.mixer.head_dim
+            2 * part.mixer.num_kv_heads * part.mixer.row_dim
             for part in self.parts
             if isinstance(part.mixer, AttentionShape)
         )

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from stree_core.model_shape import (
     AttentionShape,
@@ -122,6 +124,10 @@ def assemble(
     return ModelWeights(embed, blocks, final_norm, head[:num_logits])
 
 
+def _same(weight: Tensor) -> Tensor:
+    return weight
+
+
 class _Maker:
     """Makes the parameters of parts; weights that several blocks share are made once."""
 
@@ -181,9 +187,10 @@ class _Maker:
 
     def _attention(self, part: Part, norm: Weight) -> AttentionWeights:
         assert isinstance(part.mixer, AttentionShape)
-        qkv_proj = self._once(part.weights["qkv_proj"], norm)
+        qkv_proj = self._once(part.weights["qkv_proj"], norm, partial(_widened, part.mixer, 0))
+        o_proj = self._once(part.weights["o_proj"], None, partial(_widened, part.mixer, 1))
         angles = inv_freq(part.mixer, self._dtype, qkv_proj.device)
-        return AttentionWeights(qkv_proj, self._once(part.weights["o_proj"]), angles)
+        return AttentionWeights(qkv_proj, o_proj, angles)
 
     def _mlp(self, part: Part, norm: Weight) -> MlpWeights:
         up_proj, down_proj = part.weights["up_proj"], part.weights["down_proj"]
@@ -212,8 +219,19 @@ class _Maker:
             self.plain(shared.linear),
         )
 
-    def _once(self, weight: Weight, norm: Weight | None = None) -> Tensor:
+    def _once(
+        self, weight: Weight, norm: Weight | None = None, finish: Callable[[Tensor], Tensor] = _same
+    ) -> Tensor:
         key = (weight, norm)
         if key not in self._shared:
-            self._shared[key] = self.plain(weight, norm)
+            self._shared[key] = finish(self.plain(weight, norm))
         return self._shared[key]
+
+
+def _widened(a: AttentionShape, dim: int, weight: Tensor) -> Tensor:
+    """Return a projection whose heads along `dim` are filled up with zeros to the rows' width."""
+    if a.row_dim == a.head_dim:
+        return weight
+    heads = weight.unflatten(dim, (-1, a.head_dim)).movedim(dim + 1, -1)
+    filled: Tensor = functional.pad(heads, (0, a.row_dim - a.head_dim))
+    return filled.movedim(-1, dim + 1).flatten(dim, dim + 1).contiguous()

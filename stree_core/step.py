@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stree_core.acceptance import accept_path, top_tokens
+from stree_core.acceptance import accept_path
 from stree_core.cache import Cache, CacheSize
 from stree_core.model import Model
+from stree_core.rules import GREEDY, Rule, SamplingSupport, make_rule
 from stree_core.tree_plan import DraftLevel, TreePlan
 
 
@@ -52,7 +53,7 @@ def make_buffers(plan: TreePlan, num_slots: int, device: torch.device) -> StepBu
 
 @dataclass(frozen=True, slots=True)
 class Speculator:
-    """A target, its draft and their memory, bound to one tree."""
+    """A target, its draft and their memory, bound to one tree and one rule."""
 
     plan: TreePlan
     target: Model
@@ -60,6 +61,7 @@ class Speculator:
     draft: Model | None
     draft_cache: Cache | None
     buffers: StepBuffers
+    rule: Rule
 
     def step(self) -> None:
         """Run one step for all slots; results are in the buffers, the caches are ready to flip."""
@@ -96,8 +98,8 @@ class Speculator:
             inputs_WB, self.plan.draft_block, self.draft_cache, first=level.first, commit=is_root
         )
         logits_WBV = self.draft.logits(hidden_WBD[-1:] if is_root else hidden_WBD)
-        top_WBC = top_tokens(logits_WBV, level.num_children)
-        children_CB = top_WBC.transpose(1, 2)[level.source_C, level.rank_C]
+        drawn_WBC = self.rule.draw(level, logits_WBV, tokens_TB)
+        children_CB = drawn_WBC.transpose(1, 2)[level.source_C, level.rank_C]
         tokens_TB[level.first_child : level.end_child] = children_CB
 
     def verify(self) -> Tensor:
@@ -105,7 +107,7 @@ class Speculator:
         hidden_TBD = self.target.forward(
             self.buffers.tokens_TB, self.plan.target_block, self.target_cache, first=0, commit=True
         )
-        return top_tokens(self.target.logits(hidden_TBD), 1)[..., 0]
+        return self.rule.choose(self.target.logits(hidden_TBD), self.buffers.tokens_TB)
 
     def accept(self, chosen_TB: Tensor) -> Tensor:
         """Return every slot's last accepted node [B]."""
@@ -127,6 +129,7 @@ class Speculator:
         b.result_XB.copy_(torch.cat((length_B[None], last_B[None], emitted_LB)))
         self.target_cache.advance(path_BL, length_B)
         self.draft_cache.advance(plan.draft_path_TL[last_B], length_B)
+        self.rule.advance(emitted_LB, accepted_B, b.active_B)
 
     def commit_one(self, chosen_1B: Tensor) -> None:
         """Commit and emit without speculation: the path is the root alone, row 0 of its block."""
@@ -135,6 +138,7 @@ class Speculator:
         b.result_XB[0] = b.active_B
         b.result_XB[2:] = chosen_1B
         self.target_cache.advance(None, b.active_B)
+        self.rule.advance(chosen_1B, torch.zeros_like(b.active_B), b.active_B)
 
 
 def make_caches(
@@ -160,9 +164,12 @@ def make_caches(
 
 
 def make_speculator(
-    target: Model, draft: Model | None, plan: TreePlan, num_slots: int, num_positions: int
-) -> Speculator:
+    target: Model, draft: Model | None, plan: TreePlan, num_slots: int, num_positions: int,
+    support: SamplingSupport = GREEDY,
+) -> Speculator:  # fmt: skip
     """Allocate the memory of a target and, for a tree with nodes, of its draft."""
     caches = make_caches((target, draft), plan, num_slots, num_positions)
     buffers = make_buffers(plan, num_slots, target.device)
-    return Speculator(plan, target, caches[0], draft, caches[1], buffers)
+    fill_uniforms = target.backend.fill_uniforms
+    rule = make_rule(support, plan, num_slots, target.shape.vocab_size, fill_uniforms)
+    return Speculator(plan, target, caches[0], draft, caches[1], buffers, rule)

@@ -28,12 +28,14 @@ class DraftLevel:
     """One draft pass: which rows it runs, and which nodes their likeliest tokens become.
 
     `nodes` are the tree nodes whose tokens the pass reads (the root level also reads the
-    predecessor), `first` its first draft row. The `num_children` likeliest tokens of each scored
+    predecessor), `first` its first draft row, `first_inner` the first node's place among all with
+    children. The `num_children` likeliest tokens of each scored
     row are drawn; node `first_child + i` takes number `rank_C[i]` of scored row `source_C[i]`.
     """
 
     nodes: Tensor
     first: int
+    first_inner: int
     num_children: int
     first_child: int
     end_child: int
@@ -43,8 +45,12 @@ class DraftLevel:
 
 @dataclass(frozen=True, slots=True)
 class TreePlan:
-    """All tables of one tree. `target_path_TL` and `draft_path_TL` hold, for each last accepted
-    node, the rows to replay in the next step, which are depth + 1 in both."""
+    """All tables of one tree.
+
+    `target_path_TL` and `draft_path_TL` hold, for each last accepted node, the rows to replay in
+    the next step, which are depth + 1 in both. `inner_I` are the nodes with children, `child_IC`
+    these in order; behind the last it repeats the first.
+    """
 
     tree: Tree
     target_block: RowBlock
@@ -54,6 +60,8 @@ class TreePlan:
     depths_T: Tensor
     target_path_TL: Tensor
     draft_path_TL: Tensor
+    inner_I: Tensor
+    child_IC: Tensor
 
 
 def make_plan(
@@ -86,11 +94,26 @@ def make_plan(
         torch.tensor(tree.depths, device=device),
         table(tree.node_paths),
         table(draft_paths),
+        *_children(tree, device),
+    )
+
+
+def _children(tree: Tree, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the nodes with children and, for each, its children filled up with the first."""
+    inner = [node for node in range(tree.num_tokens) if tree.children[node]]
+    most = max((len(tree.children[node]) for node in inner), default=0)
+    rows = [
+        [*tree.children[n], *[tree.children[n][0]] * (most - len(tree.children[n]))] for n in inner
+    ]
+    return (
+        torch.tensor(inner, dtype=torch.int64, device=device),
+        torch.tensor(rows, dtype=torch.int64, device=device).view(len(inner), most),
     )
 
 
 def _levels(tree: Tree, draft_row: dict[int, int], device: torch.device) -> list[DraftLevel]:
     levels = []
+    num_inner = 0
     for depth in range(tree.depth):
         nodes = [node for node in tree.levels[depth] if tree.children[node]]
         children = tree.levels[depth + 1]
@@ -98,6 +121,7 @@ def _levels(tree: Tree, draft_row: dict[int, int], device: torch.device) -> list
             DraftLevel(
                 nodes=torch.tensor(nodes, device=device),
                 first=PREDECESSOR_ROW if depth == 0 else draft_row[nodes[0]],
+                first_inner=num_inner,
                 num_children=max(len(tree.children[node]) for node in nodes),
                 first_child=children[0],
                 end_child=children[-1] + 1,
@@ -107,4 +131,5 @@ def _levels(tree: Tree, draft_row: dict[int, int], device: torch.device) -> list
                 rank_C=torch.tensor([tree.ranks[child] for child in children], device=device),
             )
         )
+        num_inner += len(nodes)
     return levels

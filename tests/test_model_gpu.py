@@ -43,6 +43,8 @@ GROUPED = Mamba2Shape(8, 8, 2, 2, 64, 64, 4, False, (0.01, 0.5), 2, 1e-5)
 NORMLESS = Mamba2Shape(6, 6, 1, 1, 64, 128, 4, True, UNLIMITED, 0, 1e-5)
 ATTENTION = AttentionShape(8, 2, 64, 0.125, Rope(10000.0, 32))
 UNPLACED = AttentionShape(12, 4, 128, 0.01, None)
+# Computed in rows of 64.
+ODD = AttentionShape(8, 8, 40, 0.2, Rope(10000.0, 40))
 SWIGLU, RELU2, GEGLU = MlpShape(512, "swiglu"), MlpShape(512, "relu2"), MlpShape(512, "geglu")
 # All experts are chosen: a choice near a tie would turn rounding into another result.
 SOFTMAX = MoeShape(4, MlpShape(96, "swiglu"), RouterLaw("softmax", 4))
@@ -91,7 +93,7 @@ def part_of(mixer: Mixer, prefix: str) -> Part:
 def shared_layer(prefix: str) -> SharedBlock:
     return SharedBlock(
         vector(prefix + "norm", 2 * WIDTH),
-        attention_part(ATTENTION, 2 * WIDTH, prefix, out_width=WIDTH),
+        attention_part(ODD, 2 * WIDTH, prefix, out_width=WIDTH),
         vector(prefix + "mlp norm", WIDTH),
         mlp_part(GEGLU, WIDTH, prefix, up_names=("up",)),
         matrix(prefix + "linear", WIDTH, WIDTH),

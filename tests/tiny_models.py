@@ -110,8 +110,8 @@ def tiny_zamba2(seed: int = 0, **settings: Any) -> PreTrainedModel:
     torch.manual_seed(seed)
     kinds = ["mamba", "hybrid", "mamba", "hybrid", "hybrid"]
     config = Zamba2Config(
-        hidden_size=32, num_hidden_layers=5, layers_block_type=kinds, mamba_d_state=16,
-        n_mamba_heads=4, mamba_ngroups=2, chunk_size=8, intermediate_size=48,
+        hidden_size=48, num_hidden_layers=5, layers_block_type=kinds, mamba_d_state=16,
+        n_mamba_heads=6, mamba_ngroups=2, chunk_size=8, intermediate_size=48,
         num_attention_heads=4, num_mem_blocks=2, adapter_rank=4,
         **(_TOKENS | UNCLAMPED | {"initializer_range": 0.15} | settings),
     )  # fmt: skip

@@ -1,0 +1,206 @@
+"""How a step draws children and what the target picks after a node: greedy, naive, MSS.
+
+A rule never waits for the device. What it picks after a node follows the target's law whatever the
+children are (stree_core.acceptance), so every rule is lossless for every tree.
+
+Shape letters: T tree tokens, B slots, V vocabulary, W rows of a level, C children, I inner nodes,
+L path capacity.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from stree_core.acceptance import choose_by_mss, draw_children, sample_from, top_tokens
+from stree_core.errors import ConfigError
+from stree_core.sampling import SamplingParams, law, make_settings
+from stree_core.tree_plan import DraftLevel, TreePlan
+
+RuleName = Literal["greedy", "naive", "mss"]
+
+# Streams of random numbers; a level's own begin at _DRAWS.
+_PICKS, _TRIES, _DRAWS = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingSupport:
+    """What requests may ask of an engine; what they may not costs nothing.
+
+    `greedy` serves temperature 0 alone. `naive` and `mss` serve any temperature; `truncates` allows
+    top-k, top-p and min-p, `penalises` a repetition penalty.
+    """
+
+    rule: RuleName = "greedy"
+    truncates: bool = False
+    penalises: bool = False
+
+    def require(self, params: SamplingParams) -> None:
+        """Raise ConfigError unless a request with these parameters can be served."""
+        asked = (
+            ("a temperature above 0", params.temperature > 0, self.rule != "greedy"),
+            ("top-k, top-p or min-p", params.truncates and params.temperature > 0, self.truncates),
+            ("a repetition penalty", params.penalises, self.penalises),
+        )
+        for what, wanted, served in asked:
+            if wanted and not served:
+                raise ConfigError(
+                    f"a request may ask for what its engine was made for, got {what}; make the "
+                    "engine with SamplingSupport that allows it"
+                )
+
+
+GREEDY = SamplingSupport()
+
+
+class Rule(Protocol):
+    """What a step asks of a rule; tokens are the tree's, filled up to the level in question."""
+
+    def start(self, slot: int, params: SamplingParams, prompt: Sequence[int]) -> None:
+        """Begin a request in `slot`."""
+
+    def first(self, slot: int, logits_V: Tensor) -> Tensor:
+        """Return the token that follows the prompt, a tensor of no dimension."""
+
+    def draw(self, level: DraftLevel, logits_WBV: Tensor, tokens_TB: Tensor) -> Tensor:
+        """Return the children [W, B, C] of a level's nodes by the draft's logits."""
+
+    def choose(self, logits_TBV: Tensor, tokens_TB: Tensor) -> Tensor:
+        """Return the token [T, B] that the target picks after each node."""
+
+    def advance(self, emitted_LB: Tensor, accepted_B: Tensor, active_B: Tensor) -> None:
+        """Take note of a step's tokens, of which accepted + 1 count where a slot is active."""
+
+
+class GreedyRule:
+    """Children are the draft's likeliest tokens, the target picks its likeliest one."""
+
+    def start(self, slot: int, params: SamplingParams, prompt: Sequence[int]) -> None:
+        """Begin a request: there is nothing to remember."""
+
+    def first(self, slot: int, logits_V: Tensor) -> Tensor:
+        """Return the likeliest token."""
+        return top_tokens(logits_V, 1)[0]
+
+    def draw(self, level: DraftLevel, logits_WBV: Tensor, tokens_TB: Tensor) -> Tensor:
+        """Return the likeliest tokens."""
+        return top_tokens(logits_WBV, level.num_children)
+
+    def choose(self, logits_TBV: Tensor, tokens_TB: Tensor) -> Tensor:
+        """Return the likeliest token after each node."""
+        return top_tokens(logits_TBV, 1)[..., 0]
+
+    def advance(self, emitted_LB: Tensor, accepted_B: Tensor, active_B: Tensor) -> None:
+        """Take note of nothing."""
+
+
+class SampledRule:
+    """Naive sampling or MSS, with settings of their own for every slot.
+
+    Naive: children are the draft's likeliest tokens, the target's token is drawn from its law. MSS:
+    children are drawn from the draft's law without replacement and tried in that order.
+    """
+
+    def __init__(
+        self, support: SamplingSupport, plan: TreePlan, num_slots: int, vocab_size: int,
+        fill_uniforms: Callable[..., None],
+    ) -> None:  # fmt: skip
+        device = plan.depths_T.device
+        self.settings = make_settings(num_slots, device)
+        self._support = support
+        self._plan = plan
+        self._fill_uniforms = fill_uniforms
+        self._seen_BV: Tensor | None = None
+        if support.penalises:
+            self._seen_BV = torch.zeros(num_slots, vocab_size, dtype=torch.bool, device=device)
+        num_inner = len(plan.inner_I) if support.rule == "mss" else 0
+        self._q_IBV = torch.zeros(num_inner, num_slots, vocab_size, device=device)
+
+    def start(self, slot: int, params: SamplingParams, prompt: Sequence[int]) -> None:
+        """Begin a request: its settings, its first random numbers, the tokens of its prompt."""
+        self.settings.set(slot, params)
+        if self._seen_BV is not None:
+            self._seen_BV[slot] = False
+            self._seen_BV[slot, torch.tensor(prompt, device=self._seen_BV.device)] = True
+
+    def first(self, slot: int, logits_V: Tensor) -> Tensor:
+        """Draw the token that follows the prompt."""
+        here = slice(slot, slot + 1)
+        fields = dataclasses.fields(self.settings)
+        own = type(self.settings)(*(getattr(self.settings, field.name)[here] for field in fields))
+        seen_11V = None if self._seen_BV is None else self._seen_BV[None, here]
+        p_11V = law(logits_V[None, None], own, seen_11V, truncates=self._support.truncates)
+        uniform_111 = logits_V.new_empty(1, 1, 1, dtype=torch.float32)
+        self._fill_uniforms(own.seed_B, own.step_B, uniform_111, stream=_PICKS)
+        token = sample_from(p_11V, uniform_111[..., 0])[0, 0]
+        self.settings.step_B[here] += 1
+        if self._seen_BV is not None:
+            self._seen_BV[slot, token] = True
+        return token
+
+    def draw(self, level: DraftLevel, logits_WBV: Tensor, tokens_TB: Tensor) -> Tensor:
+        """Return a level's children, likeliest first or in the order of drawing."""
+        if self._support.rule == "naive":
+            return top_tokens(logits_WBV, level.num_children)
+        q_WBV = self._law(logits_WBV, level.nodes, tokens_TB)
+        inner = slice(level.first_inner, level.first_inner + len(level.nodes))
+        self._q_IBV[inner] = q_WBV
+        uniform_WBV = self._uniforms(q_WBV.shape, _DRAWS + level.first_inner)
+        return draw_children(q_WBV, uniform_WBV, level.num_children)
+
+    def choose(self, logits_TBV: Tensor, tokens_TB: Tensor) -> Tensor:
+        """Return the token after each node; with MSS children are tried first."""
+        plan = self._plan
+        p_TBV = self._law(logits_TBV, None, tokens_TB)
+        uniform_TB = self._uniforms((*tokens_TB.shape, 1), _PICKS)[..., 0]
+        chosen_TB = sample_from(p_TBV, uniform_TB)
+        if len(self._q_IBV):
+            children_IBC = tokens_TB[plan.child_IC].transpose(1, 2)
+            uniform_IBC = self._uniforms(children_IBC.shape, _TRIES)
+            chosen_TB[plan.inner_I] = choose_by_mss(
+                p_TBV[plan.inner_I], self._q_IBV, children_IBC, uniform_IBC,
+                uniform_TB[plan.inner_I],
+            )  # fmt: skip
+        return chosen_TB
+
+    def advance(self, emitted_LB: Tensor, accepted_B: Tensor, active_B: Tensor) -> None:
+        """Count the step, and remember its tokens where they are penalised."""
+        self.settings.step_B.add_(active_B)
+        if self._seen_BV is not None:
+            row_L1 = torch.arange(len(emitted_LB), device=emitted_LB.device)[:, None]
+            # Entries that do not count repeat one that does.
+            kept_LB = torch.where(row_L1 <= accepted_B, emitted_LB, emitted_LB[:1])
+            self._seen_BV.scatter_(1, kept_LB.t(), value=True)
+
+    def _law(self, logits_NBV: Tensor, nodes_N: Tensor | None, tokens_TB: Tensor) -> Tensor:
+        """Return the law of some nodes, or of all."""
+        seen_NBV = None
+        if self._seen_BV is not None:
+            paths_TL = self._plan.target_path_TL
+            path_NL = paths_TL if nodes_N is None else paths_TL[nodes_N]
+            seen_NBV = self._seen_BV.expand(len(path_NL), -1, -1).clone()
+            seen_NBV.scatter_(2, tokens_TB[path_NL].transpose(1, 2), value=True)
+        return law(logits_NBV, self.settings, seen_NBV, truncates=self._support.truncates)
+
+    def _uniforms(self, size: Sequence[int], stream: int) -> Tensor:
+        """Return numbers [N, B, X] that the seeds, the steps and `stream` decide."""
+        uniform_NBX = torch.empty(*size, device=self._plan.depths_T.device)
+        self._fill_uniforms(self.settings.seed_B, self.settings.step_B, uniform_NBX, stream=stream)
+        return uniform_NBX
+
+
+def make_rule(
+    support: SamplingSupport, plan: TreePlan, num_slots: int, vocab_size: int,
+    fill_uniforms: Callable[..., None],
+) -> Rule:  # fmt: skip
+    """Return the rule that serves `support` with one tree."""
+    if support.rule == "greedy" and not support.penalises:
+        return GreedyRule()
+    if support.rule == "greedy":
+        support = dataclasses.replace(support, rule="naive")
+    return SampledRule(support, plan, num_slots, vocab_size, fill_uniforms)

@@ -1,0 +1,144 @@
+"""From logits to the law that a request samples from, with the semantics of transformers.
+
+Every slot has its own settings, kept on the device, so that one captured step serves all of them.
+A temperature of 0 is greedy: the law is one-hot. Laws are fp32 in decoding; tests use float64.
+
+Shape letters: N rows (nodes of a tree, or of a level), B slots, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stree_core.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request samples. 0 is off for `top_k` and `min_p`, 1 for `top_p` and the penalty.
+
+    Raises ConfigError when a value is outside its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more"),
+            ("top_k", self.top_k, self.top_k >= 0, "0 or more"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
+            (
+                "repetition_penalty",
+                self.repetition_penalty,
+                0 < self.repetition_penalty < math.inf,
+                "above 0",
+            ),
+            ("seed", self.seed, 0 <= self.seed < 1 << 63, "0 or more and below 2^63"),
+        )
+        for name, value, holds, rule in checks:
+            if not holds:
+                raise ConfigError(f"{name} must be {rule}, got {value}; change it")
+
+    @property
+    def truncates(self) -> bool:
+        """True when some tokens are cut off from the law."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
+    def penalises(self) -> bool:
+        """True when tokens that were seen score differently."""
+        return self.repetition_penalty != 1
+
+
+@dataclass(frozen=True, slots=True)
+class SlotSettings:
+    """The sampling parameters of every slot [B], on the device.
+
+    `step_B` counts a sequence's steps: with the seed it decides every random number.
+    """
+
+    temperature_B: Tensor
+    top_k_B: Tensor
+    top_p_B: Tensor
+    min_p_B: Tensor
+    penalty_B: Tensor
+    seed_B: Tensor
+    step_B: Tensor
+
+    def set(self, slot: int, params: SamplingParams) -> None:
+        """Give a slot the settings of a request that starts."""
+        self.temperature_B[slot] = params.temperature
+        self.top_k_B[slot] = params.top_k
+        self.top_p_B[slot] = params.top_p
+        self.min_p_B[slot] = params.min_p
+        self.penalty_B[slot] = params.repetition_penalty
+        self.seed_B[slot] = params.seed
+        self.step_B[slot] = 0
+
+
+def make_settings(
+    num_slots: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> SlotSettings:
+    """Allocate settings; all slots are greedy."""
+
+    def full(value: float, dtype: torch.dtype) -> Tensor:
+        return torch.full((num_slots,), value, dtype=dtype, device=device)
+
+    return SlotSettings(
+        temperature_B=full(0, dtype),
+        top_k_B=full(0, torch.int64),
+        top_p_B=full(1, dtype),
+        min_p_B=full(0, dtype),
+        penalty_B=full(1, dtype),
+        seed_B=full(0, torch.int64),
+        step_B=full(0, torch.int64),
+    )
+
+
+def law(
+    logits_NBV: Tensor, settings: SlotSettings, seen_NBV: Tensor | None, *, truncates: bool
+) -> Tensor:
+    """Return the probabilities [N, B, V] that slots sample from.
+
+    In the order of transformers: repetition penalty (where `seen_NBV` (bool) is given), then
+    temperature, top-k, top-p and min-p (with `truncates`). A greedy slot's law is 1 at its
+    likeliest token, the lower id at ties.
+    """
+    scores_NBV = logits_NBV
+    if seen_NBV is not None:
+        penalty_B1 = settings.penalty_B[:, None]
+        changed_NBV = torch.where(scores_NBV < 0, scores_NBV * penalty_B1, scores_NBV / penalty_B1)
+        scores_NBV = torch.where(seen_NBV, changed_NBV, scores_NBV)
+    greedy_B1 = settings.temperature_B[:, None] == 0
+    best_NB1 = scores_NBV.argmax(-1, keepdim=True)
+    scores_NBV = scores_NBV / torch.where(greedy_B1, 1, settings.temperature_B[:, None])
+    p_NBV = _truncated(scores_NBV, settings) if truncates else scores_NBV.softmax(-1)
+    return torch.where(greedy_B1, torch.zeros_like(p_NBV).scatter_(-1, best_NB1, 1.0), p_NBV)
+
+
+def _truncated(scores_NBV: Tensor, settings: SlotSettings) -> Tensor:
+    """Return the law after top-k, top-p and min-p, in one order of the tokens."""
+    num_tokens = scores_NBV.shape[-1]
+    ascending_NBV, token_NBV = scores_NBV.sort(dim=-1, stable=True)
+    kept_B = torch.where(settings.top_k_B == 0, num_tokens, settings.top_k_B).clamp(max=num_tokens)
+    first_NB1 = (num_tokens - kept_B)[:, None].expand(*scores_NBV.shape[:2], 1)
+    least_NB1 = ascending_NBV.gather(-1, first_NB1)
+    ascending_NBV = ascending_NBV.masked_fill(ascending_NBV < least_NB1, -torch.inf)
+    # The likeliest token, the last, always stays.
+    below_NBV = ascending_NBV.softmax(-1).cumsum(-1) <= 1 - settings.top_p_B[:, None]
+    below_NBV[..., -1] = False
+    ascending_NBV = ascending_NBV.masked_fill(below_NBV, -torch.inf)
+    p_NBV = ascending_NBV.softmax(-1)
+    least_NB1 = p_NBV[..., -1:] * settings.min_p_B[:, None]
+    p_NBV = ascending_NBV.masked_fill(p_NBV < least_NB1, -torch.inf).softmax(-1)
+    return torch.empty_like(p_NBV).scatter_(-1, token_NBV, p_NBV)

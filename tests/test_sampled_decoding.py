@@ -1,0 +1,227 @@
+"""Live decoding at temperatures above 0 against the target's own law, computed by itself.
+
+A tiny target over a handful of tokens: long texts are judged position by position, short ones as a
+whole, against laws from plain forward passes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+from scipy import stats
+from tiny_models import ours, perturbed
+from torch import Tensor
+from transformers import Mamba2Config, Mamba2ForCausalLM
+
+from stree_core import rules
+from stree_core.cache import CacheSize
+from stree_core.decode import StopRule, generate
+from stree_core.engine import Engine, EngineConfig
+from stree_core.errors import ConfigError
+from stree_core.model import Model
+from stree_core.row_block import make_block
+from stree_core.rules import RuleName, SamplingSupport
+from stree_core.sampling import SamplingParams, law, make_settings
+from stree_core.tree import Tree
+
+NUM_TOKENS = 6
+PROMPT = [1, 2]
+NUM_SLOTS = 256
+LENGTH = 401
+TREES = {
+    "off": Tree.chain(0),
+    "chain": Tree.chain(3),
+    "ragged": Tree.from_paths([[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0]]),
+    # More children than tokens: a law can have fewer than it is asked for.
+    "star": Tree.from_paths([[0], [1], [2], [3], [4]]),
+}
+PARAMS = {
+    "plain": SamplingParams(temperature=1.0),
+    "cut": SamplingParams(0.7, top_k=4, top_p=0.9, min_p=0.03, repetition_penalty=1.2),
+}
+Pair = tuple[Model, Model]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    torch.manual_seed(3)
+    config = Mamba2Config(
+        num_heads=2, head_dim=16, hidden_size=16, state_size=16, num_hidden_layers=1, n_groups=1,
+        vocab_size=NUM_TOKENS, tie_word_embeddings=False, pad_token_id=0, bos_token_id=0,
+        eos_token_id=0, initializer_range=0.7,
+    )  # fmt: skip
+    model = Mamba2ForCausalLM(config).eval()
+    folder = tmp_path_factory.mktemp("models")
+    target = ours(model, folder / "target", torch.float32)
+    return target, ours(perturbed(model, 0.5), folder / "draft", torch.float32)
+
+
+def decode(
+    pair: Pair, tree: Tree, rule: RuleName, params: SamplingParams, length: int, seed: int = 0
+) -> tuple[list[list[int]], float]:
+    """Return texts of `length` tokens with seeds of their own, and tokens per step."""
+    support = SamplingSupport(rule, truncates=params.truncates, penalises=params.penalises)
+    engine = Engine(*pair, tree, EngineConfig(NUM_SLOTS, length + 8, sampling=support))
+    each = [dataclasses.replace(params, seed=seed + slot) for slot in range(NUM_SLOTS)]
+    run = generate(engine, [PROMPT] * NUM_SLOTS, StopRule(length), sampling=each)
+    return [generation.tokens for generation in run.generations], run.tokens_per_step
+
+
+@torch.inference_mode()
+def laws_of(target: Model, texts: list[list[int]], params: SamplingParams) -> Tensor:
+    """Return the law [T, B, V] of every token of the texts, one token after another."""
+    tokens_TB = torch.tensor([PROMPT + text for text in texts]).t()
+    block = make_block([-1], target.conv_widths, target.device)
+    cache = target.make_cache(CacheSize(len(texts), 1, 1, len(tokens_TB)))
+    settings = make_settings(len(texts), target.device)
+    for slot in range(len(texts)):
+        settings.set(slot, params)
+    seen_BV = torch.zeros(len(texts), NUM_TOKENS, dtype=torch.bool)
+    laws = []
+    for tokens_B in tokens_TB[:-1]:
+        hidden = target.forward(tokens_B[None], block, cache, first=0, commit=True)
+        cache.advance(None, torch.ones_like(cache.committed_B))
+        cache.flip()
+        seen_BV.scatter_(1, tokens_B[:, None], value=True)
+        laws.append(law(target.logits(hidden), settings, seen_BV[None], truncates=True))
+    return torch.cat(laws[len(PROMPT) - 1 :]).double()
+
+
+def judge(target: Model, texts: list[list[int]], params: SamplingParams) -> tuple[float, float]:
+    """Return how uniform the tokens' places in their laws are, and how surprising they are.
+
+    The first is the p-value of a chi-square over places, likeliest tokens first; the second the sum
+    of log p(token) beyond its mean, in standard deviations.
+    """
+    p_TBV = laws_of(target, texts, params)
+    token_TB1 = torch.tensor(texts).t()[..., None]
+    own_TB1 = p_TBV.gather(-1, token_TB1)
+    assert own_TB1.min() > 0, "a token that the law excludes"
+    generator = torch.Generator().manual_seed(0)
+    share_TB1 = torch.rand(own_TB1.shape, generator=generator, dtype=torch.float64)
+    lower_TBV = torch.arange(NUM_TOKENS) < token_TB1
+    likelier_TBV = (p_TBV > own_TB1) | ((p_TBV == own_TB1) & lower_TBV)
+    place = ((p_TBV * likelier_TBV).sum(-1, keepdim=True) + share_TB1 * own_TB1).flatten()
+    counts = torch.histc(place, bins=50, min=0, max=1)
+    log_TBV = p_TBV.clamp(min=1e-300).log()
+    mean_TB = (p_TBV * log_TBV).sum(-1)
+    variance = ((p_TBV * log_TBV.square()).sum(-1) - mean_TB.square()).sum()
+    surplus = (own_TB1[..., 0].log() - mean_TB).sum() / variance.sqrt()
+    return float(stats.chisquare(counts.numpy()).pvalue), surplus.item()
+
+
+@pytest.mark.parametrize("setting", PARAMS)
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("rule", ["naive", "mss"])
+def test_every_token_follows_the_targets_law(
+    pair: Pair, rule: RuleName, tree: str, setting: str
+) -> None:
+    """10^5 tokens for the tree of all kinds of nodes, a quarter for the others."""
+    params, length = PARAMS[setting], LENGTH if tree == "ragged" else LENGTH // 4
+    texts, tokens_per_step = decode(pair, TREES[tree], rule, params, length)
+    assert sum(map(len, texts)) > (100_000 if tree == "ragged" else 25_000)
+    assert (tokens_per_step > 1.1) == (tree != "off")
+    uniform, surplus = judge(pair[0], texts, params)
+    assert uniform > 1e-4
+    assert abs(surplus) < 4, "texts are more or less likely than the law's own"
+
+
+def test_children_tried_out_of_order_would_be_noticed(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The published sampler tries children sorted by the draft's law, which is not lossless."""
+    draw = rules.draw_children
+
+    def drawn_and_sorted(q_WBV: Tensor, uniform_WBV: Tensor, num_children: int) -> Tensor:
+        children_WBC = draw(q_WBV, uniform_WBV, num_children)
+        order_WBC = q_WBV.gather(-1, children_WBC).argsort(-1, descending=True)
+        return children_WBC.gather(-1, order_WBC)
+
+    monkeypatch.setattr(rules, "draw_children", drawn_and_sorted)
+    texts, _ = decode(pair, TREES["ragged"], "mss", PARAMS["plain"], LENGTH // 4)
+    uniform, surplus = judge(pair[0], texts, PARAMS["plain"])
+    assert uniform < 1e-9
+    assert surplus > 10
+
+
+@pytest.mark.parametrize("rule", ["naive", "mss"])
+def test_short_texts_follow_the_joint_law(pair: Pair, rule: RuleName) -> None:
+    params, length = PARAMS["plain"], 3
+    counts: dict[tuple[int, ...], int] = {}
+    for seed in range(8):
+        texts, _ = decode(pair, TREES["ragged"], rule, params, length, seed * NUM_SLOTS)
+        for text in texts:
+            counts[tuple(text)] = counts.get(tuple(text), 0) + 1
+    every = list(itertools.product(range(NUM_TOKENS), repeat=length))
+    p_TBV = laws_of(pair[0], [list(text) for text in every], params)
+    token_TB1 = torch.tensor(every).t()[..., None]
+    exact = p_TBV.gather(-1, token_TB1)[..., 0].prod(0)
+    assert math.isclose(exact.sum().item(), 1, rel_tol=1e-4)
+    total = sum(counts.values())
+    large = exact * total >= 5
+    observed = torch.tensor([counts.get(text, 0) for text in every])
+    cells = torch.cat((observed[large], observed[~large].sum()[None])).double()
+    expected = torch.cat((exact[large], exact[~large].sum()[None])) * total
+    expected *= cells.sum() / expected.sum()
+    assert stats.chisquare(cells.numpy(), expected.numpy()).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("rule", ["naive", "mss"])
+def test_seeds_reproduce_whatever_else_runs(pair: Pair, rule: RuleName) -> None:
+    params = SamplingParams(temperature=1.0, seed=11)
+    support = SamplingSupport(rule)
+
+    def text(num_slots: int, others: int) -> list[int]:
+        engine = Engine(*pair, TREES["ragged"], EngineConfig(num_slots, 64, sampling=support))
+        each = [params, *(SamplingParams(temperature=2.0, seed=n) for n in range(others))]
+        run = generate(engine, [PROMPT] * len(each), StopRule(40), sampling=each)
+        return run.generations[0].tokens
+
+    assert text(1, 0) == text(4, 3) == text(2, 3)
+    params = dataclasses.replace(params, seed=12)
+    assert text(1, 0) != text(1, 0)[::-1]
+
+
+def test_greedy_requests_among_sampled_ones_get_greedy_text(pair: Pair) -> None:
+    greedy = generate(
+        Engine(*pair, TREES["chain"], EngineConfig(1, 64)), [PROMPT], StopRule(30)
+    ).generations[0]
+    for rule in ("naive", "mss"):
+        support = SamplingSupport(rule)
+        engine = Engine(*pair, TREES["ragged"], EngineConfig(2, 64, sampling=support))
+        each = [SamplingParams(temperature=1.0), SamplingParams()]
+        run = generate(engine, [PROMPT] * 2, StopRule(30), sampling=each)
+        assert run.generations[1].tokens == greedy.tokens
+
+
+def test_a_penalty_alone_is_greedy_with_other_scores(pair: Pair) -> None:
+    params = SamplingParams(repetition_penalty=3.0)
+    texts = []
+    for tree in (TREES["off"], TREES["ragged"]):
+        support = SamplingSupport(penalises=True)
+        engine = Engine(*pair, tree, EngineConfig(1, 64, sampling=support))
+        run = generate(engine, [PROMPT], StopRule(30), sampling=params)
+        texts.append(run.generations[0].tokens)
+    assert texts[0] == texts[1]
+    choices = laws_of(pair[0], texts[:1], params)[:, 0].argmax(-1)
+    assert texts[0] == choices.tolist()
+
+
+@pytest.mark.parametrize(
+    ("support", "params", "message"),
+    [
+        (SamplingSupport(), SamplingParams(temperature=0.5), "a temperature above 0"),
+        (SamplingSupport("mss"), SamplingParams(temperature=0.5, top_p=0.9), "top-p"),
+        (SamplingSupport("mss"), SamplingParams(repetition_penalty=1.1), "a repetition penalty"),
+    ],
+)
+def test_an_engine_refuses_what_it_was_not_made_for(
+    pair: Pair, support: SamplingSupport, params: SamplingParams, message: str
+) -> None:
+    engine = Engine(*pair, TREES["chain"], EngineConfig(1, 64, sampling=support))
+    with pytest.raises(ConfigError, match=message):
+        engine.prefill(0, PROMPT, params)
