@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stree_kernels.uniforms_ref import LEAST_UNIFORM
+
 
 def top_tokens(logits_WBV: Tensor, num_children: int) -> Tensor:
     """Return the `num_children` likeliest tokens [W, B, C], ties to the lower token id.
@@ -51,7 +53,11 @@ def sample_from(p_NBV: Tensor, uniform_NB: Tensor) -> Tensor:
 
     `uniform_NB` lies in [0, 1). A token of probability 0 is never returned.
     """
-    cdf_NBV = p_NBV.cumsum(-1)
+    rows_RV = p_NBV.flatten(0, -2)
+    if len(rows_RV) == 1:
+        # CUDA's scan of a single row adds in an order that changes from run to run.
+        rows_RV = torch.cat((rows_RV, rows_RV))
+    cdf_NBV = rows_RV.cumsum(-1)[: uniform_NB.numel()].view(p_NBV.shape)
     total_NB = cdf_NBV[..., -1]
     # A product that is rounded up to the total would point behind the last token.
     point_NB = torch.minimum(uniform_NB * total_NB, total_NB.nextafter(torch.zeros_like(total_NB)))
@@ -61,12 +67,14 @@ def sample_from(p_NBV: Tensor, uniform_NB: Tensor) -> Tensor:
 def draw_children(q_WBV: Tensor, uniform_WBV: Tensor, num_children: int) -> Tensor:
     """Draw children [W, B, C] from the laws `q_WBV` without replacement, in the order of drawing.
 
-    An exponential race: the tokens with the smallest E / q come first, E = -log(u) exponential
+    An exponential race: the tokens with the smallest E / q come first, E = -log(1 - u) exponential
     (Efraimidis and Spirakis, 2006). A law of fewer tokens than children ends with tokens of
-    probability 0.
+    probability 0. Exact up to the resolution of the numbers: tokens below 1e-9 are drawn too
+    seldom.
     """
-    # Uniform numbers are multiples of 2^-24 from 0 on: half of one keeps the logarithm finite.
-    exponential_WBV = -(uniform_WBV + 2.0**-25).log()
+    # Small numbers decide the race, and they are finest there; both ends stay finite.
+    shifted_WBV = (uniform_WBV + LEAST_UNIFORM / 2).clamp(max=1 - 2.0**-24)
+    exponential_WBV = -torch.log1p(-shifted_WBV)
     return top_tokens((q_WBV.log() - exponential_WBV.log()).float(), num_children)
 
 

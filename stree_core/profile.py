@@ -48,11 +48,30 @@ class GpuRef(Strict):
 
 
 class Sampling(Strict):
-    """How the target samples and how drafts are accepted."""
+    """How the target samples and how drafts are accepted; greedy is temperature 0."""
 
-    rule: Literal["greedy"] = "greedy"
-    temperature: float = Field(default=0.0, ge=0.0, le=0.0)
-    top_p: float = Field(default=1.0, ge=1.0, le=1.0)
+    rule: Literal["greedy", "naive", "mss"] = "greedy"
+    temperature: float = Field(default=0.0, ge=0.0, le=100.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+
+    @model_validator(mode="after")
+    def _rule_fits_the_temperature(self) -> Sampling:
+        if (self.rule == "greedy") != (self.temperature == 0) or (
+            self.rule == "greedy" and self.top_p != 1
+        ):
+            raise ValueError(
+                "rule greedy has temperature 0 and top_p 1, naive and mss a temperature above 0, "
+                f"got {self.rule}, {self.temperature:g} and {self.top_p:g}"
+            )
+        return self
+
+    @property
+    def label(self) -> str:
+        """The part of file names that tells settings apart: greedy, mss-t1, naive-t0.6-p0.9."""
+        if self.rule == "greedy":
+            return self.rule
+        nucleus = f"-p{self.top_p:g}" if self.top_p < 1 else ""
+        return f"{self.rule}-t{self.temperature:g}{nucleus}"
 
 
 class Interval(Strict):

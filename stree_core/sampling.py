@@ -16,6 +16,9 @@ from torch import Tensor
 
 from stree_core.errors import ConfigError
 
+LEAST_FACTOR = 1e-6
+"""What scores may be divided by without leaving fp32's range."""
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -32,16 +35,18 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        cold = 0 < self.temperature < LEAST_FACTOR
         checks = (
             ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more"),
-            ("top_k", self.top_k, self.top_k >= 0, "0 or more"),
+            ("temperature", self.temperature, not cold, f"0 or at least {LEAST_FACTOR:g}"),
+            ("top_k", self.top_k, 0 <= self.top_k < 1 << 31, "0 or more and below 2^31"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
             (
                 "repetition_penalty",
                 self.repetition_penalty,
-                0 < self.repetition_penalty < math.inf,
-                "above 0",
+                LEAST_FACTOR <= self.repetition_penalty < math.inf,
+                f"at least {LEAST_FACTOR:g}",
             ),
             ("seed", self.seed, 0 <= self.seed < 1 << 63, "0 or more and below 2^63"),
         )

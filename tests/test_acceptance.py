@@ -219,6 +219,19 @@ def test_a_repeated_child_is_no_child() -> None:
     assert max(distance(law_V, once_NV[0]) for law_V in repeated_NV) < 1e-12
 
 
+@pytest.mark.parametrize("dtype", LAST, ids=str)
+def test_mss_never_returns_a_token_of_probability_zero(dtype: torch.dtype) -> None:
+    numbers = torch.tensor([0, 2.0**-24, 0.5, LAST[dtype]], dtype=dtype)
+    uniform_B4 = torch.cartesian_prod(*[numbers] * 4)
+    children_NC = torch.tensor(list(itertools.permutations(range(4), 3)))[:, None]
+    size = (len(children_NC), len(uniform_B4), -1)
+    tries_NBC, final_NB = uniform_B4[:, :3].expand(size), uniform_B4[:, 3].expand(size[:2])
+    for name, (p_V, q_V) in pairs_of_laws(4).items():
+        p_NBV, q_NBV = p_V.to(dtype).expand(size), q_V.to(dtype).expand(size)
+        chosen_NB = choose_by_mss(p_NBV, q_NBV, children_NC.expand(size), tries_NBC, final_NB)
+        assert p_V[chosen_NB].min() > 0, name
+
+
 def node_outcomes(rule: str, p_NV: Tensor, q_NV: Tensor, num_children: int) -> list[Outcomes]:
     """Return what a rule may do at nodes with these laws."""
     if rule == "mss" and num_children:
@@ -316,8 +329,8 @@ def test_a_token_of_probability_zero_is_never_sampled(num_tokens: int, dtype: to
     p_NBV *= torch.rand(p_NBV.shape, generator=generator) < 0.4
     p_NBV[::2, :, 0] = p_NBV[1::2, :, -1] = 0
     p_NBV[..., 1] += 0.1
-    # Rows need not sum to 1.
-    p_NBV *= 10.0 ** torch.linspace(-20, 20, 64, dtype=dtype)[:, None, None]
+    # Rows need not sum to 1; in float32 the first ones are subnormal.
+    p_NBV *= 10.0 ** torch.linspace(-44, 20, 64, dtype=dtype)[:, None, None]
     uniform_NB = (torch.rand(64, 40, generator=generator) * 2**24).floor().to(dtype) * 2.0**-24
     uniform_NB[:, :3] = torch.tensor([0, 1 - 2.0**-24, LAST[dtype]], dtype=dtype)
     token_NB1 = sample_from(p_NBV, uniform_NB)[..., None]
@@ -362,7 +375,7 @@ def test_fewer_children_are_the_first_of_more() -> None:
 
 
 def test_equal_logits_come_by_id() -> None:
-    logits_V = torch.tensor([-1.0, 0.0, 2.0, -0.0, -torch.inf, 2.0, -torch.inf, -1.0])
+    logits_V = torch.tensor([-1.0, -0.0, 2.0, 0.0, -torch.inf, 2.0, -torch.inf, -1.0])
     for num_children in range(1, 9):
         expected = [2, 5, 1, 3, 0, 7, 4, 6][:num_children]
         assert top_tokens(logits_V, num_children).tolist() == expected

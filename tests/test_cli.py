@@ -28,12 +28,14 @@ FLAGS = {
     "": "--acceptance-from --batch-size --context --data --dataset --draft --force --gpu --help "
     "--json --max-nodes --output --rule --seed --target --temperature --top-p -o",
     "decode": "--backend --chat --data --device --draft --dtype --help --json --max-new-tokens "
-    "--mode --profile --prompt --target -p",
+    "--min-p --mode --profile --prompt --repetition-penalty --rule --seed --target --temperature "
+    "--top-k --top-p -p",
     "probe": "--backend --batch-size --context --data --device --draft --dtype --effort --force "
     "--gpu --help --json --max-nodes --shapes --target",
     "show": "--data --help --json",
     "trace": "--backend --batch-size --chat --data --dataset --device --draft --dtype --force "
-    "--help --json --limit --max-new-tokens --num-children --prompts --rows --seed --target",
+    "--help --json --limit --max-new-tokens --num-children --prompts --rows --rule --seed "
+    "--target --temperature --top-p",
     "validate": "--backend --batch-size --data --dataset --device --draft --dtype --help --json "
     "--limit --max-new-tokens --output --profile --prompts --target --write -o -p",
 }
@@ -208,9 +210,14 @@ def test_the_commit_is_named() -> None:
             "did you mean toy-target",
         ),
         (("--gpu", "../h200", "--dataset", "gsm8k", *TOY), "a GPU name has letters"),
-        (("--gpu", "h200", "--dataset", "gsm8k", *TOY, "--rule", "mss"), "greedily only"),
-        (("--gpu", "h200", "--dataset", "gsm8k", *TOY, "--temperature", "1"), "greedily only"),
-        (("--gpu", "h200", "--dataset", "gsm8k", *TOY, "--top-p", "0.9"), "greedily only"),
+        (("--gpu", "h200", "--dataset", "gsm8k", *TOY, "--rule", "mss"), "a temperature above 0"),
+        (("--gpu", "h200", "--dataset", "gsm8k", *TOY, "--temperature", "1"), "got mss-t1"),
+        (
+            ("--gpu", "h200", "--dataset", "gsm8k", *TOY, "--top-p", "0.9"),
+            "rule greedy has temperature 0",
+        ),
+        (("--gpu", "h200", "--dataset", "gsm8k", *TOY, "--rule", "beam"), "greedy, naive or mss"),
+        (("--gpu", "h200", "--dataset", "gsm8k", *TOY, "--top-p", "1.5"), "--top-p: "),
         (("--gpu", "h200", "--dataset", "gsm8k", *TOY, "--max-nodes", "256"), "'--max-nodes'"),
         (("--gpu", "h200", "--dataset", "gsm8k", *TOY, "--max-nodes", "65"), "--max-nodes 65"),
         (("--gpu", "h200", "--dataset", "gsm8k", *TOY, "--batch-size", "0"), "'--batch-size'"),

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -17,12 +18,17 @@ from tiny_models import ours, perturbed
 from torch import Tensor
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
+from stree_autotune.record import RecordConfig, record_trace
+from stree_autotune.trace_walk import walk
 from stree_core import rules
 from stree_core.cache import CacheSize
 from stree_core.decode import StopRule, generate
 from stree_core.engine import Engine, EngineConfig
 from stree_core.errors import ConfigError
 from stree_core.model import Model
+from stree_core.model_source import ModelSource
+from stree_core.pair import Pair as LoadedPair
+from stree_core.profile import ModelRef, Sampling
 from stree_core.row_block import make_block
 from stree_core.rules import RuleName, SamplingSupport
 from stree_core.sampling import SamplingParams, law, make_settings
@@ -168,6 +174,47 @@ def test_short_texts_follow_the_joint_law(pair: Pair, rule: RuleName) -> None:
     expected = torch.cat((exact[large], exact[~large].sum()[None])) * total
     expected *= cells.sum() / expected.sum()
     assert stats.chisquare(cells.numpy(), expected.numpy()).pvalue > 1e-4
+
+
+def _ratio(tokens: Sequence[int], steps: Sequence[int]) -> tuple[float, float]:
+    """Return tokens per step over sequences, and its standard error (of a ratio of means)."""
+    tokens_P, steps_P = np.array(tokens, float), np.array(steps, float)
+    ratio = tokens_P.sum() / steps_P.sum()
+    residual_P = tokens_P - ratio * steps_P
+    error = np.sqrt(residual_P.var(ddof=1) / len(tokens)) / steps_P.mean()
+    return float(ratio), float(error)
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+@pytest.mark.parametrize("rule", ["naive", "mss"])
+def test_a_sampled_trace_predicts_live_tokens_per_step(
+    pair: Pair, rule: RuleName, temperature: float
+) -> None:
+    """Other random numbers, so equal within the error of both."""
+    ref = ModelRef(name="tiny", config_sha256="0" * 64)
+    source = ModelSource(ref, pair[0].shape, None)
+    config = RecordConfig(
+        "toys",
+        Sampling(rule=rule, temperature=temperature),
+        num_children=NUM_TOKENS - 1,
+        max_new_tokens=LENGTH,
+        num_slots=NUM_SLOTS,
+        seed=10**6,
+        ignore_eos=True,
+    )
+    trace = record_trace(LoadedPair(*pair, source, source, None), [PROMPT] * NUM_SLOTS, config)
+    result = walk(trace, TREES["ragged"])
+    predicted = _ratio(result.positions_P.tolist(), result.starts_P.tolist())
+    support = SamplingSupport(rule)
+    engine = Engine(*pair, TREES["ragged"], EngineConfig(NUM_SLOTS, 450, sampling=support))
+    each = [SamplingParams(temperature, seed=slot) for slot in range(NUM_SLOTS)]
+    run = generate(engine, [PROMPT] * NUM_SLOTS, StopRule(LENGTH), sampling=each)
+    live = _ratio(
+        [len(g.tokens) - 1 for g in run.generations], [g.num_steps for g in run.generations]
+    )
+    for ratio, error in (predicted, live):
+        assert error < 0.005 * ratio, error / ratio
+    assert abs(predicted[0] - live[0]) < 3 * math.hypot(predicted[1], live[1])
 
 
 @pytest.mark.parametrize("rule", ["naive", "mss"])

@@ -128,6 +128,16 @@ def test_tokens_of_logit_minus_infinity_stay_impossible(dtype: torch.dtype) -> N
         torch.testing.assert_close(p_NBV[1, b], expected_V, rtol=0, atol=TOLERANCE[dtype])
 
 
+@pytest.mark.usefixtures("stable_sort")
+def test_top_p_cuts_what_is_exactly_the_rest() -> None:
+    params = SamplingParams(temperature=1.0, top_p=0.75)
+    logits_NBV = torch.zeros(2, 1, 4)
+    p_NBV = law(logits_NBV, settings_of([params], torch.float32), None, truncates=True)
+    expected_V = transformers_law(logits_NBV[0, 0], params, torch.zeros(4, dtype=torch.bool))
+    assert expected_V.count_nonzero() == 3
+    torch.testing.assert_close(p_NBV, expected_V.expand_as(p_NBV))
+
+
 @pytest.mark.parametrize("truncates", [False, True])
 def test_a_greedy_slot_takes_the_lowest_of_the_likeliest(truncates: bool) -> None:
     logits_NBV = torch.tensor([[[1.0, 3.0, -1.0, 3.0, 2.0]]]).expand(2, 3, 5)
@@ -157,7 +167,7 @@ def test_truncation_that_cuts_nothing_changes_nothing(num_tokens: int, dtype: to
         SamplingParams(),
         SamplingParams(temperature=1, top_k=num_tokens),
         SamplingParams(temperature=1.5, top_k=num_tokens + 1),
-        SamplingParams(temperature=1, top_k=2**62),
+        SamplingParams(temperature=1, top_k=2**31 - 1),
         SamplingParams(temperature=1, min_p=1e-30),
     )
     logits_NBV = random_logits(3, len(slots), num_tokens, dtype)
@@ -204,7 +214,7 @@ BAD_VALUES = {
     "top_k": (-1,),
     "top_p": (0.0, -0.5, 1.001, math.nan),
     "min_p": (-0.01, 1.01, math.nan),
-    "repetition_penalty": (0.0, -1.0, math.inf, math.nan),
+    "repetition_penalty": (0.0, -1.0, 1e-45, math.inf, math.nan),
     "seed": (-1, 2**63),
 }
 

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 
+from stree_core.errors import ConfigError
+from stree_core.profile import Sampling
 from stree_core.tree import MAX_NODES
 
 DEFAULT_TARGET = "demo-target"
@@ -27,7 +30,12 @@ Target = Annotated[
 Draft = Annotated[
     str, typer.Option("--draft", help="Draft model: a name, a model folder or a hub id.")
 ]
-Rule = Annotated[str, typer.Option("--rule", help="Acceptance rule.")]
+Rule = Annotated[
+    str,
+    typer.Option(
+        "--rule", show_default="greedy, mss at a temperature", help="greedy, naive or mss."
+    ),
+]
 Temperature = Annotated[float, typer.Option("--temperature", help="Sampling temperature.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Nucleus of the sampling law.")]
 Context = Annotated[
@@ -107,3 +115,17 @@ BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Sequences t
 Limit = Annotated[
     int, typer.Option("--limit", min=0, help="Prompts to take from the start, 0 for all.")
 ]
+
+
+def sampling(rule: str, temperature: float, top_p: float) -> Sampling:
+    """Return the setting of three flags; raise ConfigError when they do not fit each other."""
+    rule = rule or ("mss" if temperature > 0 else "greedy")
+    if rule not in ("greedy", "naive", "mss"):
+        raise ConfigError(f"--rule is greedy, naive or mss, got {rule!r}; pass one of them")
+    try:
+        return Sampling(rule=rule, temperature=temperature, top_p=top_p)  # type: ignore[arg-type]
+    except ValidationError as err:
+        problem = err.errors()[0]
+        where = "".join(f"--{str(part).replace('_', '-')}: " for part in problem["loc"])
+        text = problem["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{where}{text}; change the flags") from err

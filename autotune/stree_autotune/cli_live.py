@@ -106,6 +106,9 @@ def trace(
         str, typer.Option("--rows", metavar="A:B", help="Rows of the file, from A up to before B.")
     ] = "",
     batch_size: flags.BatchSize = 16,
+    rule: flags.Rule = "",
+    temperature: flags.Temperature = 0.0,
+    top_p: flags.TopP = 1.0,
     chat: flags.Chat = False,
     data: flags.Data = flags.DEFAULT_DATA_PATHS,
     device: flags.Device = "auto",
@@ -125,6 +128,7 @@ def trace(
     texts = open_prompts(dataset, Path(prompts) if prompts else None, tuple(data))[chosen]
     config = RecordConfig(
         dataset=dataset,
+        sampling=flags.sampling(rule, temperature, top_p),
         num_children=num_children,
         max_new_tokens=max_new_tokens,
         num_slots=batch_size,
@@ -188,6 +192,19 @@ def decode(
         Literal["auto", "off"],
         typer.Option("--mode", help="auto follows the profile, off never speculates."),
     ] = "auto",
+    rule: flags.Rule = "",
+    temperature: flags.Temperature = 0.0,
+    top_k: Annotated[
+        int, typer.Option("--top-k", min=0, help="Likeliest tokens to sample from, 0 for all.")
+    ] = 0,
+    top_p: flags.TopP = 1.0,
+    min_p: Annotated[
+        float, typer.Option("--min-p", help="Least share of the likeliest token's probability.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option("--repetition-penalty", help="Above 1 against repetition.")
+    ] = 1.0,
+    seed: flags.Seed = 0,
     device: flags.Device = "auto",
     dtype: flags.Dtype = "auto",
     backend: flags.Backend = "auto",
@@ -195,16 +212,21 @@ def decode(
     as_json: flags.AsJson = False,
 ) -> None:
     """Continue a prompt the way a profile says."""
-    from stree_autotune.live import PairRequest, run_decode
+    from stree_autotune.live import DecodeRequest, PairRequest, run_decode
     from stree_core.pair import Runtime
+    from stree_core.sampling import SamplingParams
 
-    request = PairRequest(target, draft, tuple(data), Runtime(device, dtype, backend))
-    run_decode(
-        request,
+    # top-p means nothing to a greedy request, so the flag alone is no contradiction
+    setting = flags.sampling(rule, temperature, top_p if temperature else 1.0)
+    params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    models = PairRequest(target, draft, tuple(data), Runtime(device, dtype, backend))
+    request = DecodeRequest(
         profile_path=profile,
         prompt=prompt,
         chat=chat,
         max_new_tokens=max_new_tokens,
         mode=mode,
-        as_json=as_json,
+        rule=setting.rule,
+        sampling=params,
     )
+    run_decode(models, request, as_json=as_json)

@@ -23,6 +23,7 @@ from stree_core.shape_sheet import find_shape_sheet
 DEFAULT_DATA = Path("stree-data")
 DATASETS = ("demo", "gsm8k", "human_eval", "mt_bench")
 SEPARATOR = "--"
+GREEDY = "greedy"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 
 
@@ -118,14 +119,14 @@ class Library:
         """Return the pair's table measured on `gpu` itself, None when there is none."""
         return self._first(f"runtime/{runtime_file_name(gpu, target, draft)}")
 
-    def find_trace(self, target: str, draft: str, dataset: str) -> Path:
-        """Return the pair's greedy trace on `dataset`.
+    def find_trace(self, target: str, draft: str, dataset: str, label: str = GREEDY) -> Path:
+        """Return the pair's trace on `dataset` with the sampling setting of a label.
 
         Raises ConfigError for an unknown dataset, MissingMeasurement when there is no trace.
         """
         remedy = f"or record it with `{trace_command(target, draft, dataset)}`"
         known(dataset, self.dataset_names(), "dataset", remedy)
-        path = self._first(f"traces/{trace_file_name(target, draft, dataset)}")
+        path = self._first(f"traces/{trace_file_name(target, draft, dataset, label)}")
         if path is None:
             raise MissingMeasurement(
                 f"no trace of {target} with {draft} on {dataset} is there; record it with "
@@ -220,9 +221,9 @@ def shipped_root() -> Path:
     return Path(next(iter(stree_profiles.__path__)))
 
 
-def trace_file_name(target: str, draft: str, dataset: str, rule: str = "greedy") -> str:
-    """Return the file name of a trace."""
-    return f"{SEPARATOR.join((target, draft, dataset, rule))}.safetensors"
+def trace_file_name(target: str, draft: str, dataset: str, label: str = GREEDY) -> str:
+    """Return the file name of a trace with a sampling setting, see Sampling.label."""
+    return f"{SEPARATOR.join((target, draft, dataset, label))}.safetensors"
 
 
 def trace_command(target: str, draft: str, dataset: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -29,6 +30,8 @@ from stree_core.pair import (
     require_profile_fits,
 )
 from stree_core.profile import Profile, load_profile
+from stree_core.rules import RuleName, SamplingSupport
+from stree_core.sampling import SamplingParams
 from stree_core.tree import Tree
 
 logger = logging.getLogger(__name__)
@@ -95,7 +98,8 @@ def run_trace(
     """Record an acceptance trace and write it where tuning looks first."""
     check_name(config.dataset, "dataset")
     pair = open_pair(request)
-    name = trace_file_name(pair.target_ref.name, pair.draft_ref.name, config.dataset)
+    names = (pair.target_ref.name, pair.draft_ref.name, config.dataset)
+    name = trace_file_name(*names, config.sampling.label)
     path = data_folder(request.data) / "traces" / name
     _require_new(path, force=force)
     tokens = pair.encode(prompts, chat=config.chat)
@@ -110,29 +114,36 @@ def run_trace(
     report("\n".join(lines), {"path": str(path), **statistics}, as_json)
 
 
-def run_decode(
-    request: PairRequest,
-    *,
-    profile_path: Path,
-    prompt: str,
-    chat: bool,
-    max_new_tokens: int,
-    mode: Literal["auto", "off"],
-    as_json: bool,
-) -> None:
+@dataclass(frozen=True, slots=True)
+class DecodeRequest:
+    """What to continue and how; `mode` off never speculates."""
+
+    profile_path: Path
+    prompt: str
+    chat: bool
+    max_new_tokens: int
+    mode: Literal["auto", "off"]
+    rule: RuleName
+    sampling: SamplingParams
+
+
+def run_decode(models: PairRequest, request: DecodeRequest, *, as_json: bool) -> None:
     """Continue a prompt as a profile says, printing text as it comes."""
-    profile = load_profile(profile_path)
-    pair = open_profile_pair(request, profile)
+    profile = load_profile(request.profile_path)
+    pair = open_profile_pair(models, profile)
     warning = gpu_warning(profile, pair.device)
     if warning:
         logger.warning(warning)
-    tree = profile.row_for(1).tree.build() if mode == "auto" else Tree.chain(0)
-    (tokens,) = pair.encode([prompt], chat=chat)
-    num_positions = len(tokens) + max_new_tokens + tree.depth + 1
-    engine = Engine(pair.target, pair.draft, tree, EngineConfig(1, num_positions))
-    stop = StopRule(max_new_tokens, pair.target.shape.eos_token_ids)
+    tree = profile.row_for(1).tree.build() if request.mode == "auto" else Tree.chain(0)
+    (tokens,) = pair.encode([request.prompt], chat=request.chat)
+    num_positions = len(tokens) + request.max_new_tokens + tree.depth + 1
+    params = request.sampling
+    support = SamplingSupport(request.rule, params.truncates, params.penalises)
+    config = EngineConfig(1, num_positions, sampling=support)
+    engine = Engine(pair.target, pair.draft, tree, config)
+    stop = StopRule(request.max_new_tokens, pair.target.shape.eos_token_ids)
     if as_json:
-        run = generate(engine, [tokens], stop)
+        run = generate(engine, [tokens], stop, sampling=params)
         (generation,) = run.generations
         summary = {
             "text": pair.decode(generation.tokens),
@@ -143,15 +154,15 @@ def run_decode(
         }
         print_json(summary)
         return
-    _print_stream(pair, engine, tokens, stop)
+    _print_stream(pair, stream(engine, tokens, stop, params))
 
 
-def _print_stream(pair: Pair, engine: Engine, tokens: list[int], stop: StopRule) -> None:
+def _print_stream(pair: Pair, pieces: Iterator[list[int]]) -> None:
     """Print a continuation while it grows; a character may need several tokens to be whole."""
     kept: list[int] = []
     printed = ""
     steps = -1
-    for piece in stream(engine, tokens, stop):
+    for piece in pieces:
         kept += piece
         steps += 1
         text = pair.decode(kept).rstrip("\ufffd")

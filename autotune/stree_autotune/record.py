@@ -15,16 +15,23 @@ from stree_core.engine import Engine, EngineConfig
 from stree_core.errors import ConfigError
 from stree_core.pair import Pair
 from stree_core.profile import Sampling
+from stree_core.rules import SamplingSupport
+from stree_core.sampling import SamplingParams
 from stree_core.tree import Tree
 
+GREEDY_SAMPLING = Sampling()
 _GRAM = 8
 
 
 @dataclass(frozen=True, slots=True)
 class RecordConfig:
-    """What to record; `num_slots` prompts run together; `chat` says how they were encoded."""
+    """What to record; `num_slots` prompts run together; `chat` says how they were encoded.
+
+    Prompt number i samples with the seed `seed + i`, whatever runs beside it.
+    """
 
     dataset: str
+    sampling: Sampling = GREEDY_SAMPLING
     num_children: int = 16
     max_new_tokens: int = 256
     num_slots: int = 16
@@ -47,11 +54,12 @@ def record_trace(
     config: RecordConfig,
     progress: Callable[[int], None] | None = None,
 ) -> Trace:
-    """Decode `prompts` greedily and return their trace.
+    """Decode `prompts` and return their trace.
 
     Every step drafts K children of the root, verifies them with the decoder's own accept code and
     notes the accepted child, but emits only the target's next token, so that every position is
-    seen. `progress` is called with the number of finished prompts.
+    seen. Whether child i is accepted does not depend on how many there are, whatever the rule.
+    `progress` is called with the number of finished prompts.
     """
     if not 1 <= config.num_children <= MAX_CHILDREN:
         raise ConfigError(
@@ -60,26 +68,35 @@ def record_trace(
         )
     star = Tree.from_paths([[rank] for rank in range(config.num_children)])
     num_positions = max(map(len, prompts)) + config.max_new_tokens + star.depth
-    engine_config = EngineConfig(config.num_slots, num_positions, record=True)
+    support = SamplingSupport(config.sampling.rule, truncates=config.sampling.top_p < 1)
+    engine_config = EngineConfig(config.num_slots, num_positions, record=True, sampling=support)
     engine = Engine(pair.target, pair.draft, star, engine_config)
     eos = () if config.ignore_eos else pair.target.shape.eos_token_ids
     stop = StopRule(config.max_new_tokens, eos)
     recordings: list[Recording] = []
-    for start in range(0, len(prompts), config.num_slots):
-        recordings += _record_group(engine, prompts[start : start + config.num_slots], stop)
+    requests = [(prompt, _params(config, index)) for index, prompt in enumerate(prompts)]
+    for start in range(0, len(requests), config.num_slots):
+        recordings += _record_group(engine, requests[start : start + config.num_slots], stop)
         if progress is not None:
             progress(len(recordings))
     return _as_trace(pair, recordings, config)
 
 
+def _params(config: RecordConfig, index: int) -> SamplingParams:
+    sampling = config.sampling
+    return SamplingParams(
+        temperature=sampling.temperature, top_p=sampling.top_p, seed=config.seed + index
+    )
+
+
 def _record_group(
-    engine: Engine, prompts: Sequence[Sequence[int]], stop: StopRule
+    engine: Engine, requests: Sequence[tuple[Sequence[int], SamplingParams]], stop: StopRule
 ) -> list[Recording]:
     recordings: list[Recording] = []
     running: set[int] = set()
-    for slot, prompt in enumerate(prompts):
+    for slot, (prompt, params) in enumerate(requests):
         engine.require_fits(len(prompt), stop.max_new_tokens)
-        tokens, ended = stop.cut([engine.prefill(slot, prompt)], 0)
+        tokens, ended = stop.cut([engine.prefill(slot, prompt, params)], 0)
         recordings.append(Recording(tokens, []))
         if not ended:
             running.add(slot)
@@ -106,7 +123,7 @@ def _as_trace(pair: Pair, recordings: Sequence[Recording], config: RecordConfig)
         target=pair.target_ref,
         draft=pair.draft_ref,
         dataset=config.dataset,
-        sampling=Sampling(),
+        sampling=config.sampling,
         num_children=config.num_children,
         max_new_tokens=config.max_new_tokens,
         ignore_eos=config.ignore_eos,

@@ -54,14 +54,14 @@ class Runtime:
     source: Source
 
 
-def check_sampling(rule: str, temperature: float, top_p: float) -> Sampling:
-    """Return the sampling setting; raise ConfigError for one that this version cannot record."""
-    if (rule, temperature, top_p) != ("greedy", 0.0, 1.0):
+def check_sampling(sampling: Sampling) -> Sampling:
+    """Return the sampling setting; raise ConfigError for one that no runtime table knows."""
+    if sampling.rule != "greedy":
         raise ConfigError(
-            f"this version records, searches and decodes greedily only, got rule {rule}, "
-            f"temperature {temperature:g}, top-p {top_p:g}; leave the three at their defaults"
+            "this version's runtime tables time greedy steps, so it tunes these only, got "
+            f"{sampling.label}; leave --rule, --temperature and --top-p at their defaults"
         )
-    return Sampling()
+    return sampling
 
 
 def tune(request: TuneRequest) -> Profile:
@@ -167,7 +167,7 @@ def _load_acceptance(
         )
     if trace.meta.sampling != request.sampling:
         raise ConfigError(
-            f"trace {path.name} must have the asked sampling, got {trace.meta.sampling}; "
+            f"trace {path.name} must have the asked sampling, got {trace.meta.sampling.label}; "
             "record another with `stree-tune trace`"
         )
     notes = []

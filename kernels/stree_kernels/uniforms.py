@@ -40,8 +40,10 @@ def _fill_uniforms_kernel(
     seed = tl.load(seed_ptr + sequence)
     step = tl.load(step_ptr + sequence).to(tl.int32)
     word, _, _, _ = tl.philox(seed, x, row // batch, step, stream)
-    # A signed number of 24 bits, exact in float32.
-    number = (word >> 8).to(tl.int32).to(tl.float32) * (1.0 / (1 << 24))
+    # Signed numbers of 24 bits, exact in float32.
+    coarse = (word >> 8).to(tl.int32).to(tl.float32) * (1.0 / (1 << 24))
+    fine = (word & 0xFFFFFF).to(tl.int32).to(tl.float32) * (1.0 / (1 << 32))
+    number = tl.where((word >> 24) == 0, fine, coarse)
     tl.store(out_ptr + row.to(tl.int64) * num_columns + x, number, mask=x < num_columns)
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 WORD = 0xFFFFFFFF
 """The largest 32-bit word, and the mask of one."""
+LEAST_UNIFORM = 2.0**-32
+"""What every number is a multiple of."""
 ROUNDS = 10
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -26,7 +28,8 @@ def fill_uniforms(seed_B: Tensor, step_B: Tensor, out_NBX: Tensor, *, stream: in
     """Write a number in [0, 1) to every element of `out_NBX`, of any float dtype from fp32 up.
 
     Number (n, b, x) is word 0 of Philox under key `seed_B[b]` at counter (x, n, `step_B[b]`,
-    `stream`), cut to its high 24 bits: all 64 bits of a seed count, and the low 32 of a step.
+    `stream`), cut to its high 24 bits where these are not 0, so that small numbers are finer: all
+    64 bits of a seed count, and the low 32 of a step.
     Both are int64 and not negative. Raises ValueError unless `stream` is a 32-bit word.
     """
     check_stream(stream)
@@ -39,7 +42,8 @@ def fill_uniforms(seed_B: Tensor, step_B: Tensor, out_NBX: Tensor, *, stream: in
     key = ((seed_B & WORD)[:, None], (seed_B >> 32 & WORD)[:, None])
     word_NBX = philox((x_X, n_N11, step_B1, stream_1), key)[0]
     # 24 bits fit a float32, so that nothing is rounded and no number becomes 1.
-    out_NBX.copy_((word_NBX >> 8).to(out_NBX.dtype) * 2.0**-24)
+    kept_NBX = torch.where(word_NBX < 1 << 24, word_NBX, word_NBX & 0xFFFFFF00)
+    out_NBX.copy_(kept_NBX.to(out_NBX.dtype) * LEAST_UNIFORM)
 
 
 def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
