@@ -19,7 +19,7 @@ from stree_autotune.margin import logit_margin
 from stree_autotune.provenance import utc_now, versions
 from stree_autotune.validate import RAGGED
 from stree_core.decode import Run, StopRule, generate
-from stree_core.engine import Engine, EngineConfig
+from stree_core.engine import Engine, EngineConfig, needed_positions
 from stree_core.files import write_atomically
 from stree_core.pair import Pair, Runtime, device_name
 from stree_core.tree import DEFAULT_TREE, Tree
@@ -101,7 +101,7 @@ def compare(
 
 def decode(pair: Pair, prompts: list[list[int]], num_tokens: int, tree: Tree) -> Run:
     longest = max(map(len, prompts))
-    config = EngineConfig(1, longest + num_tokens + tree.depth + 1)
+    config = EngineConfig(1, needed_positions(longest, num_tokens, [tree]))
     engine = Engine(pair.target, pair.draft, tree, config)
     return generate(engine, prompts, StopRule(num_tokens))
 

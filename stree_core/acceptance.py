@@ -61,7 +61,9 @@ def sample_from(p_NBV: Tensor, uniform_NB: Tensor) -> Tensor:
     total_NB = cdf_NBV[..., -1]
     # A product that is rounded up to the total would point behind the last token.
     point_NB = torch.minimum(uniform_NB * total_NB, total_NB.nextafter(torch.zeros_like(total_NB)))
-    return torch.searchsorted(cdf_NBV, point_NB[..., None], right=True)[..., 0]
+    token_NB: Tensor = torch.searchsorted(cdf_NBV, point_NB[..., None], right=True)[..., 0]
+    # A law with NaN has no such place.
+    return token_NB.clamp(max=p_NBV.shape[-1] - 1)
 
 
 def draw_children(q_WBV: Tensor, uniform_WBV: Tensor, num_children: int) -> Tensor:

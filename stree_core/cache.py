@@ -113,10 +113,13 @@ class Cache:
         self.current = 0
 
     def advance(self, path_BL: Tensor | None, length_B: Tensor) -> None:
-        """Make a path pending, the same as before with None, whose predecessor is committed."""
+        """Make a path pending, the same as before with None, whose predecessor is committed.
+
+        Entries of the table behind the path stay: they are rows of a block all the same.
+        """
         self.pending.num_kept_B.copy_(next_num_kept(self.pending))
         if path_BL is not None:
-            self.pending.path_BL.copy_(path_BL)
+            self.pending.path_BL[:, : path_BL.shape[1]].copy_(path_BL)
         self.pending.length_B.copy_(length_B)
         self.committed_B.add_(length_B)
 

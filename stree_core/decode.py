@@ -104,7 +104,7 @@ def generate(
         running = _prefill(engine, group, batch, stop)
         start = time.perf_counter()
         while running:
-            emitted = engine.step()
+            emitted = engine.step().tokens
             num_engine_steps += 1
             for slot in sorted(running):
                 if _extend(batch[slot], emitted[slot], stop):
@@ -125,7 +125,7 @@ def stream(
     num_tokens = len(tokens)
     yield tokens
     while not ended:
-        tokens, ended = stop.cut(engine.step()[0], num_tokens)
+        tokens, ended = stop.cut(engine.step().tokens[0], num_tokens)
         num_tokens += len(tokens)
         yield tokens
 

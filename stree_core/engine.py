@@ -1,23 +1,34 @@
-"""A step-level engine: fixed slots, one tree, one captured graph per row set.
+"""A step-level engine: fixed slots, some trees that share them, captured graphs.
 
 Shape letters: B slots, L path capacity.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from stree_core.cache import Cache
-from stree_core.errors import ConfigError
+from stree_core.errors import ConfigError, NonFiniteLogits
 from stree_core.memory import explain_oom, require_memory
 from stree_core.model import Model
 from stree_core.prefill import consume, prefill_cache
 from stree_core.rules import GREEDY, SamplingSupport
 from stree_core.sampling import SamplingParams
-from stree_core.step import Speculator, make_caches, make_speculator
+from stree_core.step import (
+    COUNT,
+    FIRST_TOKEN,
+    HEALTHY,
+    LAST_NODE,
+    Speculator,
+    make_caches,
+    make_speculators,
+)
 from stree_core.tree import Tree
 from stree_core.tree_plan import make_plan
 
@@ -39,42 +50,90 @@ class EngineConfig:
     sampling: SamplingSupport = GREEDY
 
 
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step did in every slot.
+
+    `tokens` are those it emitted, none where the slot was inactive. `last_nodes` is the last node
+    it accepted, 0 for the root; a recording step accepts nothing and says what it would have
+    accepted. `healthy` is False where the target's logits were not finite. `epochs` counts the
+    prefills of every slot when the step was launched.
+    """
+
+    tokens: list[list[int]]
+    last_nodes: list[int]
+    healthy: list[bool]
+    epochs: tuple[int, ...]
+
+    def since(self, epochs: Sequence[int]) -> StepResult:
+        """Return the result without slots that another request has taken over."""
+        same = [mine == now for mine, now in zip(self.epochs, epochs, strict=True)]
+        if all(same):
+            return self
+        tokens = [own if keep else [] for own, keep in zip(self.tokens, same, strict=True)]
+        healthy = [own or not keep for own, keep in zip(self.healthy, same, strict=True)]
+        return StepResult(tokens, self.last_nodes, healthy, self.epochs)
+
+
+def needed_positions(prompt_tokens: int, new_tokens: int, trees: Sequence[Tree]) -> int:
+    """Return the positions that a slot needs for a prompt and its output with any of the trees."""
+    # The last step may write a whole path behind the last token that is kept, and another step may
+    # be under way when it is read.
+    return prompt_tokens + new_tokens + 2 * max(tree.depth for tree in trees)
+
+
 class Engine:
-    """Prefills slots and steps them all at once.
+    """Prefills slots and steps them all at once, with any of its trees.
 
     A step is `draft -> verify -> accept -> commit` of stree_core.step. On CUDA it is captured once
-    per row set and replayed; on the CPU it runs as it stands. Raises ConfigError when a tree needs
-    a draft and there is none, or a prompt does not fit.
+    per tree and row set; on the CPU it runs as it stands. `launch` does not wait for it, `collect`
+    does, so that the host may read one step late. Raises ConfigError when a tree needs a draft and
+    there is none, NotEnoughMemory when the caches do not fit.
     """
 
     def __init__(
-        self, target: Model, draft: Model | None, tree: Tree, config: EngineConfig | None = None
+        self,
+        target: Model,
+        draft: Model | None,
+        trees: Tree | Sequence[Tree],
+        config: EngineConfig | None = None,
     ) -> None:
-        if tree.num_nodes > 0 and draft is None:
-            raise ConfigError(
-                f"a tree of {tree.num_nodes} nodes needs a draft model, got none; pass a draft"
-            )
+        self.trees = (trees,) if isinstance(trees, Tree) else tuple(trees)
+        speculates = any(tree.num_nodes for tree in self.trees)
+        if speculates and draft is None:
+            most = max(tree.num_nodes for tree in self.trees)
+            raise ConfigError(f"a tree of {most} nodes needs a draft model, got none; pass a draft")
         self.config = config or EngineConfig()
         self.target = target
-        self.draft = draft if tree.num_nodes > 0 else None
-        self._accepted = [0] * self.config.num_slots
-        draft_widths = self.draft.conv_widths if self.draft else frozenset()
-        self.plan = make_plan(tree, target.conv_widths, draft_widths, target.device)
+        self.draft = draft if speculates else None
+        widths = self.draft.conv_widths if self.draft else frozenset()
+        self._plans = [
+            make_plan(tree, target.conv_widths, widths, target.device) for tree in self.trees
+        ]
+        self._history: list[list[int]] = [[] for _ in range(self.config.num_slots)]
+        self._epochs = [0] * self.config.num_slots
+        self._draft_is_behind = False
         slots, positions = self.config.num_slots, self.config.num_positions
         num_bytes = self.needed_bytes()
         what = f"remembering {slots} sequences of {positions} positions"
         require_memory(num_bytes, what, target.device)
         with torch.inference_mode(), explain_oom(what, num_bytes, target.device):
-            self._speculator = make_speculator(
-                target, self.draft, self.plan, slots, positions, self.config.sampling
+            self._speculators = make_speculators(
+                target, self.draft, self._plans, slots, positions, self.config.sampling
             )
             self._prefill_caches = {id(m): prefill_cache(m, positions) for m in self._models()}
-            self._run = self._captured_step()
+            self._results = _Results(self._speculators[0].buffers.result_XB)
+            self._steps = self._captured_steps()
+
+    @property
+    def depth(self) -> int:
+        """Depth of the deepest tree."""
+        return max(tree.depth for tree in self.trees)
 
     @property
     def speculator(self) -> Speculator:
-        """The step's parts, one by one, for the probe."""
-        return self._speculator
+        """The parts of a step with the first tree, one by one, for the probe."""
+        return self._speculators[0]
 
     @property
     def cache_bytes(self) -> int:
@@ -84,8 +143,7 @@ class Engine:
 
     def require_fits(self, prompt_tokens: int, new_tokens: int) -> None:
         """Raise ConfigError unless a slot has the positions for a prompt and its output."""
-        # The last step may write a whole path behind the last token that is kept.
-        needed = prompt_tokens + new_tokens + self.plan.tree.depth
+        needed = needed_positions(prompt_tokens, new_tokens, self.trees)
         if needed > self.config.num_positions:
             raise ConfigError(
                 f"prompt and output must fit {self.config.num_positions} positions, they need "
@@ -99,102 +157,190 @@ class Engine:
         """Consume a prompt into `slot`, make it active and return the first token.
 
         Raises ConfigError when the prompt is empty, leaves no position for output, or asks for
-        sampling that the engine was not made for.
+        sampling that the engine was not made for; NonFiniteLogits when the target breaks down.
         """
         params = params or SamplingParams()
         self.config.sampling.require(params)
         if not prompt:
             raise ConfigError("a prompt must hold at least one token, got none; write something")
         self.require_fits(len(prompt), 1)
-        hidden = self._consume(self.target, prompt, slot, self._speculator.target_cache)
-        rule = self._speculator.rule
-        rule.start(slot, params, prompt)
-        first = int(rule.first(slot, self.target.logits(hidden[-1:])[0, 0]))
-        buffers = self._speculator.buffers
+        speculator = self._speculators[0]
+        hidden = self._consume(self.target, prompt, slot, speculator.target_cache)
+        logits_V = self.target.logits(hidden[-1:])[0, 0]
+        speculator.rule.start(slot, params, prompt)
+        first = int(speculator.rule.first(slot, logits_V))
+        if not bool(logits_V[first].isfinite()):
+            raise NonFiniteLogits(
+                f"logits must be finite, they are not after a prompt of {len(prompt)} tokens; "
+                "check the weights and the dtype"
+            )
+        buffers = speculator.buffers
         buffers.latest_2B[:, slot] = torch.tensor([prompt[-1], first], device=self.target.device)
         buffers.active_B[slot] = 1
-        if self.draft is not None and self._speculator.draft_cache is not None:
-            self._consume(self.draft, prompt[:-1], slot, self._speculator.draft_cache)
+        self._history[slot] = [*prompt, first]
+        self._epochs[slot] += 1
+        if self.draft is not None and speculator.draft_cache is not None:
+            self._consume(self.draft, prompt[:-1], slot, speculator.draft_cache)
         return first
 
     @torch.inference_mode()
-    def step(self) -> list[list[int]]:
-        """Run one step; return the tokens that every slot emitted (none where inactive)."""
-        self._run()
-        counts, self._accepted, *tokens = self._speculator.buffers.result_XB.tolist()
-        return [
-            list(column[:n]) for n, column in zip(counts, zip(*tokens, strict=True), strict=True)
-        ]
+    def launch(self, which: int = 0) -> None:
+        """Start a step of all slots with tree number `which`, without waiting for it."""
+        speculates = self.trees[which].num_nodes > 0
+        if speculates and self._draft_is_behind:
+            self._catch_up()
+        self._draft_is_behind |= self.draft is not None and not speculates
+        self._steps[which]()
+        self._results.keep(tuple(self._epochs))
 
-    def accepted_nodes(self) -> list[int]:
-        """Return the last node that each slot's last step accepted, 0 when it was the root.
+    def collect(self) -> StepResult:
+        """Wait for the oldest step that has not been collected, and return what it did.
 
-        A recording step accepts nothing and says what it would have accepted.
+        Of a slot that was prefilled since that step was launched nothing is returned.
         """
-        return self._accepted
+        result = self._results.next(self._epochs)
+        for history, tokens in zip(self._history, result.tokens, strict=True):
+            history += tokens
+        return result
+
+    def step(self, which: int = 0) -> StepResult:
+        """Run one step and wait for it."""
+        self.launch(which)
+        return self.collect()
 
     @torch.inference_mode()
     def release(self, slot: int) -> None:
         """Make a slot inactive: it still computes, but no longer advances."""
-        self._speculator.buffers.active_B[slot] = 0
+        self._speculators[0].buffers.active_B[slot] = 0
 
     def needed_bytes(self) -> int:
         """Return what all caches will take: their sizes, summed up without memory behind them."""
         nowhere = torch.device("meta")
         slots, positions = self.config.num_slots, self.config.num_positions
         caches = [
-            *make_caches((self.target, self.draft), self.plan, slots, positions, nowhere),
+            *make_caches((self.target, self.draft), self._plans, slots, positions, nowhere),
             *(prefill_cache(model, positions, nowhere) for model in self._models()),
         ]
         return sum(cache.num_bytes for cache in caches if cache is not None)
+
+    def _catch_up(self) -> None:
+        """Run the draft over what was decoded without it: all but the last two tokens of a slot."""
+        self._results.gather()
+        cache = self._speculators[0].draft_cache
+        assert self.draft is not None
+        assert cache is not None
+        active = self._speculators[0].buffers.active_B.tolist()
+        for slot, history in enumerate(self._histories()):
+            if active[slot]:
+                self._consume(self.draft, history[:-2], slot, cache)
+        self._draft_is_behind = False
+
+    def _histories(self) -> list[list[int]]:
+        """Return every slot's tokens, those of steps included that nobody has collected."""
+        waiting = [result.since(self._epochs) for result in self._results.waiting]
+        return [
+            [*history, *(token for result in waiting for token in result.tokens[slot])]
+            for slot, history in enumerate(self._history)
+        ]
 
     def _models(self) -> list[Model]:
         return [self.target] if self.draft is None else [self.target, self.draft]
 
     def _caches(self) -> list[Cache]:
-        caches = (self._speculator.target_cache, self._speculator.draft_cache)
+        caches = (self._speculators[0].target_cache, self._speculators[0].draft_cache)
         return [cache for cache in caches if cache is not None]
 
-    def _consume(
-        self, model: Model, tokens: Sequence[int], slot: int, cache: Cache
-    ) -> torch.Tensor:
+    def _consume(self, model: Model, tokens: Sequence[int], slot: int, cache: Cache) -> Tensor:
         scratch = self._prefill_caches[id(model)]
         hidden = consume(model, tokens, scratch)
         cache.adopt(slot, scratch)
         return hidden
 
-    def _captured_step(self) -> Callable[[], None]:
-        """Return a function that runs one step and flips the caches."""
+    def _captured_steps(self) -> list[Callable[[], None]]:
+        """Return for each tree a function that runs a step and flips the caches."""
+        plain = [self._plain(speculator) for speculator in self._speculators]
         if self.target.device.type != "cuda" or not self.config.use_graph:
-            return self._plain_step
-        for _ in range(_WARM_UP_STEPS):
-            self._plain_step()
-        graphs = []
-        for _ in range(2):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._step()
-            graphs.append(graph)
-            self._flip()
+            return plain
+        pool = torch.cuda.graph_pool_handle()
+        captured = [
+            self._captured(speculator, run, pool)
+            for speculator, run in zip(self._speculators, plain, strict=True)
+        ]
         for cache in self._caches():
             cache.reset()
+        return captured
+
+    def _plain(self, speculator: Speculator) -> Callable[[], None]:
+        def run() -> None:
+            self._step(speculator)
+            self._flip()
+
+        return run
+
+    def _captured(
+        self, speculator: Speculator, plain: Callable[[], None], pool: Any
+    ) -> Callable[[], None]:
+        for _ in range(_WARM_UP_STEPS):
+            plain()
+        graphs = {}
+        for _ in range(2):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                self._step(speculator)
+            graphs[speculator.target_cache.current] = graph
+            self._flip()
 
         def replay() -> None:
-            graphs[self._speculator.target_cache.current].replay()
+            graphs[speculator.target_cache.current].replay()
             self._flip()
 
         return replay
 
-    def _plain_step(self) -> None:
-        self._step()
-        self._flip()
-
-    def _step(self) -> None:
+    def _step(self, speculator: Speculator) -> None:
         if self.config.record:
-            self._speculator.record()
+            speculator.record()
         else:
-            self._speculator.step()
+            speculator.step()
 
     def _flip(self) -> None:
         for cache in self._caches():
             cache.flip()
+
+
+class _Results:
+    """Copies of what steps left behind, read by the host when it gets to them."""
+
+    def __init__(self, result_XB: Tensor) -> None:
+        self._source = result_XB
+        self._on_the_way: deque[tuple[Tensor, torch.cuda.Event | None, tuple[int, ...]]] = deque()
+        self.waiting: deque[StepResult] = deque()
+
+    def keep(self, epochs: tuple[int, ...]) -> None:
+        """Copy the result of the step that was just started, without waiting for it."""
+        if self._source.device.type != "cuda":
+            self._on_the_way.append((self._source.clone(), None, epochs))
+            return
+        copy = torch.empty(self._source.shape, dtype=self._source.dtype, pin_memory=True)
+        copy.copy_(self._source, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._on_the_way.append((copy, event, epochs))
+
+    def gather(self) -> None:
+        """Wait for all steps that were started."""
+        while self._on_the_way:
+            self.waiting.append(self._arrived())
+
+    def next(self, epochs: Sequence[int]) -> StepResult:
+        """Return the oldest result, of slots that nobody has taken over."""
+        result = self.waiting.popleft() if self.waiting else self._arrived()
+        return result.since(epochs)
+
+    def _arrived(self) -> StepResult:
+        copy, event, epochs = self._on_the_way.popleft()
+        if event is not None:
+            event.synchronize()
+        rows = copy.tolist()
+        columns = zip(*rows[FIRST_TOKEN:], strict=True)
+        tokens = [list(column[:n]) for n, column in zip(rows[COUNT], columns, strict=True)]
+        return StepResult(tokens, rows[LAST_NODE], [bool(flag) for flag in rows[HEALTHY]], epochs)

@@ -30,6 +30,10 @@ class NotEnoughMemory(StreeError):
     """A device has too little free memory for what was asked."""
 
 
+class NonFiniteLogits(StreeError):
+    """A model's logits are NaN or infinite."""
+
+
 class NoFeasibleTree(StreeError):
     """No tree satisfies the limits of a search."""
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stree_core.acceptance import choose_by_mss, draw_children, sample_from, top_tokens
 from stree_core.errors import ConfigError
-from stree_core.sampling import SamplingParams, law, make_settings
+from stree_core.sampling import SamplingParams, SlotSettings, law, make_settings
 from stree_core.tree_plan import DraftLevel, TreePlan
 
 RuleName = Literal["greedy", "naive", "mss"]
@@ -99,6 +99,17 @@ class GreedyRule:
         """Take note of nothing."""
 
 
+@dataclass(frozen=True, slots=True)
+class SlotMemory:
+    """What is known of every slot's request, whichever tree a step has: settings, tokens seen.
+
+    `seen_BV` (bool) is None where no request may be penalised.
+    """
+
+    settings: SlotSettings
+    seen_BV: Tensor | None
+
+
 class SampledRule:
     """Naive sampling or MSS, with settings of their own for every slot.
 
@@ -107,19 +118,17 @@ class SampledRule:
     """
 
     def __init__(
-        self, support: SamplingSupport, plan: TreePlan, num_slots: int, vocab_size: int,
+        self, support: SamplingSupport, plan: TreePlan, memory: SlotMemory, vocab_size: int,
         fill_uniforms: Callable[..., None],
     ) -> None:  # fmt: skip
-        device = plan.depths_T.device
-        self.settings = make_settings(num_slots, device)
+        self.settings = memory.settings
+        self._seen_BV = memory.seen_BV
         self._support = support
         self._plan = plan
         self._fill_uniforms = fill_uniforms
-        self._seen_BV: Tensor | None = None
-        if support.penalises:
-            self._seen_BV = torch.zeros(num_slots, vocab_size, dtype=torch.bool, device=device)
         num_inner = len(plan.inner_I) if support.rule == "mss" else 0
-        self._q_IBV = torch.zeros(num_inner, num_slots, vocab_size, device=device)
+        num_slots = len(memory.settings.step_B)
+        self._q_IBV = torch.zeros(num_inner, num_slots, vocab_size, device=plan.depths_T.device)
 
     def start(self, slot: int, params: SamplingParams, prompt: Sequence[int]) -> None:
         """Begin a request: its settings, its first random numbers, the tokens of its prompt."""
@@ -194,13 +203,18 @@ class SampledRule:
         return uniform_NBX
 
 
-def make_rule(
-    support: SamplingSupport, plan: TreePlan, num_slots: int, vocab_size: int,
+def make_rules(
+    support: SamplingSupport, plans: Sequence[TreePlan], num_slots: int, vocab_size: int,
     fill_uniforms: Callable[..., None],
-) -> Rule:  # fmt: skip
-    """Return the rule that serves `support` with one tree."""
+) -> list[Rule]:  # fmt: skip
+    """Return for each tree the rule that serves `support`; they share what they know of slots."""
     if support.rule == "greedy" and not support.penalises:
-        return GreedyRule()
+        return [GreedyRule()] * len(plans)
     if support.rule == "greedy":
         support = dataclasses.replace(support, rule="naive")
-    return SampledRule(support, plan, num_slots, vocab_size, fill_uniforms)
+    device = plans[0].depths_T.device
+    seen_BV = None
+    if support.penalises:
+        seen_BV = torch.zeros(num_slots, vocab_size, dtype=torch.bool, device=device)
+    memory = SlotMemory(make_settings(num_slots, device), seen_BV)
+    return [SampledRule(support, plan, memory, vocab_size, fill_uniforms) for plan in plans]

@@ -9,6 +9,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,18 +18,22 @@ from torch import Tensor
 from stree_core.acceptance import accept_path
 from stree_core.cache import Cache, CacheSize
 from stree_core.model import Model
-from stree_core.rules import GREEDY, Rule, SamplingSupport, make_rule
+from stree_core.row_block import RowBlock
+from stree_core.rules import GREEDY, Rule, SamplingSupport, make_rules
 from stree_core.tree_plan import DraftLevel, TreePlan
+
+COUNT, LAST_NODE, HEALTHY, FIRST_TOKEN = range(4)
+"""Rows of a step's result."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepBuffers:
-    """What a step reads and leaves behind, in place.
+    """What a step reads and leaves behind, in place; all but the tokens are shared by all trees.
 
     `latest_2B` holds the last two emitted tokens: the predecessor and the root. `tokens_TB` are the
     tree's. `active_B` (int32, 1 or 0): an inactive slot computes but does not advance. `result_XB`
-    is what the host reads, in one copy: row 0 counts a step's tokens, row 1 is the last accepted
-    node, then come the L tokens: the accepted ones and the bonus token, those counted are valid.
+    is what the host reads, in one copy: a step's number of tokens, the last accepted node, whether
+    all logits were finite (1 or 0), then the tokens: the accepted ones and the bonus token.
     """
 
     latest_2B: Tensor
@@ -37,18 +42,22 @@ class StepBuffers:
     result_XB: Tensor
 
 
-def make_buffers(plan: TreePlan, num_slots: int, device: torch.device) -> StepBuffers:
-    """Allocate the buffers of a step."""
+def make_buffers(
+    plans: Sequence[TreePlan], num_slots: int, device: torch.device
+) -> list[StepBuffers]:
+    """Allocate the buffers of steps with these trees."""
 
     def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.zeros(*shape, dtype=dtype, device=device)
 
-    return StepBuffers(
-        zeros(2, num_slots),
-        zeros(plan.tree.num_tokens, num_slots),
-        zeros(num_slots, dtype=torch.int32),
-        zeros(2 + plan.tree.depth + 1, num_slots),
-    )
+    capacity = max(plan.tree.depth for plan in plans) + 1
+    latest_2B = zeros(2, num_slots)
+    active_B = zeros(num_slots, dtype=torch.int32)
+    result_XB = zeros(FIRST_TOKEN + capacity, num_slots)
+    return [
+        StepBuffers(latest_2B, zeros(plan.tree.num_tokens, num_slots), active_B, result_XB)
+        for plan in plans
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +87,7 @@ class Speculator:
         chosen_TB = self.verify()
         last_B = self.accept(chosen_TB)
         self.commit(chosen_TB, torch.zeros_like(last_B))
-        self.buffers.result_XB[1] = last_B
+        self.buffers.result_XB[LAST_NODE] = last_B
 
     def propose(self) -> None:
         """Fill the tree's tokens, level by level."""
@@ -107,7 +116,12 @@ class Speculator:
         hidden_TBD = self.target.forward(
             self.buffers.tokens_TB, self.plan.target_block, self.target_cache, first=0, commit=True
         )
-        return self.rule.choose(self.target.logits(hidden_TBD), self.buffers.tokens_TB)
+        logits_TBV = self.target.logits(hidden_TBD)
+        chosen_TB = self.rule.choose(logits_TBV, self.buffers.tokens_TB)
+        # The likeliest of logits with NaN is NaN.
+        own_TB = logits_TBV.gather(-1, chosen_TB[..., None])[..., 0]
+        self.buffers.result_XB[HEALTHY] = own_TB.isfinite().all(0)
+        return chosen_TB
 
     def accept(self, chosen_TB: Tensor) -> Tensor:
         """Return every slot's last accepted node [B]."""
@@ -126,7 +140,8 @@ class Speculator:
         history_LB = torch.cat((b.latest_2B[1:], emitted_LB))
         torch.gather(history_LB, 0, torch.stack((accepted_B, accepted_B + 1)), out=b.latest_2B)
         length_B = (accepted_B + 1) * b.active_B
-        b.result_XB.copy_(torch.cat((length_B[None], last_B[None], emitted_LB)))
+        b.result_XB[: LAST_NODE + 1] = torch.stack((length_B, last_B))
+        b.result_XB[FIRST_TOKEN:][: len(emitted_LB)] = emitted_LB
         self.target_cache.advance(path_BL, length_B)
         self.draft_cache.advance(plan.draft_path_TL[last_B], length_B)
         self.rule.advance(emitted_LB, accepted_B, b.active_B)
@@ -135,41 +150,49 @@ class Speculator:
         """Commit and emit without speculation: the path is the root alone, row 0 of its block."""
         b = self.buffers
         b.latest_2B.copy_(torch.cat((b.latest_2B[1:], chosen_1B)))
-        b.result_XB[0] = b.active_B
-        b.result_XB[2:] = chosen_1B
+        b.result_XB[COUNT] = b.active_B
+        b.result_XB[LAST_NODE] = 0
+        b.result_XB[FIRST_TOKEN] = chosen_1B[0]
         self.target_cache.advance(None, b.active_B)
         self.rule.advance(chosen_1B, torch.zeros_like(b.active_B), b.active_B)
 
 
 def make_caches(
     models: tuple[Model, Model | None],
-    plan: TreePlan,
+    plans: Sequence[TreePlan],
     num_slots: int,
     num_positions: int,
     device: torch.device | None = None,
 ) -> tuple[Cache, Cache | None]:
-    """Allocate what a target and, for a tree with nodes, its draft remember between steps.
+    """Allocate what a target and, where a tree has nodes, its draft remember between steps.
 
-    The caches lie on the models' device unless another is given.
+    The caches serve all trees of `plans` in any order. They lie on the models' device unless
+    another is given.
     """
     target, draft = models
+    capacity = max(plan.tree.depth for plan in plans) + 1
 
-    def size(num_rows: int) -> CacheSize:
-        return CacheSize(num_slots, num_rows, plan.tree.depth + 1, num_positions)
+    def size(blocks: Sequence[RowBlock]) -> CacheSize:
+        num_rows = max(block.num_rows for block in blocks)
+        return CacheSize(num_slots, num_rows, capacity, num_positions)
 
     draft_cache = None
-    if draft is not None and plan.draft_block is not None:
-        draft_cache = draft.make_cache(size(plan.draft_block.num_rows), device)
-    return target.make_cache(size(plan.tree.num_tokens), device), draft_cache
+    draft_blocks = [plan.draft_block for plan in plans if plan.draft_block is not None]
+    if draft is not None and draft_blocks:
+        draft_cache = draft.make_cache(size(draft_blocks), device)
+    return target.make_cache(size([plan.target_block for plan in plans]), device), draft_cache
 
 
-def make_speculator(
-    target: Model, draft: Model | None, plan: TreePlan, num_slots: int, num_positions: int,
-    support: SamplingSupport = GREEDY,
-) -> Speculator:  # fmt: skip
-    """Allocate the memory of a target and, for a tree with nodes, of its draft."""
-    caches = make_caches((target, draft), plan, num_slots, num_positions)
-    buffers = make_buffers(plan, num_slots, target.device)
+def make_speculators(
+    target: Model, draft: Model | None, plans: Sequence[TreePlan], num_slots: int,
+    num_positions: int, support: SamplingSupport = GREEDY,
+) -> list[Speculator]:  # fmt: skip
+    """Allocate the memory of a target and, where a tree has nodes, of its draft, for all trees."""
+    caches = make_caches((target, draft), plans, num_slots, num_positions)
+    buffers = make_buffers(plans, num_slots, target.device)
     fill_uniforms = target.backend.fill_uniforms
-    rule = make_rule(support, plan, num_slots, target.shape.vocab_size, fill_uniforms)
-    return Speculator(plan, target, caches[0], draft, caches[1], buffers, rule)
+    rules = make_rules(support, plans, num_slots, target.shape.vocab_size, fill_uniforms)
+    return [
+        Speculator(plan, target, caches[0], draft, caches[1], own, rule)
+        for plan, own, rule in zip(plans, buffers, rules, strict=True)
+    ]

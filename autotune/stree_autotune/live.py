@@ -18,7 +18,7 @@ from stree_autotune.prompts import load_prompts
 from stree_autotune.record import RecordConfig, record_trace
 from stree_autotune.trace_file import save_trace
 from stree_core.decode import StopRule, generate, stream
-from stree_core.engine import Engine, EngineConfig
+from stree_core.engine import Engine, EngineConfig, needed_positions
 from stree_core.errors import ConfigError
 from stree_core.hub import is_hub_id
 from stree_core.model_source import ModelSource, find_source, folder_source, sheet_source
@@ -136,7 +136,7 @@ def run_decode(models: PairRequest, request: DecodeRequest, *, as_json: bool) ->
         logger.warning(warning)
     tree = profile.row_for(1).tree.build() if request.mode == "auto" else Tree.chain(0)
     (tokens,) = pair.encode([request.prompt], chat=request.chat)
-    num_positions = len(tokens) + request.max_new_tokens + tree.depth + 1
+    num_positions = needed_positions(len(tokens), request.max_new_tokens, [tree])
     params = request.sampling
     support = SamplingSupport(request.rule, params.truncates, params.penalises)
     config = EngineConfig(1, num_positions, sampling=support)

@@ -18,7 +18,7 @@ from stree_autotune.probe import (
 )
 from stree_autotune.timing import EFFORTS, Work, captured, time_interleaved
 from stree_core.model import Model
-from stree_core.step import make_buffers, make_speculator
+from stree_core.step import make_buffers, make_speculators
 from stree_core.tree import Tree
 from stree_core.tree_plan import make_plan
 
@@ -61,10 +61,11 @@ def _passes(model: Model, config: ProbeConfig, batch_size: int) -> list[PassTime
             size: make_plan(even_tree(size - 1, 2), model.conv_widths, frozenset(), device)
             for size in sizes
         }
-        shared = make_speculator(model, None, plans[sizes[-1]], batch_size, config.context)
+        largest_plan = [plans[sizes[-1]]]
+        (shared,) = make_speculators(model, None, largest_plan, batch_size, config.context)
         occupy(shared, config.context // 2)
         for size, plan in plans.items():
-            buffers = make_buffers(plan, batch_size, device)
+            (buffers,) = make_buffers([plan], batch_size, device)
             bound = dataclasses.replace(shared, plan=plan, buffers=buffers)
             candidates[size] = captured(bound.verify, device, pool)
         timings = time_interleaved(candidates, device, EFFORTS[config.effort])

@@ -32,7 +32,7 @@ from stree_core.engine import Engine, EngineConfig
 from stree_core.model import Model
 from stree_core.pair import Pair, device_name
 from stree_core.profile import ModelRef, TreeText
-from stree_core.step import Speculator, make_buffers, make_speculator
+from stree_core.step import Speculator, make_buffers, make_speculators
 from stree_core.tree import DEFAULT_TREE, Tree
 from stree_core.tree_plan import make_plan
 from stree_kernels.rows import MAX_KEPT
@@ -186,7 +186,7 @@ def _occupied(pair: Pair, config: ProbeConfig, batch_size: int) -> Speculator:
     """Return a speculator on caches with room for every tree, in the middle of their context."""
     tree = even_tree(config.max_nodes, config.max_nodes // _TYPICAL_DEPTH + 1)
     plan = make_plan(tree, pair.target.conv_widths, pair.draft.conv_widths, pair.device)
-    shared = make_speculator(pair.target, pair.draft, plan, batch_size, config.context)
+    (shared,) = make_speculators(pair.target, pair.draft, [plan], batch_size, config.context)
     occupy(shared, config.context // 2)
     return shared
 
@@ -197,7 +197,7 @@ def _rebound(shared: Speculator, tree: Tree) -> Speculator:
     device = shared.target.device
     plan = make_plan(tree, shared.target.conv_widths, shared.draft.conv_widths, device)
     num_slots = len(shared.buffers.active_B)
-    buffers = make_buffers(plan, num_slots, device)
+    (buffers,) = make_buffers([plan], num_slots, device)
     return dataclasses.replace(shared, plan=plan, buffers=buffers)
 
 
@@ -244,7 +244,7 @@ class _Stepper:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._start = engine.config.num_positions // 2
-        self._period = max(1, self._start // (engine.plan.tree.depth + 1) - 1)
+        self._period = max(1, self._start // (engine.depth + 1) - 1)
         self._num_steps = 0
 
     def __call__(self) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from stree_autotune.provenance import provenance
 from stree_autotune.trace_file import MAX_CHILDREN, NO_RANK, Trace, TraceMeta
 from stree_core.decode import StopRule
-from stree_core.engine import Engine, EngineConfig
+from stree_core.engine import Engine, EngineConfig, needed_positions
 from stree_core.errors import ConfigError
 from stree_core.pair import Pair
 from stree_core.profile import Sampling
@@ -67,7 +67,7 @@ def record_trace(
             "change --num-children"
         )
     star = Tree.from_paths([[rank] for rank in range(config.num_children)])
-    num_positions = max(map(len, prompts)) + config.max_new_tokens + star.depth
+    num_positions = needed_positions(max(map(len, prompts)), config.max_new_tokens, [star])
     support = SamplingSupport(config.sampling.rule, truncates=config.sampling.top_p < 1)
     engine_config = EngineConfig(config.num_slots, num_positions, record=True, sampling=support)
     engine = Engine(pair.target, pair.draft, star, engine_config)
@@ -103,13 +103,14 @@ def _record_group(
     for slot in set(range(engine.config.num_slots)) - running:
         engine.release(slot)
     while running:
-        emitted, nodes = engine.step(), engine.accepted_nodes()
+        result = engine.step()
         for slot in sorted(running):
             recording = recordings[slot]
-            kept, ended = stop.cut(emitted[slot], len(recording.tokens))
+            kept, ended = stop.cut(result.tokens[slot], len(recording.tokens))
             recording.tokens.extend(kept)
             # Node i of a star is the child of rank i - 1; node 0, the root, means none.
-            recording.ranks.append(nodes[slot] - 1 if nodes[slot] else NO_RANK)
+            node = result.last_nodes[slot]
+            recording.ranks.append(node - 1 if node else NO_RANK)
             if ended:
                 running.discard(slot)
                 engine.release(slot)
