@@ -18,10 +18,11 @@ from stree_autotune.live import PairRequest, open_pair, open_prompts
 from stree_autotune.margin import logit_margin
 from stree_autotune.provenance import utc_now, versions
 from stree_autotune.validate import RAGGED
-from stree_core.decode import Run, StopRule, generate
+from stree_core.decode import Run, generate
 from stree_core.engine import Engine, EngineConfig, needed_positions
 from stree_core.files import write_atomically
 from stree_core.pair import Pair, Runtime, device_name
+from stree_core.stop import StopRule
 from stree_core.tree import DEFAULT_TREE, Tree
 
 MODES = {

@@ -10,29 +10,41 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stree_core.decode import Generation, Run, StopRule, generate, stream
+    from stree_core.decode import Run, generate, stream
     from stree_core.engine import Engine, EngineConfig
     from stree_core.model_source import ModelSource, find_source
     from stree_core.pair import Pair, Runtime, load_pair, require_profile_fits
+    from stree_core.policy import Policy, policy_of
     from stree_core.profile import Profile, load_profile, save_profile
+    from stree_core.rules import SamplingSupport
+    from stree_core.sampling import SamplingParams
+    from stree_core.session import Request, Session, Update
+    from stree_core.stop import Generation, StopRule
     from stree_core.tree import DEFAULT_TREE, Tree
 
 _HOME = {
     "DEFAULT_TREE": "tree",
     "Engine": "engine",
     "EngineConfig": "engine",
-    "Generation": "decode",
+    "Generation": "stop",
     "ModelSource": "model_source",
     "Pair": "pair",
+    "Policy": "policy",
     "Profile": "profile",
+    "Request": "session",
     "Run": "decode",
     "Runtime": "pair",
-    "StopRule": "decode",
+    "SamplingParams": "sampling",
+    "SamplingSupport": "rules",
+    "Session": "session",
+    "StopRule": "stop",
     "Tree": "tree",
+    "Update": "session",
     "find_source": "model_source",
     "generate": "decode",
     "load_pair": "pair",
     "load_profile": "profile",
+    "policy_of": "policy",
     "require_profile_fits": "pair",
     "save_profile": "profile",
     "stream": "decode",
@@ -45,15 +57,22 @@ __all__ = [
     "Generation",
     "ModelSource",
     "Pair",
+    "Policy",
     "Profile",
+    "Request",
     "Run",
     "Runtime",
+    "SamplingParams",
+    "SamplingSupport",
+    "Session",
     "StopRule",
     "Tree",
+    "Update",
     "find_source",
     "generate",
     "load_pair",
     "load_profile",
+    "policy_of",
     "require_profile_fits",
     "save_profile",
     "stream",

@@ -2,48 +2,16 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from stree_core.engine import Engine
 from stree_core.errors import ConfigError
 from stree_core.sampling import SamplingParams
+from stree_core.session import Request, Session
+from stree_core.stop import Generation, StopRule
 
-_Request = tuple[Sequence[int], SamplingParams]
-
-
-@dataclass(frozen=True, slots=True)
-class StopRule:
-    """When a sequence ends: at an end token, which is kept, or after `max_new_tokens`."""
-
-    max_new_tokens: int
-    eos_token_ids: Collection[int] = ()
-
-    def cut(self, tokens: Sequence[int], num_before: int) -> tuple[list[int], bool]:
-        """Return the tokens to keep after `num_before` earlier ones, and whether that ends it."""
-        kept = list(tokens[: self.max_new_tokens - num_before])
-        for index, token in enumerate(kept):
-            if token in self.eos_token_ids:
-                return kept[: index + 1], True
-        return kept, num_before + len(kept) >= self.max_new_tokens
-
-
-@dataclass(slots=True)
-class Generation:
-    """One prompt's output.
-
-    `tokens` holds the first token, which prefill emits, and all kept ones; `accept_lengths` the
-    accepted draft tokens of every step, the last step's as far as they were kept.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    accept_lengths: list[int] = field(default_factory=list)
-
-    @property
-    def num_steps(self) -> int:
-        """Decoding steps, prefill not counted."""
-        return len(self.accept_lengths)
+Decode = Callable[[list[int]], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,79 +54,50 @@ def generate(
     stop: StopRule,
     progress: Callable[[int], None] | None = None,
     sampling: Sequence[SamplingParams] | SamplingParams | None = None,
+    decode: Decode | None = None,
 ) -> Run:
-    """Decode `prompts` (token ids), as many at a time as the engine has slots.
+    """Decode `prompts` (token ids) with continuous batching over the engine's slots.
 
     `sampling` is of all prompts or of each, greedy by default. `progress` is called with the number
-    of finished prompts. Raises ConfigError on a prompt that does not fit, or on sampling that the
-    engine was not made for.
+    of finished prompts. `decode` turns tokens into text, which stop strings need. Raises
+    ConfigError on a prompt that cannot be served.
     """
-    params = _of_each(prompts, sampling)
-    if stop.max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens must be at least 1, got {stop.max_new_tokens}; raise it")
-    generations: list[Generation] = []
-    seconds = 0.0
-    num_engine_steps = 0
-    for group in _groups(list(zip(prompts, params, strict=True)), engine.config.num_slots):
-        batch = [Generation() for _ in group]
-        running = _prefill(engine, group, batch, stop)
-        start = time.perf_counter()
-        while running:
-            emitted = engine.step().tokens
-            num_engine_steps += 1
-            for slot in sorted(running):
-                if _extend(batch[slot], emitted[slot], stop):
-                    running.discard(slot)
-                    engine.release(slot)
-        seconds += time.perf_counter() - start
-        generations += batch
-        if progress is not None:
-            progress(len(generations))
-    return Run(tuple(generations), seconds, num_engine_steps)
+    session = Session(engine, decode=decode)
+    for prompt, params in zip(prompts, _of_each(prompts, sampling), strict=True):
+        session.submit(Request(prompt, stop, params))
+    ended: dict[int, Generation] = {}
+    while session.busy:
+        for update in session.step():
+            if update.generation is None:
+                continue
+            _require_served(update.generation)
+            ended[update.request_id] = update.generation
+            if progress is not None:
+                progress(len(ended))
+    generations = tuple(ended[request_id] for request_id in range(len(prompts)))
+    return Run(generations, session.step_seconds, session.num_steps)
 
 
 def stream(
-    engine: Engine, prompt: Sequence[int], stop: StopRule, sampling: SamplingParams | None = None
+    engine: Engine,
+    prompt: Sequence[int],
+    stop: StopRule,
+    sampling: SamplingParams | None = None,
+    decode: Decode | None = None,
 ) -> Iterator[list[int]]:
-    """Decode one prompt in slot 0, yielding the kept tokens of prefill and of every step."""
-    tokens, ended = stop.cut([engine.prefill(0, prompt, sampling)], 0)
-    num_tokens = len(tokens)
-    yield tokens
-    while not ended:
-        tokens, ended = stop.cut(engine.step().tokens[0], num_tokens)
-        num_tokens += len(tokens)
-        yield tokens
+    """Decode one prompt, yielding the kept tokens of prefill and of every step."""
+    session = Session(engine, decode=decode)
+    session.submit(Request(prompt, stop, sampling or SamplingParams()))
+    while session.busy:
+        for update in session.step():
+            if update.generation is not None:
+                _require_served(update.generation)
+            yield update.tokens
 
 
-def _prefill(
-    engine: Engine, group: Sequence[_Request], batch: list[Generation], stop: StopRule
-) -> set[int]:
-    """Fill one slot per prompt; return the slots that go on."""
-    for slot in range(engine.config.num_slots):
-        engine.release(slot)
-    running = set()
-    for slot, (prompt, params) in enumerate(group):
-        engine.require_fits(len(prompt), stop.max_new_tokens)
-        tokens, ended = stop.cut([engine.prefill(slot, prompt, params)], 0)
-        batch[slot].tokens += tokens
-        if ended:
-            engine.release(slot)
-        else:
-            running.add(slot)
-    return running
-
-
-def _extend(generation: Generation, emitted: Sequence[int], stop: StopRule) -> bool:
-    """Append a step's tokens as far as they are kept; return whether the sequence has ended."""
-    kept, ended = stop.cut(emitted, len(generation.tokens))
-    generation.tokens += kept
-    generation.accept_lengths.append(min(len(emitted) - 1, len(kept)))
-    return ended
-
-
-def _groups(requests: Sequence[_Request], num_slots: int) -> Iterator[Sequence[_Request]]:
-    for start in range(0, len(requests), num_slots):
-        yield requests[start : start + num_slots]
+def _require_served(generation: Generation) -> None:
+    if generation.finish == "error":
+        raise ConfigError(str(generation.error))
 
 
 def _of_each(

@@ -20,12 +20,13 @@ from transformers import Mamba2Config, Mamba2ForCausalLM
 from stree_core import memory
 from stree_core.backend import load_backend
 from stree_core.checkpoint import load_model
-from stree_core.decode import StopRule, generate
+from stree_core.decode import generate
 from stree_core.engine import Engine, EngineConfig
 from stree_core.errors import BackendUnavailable, CheckpointError, ConfigError, NotEnoughMemory
 from stree_core.model_shape import Weight
 from stree_core.model_source import find_source, folder_source
 from stree_core.pair import Pair, Runtime, load_pair, require_profile_fits
+from stree_core.stop import StopRule
 from stree_core.tree import Tree
 from stree_core.weight_files import WeightFiles
 

@@ -20,11 +20,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stree_core.cache import CacheSize
-from stree_core.decode import StopRule, generate
+from stree_core.decode import generate
 from stree_core.engine import Engine, EngineConfig
 from stree_core.model import Model
 from stree_core.prefill import PREFILL_CHUNK, consume, prefill_cache
 from stree_core.row_block import make_block
+from stree_core.stop import StopRule
 from stree_core.tree import DEFAULT_TREE, Tree
 from stree_kernels.testing import assert_close
 

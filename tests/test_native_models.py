@@ -18,12 +18,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from stree_core.backend import load_backend
 from stree_core.cache import CacheSize
 from stree_core.checkpoint import load_model
-from stree_core.decode import StopRule, generate
+from stree_core.decode import generate
 from stree_core.engine import Engine, EngineConfig
 from stree_core.model import Model
 from stree_core.model_source import folder_source
 from stree_core.prefill import consume, prefill_cache
 from stree_core.row_block import make_block
+from stree_core.stop import StopRule
 from stree_core.tree import DEFAULT_TREE, Tree
 from stree_kernels.testing import assert_close
 

@@ -13,6 +13,7 @@ from synthetic_data import make_profile, policy_row
 
 from stree_core.errors import ConfigError
 from stree_core.files import dump_yaml, parse_yaml, validate
+from stree_core.policy import policy_of
 from stree_core.profile import Profile, load_profile, require_writable, save_profile
 from stree_core.tree import DEFAULT_TREE, Tree
 
@@ -126,3 +127,12 @@ def test_default_output_in_an_older_schema_stays_ours(tmp_path: Path) -> None:
     path.mkdir()
     with pytest.raises(ConfigError, match="not a stree profile"):
         require_writable(path, force=False, is_default=True)
+
+
+def test_a_policy_takes_the_row_of_a_profile_and_each_tree_once() -> None:
+    profile = make_profile()
+    policy = policy_of(profile)
+    assert len(set(policy.trees)) == len(policy.trees)
+    for num_active in (1, 2, 3, 5, 8, 64, 1000):
+        expected = profile.row_for(num_active).tree.build()
+        assert policy.trees[policy.choose(num_active)] == expected

@@ -12,11 +12,12 @@ from tiny_models import VOCAB_SIZE, ours, perturbed, tiny_bamba
 from stree_autotune.record import RecordConfig, record_trace, repeated_positions
 from stree_autotune.trace_file import NO_RANK, Trace
 from stree_autotune.trace_walk import walk
-from stree_core.decode import StopRule, generate
+from stree_core.decode import generate
 from stree_core.engine import Engine, EngineConfig
 from stree_core.model_source import ModelSource
 from stree_core.pair import Pair
 from stree_core.profile import ModelRef
+from stree_core.stop import StopRule
 from stree_core.tree import DEFAULT_TREE, Tree
 
 REF = ModelRef(name="tiny", config_sha256="0" * 64, tokenizer_sha256="0" * 64)

@@ -23,7 +23,7 @@ from stree_autotune.record import RecordConfig, record_trace
 from stree_autotune.trace_walk import walk
 from stree_core import rules
 from stree_core.cache import CacheSize
-from stree_core.decode import StopRule, generate
+from stree_core.decode import generate
 from stree_core.engine import Engine, EngineConfig
 from stree_core.errors import ConfigError
 from stree_core.model import Model
@@ -33,6 +33,7 @@ from stree_core.profile import ModelRef, Sampling
 from stree_core.row_block import make_block
 from stree_core.rules import RuleName, SamplingSupport
 from stree_core.sampling import SamplingParams, law, make_settings
+from stree_core.stop import StopRule
 from stree_core.tree import Tree
 
 NUM_TOKENS = 6

@@ -17,7 +17,7 @@ from stree_autotune.library import Library, check_name, data_folder, trace_file_
 from stree_autotune.prompts import load_prompts
 from stree_autotune.record import RecordConfig, record_trace
 from stree_autotune.trace_file import save_trace
-from stree_core.decode import StopRule, generate, stream
+from stree_core.decode import generate, stream
 from stree_core.engine import Engine, EngineConfig, needed_positions
 from stree_core.errors import ConfigError
 from stree_core.hub import is_hub_id
@@ -32,6 +32,7 @@ from stree_core.pair import (
 from stree_core.profile import Profile, load_profile
 from stree_core.rules import RuleName, SamplingSupport
 from stree_core.sampling import SamplingParams
+from stree_core.stop import StopRule
 from stree_core.tree import Tree
 
 logger = logging.getLogger(__name__)

@@ -239,20 +239,29 @@ def time_whole_steps(
 
 
 class _Stepper:
-    """Steps an engine for ever: goes back to half its positions before they run out."""
+    """Steps an engine for ever, on a GPU a step ahead of what it reads, as a session does.
+
+    It goes back to half its positions before they run out.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._start = engine.config.num_positions // 2
         self._period = max(1, self._start // (engine.depth + 1) - 1)
         self._num_steps = 0
+        if engine.target.device.type == "cuda":
+            self._occupy_and_launch()
 
     def __call__(self) -> None:
+        self._occupy_and_launch()
+        self.engine.collect()
+
+    def _occupy_and_launch(self) -> None:
         if self._num_steps % self._period == 0:
             with torch.inference_mode():
                 occupy(self.engine.speculator, self._start)
         self._num_steps += 1
-        self.engine.step()
+        self.engine.launch()
 
 
 def free(device: torch.device) -> None:

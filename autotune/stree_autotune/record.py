@@ -10,13 +10,13 @@ import numpy as np
 
 from stree_autotune.provenance import provenance
 from stree_autotune.trace_file import MAX_CHILDREN, NO_RANK, Trace, TraceMeta
-from stree_core.decode import StopRule
 from stree_core.engine import Engine, EngineConfig, needed_positions
 from stree_core.errors import ConfigError
 from stree_core.pair import Pair
 from stree_core.profile import Sampling
 from stree_core.rules import SamplingSupport
 from stree_core.sampling import SamplingParams
+from stree_core.stop import StopRule
 from stree_core.tree import Tree
 
 GREEDY_SAMPLING = Sampling()
@@ -96,7 +96,7 @@ def _record_group(
     running: set[int] = set()
     for slot, (prompt, params) in enumerate(requests):
         engine.require_fits(len(prompt), stop.max_new_tokens)
-        tokens, ended = stop.cut([engine.prefill(slot, prompt, params)], 0)
+        tokens, ended = stop.cut([engine.prefill(slot, prompt, params)], [])
         recordings.append(Recording(tokens, []))
         if not ended:
             running.add(slot)
@@ -106,7 +106,7 @@ def _record_group(
         result = engine.step()
         for slot in sorted(running):
             recording = recordings[slot]
-            kept, ended = stop.cut(result.tokens[slot], len(recording.tokens))
+            kept, ended = stop.cut(result.tokens[slot], recording.tokens)
             recording.tokens.extend(kept)
             # Node i of a star is the child of rank i - 1; node 0, the root, means none.
             node = result.last_nodes[slot]

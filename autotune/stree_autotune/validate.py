@@ -25,11 +25,12 @@ from stree_autotune.runtime_table import RuntimeTable, load_runtime_table
 from stree_autotune.step_cost import StepCost
 from stree_autotune.trace_file import Trace
 from stree_autotune.trace_walk import walk
-from stree_core.decode import Run, StopRule, generate
+from stree_core.decode import Run, generate
 from stree_core.engine import Engine, EngineConfig
 from stree_core.files import write_atomically
 from stree_core.pair import Pair, device_name, short_gpu_name
 from stree_core.profile import Profile, load_profile, save_profile
+from stree_core.stop import StopRule
 from stree_core.tree import DEFAULT_TREE, Tree
 
 logger = logging.getLogger(__name__)
