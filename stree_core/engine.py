@@ -5,7 +5,6 @@ Shape letters: B slots, L path capacity.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,15 +19,8 @@ from stree_core.model import Model
 from stree_core.prefill import consume, prefill_cache
 from stree_core.rules import GREEDY, SamplingSupport
 from stree_core.sampling import SamplingParams
-from stree_core.step import (
-    COUNT,
-    FIRST_TOKEN,
-    HEALTHY,
-    LAST_NODE,
-    Speculator,
-    make_caches,
-    make_speculators,
-)
+from stree_core.step import Speculator, make_caches, make_speculators
+from stree_core.step_result import ResultQueue, StepResult
 from stree_core.tree import Tree
 from stree_core.tree_plan import make_plan
 
@@ -48,31 +40,6 @@ class EngineConfig:
     use_graph: bool = True
     record: bool = False
     sampling: SamplingSupport = GREEDY
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What one step did in every slot.
-
-    `tokens` are those it emitted, none where the slot was inactive. `last_nodes` is the last node
-    it accepted, 0 for the root; a recording step accepts nothing and says what it would have
-    accepted. `healthy` is False where the target's logits were not finite. `epochs` counts the
-    prefills of every slot when the step was launched.
-    """
-
-    tokens: list[list[int]]
-    last_nodes: list[int]
-    healthy: list[bool]
-    epochs: tuple[int, ...]
-
-    def since(self, epochs: Sequence[int]) -> StepResult:
-        """Return the result without slots that another request has taken over."""
-        same = [mine == now for mine, now in zip(self.epochs, epochs, strict=True)]
-        if all(same):
-            return self
-        tokens = [own if keep else [] for own, keep in zip(self.tokens, same, strict=True)]
-        healthy = [own or not keep for own, keep in zip(self.healthy, same, strict=True)]
-        return StepResult(tokens, self.last_nodes, healthy, self.epochs)
 
 
 def needed_positions(prompt_tokens: int, new_tokens: int, trees: Sequence[Tree]) -> int:
@@ -122,7 +89,7 @@ class Engine:
                 target, self.draft, self._plans, slots, positions, self.config.sampling
             )
             self._prefill_caches = {id(m): prefill_cache(m, positions) for m in self._models()}
-            self._results = _Results(self._speculators[0].buffers.result_XB)
+            self._results = ResultQueue(self._speculators[0].buffers.result_XB)
             self._steps = self._captured_steps()
 
     @property
@@ -305,42 +272,3 @@ class Engine:
     def _flip(self) -> None:
         for cache in self._caches():
             cache.flip()
-
-
-class _Results:
-    """Copies of what steps left behind, read by the host when it gets to them."""
-
-    def __init__(self, result_XB: Tensor) -> None:
-        self._source = result_XB
-        self._on_the_way: deque[tuple[Tensor, torch.cuda.Event | None, tuple[int, ...]]] = deque()
-        self.waiting: deque[StepResult] = deque()
-
-    def keep(self, epochs: tuple[int, ...]) -> None:
-        """Copy the result of the step that was just started, without waiting for it."""
-        if self._source.device.type != "cuda":
-            self._on_the_way.append((self._source.clone(), None, epochs))
-            return
-        copy = torch.empty(self._source.shape, dtype=self._source.dtype, pin_memory=True)
-        copy.copy_(self._source, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._on_the_way.append((copy, event, epochs))
-
-    def gather(self) -> None:
-        """Wait for all steps that were started."""
-        while self._on_the_way:
-            self.waiting.append(self._arrived())
-
-    def next(self, epochs: Sequence[int]) -> StepResult:
-        """Return the oldest result, of slots that nobody has taken over."""
-        result = self.waiting.popleft() if self.waiting else self._arrived()
-        return result.since(epochs)
-
-    def _arrived(self) -> StepResult:
-        copy, event, epochs = self._on_the_way.popleft()
-        if event is not None:
-            event.synchronize()
-        rows = copy.tolist()
-        columns = zip(*rows[FIRST_TOKEN:], strict=True)
-        tokens = [list(column[:n]) for n, column in zip(rows[COUNT], columns, strict=True)]
-        return StepResult(tokens, rows[LAST_NODE], [bool(flag) for flag in rows[HEALTHY]], epochs)

@@ -11,9 +11,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from stree_core.engine import Engine, StepResult
+from stree_core.engine import Engine
 from stree_core.errors import ConfigError, StreeError
 from stree_core.sampling import SamplingParams
+from stree_core.step_result import StepResult
 from stree_core.stop import Finish, Generation, StopRule
 
 ChooseTree = Callable[[int], int]

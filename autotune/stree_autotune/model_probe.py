@@ -12,10 +12,10 @@ from stree_autotune.probe import (
     ProbeConfig,
     even_tree,
     free,
-    occupy,
     rounded,
     time_whole_steps,
 )
+from stree_autotune.stepper import occupy
 from stree_autotune.timing import EFFORTS, Work, captured, time_interleaved
 from stree_core.model import Model
 from stree_core.step import make_buffers, make_speculators

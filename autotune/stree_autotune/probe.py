@@ -19,6 +19,7 @@ from stree_autotune.runtime_table import (
     TableMeasured,
     Term,
 )
+from stree_autotune.stepper import Stepper, occupy
 from stree_autotune.timing import (
     EFFORTS,
     Effort,
@@ -35,7 +36,6 @@ from stree_core.profile import ModelRef, TreeText
 from stree_core.step import Speculator, make_buffers, make_speculators
 from stree_core.tree import DEFAULT_TREE, Tree
 from stree_core.tree_plan import make_plan
-from stree_kernels.rows import MAX_KEPT
 
 BRANCH_CHILDREN = 4
 """Children per node when the cost of more than one is measured."""
@@ -201,31 +201,17 @@ def _rebound(shared: Speculator, tree: Tree) -> Speculator:
     return dataclasses.replace(shared, plan=plan, buffers=buffers)
 
 
-def occupy(speculator: Speculator, num_tokens: int) -> None:
-    """Set every slot to hold `num_tokens`, the last step's path of two still pending.
-
-    Slots keep different numbers of rows, as in a running decoder: only some advance their state.
-    """
-    speculator.buffers.active_B.fill_(1)
-    for cache in (speculator.target_cache, speculator.draft_cache):
-        if cache is not None:
-            cache.committed_B.fill_(num_tokens)
-            cache.pending.length_B.fill_(min(2, cache.pending.path_BL.shape[1]))
-            kept = cache.pending.num_kept_B
-            kept.copy_(torch.arange(len(kept), device=kept.device) * 3 % (MAX_KEPT + 1))
-
-
 def time_whole_steps(
     target: Model, draft: Model | None, config: ProbeConfig, batch_size: int, trees: Iterable[Tree]
 ) -> list[Timing]:
     """Time complete steps, host included: in turns, as many engines at a time as memory allows."""
     timings: dict[int, Timing] = {}
-    group: dict[int, _Stepper] = {}
+    group: dict[int, Stepper] = {}
     effort = EFFORTS[config.effort]
     waiting = list(enumerate(trees))
     while waiting:
         index, tree = waiting.pop(0)
-        group[index] = _Stepper(
+        group[index] = Stepper(
             Engine(target, draft, tree, EngineConfig(batch_size, config.context))
         )
         num_bytes = sum(stepper.engine.cache_bytes for stepper in group.values())
@@ -236,32 +222,6 @@ def time_whole_steps(
             group.clear()
             free(target.device)
     return [timings[index] for index in sorted(timings)]
-
-
-class _Stepper:
-    """Steps an engine for ever, on a GPU a step ahead of what it reads, as a session does.
-
-    It goes back to half its positions before they run out.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self._start = engine.config.num_positions // 2
-        self._period = max(1, self._start // (engine.depth + 1) - 1)
-        self._num_steps = 0
-        if engine.target.device.type == "cuda":
-            self._occupy_and_launch()
-
-    def __call__(self) -> None:
-        self._occupy_and_launch()
-        self.engine.collect()
-
-    def _occupy_and_launch(self) -> None:
-        if self._num_steps % self._period == 0:
-            with torch.inference_mode():
-                occupy(self.engine.speculator, self._start)
-        self._num_steps += 1
-        self.engine.launch()
 
 
 def free(device: torch.device) -> None:

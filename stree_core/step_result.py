@@ -1,0 +1,79 @@
+"""What steps did, copied to the host behind their backs.
+
+Shape letters: X rows of a result, B slots.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stree_core.step import COUNT, FIRST_TOKEN, HEALTHY, LAST_NODE
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step did in every slot.
+
+    `tokens` are those it emitted, none where the slot was inactive. `last_nodes` is the last node
+    it accepted, 0 for the root; a recording step accepts nothing and says what it would have
+    accepted. `healthy` is False where the target's logits were not finite. `epochs` counts the
+    prefills of every slot when the step was launched.
+    """
+
+    tokens: list[list[int]]
+    last_nodes: list[int]
+    healthy: list[bool]
+    epochs: tuple[int, ...]
+
+    def since(self, epochs: Sequence[int]) -> StepResult:
+        """Return the result without slots that another request has taken over."""
+        same = [mine == now for mine, now in zip(self.epochs, epochs, strict=True)]
+        if all(same):
+            return self
+        tokens = [own if keep else [] for own, keep in zip(self.tokens, same, strict=True)]
+        healthy = [own or not keep for own, keep in zip(self.healthy, same, strict=True)]
+        return StepResult(tokens, self.last_nodes, healthy, self.epochs)
+
+
+class ResultQueue:
+    """Copies of what steps left behind, read by the host when it gets to them."""
+
+    def __init__(self, result_XB: Tensor) -> None:
+        self._source = result_XB
+        self._on_the_way: deque[tuple[Tensor, torch.cuda.Event | None, tuple[int, ...]]] = deque()
+        self.waiting: deque[StepResult] = deque()
+
+    def keep(self, epochs: tuple[int, ...]) -> None:
+        """Copy the result of the step that was just started, without waiting for it."""
+        if self._source.device.type != "cuda":
+            self._on_the_way.append((self._source.clone(), None, epochs))
+            return
+        copy = torch.empty(self._source.shape, dtype=self._source.dtype, pin_memory=True)
+        copy.copy_(self._source, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._on_the_way.append((copy, event, epochs))
+
+    def gather(self) -> None:
+        """Wait for all steps that were started."""
+        while self._on_the_way:
+            self.waiting.append(self._arrived())
+
+    def next(self, epochs: Sequence[int]) -> StepResult:
+        """Return the oldest result, of slots that nobody has taken over."""
+        result = self.waiting.popleft() if self.waiting else self._arrived()
+        return result.since(epochs)
+
+    def _arrived(self) -> StepResult:
+        copy, event, epochs = self._on_the_way.popleft()
+        if event is not None:
+            event.synchronize()
+        rows = copy.tolist()
+        columns = zip(*rows[FIRST_TOKEN:], strict=True)
+        tokens = [list(column[:n]) for n, column in zip(rows[COUNT], columns, strict=True)]
+        return StepResult(tokens, rows[LAST_NODE], [bool(flag) for flag in rows[HEALTHY]], epochs)
