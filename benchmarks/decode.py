@@ -1,0 +1,255 @@
+"""Time decoding as users run it: sessions, prompts that join and leave, every mode of a pair.
+
+    python benchmarks/decode.py [--pairs demo mamba2-2.7b] [--batches 1 8 32] [--output FILE]
+
+The demo pair decodes its own prompts with its real acceptance, greedily and at temperature 1 (MSS).
+The shapes mamba2-2.7b and mamba2-130m have random weights: there, and in this file alone, the
+target's choices are taken from a recorded trace (`TraceRule`), so that steps accept as many tokens
+as in the trace while every pass is computed. `host_share` is the part of a step's wall time that
+the device does not work: 1 minus the time of the same captured steps back to back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from report import RESULTS, Row, header, save, table
+from torch import Tensor
+
+from stree_autotune.library import Library
+from stree_autotune.prompts import load_prompts
+from stree_autotune.stepper import occupy
+from stree_autotune.trace_file import Trace, load_trace
+from stree_core import step as step_module
+from stree_core.acceptance import top_tokens
+from stree_core.decode import Run, generate
+from stree_core.engine import Engine, EngineConfig
+from stree_core.model_source import folder_source, sheet_source
+from stree_core.pair import Pair, Runtime, load_pair
+from stree_core.rules import SamplingSupport
+from stree_core.sampling import SamplingParams
+from stree_core.stop import StopRule
+from stree_core.tree import DEFAULT_TREE, Tree
+from stree_core.tree_plan import DraftLevel, TreePlan
+
+TRACE = "demo-target--demo-draft--gsm8k--greedy"
+SHAPES = ("mamba2-2.7b", "mamba2-130m")
+CONTEXT = 1024
+NEW_TOKENS = 128
+CHAINS = (1, 2, 4, 7)
+TIMED_ROUNDS, TIMED_CALLS = 5, 40
+MakeRules = Callable[..., list["TraceRule"]]
+SHOWN = (
+    "pair", "batch", "temperature", "mode", "tokens_per_s", "tokens_per_step", "step_ms",
+    "host_share", "over_bare_forward",
+)  # fmt: skip
+
+
+class TraceRule:
+    """Picks after each node the child that a trace names, or a token that is no child.
+
+    Shape letters: T tree tokens, B slots, K children, N positions.
+    """
+
+    def __init__(self, plan: TreePlan, ranks_BN: Tensor, position_B: Tensor) -> None:
+        tree = plan.tree
+        most = max((len(children) for children in tree.children), default=0)
+        rows = [[*children, *[-1] * (most + 1 - len(children))] for children in tree.children]
+        self._child_TK = torch.tensor(rows, device=ranks_BN.device)
+        self._depth_T = plan.depths_T
+        self._ranks_BN = ranks_BN
+        self._position_B = position_B
+
+    def start(self, slot: int, params: SamplingParams, prompt: Sequence[int]) -> None:
+        """Begin a request: the trace goes on where it was."""
+
+    def first(self, slot: int, logits_V: Tensor) -> Tensor:
+        """Return the likeliest token."""
+        return top_tokens(logits_V, 1)[0]
+
+    def draw(self, level: DraftLevel, logits_WBV: Tensor, tokens_TB: Tensor) -> Tensor:
+        """Return the likeliest tokens."""
+        return top_tokens(logits_WBV, level.num_children)
+
+    def choose(self, logits_TBV: Tensor, tokens_TB: Tensor) -> Tensor:
+        """Return the tokens of the children that the trace accepts."""
+        likeliest_TB = top_tokens(logits_TBV, 1)[..., 0]
+        place_TB = self._position_B + self._depth_T[:, None]
+        place_TB = place_TB % self._ranks_BN.shape[1]
+        rank_TB = self._ranks_BN.t().gather(0, place_TB)
+        last = self._child_TK.shape[1] - 1
+        node_TB = self._child_TK.gather(1, rank_TB.clamp(max=last))
+        taken_TB = tokens_TB.gather(0, node_TB.clamp(min=0))
+        other_TB = (likeliest_TB + 12345) % logits_TBV.shape[-1]
+        return torch.where(node_TB >= 0, taken_TB, other_TB)
+
+    def advance(self, emitted_LB: Tensor, accepted_B: Tensor, active_B: Tensor) -> None:
+        """Move on in the trace."""
+        self._position_B.add_((accepted_B + 1) * active_B)
+
+
+def trace_rules(trace: Trace, num_slots: int, device: torch.device) -> MakeRules:
+    """Return what stands in for stree_core.rules.make_rules: slots begin at different prompts."""
+    ranks = torch.from_numpy(trace.ranks.astype("int64")).to(device)
+    starts = [int(trace.offsets[slot * 7 % trace.num_prompts]) for slot in range(num_slots)]
+    ranks_BN = torch.stack([ranks.roll(-start) for start in starts])
+    position_B = torch.zeros(num_slots, dtype=torch.int64, device=device)
+
+    def make(support: object, plans: Sequence[TreePlan], *_: object) -> list[TraceRule]:
+        return [TraceRule(plan, ranks_BN, position_B) for plan in plans]
+
+    return make
+
+
+def main() -> None:
+    options = parse()
+    if not torch.cuda.is_available():
+        raise SystemExit("decoding is timed on a CUDA device, there is none; run this on a GPU")
+    rows: list[Row] = []
+    head = header({}, "skipped", 0.0)
+    for name in options.pairs:
+        pair = open_demo() if name == "demo" else open_shapes()
+        trace = None if name == "demo" else load_trace(Library.open().find_borrowed_trace(TRACE))
+        temperatures = (0.0, 1.0) if trace is None else (0.0,)
+        for batch in options.batches:
+            for temperature in temperatures:
+                rows += measure(name, pair, trace, batch, temperature, options.prompts)
+                # After every block of rows: a run that is cut short keeps what it has.
+                save(options.output, head, rows)
+        del pair
+        torch.cuda.empty_cache()
+    print(table(rows, SHOWN), end="")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Time decoding")
+    choices = ["demo", SHAPES[0]]
+    parser.add_argument("--pairs", nargs="+", choices=choices, default=choices)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--prompts", type=int, default=3, help="prompts for each slot")
+    parser.add_argument("--output", type=Path, default=RESULTS / "decode-h200.json")
+    return parser.parse_args()
+
+
+def open_demo() -> Pair:
+    library = Library.open()
+    sources = [folder_source(library.find_model(name)) for name in ("demo-target", "demo-draft")]
+    return load_pair(*sources, Runtime("cuda"))
+
+
+def open_shapes() -> Pair:
+    library = Library.open()
+    return load_pair(*(sheet_source(library.find_shape(name)) for name in SHAPES), Runtime("cuda"))
+
+
+def modes(trace: Trace | None) -> dict[str, Tree]:
+    """Return what is compared: off, chains, the published tree and a wide one."""
+    chains = {f"chain {k}": Tree.chain(k) for k in (CHAINS if trace is None else CHAINS[:3])}
+    wide = Tree.from_paths([[0], [1], [2], [3], [0, 0], [0, 1], [1, 0]])
+    return {"off": Tree.chain(0)} | chains | {"published tree": DEFAULT_TREE, "wide tree": wide}
+
+
+def measure(
+    name: str, pair: Pair, trace: Trace | None, batch: int, temperature: float, per_slot: int
+) -> list[Row]:
+    """Return a row for each mode, with tokens that all of a pair's modes share."""
+    prompts = prompts_of(pair, trace, batch * per_slot)
+    rows = []
+    for mode, tree in modes(trace).items():
+        run, step_ms, device_ms, bare_ms = decode(pair, tree, prompts, batch, temperature, trace)
+        rows.append(
+            {
+                "pair": name,
+                "batch": batch,
+                "temperature": temperature,
+                "mode": mode,
+                "acceptance": "its own" if trace is None else f"of trace {TRACE}",
+                "tokens_per_s": round(run.tokens_per_s, 1),
+                "tokens_per_step": round(run.tokens_per_step, 4),
+                "step_ms": round(step_ms, 4),
+                "device_ms": round(device_ms, 4),
+                "host_share": round(max(0.0, 1 - device_ms / step_ms), 4),
+                "over_bare_forward": round(device_ms / bare_ms, 4) if mode == "off" else None,
+            }
+        )
+        torch.cuda.empty_cache()
+    return rows
+
+
+def prompts_of(pair: Pair, trace: Trace | None, count: int) -> list[list[int]]:
+    if trace is not None:
+        return [[1 + index % 1000, 2, 3, 4] for index in range(count)]
+    file = Library.open().find_model("demo-target") / "prompts.jsonl"
+    texts = load_prompts("demo", file)
+    return pair.encode([texts[index % len(texts)] for index in range(count)])
+
+
+def decode(
+    pair: Pair, tree: Tree, prompts: list[list[int]], batch: int, temperature: float,
+    trace: Trace | None,
+) -> tuple[Run, float, float, float]:  # fmt: skip
+    """Return a run, wall ms and device ms of a step, and ms of a forward pass of as many rows."""
+    make_rules = step_module.make_rules
+    if trace is not None:
+        step_module.make_rules = trace_rules(trace, batch, pair.device)  # type: ignore[assignment]
+    try:
+        support = SamplingSupport("mss" if temperature else "greedy")
+        engine = Engine(
+            pair.target, pair.draft, tree, EngineConfig(batch, CONTEXT, sampling=support)
+        )
+    finally:
+        step_module.make_rules = make_rules
+    each = [SamplingParams(temperature, seed=index) for index in range(len(prompts))]
+    stop = StopRule(NEW_TOKENS, () if trace is not None else pair.target.shape.eos_token_ids)
+    generate(engine, prompts[:batch], dataclasses.replace(stop, max_new_tokens=16))
+    run = generate(engine, prompts, stop, sampling=each)
+    device_ms = timed(engine, engine.launch)
+    for _ in range(TIMED_ROUNDS * TIMED_CALLS):
+        engine.collect()
+    forward = captured_forward(engine)
+    return run, run.step_ms, device_ms, timed(engine, forward)
+
+
+def captured_forward(engine: Engine) -> torch.cuda.CUDAGraph.replay:  # type: ignore[name-defined]
+    """Return one target pass with the LM head, captured: what a step cannot be faster than."""
+    speculator = engine.speculator
+
+    def work() -> None:
+        hidden = speculator.target.forward(
+            speculator.buffers.tokens_TB, speculator.plan.target_block, speculator.target_cache,
+            first=0, commit=True,
+        )  # fmt: skip
+        speculator.target.logits(hidden)
+
+    with torch.inference_mode():
+        for _ in range(2):
+            work()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+    return graph.replay
+
+
+def timed(engine: Engine, work: Callable[[], None]) -> float:
+    """Return the device's ms for one call, many back to back: the median of five."""
+    times = []
+    for _ in range(TIMED_ROUNDS):
+        with torch.inference_mode():
+            occupy(engine.speculator, CONTEXT // 2)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(TIMED_CALLS):
+            work()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / TIMED_CALLS)
+    return sorted(times)[TIMED_ROUNDS // 2]
+
+
+if __name__ == "__main__":
+    main()
