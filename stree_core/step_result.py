@@ -45,18 +45,20 @@ class ResultQueue:
 
     def __init__(self, result_XB: Tensor) -> None:
         self._source = result_XB
+        self._on_gpu = result_XB.device.type == "cuda"
+        # Locked memory is slow to get, so copies that have been read are used again.
+        self._free: list[Tensor] = []
         self._on_the_way: deque[tuple[Tensor, torch.cuda.Event | None, tuple[int, ...]]] = deque()
         self.waiting: deque[StepResult] = deque()
 
     def keep(self, epochs: tuple[int, ...]) -> None:
         """Copy the result of the step that was just started, without waiting for it."""
-        if self._source.device.type != "cuda":
-            self._on_the_way.append((self._source.clone(), None, epochs))
-            return
-        copy = torch.empty(self._source.shape, dtype=self._source.dtype, pin_memory=True)
-        copy.copy_(self._source, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
+        copy = self._free.pop() if self._free else self._new_copy()
+        copy.copy_(self._source, non_blocking=self._on_gpu)
+        event = None
+        if self._on_gpu:
+            event = torch.cuda.Event()
+            event.record()
         self._on_the_way.append((copy, event, epochs))
 
     def gather(self) -> None:
@@ -69,11 +71,15 @@ class ResultQueue:
         result = self.waiting.popleft() if self.waiting else self._arrived()
         return result.since(epochs)
 
+    def _new_copy(self) -> Tensor:
+        return torch.empty(self._source.shape, dtype=self._source.dtype, pin_memory=self._on_gpu)
+
     def _arrived(self) -> StepResult:
         copy, event, epochs = self._on_the_way.popleft()
         if event is not None:
             event.synchronize()
         rows = copy.tolist()
+        self._free.append(copy)
         columns = zip(*rows[FIRST_TOKEN:], strict=True)
         tokens = [list(column[:n]) for n, column in zip(rows[COUNT], columns, strict=True)]
         return StepResult(tokens, rows[LAST_NODE], [bool(flag) for flag in rows[HEALTHY]], epochs)
