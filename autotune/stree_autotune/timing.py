@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+FEWEST_WALL_CALLS = 4
 Work = Callable[[], object]
 Key = TypeVar("Key", bound=Hashable)
 
@@ -62,19 +63,25 @@ def time_interleaved(
 
     On CUDA one measurement is several calls back to back between two events, which hides the
     launch of a graph behind the one before, as in a running decoder; caches stay as such a decoder
-    leaves them. On the CPU, or with `wall` for calls that end with their result on the host, it is
-    the wall time per call.
+    leaves them. On the CPU, or with `wall` for calls that bring a result to the host, it is the wall
+    time per call.
     """
-    measure = _measure_cuda if device.type == "cuda" and not wall else _measure_wall
-    calls = {name: _calls_per_measurement(measure(work, 1)) for name, work in candidates.items()}
+    on_gpu = device.type == "cuda"
+    measure = _measure_cuda if on_gpu and not wall else _measure_wall
+    # A call on a GPU brings the result of the one before: a few in a row are needed to be steady.
+    fewest = FEWEST_WALL_CALLS if on_gpu and wall else 1
+    calls = {
+        name: _calls_per_measurement(work, measure, fewest) for name, work in candidates.items()
+    }
     times: dict[Key, list[float]] = {name: [] for name in candidates}
     spent = dict.fromkeys(candidates, 0.0)
     for round_number in range(effort.max_rounds):
         for name, work in candidates.items():
             if round_number >= effort.min_rounds and spent[name] > effort.seconds:
                 continue
-            # Once unmeasured: the first call after another candidate's is a tenth slower.
-            work()
+            # Unmeasured at first: the call after another candidate's is a tenth slower.
+            for _ in range(fewest):
+                work()
             ms = measure(work, calls[name])
             times[name].append(ms)
             spent[name] += ms * calls[name] / 1e3
@@ -84,9 +91,11 @@ def time_interleaved(
     }
 
 
-def _calls_per_measurement(ms: float) -> int:
+def _calls_per_measurement(work: Work, measure: Callable[[Work, int], float], fewest: int) -> int:
     """Return how many calls make one measurement long against the clock's resolution."""
-    return max(1, min(20, round(2.0 / max(ms, 1e-3))))
+    work()
+    ms = measure(work, fewest)
+    return max(fewest, min(20, round(2.0 / max(ms, 1e-3))))
 
 
 def _measure_cuda(work: Work, calls: int) -> float:
