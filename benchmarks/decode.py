@@ -1,6 +1,7 @@
 """Time decoding as users run it: sessions, prompts that join and leave, every mode of a pair.
 
     python benchmarks/decode.py [--pairs demo mamba2-2.7b] [--batches 1 8 32] [--output FILE]
+    python benchmarks/decode.py --table FILE
 
 The demo pair decodes its own prompts with its real acceptance, greedily and at temperature 1 (MSS).
 The shapes mamba2-2.7b and mamba2-130m have random weights: there, and in this file alone, the
@@ -17,7 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from report import RESULTS, Row, header, save, table
+from report import RESULTS, Row, header, print_table, save, table
+from timing import copy_bandwidth
 from torch import Tensor
 
 from stree_autotune.library import Library
@@ -107,10 +109,13 @@ def trace_rules(trace: Trace, num_slots: int, device: torch.device) -> MakeRules
 
 def main() -> None:
     options = parse()
+    if options.table is not None:
+        print_table(options.table, SHOWN, lambda row: True)
+        return
     if not torch.cuda.is_available():
         raise SystemExit("decoding is timed on a CUDA device, there is none; run this on a GPU")
     rows: list[Row] = []
-    head = header({}, "skipped", 0.0)
+    head = header({}, "skipped", copy_bandwidth(torch.device("cuda")))
     for name in options.pairs:
         pair = open_demo() if name == "demo" else open_shapes()
         trace = None if name == "demo" else load_trace(Library.open().find_borrowed_trace(TRACE))
@@ -132,6 +137,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--prompts", type=int, default=3, help="prompts for each slot")
     parser.add_argument("--output", type=Path, default=RESULTS / "decode-h200.json")
+    parser.add_argument("--table", type=Path, help="print this result file as Markdown and stop")
     return parser.parse_args()
 
 

@@ -67,14 +67,17 @@ def save(path: Path, head: dict[str, Any], rows: Sequence[Row]) -> None:
 def markdown(document: dict[str, Any], columns: Sequence[str], keep: Callable[[Row], bool]) -> str:
     """Return a result file as Markdown: where it comes from, then columns of the rows to keep."""
     rows = [row for row in document["rows"] if keep(row)]
+    bandwidth = document.get("copy_bandwidth_tb_s")
+    measured = "" if bandwidth is None else f", copy bandwidth {bandwidth} TB/s"
+    spreads = _largest_spreads(rows)
     lines = [
-        f"{document['gpu']}, {document['date'][:10]}, copy bandwidth "
-        f"{document['copy_bandwidth_tb_s']} TB/s; gate: {document['gate']}",
+        f"{document['gpu']}, {document['date'][:10]}{measured}; gate: {document['gate']}",
         ", ".join(f"{name} {version}" for name, version in document["versions"].items()),
         f"`{document['command']}`",
         table(rows, columns).rstrip(),
-        f"Largest standard deviation over median: {_largest_spreads(rows)}.",
     ]
+    if spreads:
+        lines.append(f"Largest standard deviation over median: {spreads}.")
     return "\n\n".join(lines) + "\n"
 
 

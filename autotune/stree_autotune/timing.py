@@ -63,8 +63,8 @@ def time_interleaved(
 
     On CUDA one measurement is several calls back to back between two events, which hides the
     launch of a graph behind the one before, as in a running decoder; caches stay as such a decoder
-    leaves them. On the CPU, or with `wall` for calls that bring a result to the host, it is the wall
-    time per call.
+    leaves them. On the CPU, or with `wall` for calls that bring a result to the host, it is the
+    wall time per call.
     """
     on_gpu = device.type == "cuda"
     measure = _measure_cuda if on_gpu and not wall else _measure_wall
