@@ -10,12 +10,17 @@ from types import ModuleType
 
 import pytest
 import torch
+from synthetic_data import make_trace
 
 from stree_autotune.timing import Effort
 from stree_core.backend import load_backend
 from stree_core.checkpoint import random_model
+from stree_core.decode import generate
+from stree_core.engine import Engine, EngineConfig
 from stree_core.model_shape import Block, Mamba2Shape, ModelShape
 from stree_core.parts import mamba2_part, matrix, vector
+from stree_core.stop import StopRule
+from stree_core.tree import Tree
 from stree_kernels import tree_scan_ref
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -193,3 +198,25 @@ def test_forward_rows_of_a_tiny_model() -> None:
     assert (one["tokens"], one["over_one_token_ms"], eight["tokens"]) == (1, 0.0, 8)
     assert eight["weight_floor_ms"] == 0.5
     assert eight["over_one_token_ms"] == pytest.approx(eight["ms"] - one["ms"], abs=1e-3)
+
+
+def test_a_trace_decides_what_random_weights_accept(monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = script("decode")
+    mixer = Mamba2Shape(4, 4, 1, 1, 8, 4, 4, True, (0.0, float("inf")), 1, 1e-5)
+    blocks = (Block(vector("n", 16), (mamba2_part(mixer, 16, "m."),)),)
+    embed = matrix("embed", 20000, 16)
+    shape = ModelShape(20000, 16, 1e-5, True, (), embed, 1.0, blocks, vector("norm", 16), embed)
+    model = random_model(shape, load_backend("torch", CPU), torch.float32, CPU)
+    trace = make_trace(num_prompts=1, length=400)
+    monkeypatch.setattr(decode.step_module, "make_rules", decode.trace_rules(trace, 1, CPU))
+    engine = Engine(model, model, Tree.chain(3), EngineConfig(1, 512))
+    run = generate(engine, [[1, 2]], StopRule(200))
+    expected, position = [], 0
+    for _ in run.generations[0].accept_lengths[:-1]:
+        length = 0
+        while length < 3 and trace.ranks[position + length] == 0:
+            length += 1
+        expected.append(length)
+        position += length + 1
+    assert run.generations[0].accept_lengths[:-1] == expected
+    assert len(set(expected)) == 4
