@@ -15,8 +15,9 @@ setup: .venv/stamp
 tune: setup
 	$(BIN)/stree-tune --gpu h100 --dataset gsm8k
 
+# Files stay whole: several share models that take seconds to make.
 test: setup
-	$(BIN)/pytest -m "not gpu"
+	$(BIN)/pytest -m "not gpu" --numprocesses 2 --dist loadfile
 
 format: setup
 	$(BIN)/ruff check --fix --quiet . || true
