@@ -27,16 +27,15 @@ from stree_autotune.prompts import load_prompts
 from stree_autotune.stepper import occupy
 from stree_autotune.trace_file import Trace, load_trace
 from stree_core import step as step_module
-from stree_core.acceptance import top_tokens
 from stree_core.decode import Run, generate
 from stree_core.engine import Engine, EngineConfig
 from stree_core.model_source import folder_source, sheet_source
 from stree_core.pair import Pair, Runtime, load_pair
-from stree_core.rules import SamplingSupport
+from stree_core.rules import GreedyRule, SamplingSupport
 from stree_core.sampling import SamplingParams
 from stree_core.stop import StopRule
 from stree_core.tree import DEFAULT_TREE, Tree
-from stree_core.tree_plan import DraftLevel, TreePlan
+from stree_core.tree_plan import TreePlan
 
 TRACE = "demo-target--demo-draft--gsm8k--greedy"
 SHAPES = ("mamba2-2.7b", "mamba2-130m")
@@ -51,7 +50,7 @@ SHOWN = (
 )  # fmt: skip
 
 
-class TraceRule:
+class TraceRule(GreedyRule):
     """Picks after each node the child that a trace names, or a token that is no child.
 
     Shape letters: T tree tokens, B slots, K children, N positions.
@@ -66,20 +65,9 @@ class TraceRule:
         self._ranks_BN = ranks_BN
         self._position_B = position_B
 
-    def start(self, slot: int, params: SamplingParams, prompt: Sequence[int]) -> None:
-        """Begin a request: the trace goes on where it was."""
-
-    def first(self, slot: int, logits_V: Tensor) -> Tensor:
-        """Return the likeliest token."""
-        return top_tokens(logits_V, 1)[0]
-
-    def draw(self, level: DraftLevel, logits_WBV: Tensor, tokens_TB: Tensor) -> Tensor:
-        """Return the likeliest tokens."""
-        return top_tokens(logits_WBV, level.num_children)
-
     def choose(self, logits_TBV: Tensor, tokens_TB: Tensor) -> Tensor:
         """Return the tokens of the children that the trace accepts."""
-        likeliest_TB = top_tokens(logits_TBV, 1)[..., 0]
+        likeliest_TB = super().choose(logits_TBV, tokens_TB)
         place_TB = self._position_B + self._depth_T[:, None]
         place_TB = place_TB % self._ranks_BN.shape[1]
         rank_TB = self._ranks_BN.t().gather(0, place_TB)
@@ -220,7 +208,7 @@ def decode(
     return run, run.step_ms, device_ms, timed(engine, forward)
 
 
-def captured_forward(engine: Engine) -> torch.cuda.CUDAGraph.replay:  # type: ignore[name-defined]
+def captured_forward(engine: Engine) -> Callable[[], None]:
     """Return one target pass with the LM head, captured: what a step cannot be faster than."""
     speculator = engine.speculator
 
