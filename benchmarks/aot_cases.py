@@ -11,15 +11,18 @@ import torch
 from torch import Tensor
 
 from stree_kernels import (
+    commit_path,
     experts,
     key_rows,
     linear,
     residual,
+    top_tokens,
     tree_attention,
     tree_conv,
     tree_scan,
     uniforms,
 )
+from stree_kernels.commit_path_ref import PathMemory, TreeTables
 from stree_kernels.key_rows_ref import KeyValues
 from stree_kernels.laws import GATED, Activation
 from stree_kernels.rows import (
@@ -189,6 +192,21 @@ def uniform_numbers(num_columns: int) -> None:
     uniforms.fill_uniforms(seeds, steps, torch.empty(2, 3, num_columns), stream=0)
 
 
+def end_of_step(tokens: int, num_children: int) -> None:
+    """Find the likeliest tokens of every node, then commit a path of three slots."""
+    rows = torch.zeros(tokens, num_children, dtype=torch.int64)
+    chosen, logits = torch.zeros(tokens, 3, dtype=torch.int64), torch.empty(tokens, 3, 50288)
+    top_tokens.place_top_tokens(logits, rows, chosen)
+    tables = TreeTables(*torch.zeros(2, tokens, dtype=torch.int64))
+    memory = PathMemory(
+        torch.zeros(tokens, 4, dtype=torch.int64), pending(3), torch.zeros(3, dtype=torch.int32)
+    )
+    commit_path.commit_path(
+        torch.zeros(tokens + 1, 3, dtype=torch.int64), chosen, logits, tables,
+        torch.ones(3, dtype=torch.int32), torch.zeros(7, 3, dtype=torch.int64), [memory, memory],
+    )  # fmt: skip
+
+
 def make_mask(tokens: int) -> Tensor:
     return torch.ones(tokens, -(-tokens // MASK_MULTIPLE) * MASK_MULTIPLE, dtype=torch.bool)
 
@@ -214,6 +232,8 @@ def quick_cases() -> Iterator[tuple[str, Case]]:
         yield attention_case(tokens, 4, 128)
     yield moe_case(2, 6, 2688, 1856, "relu2")
     yield "uniforms X=50288", partial(uniform_numbers, 50288)
+    for tokens, num_children in ((1, 1), (16, 4), (256, 16)):
+        yield f"end of step T={tokens} C={num_children}", partial(end_of_step, tokens, num_children)
 
 
 def all_cases() -> Iterator[tuple[str, Case]]:

@@ -27,6 +27,7 @@ from stree_autotune.prompts import load_prompts
 from stree_autotune.stepper import occupy
 from stree_autotune.trace_file import Trace, load_trace
 from stree_core import step as step_module
+from stree_core.backend import Backend
 from stree_core.decode import Run, generate
 from stree_core.engine import Engine, EngineConfig
 from stree_core.model_source import folder_source, sheet_source
@@ -56,12 +57,15 @@ class TraceRule(GreedyRule):
     Shape letters: T tree tokens, B slots, K children, N positions.
     """
 
-    def __init__(self, plan: TreePlan, ranks_BN: Tensor, position_B: Tensor) -> None:
+    def __init__(
+        self, plan: TreePlan, backend: Backend, ranks_BN: Tensor, position_B: Tensor
+    ) -> None:
+        super().__init__(plan, backend)
         tree = plan.tree
         most = max((len(children) for children in tree.children), default=0)
         rows = [[*children, *[-1] * (most + 1 - len(children))] for children in tree.children]
         self._child_TK = torch.tensor(rows, device=ranks_BN.device)
-        self._depth_T = plan.depths_T
+        self._depth_T = plan.tables.depths_T
         self._ranks_BN = ranks_BN
         self._position_B = position_B
 
@@ -77,9 +81,9 @@ class TraceRule(GreedyRule):
         other_TB = (likeliest_TB + 12345) % logits_TBV.shape[-1]
         return torch.where(node_TB >= 0, taken_TB, other_TB)
 
-    def advance(self, emitted_LB: Tensor, accepted_B: Tensor, active_B: Tensor) -> None:
+    def advance(self, emitted_LB: Tensor, count_B: Tensor) -> None:
         """Move on in the trace."""
-        self._position_B.add_((accepted_B + 1) * active_B)
+        self._position_B.add_(count_B)
 
 
 def trace_rules(trace: Trace, num_slots: int, device: torch.device) -> MakeRules:
@@ -89,8 +93,14 @@ def trace_rules(trace: Trace, num_slots: int, device: torch.device) -> MakeRules
     ranks_BN = torch.stack([ranks.roll(-start) for start in starts])
     position_B = torch.zeros(num_slots, dtype=torch.int64, device=device)
 
-    def make(support: object, plans: Sequence[TreePlan], *_: object) -> list[TraceRule]:
-        return [TraceRule(plan, ranks_BN, position_B) for plan in plans]
+    def make(
+        support: object,
+        plans: Sequence[TreePlan],
+        num_slots: int,
+        vocab_size: int,
+        backend: Backend,
+    ) -> list[TraceRule]:
+        return [TraceRule(plan, backend, ranks_BN, position_B) for plan in plans]
 
     return make
 
@@ -214,7 +224,7 @@ def captured_forward(engine: Engine) -> Callable[[], None]:
 
     def work() -> None:
         hidden = speculator.target.forward(
-            speculator.buffers.tokens_TB, speculator.plan.target_block, speculator.target_cache,
+            speculator.tokens_TB, speculator.plan.target_block, speculator.target_cache,
             first=0, commit=True,
         )  # fmt: skip
         speculator.target.logits(hidden)

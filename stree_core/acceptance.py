@@ -1,9 +1,9 @@
-"""Choosing child tokens, what the target picks after a node, and accepting a path.
+"""Drawing children, and what the target picks after a node.
 
 Every rule is lossless: whatever the children are, the token that is picked after a node follows the
-target's law p. Tests sum over every random outcome. Here alone ties are broken.
+target's law p. Tests sum over every random outcome.
 
-Shape letters: T tree tokens, B slots, V vocabulary, W rows, C children, N rows of any kind.
+Shape letters: B slots, V vocabulary, W rows, C children, N rows of any kind.
 """
 
 from __future__ import annotations
@@ -12,40 +12,6 @@ import torch
 from torch import Tensor
 
 from stree_kernels.uniforms_ref import LEAST_UNIFORM
-
-
-def top_tokens(logits_WBV: Tensor, num_children: int) -> Tensor:
-    """Return the `num_children` likeliest tokens [W, B, C], ties to the lower token id.
-
-    The order for C children is a prefix of the order for more, so that a rank means the same for
-    every tree. `logits_WBV` is fp32.
-    """
-    if num_children == 1:
-        # torch.argmax promises the first of equal maxima.
-        return logits_WBV.argmax(-1, keepdim=True)
-    # torch.topk orders ties differently for different counts; distinct integer keys have none.
-    # Adding zero turns -0.0, whose bits differ, into 0.0.
-    bits = (logits_WBV + 0.0).view(torch.int32)
-    ascending = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF).to(torch.int64)
-    ids = torch.arange(logits_WBV.shape[-1], device=logits_WBV.device)
-    keys = (ascending << 32) - ids
-    return keys.topk(num_children, dim=-1).indices
-
-
-def accept_path(
-    tokens_TB: Tensor, chosen_TB: Tensor, parents_T: Tensor, mask_TT: Tensor, depths_T: Tensor
-) -> Tensor:
-    """Return the last accepted node of every slot [B].
-
-    `chosen_TB` is the token that the target picks after each node: its argmax (greedy) or a draw
-    from its law (naive sampling). A node is accepted when it and all its ancestors equal the token
-    chosen at their parents; siblings differ, so the accepted nodes form one path. Lossless for any
-    tree. The root is always accepted.
-    """
-    mismatch_TB = tokens_TB != chosen_TB[parents_T]
-    mismatch_TB[0] = False
-    rejected_TB = (mask_TT[:, :, None] & mismatch_TB).any(1)
-    return torch.where(rejected_TB, -1, depths_T[:, None]).argmax(0)
 
 
 def sample_from(p_NBV: Tensor, uniform_NB: Tensor) -> Tensor:
@@ -66,18 +32,18 @@ def sample_from(p_NBV: Tensor, uniform_NB: Tensor) -> Tensor:
     return token_NB.clamp(max=p_NBV.shape[-1] - 1)
 
 
-def draw_children(q_WBV: Tensor, uniform_WBV: Tensor, num_children: int) -> Tensor:
-    """Draw children [W, B, C] from the laws `q_WBV` without replacement, in the order of drawing.
+def race_scores(q_WBV: Tensor, uniform_WBV: Tensor) -> Tensor:
+    """Return scores [W, B, V] whose likeliest tokens are draws from `q_WBV` without replacement.
 
     An exponential race: the tokens with the smallest E / q come first, E = -log(1 - u) exponential
-    (Efraimidis and Spirakis, 2006). A law of fewer tokens than children ends with tokens of
-    probability 0. Exact up to the resolution of the numbers: tokens below 1e-9 are drawn too
-    seldom.
+    (Efraimidis and Spirakis, 2006), here as the fp32 logarithm of q / E. A law of fewer tokens than
+    children ends with tokens of probability 0. Exact up to the resolution of the numbers: tokens
+    below 1e-9 are drawn too seldom.
     """
     # Small numbers decide the race, and they are finest there; both ends stay finite.
     shifted_WBV = (uniform_WBV + LEAST_UNIFORM / 2).clamp(max=1 - 2.0**-24)
     exponential_WBV = -torch.log1p(-shifted_WBV)
-    return top_tokens((q_WBV.log() - exponential_WBV.log()).float(), num_children)
+    return (q_WBV.log() - exponential_WBV.log()).float()
 
 
 def choose_by_mss(

@@ -25,6 +25,8 @@ _OPS = {
     "tree_attention": "tree_attention",
     "workspace_size": "tree_attention",
     "fill_uniforms": "uniforms",
+    "place_top_tokens": "top_tokens",
+    "commit_path": "commit_path",
 }
 """The module of stree_kernels that holds each op; its reference is in a module ending in _ref."""
 
@@ -33,7 +35,7 @@ _SUFFIXES = {"torch": "_ref", "triton": ""}
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """The ops of a forward pass; signatures as in stree_kernels."""
+    """The ops of a step; signatures as in stree_kernels."""
 
     name: str
     tree_conv: Callable[..., None]
@@ -49,6 +51,8 @@ class Backend:
     tree_attention: Callable[..., None]
     workspace_size: Callable[..., int]
     fill_uniforms: Callable[..., None]
+    place_top_tokens: Callable[..., None]
+    commit_path: Callable[..., None]
 
 
 def load_backend(name: str, device: torch.device) -> Backend:

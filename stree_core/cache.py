@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stree_core.model_shape import AttentionShape, Mamba2Shape, ModelShape
 from stree_kernels.key_rows_ref import KeyValues
-from stree_kernels.rows import MAX_KEPT, Pending, ScanRows, next_num_kept
+from stree_kernels.rows import MAX_KEPT, Pending, ScanRows, advance_pending
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,15 +112,12 @@ class Cache:
                 tensor.zero_()
         self.current = 0
 
-    def advance(self, path_BL: Tensor | None, length_B: Tensor) -> None:
-        """Make a path pending, the same as before with None, whose predecessor is committed.
+    def advance(self, length_B: Tensor) -> None:
+        """Make the first rows of the running pass pending; what was pending is committed.
 
-        Entries of the table behind the path stay: they are rows of a block all the same.
+        A step advances by `commit_path`; this is for a prompt's chains, whose path never changes.
         """
-        self.pending.num_kept_B.copy_(next_num_kept(self.pending))
-        if path_BL is not None:
-            self.pending.path_BL[:, : path_BL.shape[1]].copy_(path_BL)
-        self.pending.length_B.copy_(length_B)
+        advance_pending(self.pending, None, length_B)
         self.committed_B.add_(length_B)
 
     def flip(self) -> None:

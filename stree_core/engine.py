@@ -142,7 +142,7 @@ class Engine:
                 "check the weights and the dtype"
             )
         buffers = speculator.buffers
-        buffers.latest_2B[:, slot] = torch.tensor([prompt[-1], first], device=self.target.device)
+        buffers.tokens_RB[:2, slot] = torch.tensor([prompt[-1], first], device=self.target.device)
         buffers.active_B[slot] = 1
         self._history[slot] = [*prompt, first]
         self._epochs[slot] += 1

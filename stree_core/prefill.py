@@ -39,7 +39,7 @@ def consume(model: Model, tokens: Sequence[int], cache: Cache) -> Tensor:
         block = make_block(range(-1, len(chunk) - 1), model.conv_widths, model.device)
         inputs = torch.tensor(chunk, device=model.device)[:, None]
         hidden = model.forward(inputs, block, cache, first=0, commit=True)
-        cache.advance(None, torch.full_like(cache.committed_B, len(chunk)))
+        cache.advance(torch.full_like(cache.committed_B, len(chunk)))
         cache.flip()
     return hidden
 

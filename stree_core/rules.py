@@ -10,17 +10,19 @@ L path capacity.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from stree_core.acceptance import choose_by_mss, draw_children, sample_from, top_tokens
+from stree_core.acceptance import choose_by_mss, race_scores, sample_from
+from stree_core.backend import Backend
 from stree_core.errors import ConfigError
 from stree_core.sampling import SamplingParams, SlotSettings, law, make_settings
 from stree_core.tree_plan import DraftLevel, TreePlan
+from stree_kernels.top_tokens_ref import top_tokens
 
 RuleName = Literal["greedy", "naive", "mss"]
 
@@ -67,18 +69,22 @@ class Rule(Protocol):
     def first(self, slot: int, logits_V: Tensor) -> Tensor:
         """Return the token that follows the prompt, a tensor of no dimension."""
 
-    def draw(self, level: DraftLevel, logits_WBV: Tensor, tokens_TB: Tensor) -> Tensor:
-        """Return the children [W, B, C] of a level's nodes by the draft's logits."""
+    def draw(self, level: DraftLevel, logits_WBV: Tensor, tokens_TB: Tensor) -> None:
+        """Fill the tokens of the children of a level's nodes by the draft's logits."""
 
     def choose(self, logits_TBV: Tensor, tokens_TB: Tensor) -> Tensor:
         """Return the token [T, B] that the target picks after each node."""
 
-    def advance(self, emitted_LB: Tensor, accepted_B: Tensor, active_B: Tensor) -> None:
-        """Take note of a step's tokens, of which accepted + 1 count where a slot is active."""
+    def advance(self, emitted_LB: Tensor, count_B: Tensor) -> None:
+        """Take note of a step's tokens, of which `count_B` count, none of an inactive slot."""
 
 
 class GreedyRule:
     """Children are the draft's likeliest tokens, the target picks its likeliest one."""
+
+    def __init__(self, plan: TreePlan, backend: Backend) -> None:
+        self._node_T1 = plan.node_T1
+        self._place_top_tokens = backend.place_top_tokens
 
     def start(self, slot: int, params: SamplingParams, prompt: Sequence[int]) -> None:
         """Begin a request: there is nothing to remember."""
@@ -87,15 +93,17 @@ class GreedyRule:
         """Return the likeliest token."""
         return top_tokens(logits_V, 1)[0]
 
-    def draw(self, level: DraftLevel, logits_WBV: Tensor, tokens_TB: Tensor) -> Tensor:
-        """Return the likeliest tokens."""
-        return top_tokens(logits_WBV, level.num_children)
+    def draw(self, level: DraftLevel, logits_WBV: Tensor, tokens_TB: Tensor) -> None:
+        """Fill in the likeliest tokens."""
+        self._place_top_tokens(logits_WBV, level.child_WC, tokens_TB)
 
     def choose(self, logits_TBV: Tensor, tokens_TB: Tensor) -> Tensor:
         """Return the likeliest token after each node."""
-        return top_tokens(logits_TBV, 1)[..., 0]
+        chosen_TB = torch.empty_like(tokens_TB)
+        self._place_top_tokens(logits_TBV, self._node_T1, chosen_TB)
+        return chosen_TB
 
-    def advance(self, emitted_LB: Tensor, accepted_B: Tensor, active_B: Tensor) -> None:
+    def advance(self, emitted_LB: Tensor, count_B: Tensor) -> None:
         """Take note of nothing."""
 
 
@@ -119,16 +127,16 @@ class SampledRule:
 
     def __init__(
         self, support: SamplingSupport, plan: TreePlan, memory: SlotMemory, vocab_size: int,
-        fill_uniforms: Callable[..., None],
+        backend: Backend,
     ) -> None:  # fmt: skip
         self.settings = memory.settings
         self._seen_BV = memory.seen_BV
         self._support = support
         self._plan = plan
-        self._fill_uniforms = fill_uniforms
+        self._backend = backend
         num_inner = len(plan.inner_I) if support.rule == "mss" else 0
         num_slots = len(memory.settings.step_B)
-        self._q_IBV = torch.zeros(num_inner, num_slots, vocab_size, device=plan.depths_T.device)
+        self._q_IBV = torch.zeros(num_inner, num_slots, vocab_size, device=plan.node_T1.device)
 
     def start(self, slot: int, params: SamplingParams, prompt: Sequence[int]) -> None:
         """Begin a request: its settings, its first random numbers, the tokens of its prompt."""
@@ -145,22 +153,23 @@ class SampledRule:
         seen_11V = None if self._seen_BV is None else self._seen_BV[None, here]
         p_11V = law(logits_V[None, None], own, seen_11V, truncates=self._support.truncates)
         uniform_111 = logits_V.new_empty(1, 1, 1, dtype=torch.float32)
-        self._fill_uniforms(own.seed_B, own.step_B, uniform_111, stream=_PICKS)
+        self._backend.fill_uniforms(own.seed_B, own.step_B, uniform_111, stream=_PICKS)
         token = sample_from(p_11V, uniform_111[..., 0])[0, 0]
         self.settings.step_B[here] += 1
         if self._seen_BV is not None:
             self._seen_BV[slot, token] = True
         return token
 
-    def draw(self, level: DraftLevel, logits_WBV: Tensor, tokens_TB: Tensor) -> Tensor:
-        """Return a level's children, likeliest first or in the order of drawing."""
-        if self._support.rule == "naive":
-            return top_tokens(logits_WBV, level.num_children)
-        q_WBV = self._law(logits_WBV, level.nodes, tokens_TB)
-        inner = slice(level.first_inner, level.first_inner + len(level.nodes))
-        self._q_IBV[inner] = q_WBV
-        uniform_WBV = self._uniforms(q_WBV.shape, _DRAWS + level.first_inner)
-        return draw_children(q_WBV, uniform_WBV, level.num_children)
+    def draw(self, level: DraftLevel, logits_WBV: Tensor, tokens_TB: Tensor) -> None:
+        """Fill in a level's children, likeliest first or in the order of drawing."""
+        scores_WBV = logits_WBV
+        if self._support.rule == "mss":
+            q_WBV = self._law(logits_WBV, level.nodes, tokens_TB)
+            inner = slice(level.first_inner, level.first_inner + len(level.nodes))
+            self._q_IBV[inner] = q_WBV
+            uniform_WBV = self._uniforms(q_WBV.shape, _DRAWS + level.first_inner)
+            scores_WBV = race_scores(q_WBV, uniform_WBV)
+        self._backend.place_top_tokens(scores_WBV, level.child_WC, tokens_TB)
 
     def choose(self, logits_TBV: Tensor, tokens_TB: Tensor) -> Tensor:
         """Return the token after each node; with MSS children are tried first."""
@@ -177,13 +186,13 @@ class SampledRule:
             )  # fmt: skip
         return chosen_TB
 
-    def advance(self, emitted_LB: Tensor, accepted_B: Tensor, active_B: Tensor) -> None:
+    def advance(self, emitted_LB: Tensor, count_B: Tensor) -> None:
         """Count the step, and remember its tokens where they are penalised."""
-        self.settings.step_B.add_(active_B)
+        self.settings.step_B.add_(count_B.clamp(max=1))
         if self._seen_BV is not None:
             row_L1 = torch.arange(len(emitted_LB), device=emitted_LB.device)[:, None]
             # Entries that do not count repeat one that does.
-            kept_LB = torch.where(row_L1 <= accepted_B, emitted_LB, emitted_LB[:1])
+            kept_LB = torch.where(row_L1 < count_B, emitted_LB, emitted_LB[:1])
             self._seen_BV.scatter_(1, kept_LB.t(), value=True)
 
     def _law(self, logits_NBV: Tensor, nodes_N: Tensor | None, tokens_TB: Tensor) -> Tensor:
@@ -198,23 +207,25 @@ class SampledRule:
 
     def _uniforms(self, size: Sequence[int], stream: int) -> Tensor:
         """Return numbers [N, B, X] that the seeds, the steps and `stream` decide."""
-        uniform_NBX = torch.empty(*size, device=self._plan.depths_T.device)
-        self._fill_uniforms(self.settings.seed_B, self.settings.step_B, uniform_NBX, stream=stream)
+        uniform_NBX = torch.empty(*size, device=self._plan.node_T1.device)
+        self._backend.fill_uniforms(
+            self.settings.seed_B, self.settings.step_B, uniform_NBX, stream=stream
+        )
         return uniform_NBX
 
 
 def make_rules(
     support: SamplingSupport, plans: Sequence[TreePlan], num_slots: int, vocab_size: int,
-    fill_uniforms: Callable[..., None],
+    backend: Backend,
 ) -> list[Rule]:  # fmt: skip
     """Return for each tree the rule that serves `support`; they share what they know of slots."""
     if support.rule == "greedy" and not support.penalises:
-        return [GreedyRule()] * len(plans)
+        return [GreedyRule(plan, backend) for plan in plans]
     if support.rule == "greedy":
         support = dataclasses.replace(support, rule="naive")
-    device = plans[0].depths_T.device
+    device = plans[0].node_T1.device
     seen_BV = None
     if support.penalises:
         seen_BV = torch.zeros(num_slots, vocab_size, dtype=torch.bool, device=device)
     memory = SlotMemory(make_settings(num_slots, device), seen_BV)
-    return [SampledRule(support, plan, memory, vocab_size, fill_uniforms) for plan in plans]
+    return [SampledRule(support, plan, memory, vocab_size, backend) for plan in plans]

@@ -1,10 +1,10 @@
-"""One decoding step on the device: draft, verify, accept, commit.
+"""One decoding step on the device: draft, verify, accept and commit.
 
 Nothing here waits for the device, so a step can be captured as one CUDA graph. A tree without nodes
 is decoding without speculation: the target runs one token, the draft is not touched.
 
-Shape letters: T tree tokens, B slots, L path capacity (tree depth + 1), W rows, C children,
-V vocabulary.
+Shape letters: T tree tokens, B slots, L path capacity (tree depth + 1), W rows, V vocabulary, R
+rows of the token buffer, X rows of a result.
 """
 
 from __future__ import annotations
@@ -15,49 +15,38 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stree_core.acceptance import accept_path
 from stree_core.cache import Cache, CacheSize
 from stree_core.model import Model
 from stree_core.row_block import RowBlock
 from stree_core.rules import GREEDY, Rule, SamplingSupport, make_rules
 from stree_core.tree_plan import DraftLevel, TreePlan
-
-COUNT, LAST_NODE, HEALTHY, FIRST_TOKEN = range(4)
-"""Rows of a step's result."""
+from stree_kernels.commit_path_ref import COUNT, FIRST_TOKEN, PathMemory
 
 
 @dataclass(frozen=True, slots=True)
 class StepBuffers:
-    """What a step reads and leaves behind, in place; all but the tokens are shared by all trees.
+    """What steps read and leave behind, in place, whichever tree they have.
 
-    `latest_2B` holds the last two emitted tokens: the predecessor and the root. `tokens_TB` are the
-    tree's. `active_B` (int32, 1 or 0): an inactive slot computes but does not advance. `result_XB`
-    is what the host reads, in one copy: a step's number of tokens, the last accepted node, whether
-    all logits were finite (1 or 0), then the tokens: the accepted ones and the bonus token.
+    `tokens_RB` holds the last two emitted tokens, the predecessor and the root, and behind the root
+    the tree's other tokens. `active_B` (int32, 1 or 0): an inactive slot computes but does not
+    advance. `result_XB` is what the host reads, in one copy: see `commit_path`.
     """
 
-    latest_2B: Tensor
-    tokens_TB: Tensor
+    tokens_RB: Tensor
     active_B: Tensor
     result_XB: Tensor
 
 
-def make_buffers(
-    plans: Sequence[TreePlan], num_slots: int, device: torch.device
-) -> list[StepBuffers]:
+def make_buffers(plans: Sequence[TreePlan], num_slots: int, device: torch.device) -> StepBuffers:
     """Allocate the buffers of steps with these trees."""
 
-    def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.zeros(*shape, dtype=dtype, device=device)
+    def zeros(num_rows: int) -> Tensor:
+        return torch.zeros(num_rows, num_slots, dtype=torch.int64, device=device)
 
+    num_rows = 1 + max(plan.tree.num_tokens for plan in plans)
     capacity = max(plan.tree.depth for plan in plans) + 1
-    latest_2B = zeros(2, num_slots)
-    active_B = zeros(num_slots, dtype=torch.int32)
-    result_XB = zeros(FIRST_TOKEN + capacity, num_slots)
-    return [
-        StepBuffers(latest_2B, zeros(plan.tree.num_tokens, num_slots), active_B, result_XB)
-        for plan in plans
-    ]
+    active_B = torch.zeros(num_slots, dtype=torch.int32, device=device)
+    return StepBuffers(zeros(num_rows), active_B, zeros(FIRST_TOKEN + capacity))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,26 +61,26 @@ class Speculator:
     buffers: StepBuffers
     rule: Rule
 
+    @property
+    def tokens_TB(self) -> Tensor:
+        """The tree's tokens, root first."""
+        tokens_TB: Tensor = self.buffers.tokens_RB[1 : 1 + self.plan.tree.num_tokens]
+        return tokens_TB
+
     def step(self) -> None:
         """Run one step for all slots; results are in the buffers, the caches are ready to flip."""
         self.propose()
-        chosen_TB = self.verify()
-        if self.plan.tree.num_nodes == 0:
-            self.commit_one(chosen_TB)
-        else:
-            self.commit(chosen_TB, self.accept(chosen_TB))
+        logits_TBV, chosen_TB = self.verify()
+        self.commit(logits_TBV, chosen_TB)
 
     def record(self) -> None:
         """Run a recording step: note the accepted child, emit the target's next token alone."""
         self.propose()
-        chosen_TB = self.verify()
-        last_B = self.accept(chosen_TB)
-        self.commit(chosen_TB, torch.zeros_like(last_B))
-        self.buffers.result_XB[LAST_NODE] = last_B
+        logits_TBV, chosen_TB = self.verify()
+        self.commit(logits_TBV, chosen_TB, advance=False)
 
     def propose(self) -> None:
-        """Fill the tree's tokens, level by level."""
-        self.buffers.tokens_TB[0] = self.buffers.latest_2B[1]
+        """Fill the tree's tokens behind the root, level by level."""
         for level in self.plan.levels:
             self.draft_level(level)
 
@@ -100,61 +89,44 @@ class Speculator:
         assert self.draft is not None
         assert self.draft_cache is not None
         assert self.plan.draft_block is not None
-        tokens_TB = self.buffers.tokens_TB
         is_root = level.first == 0
-        inputs_WB = self.buffers.latest_2B if is_root else tokens_TB[level.nodes]
+        inputs_WB = self.buffers.tokens_RB[:2] if is_root else self.tokens_TB[level.inputs]
         hidden_WBD = self.draft.forward(
             inputs_WB, self.plan.draft_block, self.draft_cache, first=level.first, commit=is_root
         )
         logits_WBV = self.draft.logits(hidden_WBD[-1:] if is_root else hidden_WBD)
-        drawn_WBC = self.rule.draw(level, logits_WBV, tokens_TB)
-        children_CB = drawn_WBC.transpose(1, 2)[level.source_C, level.rank_C]
-        tokens_TB[level.first_child : level.end_child] = children_CB
+        self.rule.draw(level, logits_WBV, self.tokens_TB)
 
-    def verify(self) -> Tensor:
-        """Run the target over the tree; return the token that it picks after each node [T, B]."""
+    def verify(self) -> tuple[Tensor, Tensor]:
+        """Run the target over the tree.
+
+        Returns its logits [T, B, V] and the token that the rule picks after each node [T, B].
+        """
         hidden_TBD = self.target.forward(
-            self.buffers.tokens_TB, self.plan.target_block, self.target_cache, first=0, commit=True
+            self.tokens_TB, self.plan.target_block, self.target_cache, first=0, commit=True
         )
         logits_TBV = self.target.logits(hidden_TBD)
-        chosen_TB = self.rule.choose(logits_TBV, self.buffers.tokens_TB)
-        # The likeliest of logits with NaN is NaN.
-        own_TB = logits_TBV.gather(-1, chosen_TB[..., None])[..., 0]
-        self.buffers.result_XB[HEALTHY] = own_TB.isfinite().all(0)
-        return chosen_TB
+        return logits_TBV, self.rule.choose(logits_TBV, self.tokens_TB)
 
-    def accept(self, chosen_TB: Tensor) -> Tensor:
-        """Return every slot's last accepted node [B]."""
-        mask_TT = self.plan.target_block.mask_RR[:, : self.plan.tree.num_tokens]
-        return accept_path(
-            self.buffers.tokens_TB, chosen_TB, self.plan.parents_T, mask_TT, self.plan.depths_T
-        )
+    def commit(self, logits_TBV: Tensor, chosen_TB: Tensor, *, advance: bool = True) -> None:
+        """Accept a path, emit it with the bonus token and make it pending in both caches.
 
-    def commit(self, chosen_TB: Tensor, last_B: Tensor) -> None:
-        """Make the accepted path pending in both caches, and emit it with the bonus token."""
+        Without `advance` the result names the last accepted node, but one token alone is emitted.
+        """
         b, plan = self.buffers, self.plan
-        assert self.draft_cache is not None
-        path_BL = plan.target_path_TL[last_B]
-        accepted_B = plan.depths_T[last_B]
-        emitted_LB = chosen_TB.gather(0, path_BL.t())
-        history_LB = torch.cat((b.latest_2B[1:], emitted_LB))
-        torch.gather(history_LB, 0, torch.stack((accepted_B, accepted_B + 1)), out=b.latest_2B)
-        length_B = (accepted_B + 1) * b.active_B
-        b.result_XB[: LAST_NODE + 1] = torch.stack((length_B, last_B))
-        b.result_XB[FIRST_TOKEN:][: len(emitted_LB)] = emitted_LB
-        self.target_cache.advance(path_BL, length_B)
-        self.draft_cache.advance(plan.draft_path_TL[last_B], length_B)
-        self.rule.advance(emitted_LB, accepted_B, b.active_B)
+        memories = [_memory(plan.target_path_TL, self.target_cache)]
+        if plan.draft_block is not None:
+            assert self.draft_cache is not None
+            memories.append(_memory(plan.draft_path_TL, self.draft_cache))
+        self.target.backend.commit_path(
+            b.tokens_RB, chosen_TB, logits_TBV, plan.tables, b.active_B, b.result_XB, memories,
+            advance=advance,
+        )  # fmt: skip
+        self.rule.advance(b.result_XB[FIRST_TOKEN:], b.result_XB[COUNT])
 
-    def commit_one(self, chosen_1B: Tensor) -> None:
-        """Commit and emit without speculation: the path is the root alone, row 0 of its block."""
-        b = self.buffers
-        b.latest_2B.copy_(torch.cat((b.latest_2B[1:], chosen_1B)))
-        b.result_XB[COUNT] = b.active_B
-        b.result_XB[LAST_NODE] = 0
-        b.result_XB[FIRST_TOKEN] = chosen_1B[0]
-        self.target_cache.advance(None, b.active_B)
-        self.rule.advance(chosen_1B, torch.zeros_like(b.active_B), b.active_B)
+
+def _memory(path_TL: Tensor, cache: Cache) -> PathMemory:
+    return PathMemory(path_TL, cache.pending, cache.committed_B)
 
 
 def make_caches(
@@ -190,9 +162,8 @@ def make_speculators(
     """Allocate the memory of a target and, where a tree has nodes, of its draft, for all trees."""
     caches = make_caches((target, draft), plans, num_slots, num_positions)
     buffers = make_buffers(plans, num_slots, target.device)
-    fill_uniforms = target.backend.fill_uniforms
-    rules = make_rules(support, plans, num_slots, target.shape.vocab_size, fill_uniforms)
+    rules = make_rules(support, plans, num_slots, target.shape.vocab_size, target.backend)
     return [
-        Speculator(plan, target, caches[0], draft, caches[1], own, rule)
-        for plan, own, rule in zip(plans, buffers, rules, strict=True)
+        Speculator(plan, target, caches[0], draft, caches[1], buffers, rule)
+        for plan, rule in zip(plans, rules, strict=True)
     ]

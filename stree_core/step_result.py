@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stree_core.step import COUNT, FIRST_TOKEN, HEALTHY, LAST_NODE
+from stree_kernels.commit_path_ref import COUNT, FIRST_TOKEN, HEALTHY, LAST_NODE
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from stree_core.row_block import RowBlock, make_block
 from stree_core.tree import Tree
+from stree_kernels.commit_path_ref import TreeTables
 
 PREDECESSOR_ROW = 0
 ROOT_ROW = 1
@@ -28,36 +29,33 @@ class DraftLevel:
     """One draft pass: which rows it runs, and which nodes their likeliest tokens become.
 
     `nodes` are the tree nodes whose tokens the pass reads (the root level also reads the
-    predecessor), `first` its first draft row, `first_inner` the first node's place among all with
-    children. The `num_children` likeliest tokens of each scored
-    row are drawn; node `first_child + i` takes number `rank_C[i]` of scored row `source_C[i]`.
+    predecessor), `inputs` the same, as a slice where they lie side by side. `first` is its first
+    draft row, `first_inner` the first node's place among all with children. Rank c of scored row w
+    becomes node `child_WC[w, c]`, -1 for none.
     """
 
     nodes: Tensor
+    inputs: slice | Tensor
     first: int
     first_inner: int
-    num_children: int
-    first_child: int
-    end_child: int
-    source_C: Tensor
-    rank_C: Tensor
+    child_WC: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class TreePlan:
     """All tables of one tree.
 
-    `target_path_TL` and `draft_path_TL` hold, for each last accepted node, the rows to replay in
-    the next step, which are depth + 1 in both. `inner_I` are the nodes with children, `child_IC`
-    these in order; behind the last it repeats the first.
+    `node_T1` numbers the nodes. `target_path_TL` and `draft_path_TL` hold, for each last accepted
+    node, the rows to replay in the next step, which are depth + 1 in both. `inner_I` are the nodes
+    with children, `child_IC` these in order; behind the last it repeats the first.
     """
 
     tree: Tree
     target_block: RowBlock
     draft_block: RowBlock | None
     levels: tuple[DraftLevel, ...]
-    parents_T: Tensor
-    depths_T: Tensor
+    tables: TreeTables
+    node_T1: Tensor
     target_path_TL: Tensor
     draft_path_TL: Tensor
     inner_I: Tensor
@@ -90,8 +88,11 @@ def make_plan(
         make_block(tree.parents, target_conv_widths, device),
         make_block(draft_parents, draft_conv_widths, device) if speculates else None,
         tuple(_levels(tree, draft_row, device)),
-        torch.tensor((0, *tree.parents[1:]), device=device),
-        torch.tensor(tree.depths, device=device),
+        TreeTables(
+            torch.tensor((0, *tree.parents[1:]), device=device),
+            torch.tensor(tree.depths, device=device),
+        ),
+        torch.arange(tree.num_tokens, device=device)[:, None],
         table(tree.node_paths),
         table(draft_paths),
         *_children(tree, device),
@@ -116,20 +117,22 @@ def _levels(tree: Tree, draft_row: dict[int, int], device: torch.device) -> list
     num_inner = 0
     for depth in range(tree.depth):
         nodes = [node for node in tree.levels[depth] if tree.children[node]]
-        children = tree.levels[depth + 1]
+        children = [tree.children[node] for node in nodes]
+        most = max(map(len, children))
+        table = [[*own, *[-1] * (most - len(own))] for own in children]
+        nodes_W = torch.tensor(nodes, device=device)
         levels.append(
             DraftLevel(
-                nodes=torch.tensor(nodes, device=device),
+                nodes=nodes_W,
+                inputs=slice(nodes[0], nodes[-1] + 1) if _side_by_side(nodes) else nodes_W,
                 first=PREDECESSOR_ROW if depth == 0 else draft_row[nodes[0]],
                 first_inner=num_inner,
-                num_children=max(len(tree.children[node]) for node in nodes),
-                first_child=children[0],
-                end_child=children[-1] + 1,
-                source_C=torch.tensor(
-                    [nodes.index(tree.parents[child]) for child in children], device=device
-                ),
-                rank_C=torch.tensor([tree.ranks[child] for child in children], device=device),
+                child_WC=torch.tensor(table, device=device),
             )
         )
         num_inner += len(nodes)
     return levels
+
+
+def _side_by_side(nodes: Sequence[int]) -> bool:
+    return nodes[-1] - nodes[0] == len(nodes) - 1

@@ -19,15 +19,12 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from stree_core.acceptance import (
-    accept_path,
-    choose_by_mss,
-    draw_children,
-    sample_from,
-    top_tokens,
-)
-from stree_core.row_block import make_block
+from stree_core.acceptance import choose_by_mss, race_scores, sample_from
 from stree_core.tree import Tree
+from stree_core.tree_plan import make_plan
+from stree_kernels.commit_path_ref import COUNT, FIRST_TOKEN, PathMemory, commit_path
+from stree_kernels.rows import Pending
+from stree_kernels.top_tokens_ref import top_tokens
 
 Tokens = tuple[int, ...]
 Outcomes = list[tuple[Tokens, float, list[float]]]
@@ -100,6 +97,11 @@ def mss_laws(p_NV: Tensor, q_NV: Tensor, children_NC: Tensor) -> Tensor:
     reach_NC = torch.cat((torch.ones(num_rows, 1), (1 - take_NC).cumprod(-1)), -1)
     laws_NV = reach_NC[:, -1:] * final_NV
     return laws_NV.scatter_add(1, children_NC, reach_NC[:, :-1] * take_NC)
+
+
+def draw_children(q_WBV: Tensor, uniform_WBV: Tensor, num_children: int) -> Tensor:
+    """Return children [W, B, C] in the order of drawing."""
+    return top_tokens(race_scores(q_WBV, uniform_WBV), num_children)
 
 
 def draws(q_V: Tensor, num_children: int) -> dict[Tokens, float]:
@@ -266,15 +268,20 @@ def emitted_blocks(
     tree: Tree, outcomes: list[tuple[Tokens, Tokens, float]]
 ) -> defaultdict[Tokens, float]:
     """Return the probability of every block of tokens that one step emits."""
-    tokens_TB = torch.tensor([tokens for tokens, _, _ in outcomes]).t()
-    chosen_TB = torch.tensor([chosen for _, chosen, _ in outcomes]).t()
-    block = make_block(tree.parents, frozenset(), torch.device("cpu"))
-    mask_TT = block.mask_RR[:, : tree.num_tokens]
-    last_B = accept_path(tokens_TB, chosen_TB, torch.tensor(tree.parents), mask_TT, block.depth_R)
+    tokens_RB = torch.tensor([(-1, *tokens) for tokens, _, _ in outcomes]).t().contiguous()
+    chosen_TB = torch.tensor([chosen for _, chosen, _ in outcomes]).t().contiguous()
+    plan = make_plan(tree, frozenset(), frozenset(), torch.device("cpu"))
+    active_B, *counts = torch.ones(4, len(outcomes), dtype=torch.int32)
+    path_BL = torch.zeros(len(outcomes), tree.depth + 1, dtype=torch.int32)
+    memory = PathMemory(plan.target_path_TL, Pending(path_BL, *counts[:2]), counts[2])
+    result_XB = torch.zeros(FIRST_TOKEN + tree.depth + 1, len(outcomes), dtype=torch.int64)
+    logits_TBV = torch.zeros(*chosen_TB.shape, 3)
+    commit_path(
+        tokens_RB, chosen_TB, logits_TBV, plan.tables, active_B, result_XB, [memory]
+    )  # fmt: skip
     blocks: defaultdict[Tokens, float] = defaultdict(float)
-    for (tokens, chosen, weight), last in zip(outcomes, last_B.tolist(), strict=True):
-        path = tree.node_paths[last][1:]
-        blocks[(*(tokens[n] for n in path), chosen[last])] += weight
+    for column, (_, _, weight) in zip(result_XB.t().tolist(), outcomes, strict=True):
+        blocks[tuple(column[FIRST_TOKEN:][: column[COUNT]])] += weight
     return blocks
 
 
@@ -366,19 +373,9 @@ def test_fewer_children_are_the_first_of_more() -> None:
     q_WBV = (4 * torch.randn(50, 3, 40, generator=generator)).softmax(-1)
     q_WBV *= torch.rand(q_WBV.shape, generator=generator) < 0.5
     uniform_WBV = torch.rand(q_WBV.shape, generator=generator)
-    # Many equal numbers make equal keys.
-    tied_WBV = q_WBV.mul(8).round()
-    all_drawn, all_top = draw_children(q_WBV, uniform_WBV, 40), top_tokens(tied_WBV, 40)
+    all_drawn = draw_children(q_WBV, uniform_WBV, 40)
     for c in range(1, 40):
         assert torch.equal(draw_children(q_WBV, uniform_WBV, c), all_drawn[..., :c]), c
-        assert torch.equal(top_tokens(tied_WBV, c), all_top[..., :c]), c
-
-
-def test_equal_logits_come_by_id() -> None:
-    logits_V = torch.tensor([-1.0, -0.0, 2.0, 0.0, -torch.inf, 2.0, -torch.inf, -1.0])
-    for num_children in range(1, 9):
-        expected = [2, 5, 1, 3, 0, 7, 4, 6][:num_children]
-        assert top_tokens(logits_V, num_children).tolist() == expected
 
 
 @pytest.mark.parametrize("dtype", LAST, ids=str)

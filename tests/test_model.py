@@ -85,7 +85,7 @@ def test_step_by_step_logits_equal_transformers(models: Models) -> None:
     for token in tokens:
         hidden = model.forward(token.view(1, 1), block, cache, first=0, commit=True)
         logits.append(model.logits(hidden)[0])
-        cache.advance(None, torch.ones_like(cache.committed_B))
+        cache.advance(torch.ones_like(cache.committed_B))
         cache.flip()
     expected = _their_logits(theirs, tokens)
     assert_close("logits", torch.cat(logits), expected, tolerance=TOLERANCE)

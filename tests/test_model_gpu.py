@@ -32,6 +32,7 @@ from stree_core.model_weights import assemble
 from stree_core.parts import attention_part, mamba2_part, matrix, mlp_part, moe_part, vector
 from stree_core.row_block import make_block
 from stree_kernels.laws import RouterLaw
+from stree_kernels.rows import advance_pending
 from stree_kernels.testing import assert_close
 
 NUM_SLOTS = 3
@@ -142,7 +143,8 @@ def advance(cache: Cache, paths: list[list[int]]) -> None:
     rows = [[*path, *[0] * (capacity - len(path))] for path in paths]
     lengths = torch.tensor([len(path) for path in paths], dtype=torch.int32)
     device = cache.committed_B.device
-    cache.advance(torch.tensor(rows, device=device), lengths.to(device))
+    advance_pending(cache.pending, torch.tensor(rows, device=device), lengths.to(device))
+    cache.committed_B.add_(lengths.to(device))
     cache.flip()
 
 

@@ -92,7 +92,7 @@ def laws_of(target: Model, texts: list[list[int]], params: SamplingParams) -> Te
     laws = []
     for tokens_B in tokens_TB[:-1]:
         hidden = target.forward(tokens_B[None], block, cache, first=0, commit=True)
-        cache.advance(None, torch.ones_like(cache.committed_B))
+        cache.advance(torch.ones_like(cache.committed_B))
         cache.flip()
         seen_BV.scatter_(1, tokens_B[:, None], value=True)
         laws.append(law(target.logits(hidden), settings, seen_BV[None], truncates=True))
@@ -143,14 +143,13 @@ def test_children_tried_out_of_order_would_be_noticed(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The published sampler tries children sorted by the draft's law, which is not lossless."""
-    draw = rules.draw_children
+    choose = rules.choose_by_mss
 
-    def drawn_and_sorted(q_WBV: Tensor, uniform_WBV: Tensor, num_children: int) -> Tensor:
-        children_WBC = draw(q_WBV, uniform_WBV, num_children)
-        order_WBC = q_WBV.gather(-1, children_WBC).argsort(-1, descending=True)
-        return children_WBC.gather(-1, order_WBC)
+    def choose_sorted(p: Tensor, q_NBV: Tensor, children_NBC: Tensor, *numbers: Tensor) -> Tensor:
+        order_NBC = q_NBV.gather(-1, children_NBC).argsort(-1, descending=True)
+        return choose(p, q_NBV, children_NBC.gather(-1, order_NBC), *numbers)
 
-    monkeypatch.setattr(rules, "draw_children", drawn_and_sorted)
+    monkeypatch.setattr(rules, "choose_by_mss", choose_sorted)
     texts, _ = decode(pair, TREES["ragged"], "mss", PARAMS["plain"], LENGTH // 4)
     uniform, surplus = judge(pair[0], texts, PARAMS["plain"])
     assert uniform < 1e-9

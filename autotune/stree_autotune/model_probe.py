@@ -18,7 +18,8 @@ from stree_autotune.probe import (
 from stree_autotune.stepper import occupy
 from stree_autotune.timing import EFFORTS, Work, captured, time_interleaved
 from stree_core.model import Model
-from stree_core.step import make_buffers, make_speculators
+from stree_core.rules import GreedyRule
+from stree_core.step import make_speculators
 from stree_core.tree import Tree
 from stree_core.tree_plan import make_plan
 
@@ -65,8 +66,7 @@ def _passes(model: Model, config: ProbeConfig, batch_size: int) -> list[PassTime
         (shared,) = make_speculators(model, None, largest_plan, batch_size, config.context)
         occupy(shared, config.context // 2)
         for size, plan in plans.items():
-            (buffers,) = make_buffers([plan], batch_size, device)
-            bound = dataclasses.replace(shared, plan=plan, buffers=buffers)
+            bound = dataclasses.replace(shared, plan=plan, rule=GreedyRule(plan, model.backend))
             candidates[size] = captured(bound.verify, device, pool)
         timings = time_interleaved(candidates, device, EFFORTS[config.effort])
     free(device)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from stree_autotune.provenance import command_line, git_sha, utc_now, versions
 from stree_autotune.runtime_table import (
@@ -28,12 +29,12 @@ from stree_autotune.timing import (
     captured,
     time_interleaved,
 )
-from stree_core.acceptance import top_tokens
 from stree_core.engine import Engine, EngineConfig
 from stree_core.model import Model
 from stree_core.pair import Pair, device_name
 from stree_core.profile import ModelRef, TreeText
-from stree_core.step import Speculator, make_buffers, make_speculators
+from stree_core.rules import GreedyRule
+from stree_core.step import Speculator, make_speculators
 from stree_core.tree import DEFAULT_TREE, Tree
 from stree_core.tree_plan import make_plan
 
@@ -158,8 +159,8 @@ def _terms(pair: Pair, config: ProbeConfig, batch_size: int, effort: Effort) -> 
             level = _rebound(shared, even_tree(2 * width, width))
             add("draft", width, partial(level.draft_level, level.plan.levels[1]))
             logits = torch.randn(width, batch_size, vocab_size, device=pair.device)
-            add("one child", width, partial(top_tokens, logits, 1))
-            add("children", width, partial(top_tokens, logits, BRANCH_CHILDREN))
+            add("one child", width, _place_children(shared, logits, 1))
+            add("children", width, _place_children(shared, logits, BRANCH_CHILDREN))
         timings = time_interleaved(candidates, pair.device, effort)
     free(pair.device)
     return _as_points(timings, batch_size)
@@ -194,11 +195,17 @@ def _occupied(pair: Pair, config: ProbeConfig, batch_size: int) -> Speculator:
 def _rebound(shared: Speculator, tree: Tree) -> Speculator:
     """Return a speculator for another, smaller tree on the same caches."""
     assert shared.draft is not None
-    device = shared.target.device
+    device, backend = shared.target.device, shared.target.backend
     plan = make_plan(tree, shared.target.conv_widths, shared.draft.conv_widths, device)
-    num_slots = len(shared.buffers.active_B)
-    (buffers,) = make_buffers([plan], num_slots, device)
-    return dataclasses.replace(shared, plan=plan, buffers=buffers)
+    return dataclasses.replace(shared, plan=plan, rule=GreedyRule(plan, backend))
+
+
+def _place_children(shared: Speculator, logits_WBV: Tensor, num_children: int) -> Work:
+    """Return the work that finds so many children of every node and files them."""
+    width, num_slots, _ = logits_WBV.shape
+    out_RB = logits_WBV.new_empty(width * num_children, num_slots, dtype=torch.int64)
+    row_WC = torch.arange(len(out_RB), device=out_RB.device).view(width, num_children)
+    return partial(shared.target.backend.place_top_tokens, logits_WBV, row_WC, out_RB)
 
 
 def time_whole_steps(

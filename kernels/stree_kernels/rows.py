@@ -87,6 +87,17 @@ def next_num_kept(pending: Pending) -> Tensor:
     return total_B * (total_B <= MAX_KEPT)
 
 
+def advance_pending(pending: Pending, path_BL: Tensor | None, length_B: Tensor) -> None:
+    """Make a path pending, the same entries as before with None; its predecessor is committed.
+
+    Entries of the table behind the path stay: they are rows of a block all the same.
+    """
+    pending.num_kept_B.copy_(next_num_kept(pending))
+    if path_BL is not None:
+        pending.path_BL[:, : path_BL.shape[1]].copy_(path_BL)
+    pending.length_B.copy_(length_B)
+
+
 def gate_width(head_dim: int, state_dim: int, dtype: torch.dtype) -> int:
     """Return the columns of one head that one program of the scan owns."""
     if dtype == torch.float32:
