@@ -2,15 +2,18 @@
 
     python benchmarks/lossless.py [--device cuda] [--dtype float32] [--output FILE]
 
-Every prompt of the demo set is continued by exactly --tokens tokens (end tokens are ignored)
-without speculation, with a chain and with three trees. For each text that differs the margin is
-printed: by how much the logit of the token that the target alone chose exceeds the other's, at the
-first difference, seen from a fresh prefill.
+Every prompt of the demo set is continued (end tokens are ignored) without speculation, one prompt
+at a time, and with a chain and three trees, 1 and 5 at a time. Every text has a length of its own,
+from half of --tokens to all of it, so that a batch ends raggedly. For each text that differs the
+margin is printed: by how much the logit of the token that the target alone chose exceeds the
+other's, at the first difference, seen from a fresh prefill. Behind it nothing can be compared, so
+flips are counted against the tokens up to there.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -43,11 +46,12 @@ def main() -> None:
             PairRequest("demo-target", "demo-draft", (), Runtime(options.device, dtype, "auto"))
         )
         prompts = pair.encode(open_prompts("demo", None, ())[: options.prompts])
-        rows += compare(pair, prompts, options.tokens, dtype)
+        rows += compare(pair, prompts, options, dtype)
         name = device_name(pair.device)
     document = {
         "command": f"python benchmarks/lossless.py --device {options.device} "
-        f"--dtype {' '.join(options.dtype)} --prompts {options.prompts} --tokens {options.tokens}",
+        f"--dtype {' '.join(options.dtype)} --prompts {options.prompts} --tokens {options.tokens} "
+        f"--batches {' '.join(map(str, options.batches))}",
         "gpu": name,
         "versions": versions(),
         "date": utc_now(),
@@ -63,48 +67,68 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", default=["float64", "float32"])
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 5])
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
 
 
 def compare(
-    pair: Pair, prompts: list[list[int]], num_tokens: int, dtype: str
+    pair: Pair, prompts: list[list[int]], options: argparse.Namespace, dtype: str
 ) -> list[dict[str, object]]:
-    """Return one row per mode: differing texts, tokens per step, margins at first differences."""
-    alone = decode(pair, prompts, num_tokens, Tree.chain(0))
+    """Return a row for each batch size and mode: flips, and their margins."""
+    longest = options.tokens
+    stops = [StopRule(longest - index * 37 % (longest // 2)) for index in range(len(prompts))]
+    alone = decode(pair, prompts, stops, 1, Tree.chain(0))
     rows: list[dict[str, object]] = []
-    for mode, tree in MODES.items():
-        run = decode(pair, prompts, num_tokens, tree)
-        margins = [
-            logit_margin(pair.target, prompt, expected.tokens, actual.tokens)
-            for prompt, expected, actual in zip(
-                prompts, alone.generations, run.generations, strict=True
-            )
-            if expected.tokens != actual.tokens
+    for batch, (mode, tree) in itertools.product(options.batches, MODES.items()):
+        run = decode(pair, prompts, stops, batch, tree)
+        texts = [
+            (expected.tokens, actual.tokens)
+            for expected, actual in zip(alone.generations, run.generations, strict=True)
         ]
+        margins = [
+            logit_margin(pair.target, prompt, expected, actual)
+            for prompt, (expected, actual) in zip(prompts, texts, strict=True)
+            if expected != actual
+        ]
+        num_compared = sum(len(expected) - unlike(expected, actual) for expected, actual in texts)
         rows.append(
             {
                 "dtype": dtype,
+                "batch": batch,
                 "mode": mode,
                 "texts": len(prompts),
-                "tokens_per_text": num_tokens,
+                "compared_tokens": num_compared,
                 "differing_texts": len(margins),
+                "flips_per_100k_tokens": round(1e5 * len(margins) / num_compared, 1),
                 "margins_at_first_difference": margins,
                 "tokens_per_step": round(run.tokens_per_step, 4),
             }
         )
         listed = ", ".join(f"{value:.2e}" for value in margins) or "none"
         print(
-            f"{dtype:9} {mode:15} {len(margins):3} of {len(prompts)} texts differ; margins {listed}"
+            f"{dtype:9} batch {batch} {mode:15} {len(margins):3} of {len(prompts)} texts differ in "
+            f"{num_compared} tokens; margins {listed}",
+            flush=True,
         )
     return rows
 
 
-def decode(pair: Pair, prompts: list[list[int]], num_tokens: int, tree: Tree) -> Run:
+def unlike(expected: list[int], actual: list[int]) -> int:
+    """Return how many tokens stand behind the first difference."""
+    assert len(expected) == len(actual)
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(expected, actual, strict=True))
+    return max(0, len(expected) - 1 - sum(1 for _ in same))
+
+
+def decode(
+    pair: Pair, prompts: list[list[int]], stops: list[StopRule], batch: int, tree: Tree
+) -> Run:
     longest = max(map(len, prompts))
-    config = EngineConfig(1, needed_positions(longest, num_tokens, [tree]))
+    most = max(stop.max_new_tokens for stop in stops)
+    config = EngineConfig(batch, needed_positions(longest, most, [tree]))
     engine = Engine(pair.target, pair.draft, tree, config)
-    return generate(engine, prompts, StopRule(num_tokens))
+    return generate(engine, prompts, stops)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from stree_core.engine import Engine
 from stree_core.errors import ConfigError
@@ -12,6 +13,7 @@ from stree_core.session import Request, Session
 from stree_core.stop import Generation, StopRule
 
 Decode = Callable[[list[int]], str]
+Setting = TypeVar("Setting", StopRule, SamplingParams)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +53,22 @@ class Run:
 def generate(
     engine: Engine,
     prompts: Sequence[Sequence[int]],
-    stop: StopRule,
+    stop: Sequence[StopRule] | StopRule,
     progress: Callable[[int], None] | None = None,
     sampling: Sequence[SamplingParams] | SamplingParams | None = None,
     decode: Decode | None = None,
 ) -> Run:
     """Decode `prompts` (token ids) with continuous batching over the engine's slots.
 
-    `sampling` is of all prompts or of each, greedy by default. `progress` is called with the number
-    of finished prompts. `decode` turns tokens into text, which stop strings need. Raises
-    ConfigError on a prompt that cannot be served.
+    `stop` and `sampling` are of all prompts or of each, the latter greedy by default. `progress` is
+    called with the number of finished prompts. `decode` turns tokens into text, which stop strings
+    need. Raises ConfigError on a prompt that cannot be served.
     """
     session = Session(engine, decode=decode)
-    for prompt, params in zip(prompts, _of_each(prompts, sampling), strict=True):
-        session.submit(Request(prompt, stop, params))
+    stops = _of_each(prompts, stop, "stop")
+    settings = _of_each(prompts, sampling or SamplingParams(), "sampling")
+    for prompt, ends, params in zip(prompts, stops, settings, strict=True):
+        session.submit(Request(prompt, ends, params))
     ended: dict[int, Generation] = {}
     while session.busy:
         for update in session.step():
@@ -101,14 +105,14 @@ def _require_served(generation: Generation) -> None:
 
 
 def _of_each(
-    prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingParams] | SamplingParams | None
-) -> Sequence[SamplingParams]:
-    """Return the parameters of every prompt."""
-    if sampling is None or isinstance(sampling, SamplingParams):
-        return [sampling or SamplingParams()] * len(prompts)
-    if len(sampling) != len(prompts):
+    prompts: Sequence[Sequence[int]], given: Sequence[Setting] | Setting, what: str
+) -> Sequence[Setting]:
+    """Return the setting of every prompt."""
+    if not isinstance(given, Sequence):
+        return [given] * len(prompts)
+    if len(given) != len(prompts):
         raise ConfigError(
-            f"sampling is one for all prompts or one for each, got {len(sampling)} for "
+            f"{what} is one for all prompts or one for each, got {len(given)} for "
             f"{len(prompts)}; pass as many"
         )
-    return sampling
+    return given
