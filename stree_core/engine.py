@@ -124,15 +124,22 @@ class Engine:
         """Consume a prompt into `slot`, make it active and return the first token.
 
         Raises ConfigError when the prompt is empty, leaves no position for output, or asks for
-        sampling that the engine was not made for; NonFiniteLogits when the target breaks down.
+        sampling that the engine was not made for; NonFiniteLogits when the target breaks down;
+        NotEnoughMemory when the device has none left. The slot stays inactive then.
         """
         params = params or SamplingParams()
         self.config.sampling.require(params)
         if not prompt:
             raise ConfigError("a prompt must hold at least one token, got none; write something")
         self.require_fits(len(prompt), 1)
+        with explain_oom(f"a prompt of {len(prompt)} tokens", None, self.target.device):
+            return self._prefill(slot, prompt, params)
+
+    def _prefill(self, slot: int, prompt: Sequence[int], params: SamplingParams) -> int:
         speculator = self._speculators[0]
         hidden = self._consume(self.target, prompt, slot, speculator.target_cache)
+        if self.draft is not None and speculator.draft_cache is not None:
+            self._consume(self.draft, prompt[:-1], slot, speculator.draft_cache)
         logits_V = self.target.logits(hidden[-1:])[0, 0]
         speculator.rule.start(slot, params, prompt)
         first = int(speculator.rule.first(slot, logits_V))
@@ -146,8 +153,6 @@ class Engine:
         buffers.active_B[slot] = 1
         self._history[slot] = [*prompt, first]
         self._epochs[slot] += 1
-        if self.draft is not None and speculator.draft_cache is not None:
-            self._consume(self.draft, prompt[:-1], slot, speculator.draft_cache)
         return first
 
     @torch.inference_mode()

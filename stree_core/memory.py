@@ -38,8 +38,11 @@ def require_memory(needed_bytes: int, what: str, device: torch.device) -> None:
 
 
 @contextmanager
-def explain_oom(what: str, needed_bytes: int, device: torch.device) -> Iterator[None]:
-    """Turn an allocation that fails inside the block into NotEnoughMemory."""
+def explain_oom(what: str, needed_bytes: int | None, device: torch.device) -> Iterator[None]:
+    """Turn an allocation that fails inside the block into NotEnoughMemory.
+
+    `needed_bytes` is None where nobody has counted them.
+    """
     try:
         yield
     except torch.OutOfMemoryError as err:
@@ -51,10 +54,11 @@ def explain_oom(what: str, needed_bytes: int, device: torch.device) -> Iterator[
         raise NotEnoughMemory(_sentence(what, needed_bytes, device)) from err
 
 
-def _sentence(what: str, needed_bytes: int, device: torch.device) -> str:
+def _sentence(what: str, needed_bytes: int | None, device: torch.device) -> str:
     free = free_bytes(device)
     known = "an unknown amount is" if free == UNKNOWN_BYTES else f"{free / GIB:.1f} GiB are"
+    amount = "more memory" if needed_bytes is None else f"{needed_bytes / GIB:.1f} GiB"
     return (
-        f"{what} needs {needed_bytes / GIB:.1f} GiB on {device}, {known} free; free some, or use a "
-        "smaller model, batch size or context"
+        f"{what} needs {amount} on {device}, {known} free; free some, or use a smaller model, "
+        "batch size or context"
     )

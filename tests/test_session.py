@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_models import VOCAB_SIZE, ours, perturbed, tiny_bamba, tiny_mamba2
+from torch import Tensor
 
 from stree_core.decode import generate, stream
 from stree_core.engine import Engine, EngineConfig
@@ -206,6 +208,30 @@ def test_requests_that_cannot_be_served_end_alone(
         generate(_engine(pair, 2), [[1] * 60], StopRule(30))
     with pytest.raises(ConfigError, match="pass decode"):
         session.submit(Request([1], StopRule(3, strings=("x",))))
+
+
+def test_a_prompt_without_memory_left_ends_alone(
+    pair: Pair, requests: list[Request], alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlucky, forward = requests[3].prompt[0], Model.forward
+
+    def fail(self: Model, tokens_TB: Tensor, *rest: Any, **options: Any) -> Tensor:
+        if self is pair[1] and tokens_TB[0, 0] == unlucky and tokens_TB.shape[1] == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, tokens_TB, *rest, **options)
+
+    session = Session(_engine(pair, 3), lambda active: CHAIN)
+    monkeypatch.setattr(Model, "forward", fail)
+    for request in requests:
+        session.submit(request)
+    ended = session.run()
+    unlucky_ones = [i for i, r in enumerate(requests) if len(r.prompt) > 1 and ended[i].error]
+    assert 3 in unlucky_ones
+    assert ended[3].finish == "error"
+    assert f"a prompt of {len(requests[3].prompt)} tokens needs more memory" in str(ended[3].error)
+    for index, text in enumerate(alone):
+        assert index in unlucky_ones or ended[index].tokens == text
+    assert len(unlucky_ones) < 4
 
 
 @pytest.mark.parametrize("stop", [{"max_new_tokens": 0}, {"max_new_tokens": 3, "strings": ("",)}])

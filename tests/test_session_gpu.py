@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from pathlib import Path
 
 import pytest
 import stree_profiles
 import torch
+from torch import Tensor
 
+from stree_autotune.margin import logit_margin
 from stree_core.decode import generate
 from stree_core.engine import Engine, EngineConfig
+from stree_core.errors import NotEnoughMemory
+from stree_core.model import Model
 from stree_core.model_source import find_source
 from stree_core.pair import Pair, Runtime, load_pair
 from stree_core.rules import SamplingSupport
@@ -22,6 +27,8 @@ from stree_core.tree import DEFAULT_TREE, Tree
 MODELS = Path(next(iter(stree_profiles.__path__))) / "models"
 TREES = (Tree.chain(0), Tree.chain(3), DEFAULT_TREE)
 NUM_TOKENS = 48
+NEAR_TIE = 1e-3
+"""Between logits: a hundred times their error in fp32."""
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +44,7 @@ def _prompts(pair: Pair) -> list[list[int]]:
 
 @pytest.mark.gpu
 def test_sessions_on_graphs_emit_the_targets_own_text(pair: Pair) -> None:
-    """fp32 sums are added in another order, so a text or two may differ at a near-tie."""
+    """fp32 sums are added in another order, so a text may differ, but at a near-tie alone."""
     prompts = _prompts(pair)
     one = Engine(pair.target, None, TREES[0], EngineConfig(1, 256))
     stop = StopRule(NUM_TOKENS)
@@ -49,8 +56,9 @@ def test_sessions_on_graphs_emit_the_targets_own_text(pair: Pair) -> None:
         for prompt in prompts:
             session.submit(Request(prompt, stop))
         ended = session.run()
-        same = sum(ended[index].tokens == text for index, text in enumerate(alone))
-        assert same >= len(prompts) - 2
+        for index, text in enumerate(alone):
+            own = ended[index].tokens
+            assert own == text or logit_margin(pair.target, prompts[index], text, own) < NEAR_TIE
 
 
 @pytest.mark.gpu
@@ -75,8 +83,49 @@ def test_memory_does_not_grow(pair: Pair) -> None:
     prompts = _prompts(pair)
     generate(engine, prompts, StopRule(NUM_TOKENS))
     torch.cuda.synchronize()
+    before, num_steps = torch.cuda.memory_allocated(), 0
+    while num_steps < 10_000:
+        session = Session(engine, lambda active: active % len(TREES))
+        for prompt in prompts:
+            session.submit(Request(prompt, StopRule(NUM_TOKENS)))
+        session.run()
+        num_steps += session.num_steps
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= before
+
+
+@pytest.mark.gpu
+def test_an_engine_that_does_not_fit_leaves_the_others_unharmed(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, stop = _prompts(pair), StopRule(NUM_TOKENS)
+    engine = Engine(pair.target, pair.draft, TREES, EngineConfig(3, 256))
+    expected = [g.tokens for g in generate(engine, prompts, stop).generations]
+    torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
-    for _ in range(20):
-        generate(engine, prompts, StopRule(NUM_TOKENS))
+    session = Session(engine, lambda active: 2)
+    for prompt in prompts:
+        session.submit(Request(prompt, stop))
+    for _ in range(5):
+        session.step()
+
+    def fail(self: Model, hidden_TBD: Tensor) -> Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return logits(self, hidden_TBD)
+
+    logits = Model.logits
+    with monkeypatch.context() as patch:
+        patch.setattr(Model, "logits", fail)
+        with pytest.raises(
+            NotEnoughMemory, match=r"^remembering 3 sequences of 256 positions need"
+        ):
+            Engine(pair.target, pair.draft, TREES, EngineConfig(3, 256))
+    ended = session.run()
+    again = Engine(pair.target, pair.draft, TREES, EngineConfig(3, 256))
+    assert [g.tokens for g in generate(again, prompts, stop).generations] == expected
+    assert all(len(generation.tokens) == NUM_TOKENS for generation in ended.values())
+    del again
+    gc.collect()
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() <= before
