@@ -16,6 +16,7 @@ from stree_kernels import (
     key_rows,
     linear,
     residual,
+    sampling,
     top_tokens,
     tree_attention,
     tree_conv,
@@ -207,6 +208,27 @@ def end_of_step(tokens: int, num_children: int) -> None:
     )  # fmt: skip
 
 
+def sampled_step(tokens: int, num_inner: int, num_children: int) -> None:
+    """Draw children, sample after every node and try the children, for three slots."""
+
+    def scores(num_rows: int) -> Tensor:
+        return torch.empty(num_rows, 3, 50288)
+
+    def zeros(*sizes: int) -> Tensor:
+        return torch.zeros(*sizes, dtype=torch.int64)
+
+    heat, chosen, uniforms = torch.ones(3), zeros(tokens, 3), torch.empty(tokens, 3)
+    table = zeros(num_inner, num_children)
+    sampling.place_drawn_tokens(
+        scores(num_inner), heat, zeros(3), zeros(3), table, chosen, stream=3
+    )
+    sampling.sample_tokens(scores(tokens), heat, uniforms, chosen)
+    sampling.try_children(
+        scores(tokens), scores(num_inner), heat, zeros(num_inner), table, zeros(tokens, 3),
+        torch.empty(num_inner, 3, num_children), uniforms, chosen,
+    )  # fmt: skip
+
+
 def make_mask(tokens: int) -> Tensor:
     return torch.ones(tokens, -(-tokens // MASK_MULTIPLE) * MASK_MULTIPLE, dtype=torch.bool)
 
@@ -234,6 +256,8 @@ def quick_cases() -> Iterator[tuple[str, Case]]:
     yield "uniforms X=50288", partial(uniform_numbers, 50288)
     for tokens, num_children in ((1, 1), (16, 4), (256, 16)):
         yield f"end of step T={tokens} C={num_children}", partial(end_of_step, tokens, num_children)
+    for sizes in ((8, 7, 1), (13, 4, 4), (64, 8, 16)):
+        yield f"sampled step T, I, C = {sizes}", partial(sampled_step, *sizes)
 
 
 def all_cases() -> Iterator[tuple[str, Case]]:

@@ -26,6 +26,9 @@ _OPS = {
     "workspace_size": "tree_attention",
     "fill_uniforms": "uniforms",
     "place_top_tokens": "top_tokens",
+    "place_drawn_tokens": "sampling",
+    "sample_tokens": "sampling",
+    "try_children": "sampling",
     "commit_path": "commit_path",
 }
 """The module of stree_kernels that holds each op; its reference is in a module ending in _ref."""
@@ -52,6 +55,9 @@ class Backend:
     workspace_size: Callable[..., int]
     fill_uniforms: Callable[..., None]
     place_top_tokens: Callable[..., None]
+    place_drawn_tokens: Callable[..., None]
+    sample_tokens: Callable[..., None]
+    try_children: Callable[..., None]
     commit_path: Callable[..., None]
 
 

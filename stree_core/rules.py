@@ -1,7 +1,7 @@
 """How a step draws children and what the target picks after a node: greedy, naive, MSS.
 
 A rule never waits for the device. What it picks after a node follows the target's law whatever the
-children are (stree_core.acceptance), so every rule is lossless for every tree.
+children are (stree_kernels.sampling_ref), so every rule is lossless for every tree.
 
 Shape letters: T tree tokens, B slots, V vocabulary, W rows of a level, C children, I inner nodes,
 L path capacity.
@@ -17,10 +17,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from stree_core.acceptance import choose_by_mss, race_scores, sample_from
 from stree_core.backend import Backend
 from stree_core.errors import ConfigError
-from stree_core.sampling import SamplingParams, SlotSettings, law, make_settings
+from stree_core.sampling import SamplingParams, SlotSettings, make_settings, processed
 from stree_core.tree_plan import DraftLevel, TreePlan
 from stree_kernels.top_tokens_ref import top_tokens
 
@@ -151,10 +150,14 @@ class SampledRule:
         fields = dataclasses.fields(self.settings)
         own = type(self.settings)(*(getattr(self.settings, field.name)[here] for field in fields))
         seen_11V = None if self._seen_BV is None else self._seen_BV[None, here]
-        p_11V = law(logits_V[None, None], own, seen_11V, truncates=self._support.truncates)
-        uniform_111 = logits_V.new_empty(1, 1, 1, dtype=torch.float32)
+        scores_11V = processed(
+            logits_V[None, None], own, seen_11V, truncates=self._support.truncates
+        )
+        uniform_111 = torch.empty_like(scores_11V[..., :1])
         self._backend.fill_uniforms(own.seed_B, own.step_B, uniform_111, stream=_PICKS)
-        token = sample_from(p_11V, uniform_111[..., 0])[0, 0]
+        token_11 = torch.empty_like(uniform_111[..., 0], dtype=torch.int64)
+        self._backend.sample_tokens(scores_11V, own.temperature_B, uniform_111[..., 0], token_11)
+        token = token_11[0, 0]
         self.settings.step_B[here] += 1
         if self._seen_BV is not None:
             self._seen_BV[slot, token] = True
@@ -162,27 +165,30 @@ class SampledRule:
 
     def draw(self, level: DraftLevel, logits_WBV: Tensor, tokens_TB: Tensor) -> None:
         """Fill in a level's children, likeliest first or in the order of drawing."""
-        scores_WBV = logits_WBV
-        if self._support.rule == "mss":
-            q_WBV = self._law(logits_WBV, level.nodes, tokens_TB)
-            inner = slice(level.first_inner, level.first_inner + len(level.nodes))
-            self._q_IBV[inner] = q_WBV
-            uniform_WBV = self._uniforms(q_WBV.shape, _DRAWS + level.first_inner)
-            scores_WBV = race_scores(q_WBV, uniform_WBV)
-        self._backend.place_top_tokens(scores_WBV, level.child_WC, tokens_TB)
+        if self._support.rule == "naive":
+            self._backend.place_top_tokens(logits_WBV, level.child_WC, tokens_TB)
+            return
+        scores_WBV = self._scores(logits_WBV, level.nodes, tokens_TB)
+        self._q_IBV[level.first_inner : level.first_inner + len(scores_WBV)] = scores_WBV
+        settings = self.settings
+        self._backend.place_drawn_tokens(
+            scores_WBV, settings.temperature_B, settings.seed_B, settings.step_B, level.child_WC,
+            tokens_TB, stream=_DRAWS + level.first_inner,
+        )  # fmt: skip
 
     def choose(self, logits_TBV: Tensor, tokens_TB: Tensor) -> Tensor:
         """Return the token after each node; with MSS children are tried first."""
-        plan = self._plan
-        p_TBV = self._law(logits_TBV, None, tokens_TB)
+        plan, temperature_B = self._plan, self.settings.temperature_B
+        scores_TBV = self._scores(logits_TBV, None, tokens_TB)
         uniform_TB = self._uniforms((*tokens_TB.shape, 1), _PICKS)[..., 0]
-        chosen_TB = sample_from(p_TBV, uniform_TB)
+        chosen_TB = torch.empty_like(tokens_TB)
+        self._backend.sample_tokens(scores_TBV, temperature_B, uniform_TB, chosen_TB)
         if len(self._q_IBV):
-            children_IBC = tokens_TB[plan.child_IC].transpose(1, 2)
-            uniform_IBC = self._uniforms(children_IBC.shape, _TRIES)
-            chosen_TB[plan.inner_I] = choose_by_mss(
-                p_TBV[plan.inner_I], self._q_IBV, children_IBC, uniform_IBC,
-                uniform_TB[plan.inner_I],
+            num_inner, most = plan.child_IC.shape
+            uniform_IBC = self._uniforms((num_inner, tokens_TB.shape[1], most), _TRIES)
+            self._backend.try_children(
+                scores_TBV, self._q_IBV, temperature_B, plan.inner_I, plan.child_IC, tokens_TB,
+                uniform_IBC, uniform_TB, chosen_TB,
             )  # fmt: skip
         return chosen_TB
 
@@ -195,15 +201,15 @@ class SampledRule:
             kept_LB = torch.where(row_L1 < count_B, emitted_LB, emitted_LB[:1])
             self._seen_BV.scatter_(1, kept_LB.t(), value=True)
 
-    def _law(self, logits_NBV: Tensor, nodes_N: Tensor | None, tokens_TB: Tensor) -> Tensor:
-        """Return the law of some nodes, or of all."""
+    def _scores(self, logits_NBV: Tensor, nodes_N: Tensor | None, tokens_TB: Tensor) -> Tensor:
+        """Return what some nodes, or all, sample from."""
         seen_NBV = None
         if self._seen_BV is not None:
             paths_TL = self._plan.target_path_TL
             path_NL = paths_TL if nodes_N is None else paths_TL[nodes_N]
             seen_NBV = self._seen_BV.expand(len(path_NL), -1, -1).clone()
             seen_NBV.scatter_(2, tokens_TB[path_NL].transpose(1, 2), value=True)
-        return law(logits_NBV, self.settings, seen_NBV, truncates=self._support.truncates)
+        return processed(logits_NBV, self.settings, seen_NBV, truncates=self._support.truncates)
 
     def _uniforms(self, size: Sequence[int], stream: int) -> Tensor:
         """Return numbers [N, B, X] that the seeds, the steps and `stream` decide."""

@@ -1,7 +1,7 @@
-"""From logits to the law that a request samples from, with the semantics of transformers.
+"""From logits to the scores that a request samples from, with the semantics of transformers.
 
 Every slot has its own settings, kept on the device, so that one captured step serves all of them.
-A temperature of 0 is greedy: the law is one-hot. Laws are fp32 in decoding; tests use float64.
+A temperature of 0 is greedy. Scores are fp32 in decoding; tests use float64.
 
 Shape letters: N rows (nodes of a tree, or of a level), B slots, V vocabulary.
 """
@@ -110,31 +110,32 @@ def make_settings(
     )
 
 
-def law(
+def processed(
     logits_NBV: Tensor, settings: SlotSettings, seen_NBV: Tensor | None, *, truncates: bool
 ) -> Tensor:
-    """Return the probabilities [N, B, V] that slots sample from.
+    """Return the scores [N, B, V] whose softmax, over the temperature, slots sample from.
 
-    In the order of transformers: repetition penalty (where `seen_NBV` (bool) is given), then
-    temperature, top-k, top-p and min-p (with `truncates`). A greedy slot's law is 1 at its
-    likeliest token, the lower id at ties.
+    In the order of transformers: repetition penalty (where `seen_NBV` (bool) is given), then, at
+    each slot's temperature, top-k, top-p and min-p (with `truncates`), which give -inf to what they
+    cut. A greedy slot needs no cut.
     """
     scores_NBV = logits_NBV
     if seen_NBV is not None:
         penalty_B1 = settings.penalty_B[:, None]
         changed_NBV = torch.where(scores_NBV < 0, scores_NBV * penalty_B1, scores_NBV / penalty_B1)
         scores_NBV = torch.where(seen_NBV, changed_NBV, scores_NBV)
+    if not truncates:
+        return scores_NBV
     greedy_B1 = settings.temperature_B[:, None] == 0
-    best_NB1 = scores_NBV.argmax(-1, keepdim=True)
-    scores_NBV = scores_NBV / torch.where(greedy_B1, 1, settings.temperature_B[:, None])
-    p_NBV = _truncated(scores_NBV, settings) if truncates else scores_NBV.softmax(-1)
-    return torch.where(greedy_B1, torch.zeros_like(p_NBV).scatter_(-1, best_NB1, 1.0), p_NBV)
+    return torch.where(greedy_B1 | _kept(scores_NBV, settings), scores_NBV, -torch.inf)
 
 
-def _truncated(scores_NBV: Tensor, settings: SlotSettings) -> Tensor:
-    """Return the law after top-k, top-p and min-p, in one order of the tokens."""
+def _kept(scores_NBV: Tensor, settings: SlotSettings) -> Tensor:
+    """Return which tokens top-k, top-p and min-p keep, in one order of the tokens."""
     num_tokens = scores_NBV.shape[-1]
-    ascending_NBV, token_NBV = scores_NBV.sort(dim=-1, stable=True)
+    temperature_B1 = settings.temperature_B[:, None]
+    heated_NBV = scores_NBV / torch.where(temperature_B1 == 0, 1, temperature_B1)
+    ascending_NBV, token_NBV = heated_NBV.sort(dim=-1, stable=True)
     kept_B = torch.where(settings.top_k_B == 0, num_tokens, settings.top_k_B).clamp(max=num_tokens)
     first_NB1 = (num_tokens - kept_B)[:, None].expand(*scores_NBV.shape[:2], 1)
     least_NB1 = ascending_NBV.gather(-1, first_NB1)
@@ -145,5 +146,5 @@ def _truncated(scores_NBV: Tensor, settings: SlotSettings) -> Tensor:
     ascending_NBV = ascending_NBV.masked_fill(below_NBV, -torch.inf)
     p_NBV = ascending_NBV.softmax(-1)
     least_NB1 = p_NBV[..., -1:] * settings.min_p_B[:, None]
-    p_NBV = ascending_NBV.masked_fill(p_NBV < least_NB1, -torch.inf).softmax(-1)
-    return torch.empty_like(p_NBV).scatter_(-1, token_NBV, p_NBV)
+    kept_NBV = (ascending_NBV > -torch.inf) & (p_NBV >= least_NB1)
+    return torch.empty_like(kept_NBV).scatter_(-1, token_NBV, kept_NBV)

@@ -21,7 +21,6 @@ from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from stree_autotune.record import RecordConfig, record_trace
 from stree_autotune.trace_walk import walk
-from stree_core import rules
 from stree_core.cache import CacheSize
 from stree_core.decode import generate
 from stree_core.engine import Engine, EngineConfig
@@ -32,9 +31,11 @@ from stree_core.pair import Pair as LoadedPair
 from stree_core.profile import ModelRef, Sampling
 from stree_core.row_block import make_block
 from stree_core.rules import RuleName, SamplingSupport
-from stree_core.sampling import SamplingParams, law, make_settings
+from stree_core.sampling import SamplingParams, make_settings, processed
 from stree_core.stop import StopRule
 from stree_core.tree import Tree
+from stree_kernels import sampling_ref
+from stree_kernels.sampling_ref import softmax_law
 
 NUM_TOKENS = 6
 PROMPT = [1, 2]
@@ -95,7 +96,8 @@ def laws_of(target: Model, texts: list[list[int]], params: SamplingParams) -> Te
         cache.advance(torch.ones_like(cache.committed_B))
         cache.flip()
         seen_BV.scatter_(1, tokens_B[:, None], value=True)
-        laws.append(law(target.logits(hidden), settings, seen_BV[None], truncates=True))
+        scores_1BV = processed(target.logits(hidden), settings, seen_BV[None], truncates=True)
+        laws.append(softmax_law(scores_1BV, settings.temperature_B))
     return torch.cat(laws[len(PROMPT) - 1 :]).double()
 
 
@@ -143,13 +145,13 @@ def test_children_tried_out_of_order_would_be_noticed(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The published sampler tries children sorted by the draft's law, which is not lossless."""
-    choose = rules.choose_by_mss
+    choose = sampling_ref.choose_by_mss
 
     def choose_sorted(p: Tensor, q_NBV: Tensor, children_NBC: Tensor, *numbers: Tensor) -> Tensor:
         order_NBC = q_NBV.gather(-1, children_NBC).argsort(-1, descending=True)
         return choose(p, q_NBV, children_NBC.gather(-1, order_NBC), *numbers)
 
-    monkeypatch.setattr(rules, "choose_by_mss", choose_sorted)
+    monkeypatch.setattr(sampling_ref, "choose_by_mss", choose_sorted)
     texts, _ = decode(pair, TREES["ragged"], "mss", PARAMS["plain"], LENGTH // 4)
     uniform, surplus = judge(pair[0], texts, PARAMS["plain"])
     assert uniform < 1e-9

@@ -23,7 +23,8 @@ from transformers.generation.logits_process import (
 )
 
 from stree_core.errors import ConfigError
-from stree_core.sampling import SamplingParams, SlotSettings, law, make_settings
+from stree_core.sampling import SamplingParams, SlotSettings, make_settings, processed
+from stree_kernels.sampling_ref import softmax_law
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 """Largest difference of one probability. The same sums in another order differ by roundings."""
@@ -51,6 +52,14 @@ def settings_of(slots: Sequence[SamplingParams], dtype: torch.dtype) -> SlotSett
     for slot, params in enumerate(slots):
         settings.set(slot, params)
     return settings
+
+
+def law(
+    logits_NBV: Tensor, settings: SlotSettings, seen_NBV: Tensor | None, *, truncates: bool
+) -> Tensor:
+    """Return the probabilities [N, B, V] that slots sample from."""
+    scores_NBV = processed(logits_NBV, settings, seen_NBV, truncates=truncates)
+    return softmax_law(scores_NBV, settings.temperature_B)
 
 
 def random_logits(

@@ -23,6 +23,16 @@ BLOCK = 1024
 NUM_WARPS = 4
 
 
+@triton.jit
+def uniform_number(seed, x, n, step, stream):
+    """Return the numbers at some positions; all but the 64-bit seed are 32-bit words."""
+    word, _, _, _ = tl.philox(seed, x, n, step, stream)
+    # Signed numbers of 24 bits, exact in float32.
+    coarse = (word >> 8).to(tl.int32).to(tl.float32) * (1.0 / (1 << 24))
+    fine = (word & 0xFFFFFF).to(tl.int32).to(tl.float32) * (1.0 / (1 << 32))
+    return tl.where((word >> 24) == 0, fine, coarse)
+
+
 @triton.jit(do_not_specialize=["stream"])
 def _fill_uniforms_kernel(
     # pointers
@@ -39,11 +49,7 @@ def _fill_uniforms_kernel(
     wait_for_previous(PDL)
     seed = tl.load(seed_ptr + sequence)
     step = tl.load(step_ptr + sequence).to(tl.int32)
-    word, _, _, _ = tl.philox(seed, x, row // batch, step, stream)
-    # Signed numbers of 24 bits, exact in float32.
-    coarse = (word >> 8).to(tl.int32).to(tl.float32) * (1.0 / (1 << 24))
-    fine = (word & 0xFFFFFF).to(tl.int32).to(tl.float32) * (1.0 / (1 << 32))
-    number = tl.where((word >> 24) == 0, fine, coarse)
+    number = uniform_number(seed, x, row // batch, step, stream)
     tl.store(out_ptr + row.to(tl.int64) * num_columns + x, number, mask=x < num_columns)
 
 

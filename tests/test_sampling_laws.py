@@ -19,11 +19,12 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from stree_core.acceptance import choose_by_mss, race_scores, sample_from
 from stree_core.tree import Tree
 from stree_core.tree_plan import make_plan
+from stree_kernels import sampling
 from stree_kernels.commit_path_ref import COUNT, FIRST_TOKEN, PathMemory, commit_path
 from stree_kernels.rows import Pending
+from stree_kernels.sampling_ref import choose_by_mss, race_scores, sample_from
 from stree_kernels.top_tokens_ref import top_tokens
 
 Tokens = tuple[int, ...]
@@ -69,7 +70,30 @@ def sampled_laws(p_NV: Tensor) -> Tensor:
     return law_of(lambda u_NV: sample_from(p_NVV, u_NV), num_rows, p_NV[0])
 
 
-def mss_laws(p_NV: Tensor, q_NV: Tensor, children_NC: Tensor) -> Tensor:
+def kernel_mss(
+    p_NBV: Tensor, q_NBV: Tensor, children_NBC: Tensor, uniform_NBC: Tensor, uniform_NB: Tensor
+) -> Tensor:
+    """Return what `choose_by_mss` does, by the kernel on a GPU."""
+    num_rows, batch, num_children = children_NBC.shape
+    # A tree with a node for every child, of which the first ones have children.
+    p_TBV = torch.zeros(num_rows * num_children, batch, p_NBV.shape[-1])
+    p_TBV[:num_rows] = p_NBV.log()
+    uniform_TB = torch.zeros(len(p_TBV), batch)
+    uniform_TB[:num_rows] = uniform_NB
+    child_NC = torch.arange(len(p_TBV)).view(num_rows, num_children)
+    chosen_TB = torch.full((len(p_TBV), batch), -1, device="cuda")
+    arguments = (
+        p_TBV, q_NBV.log(), torch.ones(batch), torch.arange(num_rows), child_NC,
+        children_NBC.transpose(1, 2).flatten(0, 1), uniform_NBC, uniform_TB,
+    )  # fmt: skip
+    sampling.try_children(*(tensor.cuda().contiguous() for tensor in arguments), chosen_TB)
+    return chosen_TB[:num_rows].cpu()
+
+
+def mss_laws(
+    p_NV: Tensor, q_NV: Tensor, children_NC: Tensor,
+    choose_by_mss: Callable[..., Tensor] = choose_by_mss,
+) -> Tensor:  # fmt: skip
     """Return the laws [N, V] of the token that `choose_by_mss` returns for given children.
 
     A try is rejected by the largest number; where even that takes the child, nothing is left.
@@ -101,7 +125,7 @@ def mss_laws(p_NV: Tensor, q_NV: Tensor, children_NC: Tensor) -> Tensor:
 
 def draw_children(q_WBV: Tensor, uniform_WBV: Tensor, num_children: int) -> Tensor:
     """Return children [W, B, C] in the order of drawing."""
-    return top_tokens(race_scores(q_WBV, uniform_WBV), num_children)
+    return top_tokens(race_scores(q_WBV.log(), uniform_WBV), num_children)
 
 
 def draws(q_V: Tensor, num_children: int) -> dict[Tokens, float]:
@@ -162,12 +186,13 @@ def pairs_of_laws(num_tokens: int) -> dict[str, tuple[Tensor, Tensor]]:
 def mss_outcomes(
     p_NV: Tensor, q_NV: Tensor, num_children: int,
     reorder: Callable[[Tokens], Tokens] = lambda children: children,
+    choose: Callable[..., Tensor] = choose_by_mss,
 ) -> list[Outcomes]:  # fmt: skip
     """Return what may happen at nodes with these laws, over all children and random numbers."""
     drawn_N = [draws(q_V, num_children) for q_V in normalised(q_NV.double())]
     row = torch.tensor([n for n, drawn in enumerate(drawn_N) for _ in drawn])
     children = torch.tensor([reorder(children) for drawn in drawn_N for children in drawn])
-    laws = iter(mss_laws(p_NV[row], q_NV[row], children).tolist())
+    laws = iter(mss_laws(p_NV[row], q_NV[row], children, choose).tolist())
     return [[(children, w, next(laws)) for children, w in drawn.items()] for drawn in drawn_N]
 
 
@@ -190,6 +215,20 @@ def test_mss_returns_the_targets_law(
         for n, name in enumerate(pairs)
     }
     assert max(errors.values()) < TOLERANCE[dtype], errors
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("num_tokens", "num_children"), [(2, 2), (4, 3), (5, 4)])
+def test_the_kernel_returns_the_targets_law(num_tokens: int, num_children: int) -> None:
+    pairs = pairs_of_laws(num_tokens)
+    p_NV, q_NV = (torch.stack(laws).float() for laws in zip(*pairs.values(), strict=True))
+    outcomes = mss_outcomes(p_NV, q_NV, num_children, choose=kernel_mss)
+    errors = {
+        name: distance(mean_law(outcomes[n]), normalised(p_NV[n].double()))
+        for n, name in enumerate(pairs)
+    }
+    # Exponentials and sums are of another order than the reference's, of 2^-22 each.
+    assert max(errors.values()) < 4e-6, errors
 
 
 def test_mss_needs_the_order_of_drawing() -> None:
