@@ -1,14 +1,14 @@
 """Compare decoding without speculation with mamba_ssm's own generation, on the same weights.
 
-    python benchmarks/generation.py [--layers 64] [--batches 1 8] [--output FILE]
+    python benchmarks/generation.py [--layers 64] [--batches 1] [--output FILE]
 
 A model of the mamba2-2.7b shape with random weights is made by mamba_ssm, saved in its format and
-loaded by this project. Both continue the same prompt greedily, in turns: mamba_ssm with its
-CUDA-graph path (`generate(cg=True)`), this project with an engine that never speculates. A token's
-time is the wall time of a long run less that of a short one, divided by the tokens between, so that
-prefill and set-up count for neither. mamba_ssm's CUDA extensions are not needed for Mamba2 and are
-replaced by empty modules; without causal-conv1d its conv step is made of torch calls, and it keeps
-its states in bf16, this project in fp32.
+loaded by this project. Both continue the same prompt greedily, in turns: mamba_ssm with its CUDA-
+graph path (`generate(cg=True)`), this project with an engine that never speculates. Prefill is the
+wall time up to the first token; a token's time is the wall time of a long run less that of a short
+one, divided by the tokens between, so that prefill counts for neither. mamba_ssm's CUDA extensions
+are not needed for Mamba2 and are replaced by empty modules; without causal-conv1d its conv step is
+made of torch calls, and it keeps its states in bf16, this project in fp32.
 """
 
 from __future__ import annotations
@@ -38,8 +38,12 @@ from stree_core.stop import StopRule
 from stree_core.tree import Tree
 
 HIDDEN, LAYERS, VOCAB = 2560, 64, 50277
-PROMPT_TOKENS, SHORT, LONG, ROUNDS = 64, 32, 288, 5
-SHOWN = ("engine", "batch", "token_ms", "spread_ms", "tokens_per_s", "same_first_tokens")
+PROMPT_TOKENS, SHORT, LONG, ROUNDS = 1024, 32, 288, 5
+CONTEXT = 2048
+SHOWN = (
+    "engine", "batch", "prompt_tokens", "prefill_ms", "token_ms", "spread_ms", "tokens_per_s",
+    "same_first_tokens",
+)  # fmt: skip
 Continue = Callable[[int], list[int]]
 """Continues the prompt by so many tokens, and returns those of the first sequence."""
 
@@ -57,7 +61,7 @@ def main() -> None:
     rows: list[Row] = []
     for batch in options.batches:
         prompt = torch.randint(VOCAB, (1, PROMPT_TOKENS), device="cuda").expand(batch, -1)
-        engine = Engine(ours, None, Tree.chain(0), EngineConfig(batch, 1024))
+        engine = Engine(ours, None, Tree.chain(0), EngineConfig(batch, CONTEXT))
         rows += compare(
             {"mamba_ssm": theirs_on(theirs, prompt), "stree": ours_on(engine, prompt)}, batch
         )
@@ -68,7 +72,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare generation with mamba_ssm")
     parser.add_argument("--layers", type=int, default=LAYERS)
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--output", type=Path, default=RESULTS / "generation-h200.json")
     return parser.parse_args()
 
@@ -113,14 +117,18 @@ def compare(engines: dict[str, Continue], batch: int) -> list[Row]:
     first, second = texts.values()
     same = next((i for i, (a, b) in enumerate(zip(first, second, strict=True)) if a != b), LONG)
     times: dict[str, list[float]] = {name: [] for name in engines}
+    prefills: dict[str, list[float]] = {name: [] for name in engines}
     for _ in range(ROUNDS):
         for name, run in engines.items():
             spent = timed(run, LONG) - timed(run, SHORT)
             times[name].append(1e3 * spent / (LONG - SHORT))
+            prefills[name].append(1e3 * timed(run, 1))
     return [
         {
             "engine": name,
             "batch": batch,
+            "prompt_tokens": PROMPT_TOKENS,
+            "prefill_ms": round(statistics.median(prefills[name]), 2),
             "token_ms": round(statistics.median(values), 4),
             "spread_ms": round(statistics.stdev(values), 4),
             "tokens_per_s": round(1e3 * batch / statistics.median(values), 1),

@@ -16,7 +16,7 @@ from stree_core.cache import Cache
 from stree_core.errors import ConfigError, NonFiniteLogits
 from stree_core.memory import explain_oom, require_memory
 from stree_core.model import Model
-from stree_core.prefill import consume, prefill_cache
+from stree_core.prefill import Prefill, prefill_cache
 from stree_core.rules import GREEDY, SamplingSupport
 from stree_core.sampling import SamplingParams
 from stree_core.step import Speculator, make_caches, make_speculators
@@ -88,7 +88,10 @@ class Engine:
             self._speculators = make_speculators(
                 target, self.draft, self._plans, slots, positions, self.config.sampling
             )
-            self._prefill_caches = {id(m): prefill_cache(m, positions) for m in self._models()}
+            self._prefills = {
+                id(model): Prefill(model, positions, use_graph=self.config.use_graph)
+                for model in self._models()
+            }
             self._results = ResultQueue(self._speculators[0].buffers.result_XB)
             self._steps = self._captured_steps()
 
@@ -105,7 +108,7 @@ class Engine:
     @property
     def cache_bytes(self) -> int:
         """Bytes of device memory in states, keys, values and row buffers."""
-        caches = [*self._prefill_caches.values(), *self._caches()]
+        caches = [*(prefill.cache for prefill in self._prefills.values()), *self._caches()]
         return sum(cache.num_bytes for cache in caches)
 
     def require_fits(self, prompt_tokens: int, new_tokens: int) -> None:
@@ -223,9 +226,9 @@ class Engine:
         return [cache for cache in caches if cache is not None]
 
     def _consume(self, model: Model, tokens: Sequence[int], slot: int, cache: Cache) -> Tensor:
-        scratch = self._prefill_caches[id(model)]
-        hidden = consume(model, tokens, scratch)
-        cache.adopt(slot, scratch)
+        prefill = self._prefills[id(model)]
+        hidden = prefill.consume(tokens)
+        cache.adopt(slot, prefill.cache)
         return hidden
 
     def _captured_steps(self) -> list[Callable[[], None]]:

@@ -1,11 +1,15 @@
 """Consume a prompt: as chains, each replayed into the state by the pass after it.
 
-Shape letters: D hidden size.
+On a GPU every length of chain is one captured graph, so that the host does not slow a pass down; a
+chain that is not full is filled up with rows that nobody reads.
+
+Shape letters: R rows of a chain, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +18,13 @@ from stree_core.cache import Cache, CacheSize
 from stree_core.model import Model
 from stree_core.row_block import make_block
 
-PREFILL_CHUNK = 64
-"""Prompt tokens per prefill pass."""
+CHAINS = {"cpu": (64,), "cuda": (64, 256)}
+"""Tokens of a pass, by device: long ones for long prompts, where a row more costs next to nothing.
+
+The reference scan's work grows with the square of a chain's length.
+"""
+
+_WARM_UP_PASSES = 2
 
 
 def prefill_cache(model: Model, num_positions: int, device: torch.device | None = None) -> Cache:
@@ -23,29 +32,105 @@ def prefill_cache(model: Model, num_positions: int, device: torch.device | None 
 
     It lies on the model's device unless another is given.
     """
-    return model.make_cache(CacheSize(1, PREFILL_CHUNK, PREFILL_CHUNK, num_positions), device)
+    longest = max(CHAINS[model.device.type])
+    return model.make_cache(CacheSize(1, longest, longest, num_positions), device)
 
 
-def consume(model: Model, tokens: Sequence[int], cache: Cache) -> Tensor:
-    """Run `tokens` through `model` into an emptied `cache` of one slot.
+class Prefill:
+    """Consumes prompts of up to `num_positions` tokens into `cache`, one after another.
 
-    The last token is a chain of its own, so that what stays pending is a path of one row. Returns
-    the hidden state after the last token [1, 1, D], empty when there are no tokens.
+    With `use_graph`, on a GPU, the first prompt that needs a length of chain captures its passes.
     """
-    cache.reset()
-    cache.pending.path_BL.copy_(torch.arange(PREFILL_CHUNK, device=model.device)[None])
-    hidden = torch.empty(0, device=model.device)
-    for chunk in _chunks(tokens):
-        block = make_block(range(-1, len(chunk) - 1), model.conv_widths, model.device)
-        inputs = torch.tensor(chunk, device=model.device)[:, None]
-        hidden = model.forward(inputs, block, cache, first=0, commit=True)
-        cache.advance(torch.full_like(cache.committed_B, len(chunk)))
-        cache.flip()
-    return hidden
+
+    def __init__(self, model: Model, num_positions: int, *, use_graph: bool) -> None:
+        self.cache = prefill_cache(model, num_positions)
+        self._model = model
+        self._lengths = CHAINS[model.device.type]
+        self._captures = use_graph and model.device.type == "cuda"
+        self._pool = torch.cuda.graph_pool_handle() if self._captures else None
+        self._chains: dict[int, _Chain] = {}
+
+    def consume(self, tokens: Sequence[int]) -> Tensor:
+        """Run `tokens` through the model into the emptied cache.
+
+        The last token is a chain of its own, so that what stays pending is a path of one row.
+        Returns the hidden state after the last token [1, 1, D], empty when there are no tokens.
+        """
+        # Captures run passes, so they come before what is kept.
+        chains = [(part, self._chain(len(part))) for part in self._parts(tokens)]
+        self.cache.reset()
+        rows = torch.arange(self.cache.pending.path_BL.shape[1], device=self._model.device)
+        self.cache.pending.path_BL.copy_(rows[None])
+        hidden = torch.empty(0, device=self._model.device)
+        for part, chain in chains:
+            hidden = chain(part)
+            self.cache.advance(torch.full_like(self.cache.committed_B, len(part)))
+            self.cache.flip()
+        return hidden
+
+    def _parts(self, tokens: Sequence[int]) -> Iterator[Sequence[int]]:
+        """Yield chains: long ones as long as they are full, a rest, and the last token."""
+        body = tokens[:-1]
+        first, longest = 0, max(self._lengths)
+        while first < len(body):
+            yield body[first : first + longest]
+            first += longest
+        if tokens:
+            yield tokens[-1:]
+
+    def _chain(self, num_tokens: int) -> _Chain:
+        """Return the passes of a chain with room for so many tokens."""
+        length = num_tokens
+        if self._captures:
+            length = min(room for room in (1, *self._lengths) if room >= num_tokens)
+        if length not in self._chains:
+            chain = _Chain(self._model, self.cache, length)
+            if not self._captures:
+                # Made for this chain alone, whose length may never come again.
+                return chain
+            chain.capture(self._pool)
+            self._chains[length] = chain
+        return self._chains[length]
 
 
-def _chunks(tokens: Sequence[int]) -> list[Sequence[int]]:
-    """Split tokens into chains of at most PREFILL_CHUNK, the last token on its own."""
-    body = tokens[:-1]
-    chunks = [body[i : i + PREFILL_CHUNK] for i in range(0, len(body), PREFILL_CHUNK)]
-    return [*chunks, tokens[-1:]] if tokens else []
+class _Chain:
+    """Passes of a chain of some length, on either row set."""
+
+    def __init__(self, model: Model, cache: Cache, length: int) -> None:
+        self._model = model
+        self._cache = cache
+        self._tokens_R1 = torch.zeros(length, 1, dtype=torch.int64, device=model.device)
+        self._block = make_block(range(-1, length - 1), model.conv_widths, model.device)
+        self._replays: dict[int, Callable[[], Tensor]] = {}
+
+    def __call__(self, tokens: Sequence[int]) -> Tensor:
+        """Run a pass; return the hidden state after the last token."""
+        self._tokens_R1[: len(tokens), 0] = torch.tensor(tokens, device=self._model.device)
+        hidden_R1D = self._replays.get(self._cache.current, self._run)()
+        return hidden_R1D[len(tokens) - 1 : len(tokens)]
+
+    def capture(self, pool: Any) -> None:
+        """Make graphs of the pass, one for each row set.
+
+        What they return is overwritten by the next pass of any graph of the pool.
+        """
+        for _ in range(_WARM_UP_PASSES):
+            self._run()
+        torch.cuda.synchronize()
+        for _ in range(2):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                hidden_R1D = self._run()
+            self._replays[self._cache.current] = _replay(graph, hidden_R1D)
+            self._cache.flip()
+
+    def _run(self) -> Tensor:
+        return self._model.forward(self._tokens_R1, self._block, self._cache, first=0, commit=True)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, hidden_R1D: Tensor) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        graph.replay()
+        return hidden_R1D
+
+    return run

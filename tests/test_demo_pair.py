@@ -21,7 +21,7 @@ from stree_autotune.record import RecordConfig, record_trace
 from stree_autotune.trace_file import load_trace
 from stree_autotune.trace_walk import walk
 from stree_autotune.validate import RAGGED
-from stree_core.prefill import consume, prefill_cache
+from stree_core.prefill import Prefill
 from stree_core.tree import DEFAULT_TREE, Tree
 from stree_kernels.testing import assert_close
 
@@ -103,7 +103,7 @@ def test_logits_equal_transformers(name: str, prompts: list[list[int]]) -> None:
     for prompt in prompts:
         with torch.inference_mode():
             expected = theirs(torch.tensor(prompt)[None]).logits[0, -1]
-            hidden = consume(model, prompt, prefill_cache(model, len(prompt)))
+            hidden = Prefill(model, len(prompt), use_graph=False).consume(prompt)
             assert_close("logits", model.logits(hidden)[0, 0], expected, tolerance=1e-4)
 
 

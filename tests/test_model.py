@@ -23,11 +23,13 @@ from stree_core.cache import CacheSize
 from stree_core.decode import generate
 from stree_core.engine import Engine, EngineConfig
 from stree_core.model import Model
-from stree_core.prefill import PREFILL_CHUNK, consume, prefill_cache
+from stree_core.prefill import CHAINS, Prefill
 from stree_core.row_block import make_block
 from stree_core.stop import StopRule
 from stree_core.tree import DEFAULT_TREE, Tree
 from stree_kernels.testing import assert_close
+
+PREFILL_CHUNK = CHAINS["cpu"][0]
 
 # Two fp32 passes with additions in another order: the worst of these models differs from its own
 # float64 pass by 4e-5.
@@ -59,10 +61,10 @@ def _their_logits(theirs: PreTrainedModel, tokens: Tensor) -> Tensor:
 @torch.inference_mode()
 def _block_logits(model: Model, tokens: Tensor, parents: list[int], prefix: Tensor) -> Tensor:
     """Return logits [T, V] of one block of rows after a prefix."""
-    scratch = prefill_cache(model, 2 * PREFILL_CHUNK)
-    consume(model, prefix.tolist(), scratch)
+    prefill = Prefill(model, 2 * PREFILL_CHUNK, use_graph=False)
+    prefill.consume(prefix.tolist())
     cache = model.make_cache(CacheSize(1, len(parents), 1, 2 * PREFILL_CHUNK))
-    cache.adopt(0, scratch)
+    cache.adopt(0, prefill.cache)
     block = make_block(parents, model.conv_widths, model.device)
     hidden = model.forward(tokens[:, None], block, cache, first=0, commit=True)
     return model.logits(hidden)[:, 0]

@@ -22,7 +22,7 @@ from stree_core.decode import generate
 from stree_core.engine import Engine, EngineConfig
 from stree_core.model import Model
 from stree_core.model_source import folder_source
-from stree_core.prefill import consume, prefill_cache
+from stree_core.prefill import Prefill
 from stree_core.row_block import make_block
 from stree_core.stop import StopRule
 from stree_core.tree import DEFAULT_TREE, Tree
@@ -166,10 +166,10 @@ def random_tokens(count: int, seed: int) -> Tensor:
 
 @torch.inference_mode()
 def block_logits(model: Model, tokens: Tensor, parents: list[int], prefix: Tensor) -> Tensor:
-    scratch = prefill_cache(model, 128)
-    consume(model, prefix.tolist(), scratch)
+    prefill = Prefill(model, 128, use_graph=False)
+    prefill.consume(prefix.tolist())
     cache = model.make_cache(CacheSize(1, len(parents), 1, 128))
-    cache.adopt(0, scratch)
+    cache.adopt(0, prefill.cache)
     block = make_block(parents, model.conv_widths, model.device)
     hidden = model.forward(tokens[:, None], block, cache, first=0, commit=True)
     return model.logits(hidden)[:, 0]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from stree_core.model import Model
-from stree_core.prefill import consume, prefill_cache
+from stree_core.prefill import Prefill
 
 
 @torch.inference_mode()
@@ -20,6 +20,6 @@ def logit_margin(
     """
     part = next(i for i, (a, b) in enumerate(zip(expected, actual, strict=True)) if a != b)
     prefix = [*prompt, *expected[:part]]
-    hidden = consume(target, prefix, prefill_cache(target, len(prefix)))
+    hidden = Prefill(target, len(prefix), use_graph=False).consume(prefix)
     logits = target.logits(hidden)[0, 0]
     return abs(float(logits[expected[part]] - logits[actual[part]]))
