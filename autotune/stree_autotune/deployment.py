@@ -145,9 +145,10 @@ class Deployment:
             if other == own:
                 continue
             before, after = (self.tokens_per_s(row.batch_size, tree) for tree in (own, other))
+            change = 100 * (after / before - 1)
             notes.append(
                 f"batch size {row.batch_size}: {words(other)} in place of {words(own)}, "
-                f"{after:.1f} instead of {before:.1f} tokens/s ({100 * (after / before - 1):+.1f} %)"
+                f"{after:.1f} instead of {before:.1f} tokens/s ({change:+.1f} %)"
             )
         return (reason, RATES_NOTE, *notes) if notes else ()
 

@@ -38,8 +38,8 @@ def export_speculation_profile(deployment: Deployment) -> Exported:
     """
     if deployment.profile.sources.trace.status != "measured":
         raise MissingMeasurement(
-            "speculation_profile.json says what was measured of this draft, but the profile's trace "
-            "is borrowed; record one of the pair with `stree-tune trace` and tune again"
+            "speculation_profile.json says what was measured of this draft, and this profile's "
+            "trace is borrowed; record one of the pair with `stree-tune trace` and tune again"
         )
     lengths = range(1, LONGEST_CHAIN + 1)
     by_k = {k: walk(deployment.trace, Tree.chain(k)).tokens_per_step for k in lengths}
@@ -126,7 +126,7 @@ def export_aiconfigurator(deployment: Deployment) -> Exported:
 
 
 def export_dynamo(deployment: Deployment) -> Exported:
-    """Return `--aic-nextn K --aic-nextn-accept-rates ...` for Dynamo's mocker: conditional rates."""
+    """Return `--aic-nextn K --aic-nextn-accept-rates C` for Dynamo's mocker, rates conditional."""
     tree, notes = _short_chain(deployment)
     rates = conditional_rates(marginal_rates(deployment.trace, tree.num_nodes))
     text = ",".join(f"{round(rate, DIGITS):g}" for rate in rates)

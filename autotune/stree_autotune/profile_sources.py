@@ -16,7 +16,7 @@ from stree_core.profile import Profile, Source
 
 def profile_trace(profile: Profile, library: Library) -> Trace:
     """Return the very trace that `profile` names; raise MissingMeasurement without it."""
-    return load_trace(find_source_file(profile.sources.trace, "trace", library))
+    return load_trace(find_source_file(profile.sources.trace, "traces", library))
 
 
 def profile_cost(profile: Profile, library: Library) -> StepCost:
@@ -24,7 +24,7 @@ def profile_cost(profile: Profile, library: Library) -> StepCost:
 
     Raises MissingMeasurement when the table, or a GPU's sheet, is not at hand.
     """
-    table = load_runtime_table(find_source_file(profile.sources.runtime, "runtime table", library))
+    table = load_runtime_table(find_source_file(profile.sources.runtime, "runtime", library))
     if table.gpu == profile.gpu.name:
         return StepCost.from_table(table)
     measured, wanted = library.gpu_sheet(table.gpu), library.gpu_sheet(profile.gpu.name)
@@ -37,20 +37,19 @@ def profile_cost(profile: Profile, library: Library) -> StepCost:
     return StepCost.from_estimate(estimate_table(table, measured, wanted))
 
 
-def find_source_file(source: Source, kind: str, library: Library) -> Path:
-    """Return the file with the name and the digest of `source`, from any root.
+def find_source_file(source: Source, folder: str, library: Library) -> Path:
+    """Return the file with the name and the digest of `source`, from `folder` of any root.
 
     Raises MissingMeasurement when there is none.
     """
-    name = PurePosixPath(source.name)
-    inside = not name.is_absolute() and ".." not in name.parts
-    found = [path for root in library.roots if inside and (path := root / name).is_file()]
+    name = PurePosixPath(source.name).name
+    found = [path for root in library.roots if (path := root / folder / name).is_file()]
     for path in found:
         if sha256_of(path) == source.sha256:
             return path
-    got = "another one lies there" if found else "none lies there"
+    got = "has another one" if found else "has none"
     raise MissingMeasurement(
-        f"this needs the {kind} that the profile was made from, {name} with sha256 "
-        f"{source.sha256[:12]}, and {got}; name its folder with --data or its library with "
-        "--library, or tune again"
+        f"this needs {folder}/{name} with sha256 {source.sha256[:12]}, which the profile was made "
+        f"from, and the search path {got}; name the folder that has it with --data or the library "
+        "with --library, or tune again"
     )
