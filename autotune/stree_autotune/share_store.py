@@ -49,11 +49,14 @@ class Store:
 
         Raises ConfigError when it is larger than `max_bytes`, Unreachable when it cannot be read.
         """
-        try:
-            with self._failures("read"), self.files.open(self._path(name), "rb") as file:
-                data = bytes(file.read(max_bytes + 1))
-        except FileNotFoundError:
-            return None
+        with self._failures("read"):
+            try:
+                with self.files.open(self._path(name), "rb") as file:
+                    data = bytes(file.read(max_bytes + 1))
+            except FileNotFoundError as err:
+                if not _is_absent(err):
+                    raise
+                return None
         if len(data) > max_bytes:
             raise ConfigError(
                 f"{name} of {self.url} may have {max_bytes} bytes and has more; do not use it"
@@ -85,12 +88,19 @@ class Store:
 
     @contextmanager
     def _failures(self, verb: str) -> Iterator[None]:
-        """Turn whatever a driver raises, but for an absent file, into Unreachable."""
+        """Turn whatever a driver raises into Unreachable."""
         try:
             yield
-        except (FileNotFoundError, StreeError):
-            raise
         # Drivers raise the classes of their own HTTP clients.
         except Exception as err:
-            text = (str(err) or type(err).__name__).splitlines()[0]
+            reason = err.__cause__ or err
+            text = (str(reason) or type(reason).__name__).splitlines()[0]
             raise Unreachable(f"{self.url} cannot be {verb} ({text}); check the URL") from err
+
+
+def _is_absent(err: FileNotFoundError) -> bool:
+    """Tell a missing file from a missing server: drivers raise this class for both."""
+    cause = err.__cause__
+    response = getattr(cause, "response", None)
+    status = getattr(cause, "status", None) or getattr(response, "status_code", None)
+    return cause is None or status == 404
