@@ -16,6 +16,7 @@ VLLM_KEYS = {
     "model",
     "num_speculative_tokens",
     "num_speculative_tokens_per_batch_size",
+    "draft_sample_method",
     "rejection_sample_method",
     "synthetic_acceptance_rates",
 }
@@ -47,6 +48,7 @@ def check_vllm(config: dict[str, Any]) -> None:
     assert set(config) <= VLLM_KEYS
     assert config["method"] in VLLM_METHODS
     assert isinstance(config["model"], str)
+    assert config.get("draft_sample_method", "greedy") in ("greedy", "probabilistic")
     most = config["num_speculative_tokens"]
     assert most > 0
     end = 0

@@ -62,8 +62,10 @@ def test_export_to_stdout_and_to_a_file(
     rules.check_vllm(config)
     assert config["model"] == "org/draft"
     assert "note: vLLM drafts chains" in caplog.text
+    assert "name of the draft" not in caplog.text
     assert terminal("export", NAME, "--to", "vllm", "-o", "v.json").out == ""
     assert json.loads(Path("v.json").read_text()) == {**config, "model": "toy-draft"}
+    assert "toy-draft is the profile's name of the draft; pass --draft" in caplog.text
     again = terminal("export", NAME, "--to", "vllm", "-o", "v.json")
     assert (again.code, again.err.count("\n")) == (2, 1)
     assert "v.json exists already; pass --force" in again.err

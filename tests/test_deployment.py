@@ -98,6 +98,14 @@ def test_one_setting_is_the_best_mean(deployment: Deployment) -> None:
     assert one.one_setting(lambda tree: tree.is_chain, candidates) == ROWS[4]
 
 
+def test_a_row_s_own_chain_may_be_the_setting_of_all(deployment: Deployment) -> None:
+    """Here the only one that is any good, though no candidate."""
+    own = ROWS[4]
+    rates = [deployment.mean_log_rate(dict.fromkeys(ROWS, tree)) for tree in (own, Tree.chain(0))]
+    assert rates[0] > rates[1]
+    assert deployment.one_setting(lambda tree: tree.is_chain, [Tree.chain(0)]) == own
+
+
 def test_what_nobody_timed_or_recorded_is_left_out(deployment: Deployment) -> None:
     rows = deployment.rows[:1]
     timed, untimed, unrecorded = Tree.chain(1), Tree.chain(200), stars(20)[-1]

@@ -26,6 +26,7 @@ from stree_autotune.export import FORMATS
 from stree_autotune.export_trees import export_choices, export_sequoia
 from stree_autotune.library import Library
 from stree_core.errors import MissingMeasurement, NoFeasibleTree
+from stree_core.profile import Sampling
 from stree_core.tree import DEFAULT_TREE, Tree
 
 CHAIN, OFF = Tree.chain(3), Tree.chain(0)
@@ -205,6 +206,26 @@ def test_trees_are_read_back(order: list[tuple[int, ...]]) -> None:
         for child in children:
             parents[child] = node
     assert Tree(tuple(parents)) == tree
+
+
+def test_sampled_drafts_are_asked_for_or_missed(deploy: Deploy) -> None:
+    deployment = deploy(MIXED)
+    sampling = Sampling(rule="mss", temperature=1.0)
+    sampled = replace(
+        deployment, profile=deployment.profile.model_copy(update={"sampling": sampling})
+    )
+    config = json.loads(exported(sampled, "vllm"))
+    rules.check_vllm(config)
+    assert config["draft_sample_method"] == "probabilistic"
+    assert "draft_sample_method" not in json.loads(exported(deployment, "vllm"))
+    for name, server in (
+        ("sglang", "SGLang"),
+        ("sglang-adaptive", "SGLang"),
+        ("tensorrt-llm", "TensorRT-LLM"),
+    ):
+        (note,) = sampled.rule_note(server)
+        assert note in FORMATS[name].export(sampled).notes
+        assert note not in FORMATS[name].export(deployment).notes
 
 
 def test_one_tree_is_that_of_the_batch_size(deploy: Deploy) -> None:

@@ -272,6 +272,14 @@ def test_links_do_not_lead_out(shelf: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is a link out of it"):
         push(str(other), own_files([data], Library((data,))), force=True)
     assert contents(outside) == {}
+    # nor does bringing a copy up to date delete anything behind one
+    copy = sync(str(shelf))
+    shutil.rmtree(copy / "traces")
+    (copy / "traces").symlink_to(outside)
+    (outside / "mine.safetensors").write_text("mine")
+    with pytest.raises(ConfigError, match="is a link out of it"):
+        sync(str(shelf))
+    assert contents(outside) == {"mine.safetensors": b"mine"}
     # a linked file is replaced, not written through
     victim = outside / "victim"
     victim.write_text("mine")

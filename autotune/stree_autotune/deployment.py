@@ -53,7 +53,7 @@ class Deployment:
     target: str
     draft: str
     batch_size: int = 0
-    walked: dict[Tree, float] = field(default_factory=dict)
+    walked: dict[Tree, float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def trace(self) -> Trace:
@@ -124,15 +124,17 @@ class Deployment:
         return chosen
 
     def one_setting(self, can_say: Callable[[Tree], bool], candidates: Iterable[Tree]) -> Tree:
-        """Return the tree of all rows where it is one and can be said, else the best candidate.
+        """Return the tree of all rows where it is one and can be said, else the best for all.
 
-        Raises NoFeasibleTree when that is off.
+        That is one of the candidates or of the rows' own trees. Raises NoFeasibleTree when it is
+        off.
         """
-        own = {row.tree.build() for row in self.rows}
-        if len(own) == 1 and all(map(can_say, own)):
-            tree = own.pop()
+        own = list(dict.fromkeys(row.tree.build() for row in self.rows))
+        sayable = [tree for tree in own if can_say(tree)]
+        if len(own) == len(sayable) == 1:
+            (tree,) = own
         else:
-            tree = self.best(candidates, self.rows)
+            tree = self.best(dict.fromkeys((*candidates, *sayable)), self.rows)
         if tree == OFF:
             raise self.nothing_to_set()
         return tree
@@ -151,6 +153,15 @@ class Deployment:
                 f"{after:.1f} instead of {before:.1f} tokens/s ({change:+.1f} %)"
             )
         return (reason, RATES_NOTE, *notes) if notes else ()
+
+    def rule_note(self, server: str) -> tuple[str, ...]:
+        """Say so when `server` drafts likeliest tokens and the profile was tuned for sampled."""
+        if self.profile.sampling.rule != "mss":
+            return ()
+        return (
+            f"the profile was tuned for sampled drafts (rule mss); {server} drafts the likeliest "
+            "tokens, so a profile tuned with --rule naive fits it",
+        )
 
     def nothing_to_set(self) -> NoFeasibleTree:
         """Return the error that says so, because off is fastest."""

@@ -40,6 +40,7 @@ def export_sglang(deployment: Deployment) -> Exported:
     """
     tree = deployment.one_setting(can_say, [*chains(LONGEST_CHAIN), *stars(WIDEST_STAR)])
     notes = deployment.changes({row.batch_size: tree for row in deployment.rows}, ONE_NOTE)
+    notes += deployment.rule_note("SGLang")
     flags = {
         "--model-path": deployment.target,
         "--speculative-algorithm": "STANDALONE",
@@ -71,6 +72,7 @@ def export_sglang_adaptive(deployment: Deployment) -> Exported:
     most = max(tree.num_nodes for tree in chosen.values())
     notes = (
         *deployment.changes(chosen, CHAINS_NOTE),
+        *deployment.rule_note("SGLang"),
         "pass it with --speculative-adaptive --speculative-adaptive-config FILE "
         f"--speculative-eagle-topk 1 --speculative-num-steps {most}",
         "SGLang adapts EAGLE and EAGLE3 drafts only; with STANDALONE, the algorithm of a draft "

@@ -43,7 +43,7 @@ def export_tensorrt_llm(deployment: Deployment) -> Exported:
         "max_draft_len": longest,
         "speculative_model": deployment.draft,
     }
-    notes = deployment.changes(chosen, CHAINS_NOTE)
+    notes = deployment.changes(chosen, CHAINS_NOTE) + deployment.rule_note("TensorRT-LLM")
     if len(schedule) > 1:
         config["draft_len_schedule"] = schedule
         notes += (KEYS_NOTE,)

@@ -2,7 +2,8 @@
 
 A step drafts a chain of K tokens, the bonus token not counted; token trees were removed in 2026.
 `num_speculative_tokens_per_batch_size` holds [first, last, K], both ends included, starting at 1; K
-is at most `num_speculative_tokens`, and above the last range the last K stays in use.
+is at most `num_speculative_tokens`, and above the last range the last K stays in use. Drafts are
+the likeliest tokens unless `draft_sample_method` is probabilistic.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ def _config(deployment: Deployment, chosen: dict[int, Tree]) -> dict[str, Any]:
         "model": deployment.draft,
         "num_speculative_tokens": max(tree.num_nodes for tree in chosen.values()),
     }
+    if deployment.profile.sampling.rule == "mss":
+        config["draft_sample_method"] = "probabilistic"
     table = [[first, last, tree.num_nodes] for first, last, tree in ranges(chosen)]
     if len(table) > 1:
         config["num_speculative_tokens_per_batch_size"] = table

@@ -17,11 +17,11 @@ from pathlib import Path
 from stree_autotune.share_index import (
     INDEX,
     MAX_INDEX_BYTES,
-    SUFFIXES,
     Entry,
     Index,
     inside,
     read_index,
+    shared_files,
     write_index,
 )
 from stree_autotune.share_store import Store, Unreachable
@@ -54,11 +54,8 @@ def sync(url: str) -> Path:
         logger.warning("%s; its copy of an earlier day is used", str(err).partition(";")[0])
         return copy
     _fetch(store, index.files, copy)
-    kept = {entry.path for entry in index.files}
-    for folder in SUFFIXES:
-        for path in sorted((copy / folder).glob("*")):
-            if f"{folder}/{path.name}" not in kept:
-                path.unlink()
+    for path in set(shared_files(copy)) - {entry.path for entry in index.files}:
+        inside(copy, path).unlink()
     write_atomically(copy / INDEX, write_index(index))
     return copy
 

@@ -15,7 +15,7 @@ from stree_autotune.gpu_sheet import GpuSheet
 from stree_autotune.library import GREEDY, SEPARATOR, Library, trace_file_name
 from stree_autotune.profile_sources import find_source_file
 from stree_autotune.runtime_table import RuntimeTable
-from stree_autotune.share_index import SUFFIXES, Entry
+from stree_autotune.share_index import SUFFIXES, Entry, shared_files
 from stree_autotune.trace_file import load_trace
 from stree_core.errors import ConfigError, MissingMeasurement
 from stree_core.files import MAX_YAML_BYTES, parse_yaml, read_limited, validate
@@ -43,11 +43,10 @@ def own_files(folders: Sequence[Path], library: Library) -> dict[str, Path]:
     """Return everything in data folders that can be shared; the first folder's files win."""
     files: dict[str, Path] = {}
     for root in folders:
-        for folder, suffixes in SUFFIXES.items():
-            for path in sorted((root / folder).glob("*")):
-                main = TRACE_SUFFIX if folder == "traces" else suffixes[0]
-                if path.suffix == main:
-                    files = _with_companions(path, library) | files
+        for name in shared_files(root):
+            # what lies beside a trace comes with it
+            if not name.startswith("traces/") or name.endswith(TRACE_SUFFIX):
+                files = _with_companions(root / name, library) | files
     if not files:
         where = ", ".join(map(str, folders))
         raise ConfigError(f"there is nothing to push in {where}; name files, such as a profile")

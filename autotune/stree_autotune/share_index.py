@@ -7,6 +7,7 @@ decided here, for reading and for writing: one of four folders, one plain file n
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -101,3 +102,11 @@ def inside(folder: Path, path: str) -> Path:
             f"files are kept inside {folder}, but {target.parent} is a link out of it; remove it"
         )
     return target
+
+
+def shared_files(folder: Path) -> Iterator[str]:
+    """Yield the paths in `folder` that a library could have; others are nobody's business."""
+    for name, suffixes in SUFFIXES.items():
+        for path in sorted((folder / name).glob("*")):
+            if _FILE_NAME.fullmatch(path.name) and path.suffix in suffixes:
+                yield f"{name}/{path.name}"
