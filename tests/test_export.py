@@ -104,7 +104,8 @@ def run_script(text: str, folder: Path, *arguments: str) -> list[str]:
     script.write_text(text)
     out = subprocess.run(
         ["/bin/sh", script, *arguments],
-        env={"PATH": str(fake.parent)},
+        cwd=folder,
+        env={"PATH": f"{fake.parent}:/usr/bin:/bin"},
         capture_output=True,
         text=True,
         check=True,
@@ -129,6 +130,22 @@ def test_sglang_flags_take_chains_and_stars_as_they_are(
     names = ("num-steps", "eagle-topk", "num-draft-tokens")
     assert tuple(flags[f"--speculative-{name}"] for name in names) == expected
     assert flags["--tp-size"] == "2"
+
+
+def test_names_from_a_profile_stay_words(deploy: Deploy, tmp_path: Path) -> None:
+    """A shared profile is no trusted one: its names go into a script and into YAML."""
+    deployment = deploy(MIXED)
+    evil = deployment.profile.model_copy(update={"dataset": "x\ntouch pwned\u2028speculative: 1"})
+    name = "$(touch pwned)\n`touch pwned`; touch pwned"
+    deployment = replace(deployment, profile=evil, target=name, draft=name, batch_size=1)
+    script = exported(deployment, "sglang")
+    flags = rules.check_sglang_flags(run_script(script, tmp_path)[2:])
+    assert flags["--model-path"] == flags["--speculative-draft-model-path"] == name
+    assert list(tmp_path.rglob("*pwned*")) == []
+    content = yaml.safe_load(exported(deployment, "tensorrt-llm"))
+    rules.check_tensorrt_llm(content)
+    assert content["speculative_config"]["speculative_model"] == name
+    assert json.loads(exported(deployment, "vllm"))["model"] == name
 
 
 def test_sglang_takes_the_best_of_what_it_can_say(deploy: Deploy, tmp_path: Path) -> None:

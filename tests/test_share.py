@@ -105,11 +105,9 @@ def test_what_goes_up_comes_down(url: str, data: Path, tmp_path: Path) -> None:
     assert profile_cost(profile, shared).batch_sizes
 
     target = tmp_path / "pulled"
-    assert set(pull(url, target, [NAME], force=False)) == {PROFILE, TABLE, TRACE}
-    assert contents(target) == {
-        path: (data / path).read_bytes() for path in (PROFILE, TABLE, TRACE)
-    }
-    assert set(pull(url, target, [], force=False)) == set(files)
+    assert pull(url, target, [Path(TABLE).name], force=False) == [TABLE]
+    assert contents(target) == {TABLE: (data / TABLE).read_bytes()}
+    assert set(pull(url, target, [NAME], force=False)) == set(files)
     assert contents(target) == contents(data)
     with pytest.raises(ConfigError, match=f"has no {NAME[:-1]}; did you mean {NAME}"):
         pull(url, target, [NAME[:-1]], force=False)
@@ -298,6 +296,9 @@ def test_nothing_is_replaced_unasked(shelf: Path, data: Path, tmp_path: Path) ->
     mine = (target / TABLE).read_bytes()
     with pytest.raises(ConfigError, match="is another file already; pass --force"):
         pull(str(shelf), target, [], force=False)
+    assert contents(target) == {TABLE: mine}
+    with pytest.raises(ConfigError, match="is another file already"):
+        pull(str(shelf), target, [NAME], force=False)
     assert contents(target) == {TABLE: mine}
     files = {TABLE: target / TABLE}
     before = contents(shelf)

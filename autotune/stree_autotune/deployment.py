@@ -169,7 +169,8 @@ class Deployment:
         where = f"at batch size {sizes[0]}"
         if len(sizes) > 1:
             where = f"over batch sizes {sizes[0]} to {sizes[-1]}"
-        others = [row.batch_size for row in self.profile.policy if row.verdict != "off"]
+        speculating = [row.batch_size for row in self.profile.policy if row.verdict != "off"]
+        others = [size for size in speculating if [size] != sizes]
         remedy = "start the server without speculation"
         if others:
             remedy += f", or export for one that speculates, as with --batch-size {others[0]}"
@@ -214,5 +215,5 @@ def ranges(chosen: Mapping[int, Tree]) -> list[tuple[int, int, Tree]]:
 
 
 def comments(lines: Iterable[str]) -> str:
-    """Return lines as comments of a shell script or of YAML."""
-    return "".join(f"# {line}\n" for line in lines)
+    """Return comments of a shell script or of YAML: whatever a line holds, it stays one line."""
+    return "".join(f"# {' '.join(line.split())}\n" for line in lines)

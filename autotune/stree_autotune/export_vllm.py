@@ -25,8 +25,8 @@ SYNTHETIC_NOTE = (
     "never for serving"
 )
 TABLE_NOTE = (
-    "vLLM drops the table under data parallelism, and captures whole CUDA graphs for it with model "
-    "runner V2 only"
+    "vLLM tests the table with EAGLE and DFlash drafts, drops it under data parallelism, and "
+    "captures whole CUDA graphs for it with model runner V2 only"
 )
 
 

@@ -26,12 +26,19 @@ from stree_autotune.share_index import (
 )
 from stree_autotune.share_store import Store, Unreachable
 from stree_core.errors import ConfigError, nearest
-from stree_core.files import read_limited, sha256_of, write_atomically
-from stree_core.profile import load_profile
+from stree_core.files import (
+    parse_yaml,
+    read_limited,
+    sha256_of,
+    validate,
+    write_atomically,
+)
+from stree_core.profile import Profile
 
 logger = logging.getLogger(__name__)
 
 NUM_FETCHERS = 8
+TRACE = ".safetensors"
 
 
 def cache_root() -> Path:
@@ -63,18 +70,18 @@ def sync(url: str) -> Path:
 def pull(url: str, folder: Path, names: Sequence[str], *, force: bool) -> list[str]:
     """Copy files of a library into a data folder: those that match `names`, all by default.
 
-    A profile brings the table and the trace that it was made from. Returns the paths of the files.
-    Raises ConfigError, before anything is written, when one would replace another file.
+    A profile brings the table and the trace that it was made from, a trace what lies beside it.
+    Returns the paths of the files. Raises ConfigError, before anything is written, when one would
+    replace another file.
     """
     store = Store.open(url)
     index = _read_index(store)
     chosen = _select(index, names)
-    _require_free(chosen, folder, force=force)
-    _fetch(store, chosen, folder)
-    sources = [entry for entry in _sources(chosen, index, folder) if entry not in chosen]
-    _require_free(sources, folder, force=force)
-    _fetch(store, sources, folder)
-    return [entry.path for entry in (*chosen, *sources)]
+    chosen |= _sources(store, index, chosen)
+    chosen |= _beside(index, chosen)
+    _require_free(chosen.values(), folder, force=force)
+    _fetch(store, chosen.values(), folder)
+    return list(chosen)
 
 
 def push(url: str, files: Mapping[str, Path], *, force: bool) -> list[str]:
@@ -110,8 +117,8 @@ def _read_index(store: Store, *, missing_ok: bool = False) -> Index:
     return Index() if data is None else read_index(data, f"{INDEX} of {store.url}")
 
 
-def _select(index: Index, names: Sequence[str]) -> list[Entry]:
-    """Return the entries whose path, file name or stem matches one of `names`, or all."""
+def _select(index: Index, names: Sequence[str]) -> dict[str, Entry]:
+    """Return the entries whose path, file name or stem matches one of `names`, or all, by path."""
     chosen: dict[str, Entry] = {}
     for name in names or ("*",):
         found = [entry for entry in index.files if _matches(entry, name)]
@@ -119,7 +126,7 @@ def _select(index: Index, names: Sequence[str]) -> list[Entry]:
             stems = {Path(entry.path).stem for entry in index.files}
             raise ConfigError(f"the library has no {name}; {nearest(name, stems)}")
         chosen |= {entry.path: entry for entry in found}
-    return list(chosen.values())
+    return chosen
 
 
 def _matches(entry: Entry, name: str) -> bool:
@@ -127,14 +134,21 @@ def _matches(entry: Entry, name: str) -> bool:
     return any(fnmatch.fnmatchcase(text, name) for text in (entry.path, path.name, path.stem))
 
 
-def _sources(chosen: Iterable[Entry], index: Index, folder: Path) -> list[Entry]:
+def _sources(store: Store, index: Index, chosen: Mapping[str, Entry]) -> dict[str, Entry]:
     """Return the entries of the files that the chosen profiles were made from."""
     digests = set()
-    for entry in chosen:
+    for entry in chosen.values():
         if entry.path.startswith("tuned/"):
-            sources = load_profile(folder / entry.path).sources
+            name = f"{entry.path} of {store.url}"
+            sources = validate(parse_yaml(_read(store, entry), name), Profile, name).sources
             digests |= {sources.runtime.sha256, sources.trace.sha256}
-    return [entry for entry in index.files if entry.sha256 in digests]
+    return {entry.path: entry for entry in index.files if entry.sha256 in digests}
+
+
+def _beside(index: Index, chosen: Iterable[str]) -> dict[str, Entry]:
+    """Return the entries of what lies beside the chosen traces."""
+    stems = tuple(f"{path.removesuffix(TRACE)}." for path in chosen if path.endswith(TRACE))
+    return {entry.path: entry for entry in index.files if entry.path.startswith(stems)}
 
 
 def _require_free(entries: Iterable[Entry], folder: Path, *, force: bool) -> None:
@@ -157,6 +171,12 @@ def _is_there(entry: Entry, path: Path) -> bool:
 
 
 def _fetch_one(store: Store, entry: Entry, folder: Path) -> Entry:
+    write_atomically(inside(folder, entry.path), _read(store, entry))
+    return entry
+
+
+def _read(store: Store, entry: Entry) -> bytes:
+    """Return a file's bytes; raise ConfigError unless they are what the index says."""
     data = store.read(entry.path, entry.bytes)
     if data is None or hashlib.sha256(data).hexdigest() != entry.sha256:
         got = "is missing" if data is None else "is another file than the index says"
@@ -164,8 +184,7 @@ def _fetch_one(store: Store, entry: Entry, folder: Path) -> Entry:
             f"{entry.path} of {store.url} {got}; if somebody is pushing try again, else it has to "
             "be pushed again"
         )
-    write_atomically(inside(folder, entry.path), data)
-    return entry
+    return data
 
 
 def _entry(path: str, file: Path) -> Entry:

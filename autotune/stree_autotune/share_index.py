@@ -75,9 +75,10 @@ class Index(Strict):
         return next((entry for entry in self.files if entry.path == path), None)
 
     def with_files(self, entries: dict[str, Entry]) -> Index:
-        """Return the index with entries added or replaced, in the order of paths."""
+        """Return the index with entries added or replaced, by path; ConfigError if it cannot be."""
         merged = {entry.path: entry for entry in self.files} | entries
-        return Index(files=tuple(merged[path] for path in sorted(merged)))
+        files = [merged[path].model_dump() for path in sorted(merged)]
+        return validate({"files": files}, Index, "the library's index")
 
 
 def read_index(data: bytes, name: str) -> Index:
