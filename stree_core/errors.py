@@ -35,7 +35,7 @@ class NonFiniteLogits(StreeError):
 
 
 class NoFeasibleTree(StreeError):
-    """No tree satisfies the limits of a search."""
+    """No tree satisfies the limits of a search, or none is worth running."""
 
 
 class MissingMeasurement(StreeError):

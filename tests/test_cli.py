@@ -26,18 +26,23 @@ QUICK = (*TOY, "--batch-size", "4", "--batch-size", "1", "--max-nodes", "8")
 
 FLAGS = {
     "": "--acceptance-from --batch-size --context --data --dataset --draft --force --gpu --help "
-    "--json --max-nodes --output --rule --seed --target --temperature --top-p -o",
-    "decode": "--backend --chat --data --device --draft --dtype --help --json --max-new-tokens "
+    "--json --library --max-nodes --output --rule --seed --target --temperature --top-p -o",
+    "decode": "--backend --chat --data --device --draft --dtype --help --json --library "
+    "--max-new-tokens "
     "--min-p --mode --profile --prompt --repetition-penalty --rule --seed --target --temperature "
     "--top-k --top-p -p",
+    "export": "--batch-size --data --draft --force --help --library --output --target --to -o",
+    "list": "--data --help --json --library",
     "probe": "--backend --batch-size --context --data --device --draft --dtype --effort --force "
     "--gpu --help --json --max-nodes --shapes --target",
-    "show": "--data --help --json",
+    "pull": "--data --force --help --json",
+    "push": "--data --force --help --json",
+    "show": "--data --help --json --library",
     "trace": "--backend --batch-size --chat --data --dataset --device --draft --dtype --force "
     "--help --json --limit --max-new-tokens --num-children --prompts --rows --rule --seed "
     "--target --temperature --top-p",
     "validate": "--backend --batch-size --data --dataset --device --draft --dtype --help --json "
-    "--limit --max-new-tokens --output --profile --prompts --target --write -o -p",
+    "--library --limit --max-new-tokens --output --profile --prompts --target --write -o -p",
 }
 
 

@@ -190,7 +190,7 @@ def test_models_come_from_the_hub_by_their_id(
 def test_bad_requests_are_one_sentence_and_leave_nothing(run: Runner, folder: Path) -> None:
     before = sorted(path for path in folder.rglob("*") if path.is_file())
     for arguments, message in [
-        (("decode", "--prompt", "w1", "--profile", "none.yaml"), "cannot be read"),
+        (("decode", "--prompt", "w1", "--profile", "none.yaml"), "no profile none.yaml is there"),
         (("trace", "--dataset", "x", "--prompts", "none.jsonl", *PAIR), "cannot be read"),
         (("trace", "--dataset", "toyz", *PAIR), "not known on the hub"),
         (("trace", "--dataset", "a/b", "--prompts", "prompts.jsonl", *PAIR), "a/b"),

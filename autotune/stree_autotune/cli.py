@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from stree_autotune import cli_flags as flags
+from stree_autotune.cli_deploy import register_deploy_verbs
 from stree_autotune.cli_live import register_live_verbs
 from stree_core.errors import ConfigError, NoFeasibleTree, StreeError
 from stree_core.profile import load_profile, require_writable, save_profile
@@ -47,6 +48,7 @@ def tune_command(
     batch_size: flags.BatchSizes = flags.DEFAULT_BATCH_SIZES,
     max_nodes: flags.MaxNodes = 64,
     data: flags.Data = flags.DEFAULT_DATA_PATHS,
+    library: flags.Libraries = flags.NO_LIBRARIES,
     acceptance_from: flags.AcceptanceFrom = "",
     seed: flags.Seed = 0,
     as_json: flags.AsJson = False,
@@ -74,7 +76,7 @@ def tune_command(
         context=context,
         batch_sizes=tuple(sorted(set(batch_size))),
         max_nodes=max_nodes,
-        data=tuple(data),
+        data=flags.search_path(data, library),
         acceptance_from=acceptance_from,
         seed=seed,
     )
@@ -103,14 +105,15 @@ def show(
         typer.Argument(metavar="[PROFILE]...", help="Paths or names; all shipped ones by default."),
     ] = flags.NO_NAMES,
     data: flags.Data = flags.DEFAULT_DATA_PATHS,
+    library: flags.Libraries = flags.NO_LIBRARIES,
     as_json: flags.AsJson = False,
 ) -> None:
     """Print profiles: verdicts, predictions, what is estimated, where the numbers come from."""
     from stree_autotune.library import Library
     from stree_autotune.show import print_json, print_profile, result_console
 
-    library = Library.open(data)
-    paths = [library.find_profile(name) for name in profiles] or library.profile_paths()
+    searched = Library.open(flags.search_path(data, library))
+    paths = [searched.find_profile(name) for name in profiles] or searched.profile_paths()
     if not paths:
         raise ConfigError("no tuned profile is there; name a file, such as stree-profile.yaml")
     console = result_console()
@@ -124,6 +127,7 @@ def show(
 
 
 register_live_verbs(app)
+register_deploy_verbs(app)
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ DEFAULT_PROFILE = Path("stree-profile.yaml")
 DEFAULT_BATCH_SIZES = [1, 2, 4, 8, 16, 32, 64]
 DEFAULT_DATA_PATHS: list[Path] = []
 NO_NAMES: list[str] = []
+NO_LIBRARIES: list[str] = []
 
 # tuning
 Gpu = Annotated[str, typer.Option("--gpu", help="GPU by name: h100, h200, cpu, ...")]
@@ -58,6 +59,15 @@ Data = Annotated[
         help="Folder with own tables, traces and models, searched before what ships; repeatable.",
     ),
 ]
+Libraries = Annotated[
+    list[str],
+    typer.Option(
+        "--library",
+        metavar="URL",
+        help="Shared library, a path, an fsspec URL or hf://..., searched after own folders and "
+        "before what ships; repeatable.",
+    ),
+]
 AcceptanceFrom = Annotated[
     str,
     typer.Option(
@@ -94,7 +104,9 @@ Backend = Annotated[
 Chat = Annotated[
     bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")
 ]
-ProfilePath = Annotated[Path, typer.Option("--profile", "-p", help="Profile to read.")]
+ProfilePath = Annotated[
+    Path, typer.Option("--profile", "-p", help="Profile to read: a path or a name.")
+]
 Prompts = Annotated[
     str,
     typer.Option(
@@ -115,6 +127,17 @@ BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Sequences t
 Limit = Annotated[
     int, typer.Option("--limit", min=0, help="Prompts to take from the start, 0 for all.")
 ]
+
+
+def search_path(data: list[Path], libraries: list[str]) -> tuple[Path, ...]:
+    """Return the folders to search before what ships: own ones, then copies of the libraries."""
+    if not libraries:
+        return tuple(data)
+    from stree_autotune.library import DEFAULT_DATA
+    from stree_autotune.share import sync
+
+    own = data or ([DEFAULT_DATA] if DEFAULT_DATA.is_dir() else [])
+    return (*own, *map(sync, libraries))
 
 
 def sampling(rule: str, temperature: float, top_p: float) -> Sampling:

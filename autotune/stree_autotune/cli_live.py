@@ -149,6 +149,7 @@ def validate(
     limit: flags.Limit = 32,
     max_new_tokens: flags.MaxNewTokens = 128,
     data: flags.Data = flags.DEFAULT_DATA_PATHS,
+    library: flags.Libraries = flags.NO_LIBRARIES,
     device: flags.Device = "auto",
     dtype: flags.Dtype = "auto",
     backend: flags.Backend = "auto",
@@ -161,12 +162,18 @@ def validate(
     ] = False,
 ) -> None:
     """Run off, chains and trees live and print predicted against measured."""
+    from stree_autotune.library import Library
     from stree_autotune.live import PairRequest
     from stree_autotune.validate import ValidateRequest, run_validate
     from stree_core.pair import Runtime
 
+    if write and not profile.is_file():
+        raise ConfigError(
+            f"--write changes a profile's file, got the name {profile}; pass its path"
+        )
+    searched = flags.search_path(data, library)
     request = ValidateRequest(
-        profile_path=profile,
+        profile_path=Library.open(searched, missing_ok=True).find_profile(str(profile)),
         dataset=dataset,
         prompts_file=Path(prompts) if prompts else None,
         batch_size=batch_size,
@@ -175,7 +182,7 @@ def validate(
         output=Path(output) if output else None,
         write=write,
     )
-    models = PairRequest(target, draft, tuple(data), Runtime(device, dtype, backend))
+    models = PairRequest(target, draft, searched, Runtime(device, dtype, backend))
     run_validate(request, models, as_json=as_json)
 
 
@@ -209,9 +216,11 @@ def decode(
     dtype: flags.Dtype = "auto",
     backend: flags.Backend = "auto",
     data: flags.Data = flags.DEFAULT_DATA_PATHS,
+    library: flags.Libraries = flags.NO_LIBRARIES,
     as_json: flags.AsJson = False,
 ) -> None:
     """Continue a prompt the way a profile says."""
+    from stree_autotune.library import Library
     from stree_autotune.live import DecodeRequest, PairRequest, run_decode
     from stree_core.pair import Runtime
     from stree_core.sampling import SamplingParams
@@ -219,9 +228,10 @@ def decode(
     # top-p means nothing to a greedy request, so the flag alone is no contradiction
     setting = flags.sampling(rule, temperature, top_p if temperature else 1.0)
     params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    models = PairRequest(target, draft, tuple(data), Runtime(device, dtype, backend))
+    searched = flags.search_path(data, library)
+    models = PairRequest(target, draft, searched, Runtime(device, dtype, backend))
     request = DecodeRequest(
-        profile_path=profile,
+        profile_path=Library.open(searched, missing_ok=True).find_profile(str(profile)),
         prompt=prompt,
         chat=chat,
         max_new_tokens=max_new_tokens,

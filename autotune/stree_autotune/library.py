@@ -1,8 +1,8 @@
 """Where GPU sheets, runtime tables, traces, profiles and models are found, by name.
 
 Every root holds gpus/, shapes/, runtime/, traces/, tuned/ and models/. The folders given with
-`--data` come first (./stree-data when none is given and it exists), what ships with the package
-last.
+`--data` come first (./stree-data when none is given and it exists), then the copies of libraries
+(see share.py), what ships with the package last.
 """
 
 from __future__ import annotations
