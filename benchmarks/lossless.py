@@ -45,7 +45,7 @@ def main() -> None:
         pair = open_pair(
             PairRequest("demo-target", "demo-draft", (), Runtime(options.device, dtype, "auto"))
         )
-        prompts = pair.encode(open_prompts("demo", None, ())[: options.prompts])
+        prompts = pair.encode(open_prompts("demo", limit=options.prompts))
         rows += compare(pair, prompts, options, dtype)
         name = device_name(pair.device)
     document = {

@@ -175,7 +175,10 @@ class Provenance(Strict):
 
 
 class Profile(Strict):
-    """Everything needed to decode, to judge and to reproduce one tuning."""
+    """Everything needed to decode, to judge and to reproduce one tuning.
+
+    `chat` says that the trace's prompts were put into the target's chat template.
+    """
 
     schema_version: Literal[1] = 1
     kind: Literal["stree-profile"] = "stree-profile"
@@ -184,6 +187,7 @@ class Profile(Strict):
     gpu: GpuRef
     dataset: Name
     sampling: Sampling
+    chat: bool = False
     context: PositiveInt
     policy: Annotated[tuple[PolicyRow, ...], Field(min_length=1, max_length=64)]
     measured: MeasuredBlock | None = None

@@ -41,8 +41,8 @@ FLAGS = {
     "trace": "--backend --batch-size --chat --data --dataset --device --draft --dtype --force "
     "--help --json --limit --max-new-tokens --num-children --prompts --rows --rule --seed "
     "--target --temperature --top-p",
-    "validate": "--backend --batch-size --data --dataset --device --draft --dtype --help --json "
-    "--library --limit --max-new-tokens --output --profile --prompts --target --write -o -p",
+    "validate": "--backend --batch-size --chat --data --dataset --device --draft --dtype --help "
+    "--json --library --limit --max-new-tokens --output --profile --prompts --target --write -o -p",
 }
 
 

@@ -49,7 +49,7 @@ def pair(request: pytest.FixtureRequest) -> stree_core.Pair:
 
 @pytest.fixture(scope="module")
 def prompts(pair: stree_core.Pair) -> list[list[int]]:
-    texts = load_prompts("demo", MODELS / "demo-target" / "prompts.jsonl", limit=3)
+    texts = load_prompts("demo", str(MODELS / "demo-target" / "prompts.jsonl"), limit=3)
     return pair.encode([*texts, "def add(a, b):\n", "Explain what a list is."])
 
 
@@ -80,7 +80,7 @@ def test_trees_decode_the_targets_own_text(
 
 def test_walking_a_trace_equals_live_decoding() -> None:
     pair = _pair("float64")
-    texts = load_prompts("demo", MODELS / "demo-target" / "prompts.jsonl", limit=4)
+    texts = load_prompts("demo", str(MODELS / "demo-target" / "prompts.jsonl"), limit=4)
     prompts = pair.encode(texts)
     eos = pair.target.shape.eos_token_ids
     config = RecordConfig("demo", max_new_tokens=NUM_TOKENS, num_slots=4)

@@ -25,13 +25,13 @@ def test_every_known_key_is_read(tmp_path: Path) -> None:
         '{"turns": ["c", "later"]}',
         '{"prompt": ["d", "later"]}',
     )
-    assert load_prompts("mine", path) == ["a", "b", "c", "d"]
+    assert load_prompts("mine", str(path)) == ["a", "b", "c", "d"]
 
 
 def test_rows_select_before_limit(tmp_path: Path) -> None:
     path = _file(tmp_path, *(f'{{"prompt": "p{i}"}}' for i in range(10)))
-    assert load_prompts("mine", path, rows=parse_rows("4:"), limit=2) == ["p4", "p5"]
-    assert load_prompts("mine", path, rows=parse_rows(":1")) == ["p0"]
+    assert load_prompts("mine", str(path), rows=parse_rows("4:"), limit=2) == ["p4", "p5"]
+    assert load_prompts("mine", str(path), rows=parse_rows(":1")) == ["p0"]
 
 
 @pytest.mark.parametrize(
@@ -47,17 +47,17 @@ def test_rows_select_before_limit(tmp_path: Path) -> None:
 )
 def test_bad_rows_are_named(tmp_path: Path, line: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_prompts("mine", _file(tmp_path, line))
+        load_prompts("mine", str(_file(tmp_path, line)))
 
 
 def test_missing_files_and_rows_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
-        load_prompts("mine", tmp_path / "none.jsonl")
+        load_prompts("mine", str(tmp_path / "none.jsonl"))
     path = _file(tmp_path, '{"prompt": "a"}')
     with pytest.raises(ConfigError, match="at least one prompt"):
-        load_prompts("mine", path, rows=parse_rows("5:9"))
+        load_prompts("mine", str(path), rows=parse_rows("5:9"))
     with pytest.raises(ConfigError, match="not known on the hub"):
-        load_prompts("gsm9k", None)
+        load_prompts("gsm9k", "")
 
 
 @pytest.mark.parametrize("text", ["", "3", "a:b", "1:2:3", "-1:4"])

@@ -110,7 +110,9 @@ ProfilePath = Annotated[
 Prompts = Annotated[
     str,
     typer.Option(
-        "--prompts", metavar="FILE", help="JSON lines with a prompt, question or turns field."
+        "--prompts",
+        metavar="FILE",
+        help="JSON lines with a prompt, question or turns field, or hub:OWNER/NAME[:CONFIG]:SPLIT.",
     ),
 ]
 ProfileTarget = Annotated[

@@ -103,7 +103,8 @@ def trace(
     max_new_tokens: flags.MaxNewTokens = 256,
     limit: flags.Limit = 0,
     rows: Annotated[
-        str, typer.Option("--rows", metavar="A:B", help="Rows of the file, from A up to before B.")
+        str,
+        typer.Option("--rows", metavar="A:B", help="Rows A up to before B, counted from 0."),
     ] = "",
     batch_size: flags.BatchSize = 16,
     rule: flags.Rule = "",
@@ -119,13 +120,14 @@ def trace(
     force: flags.Force = False,
 ) -> None:
     """Record which of the draft's children the target takes, position by position."""
-    from stree_autotune.live import PairRequest, open_prompts, run_trace
+    from stree_autotune.live import PairRequest, open_prompts
     from stree_autotune.prompts import parse_rows
     from stree_autotune.record import RecordConfig
+    from stree_autotune.trace import run_trace
     from stree_core.pair import Runtime
 
     chosen = parse_rows(rows) if rows else slice(None)
-    texts = open_prompts(dataset, Path(prompts) if prompts else None, tuple(data))[chosen]
+    texts = open_prompts(dataset, prompts, tuple(data), rows=chosen, limit=limit or None)
     config = RecordConfig(
         dataset=dataset,
         sampling=flags.sampling(rule, temperature, top_p),
@@ -136,7 +138,7 @@ def trace(
         chat=chat,
     )
     request = PairRequest(target, draft, tuple(data), Runtime(device, dtype, backend))
-    run_trace(request, config, prompts=texts[: limit or None], as_json=as_json, force=force)
+    run_trace(request, config, prompts=texts, as_json=as_json, force=force)
 
 
 def validate(
@@ -145,6 +147,7 @@ def validate(
     draft: flags.ProfileDraft = "",
     prompts: flags.Prompts = "",
     dataset: flags.Dataset = "demo",
+    chat: flags.Chat = False,
     batch_size: flags.BatchSize = 1,
     limit: flags.Limit = 32,
     max_new_tokens: flags.MaxNewTokens = 128,
@@ -175,7 +178,8 @@ def validate(
     request = ValidateRequest(
         profile_path=Library.open(searched, missing_ok=True).find_profile(str(profile)),
         dataset=dataset,
-        prompts_file=Path(prompts) if prompts else None,
+        prompts=prompts,
+        chat=chat,
         batch_size=batch_size,
         limit=limit or None,
         max_new_tokens=max_new_tokens,

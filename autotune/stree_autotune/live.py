@@ -1,4 +1,4 @@
-"""Open what the command line names, and the verbs trace and decode."""
+"""Open what the command line names, and the verb decode."""
 
 from __future__ import annotations
 
@@ -10,13 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from stree_autotune.library import Library, check_name, data_folder, trace_file_name
+from stree_autotune.library import Library
 from stree_autotune.prompts import load_prompts
-from stree_autotune.record import RecordConfig, record_trace
-from stree_autotune.trace_file import save_trace
 from stree_core.decode import generate, stream
 from stree_core.engine import Engine, EngineConfig, needed_positions
 from stree_core.errors import ConfigError
@@ -81,38 +76,30 @@ def open_profile_pair(request: PairRequest, profile: Profile) -> Pair:
     return pair
 
 
-def open_prompts(dataset: str, file: Path | None, data: tuple[Path, ...]) -> list[str]:
-    """Return all prompts of a file or dataset; the demo set ships with the demo target."""
-    if file is None and dataset == DEMO_DATASET:
-        file = Library.open(data, missing_ok=True).find_model("demo-target") / "prompts.jsonl"
-    return load_prompts(dataset, file)
-
-
-def run_trace(
-    request: PairRequest,
-    config: RecordConfig,
+def open_prompts(
+    dataset: str,
+    source: str = "",
+    data: tuple[Path, ...] = (),
     *,
-    prompts: list[str],
-    as_json: bool,
-    force: bool,
-) -> None:
-    """Record an acceptance trace and write it where tuning looks first."""
-    check_name(config.dataset, "dataset")
-    pair = open_pair(request)
-    names = (pair.target_ref.name, pair.draft_ref.name, config.dataset)
-    name = trace_file_name(*names, config.sampling.label)
-    path = data_folder(request.data) / "traces" / name
-    _require_new(path, force=force)
-    tokens = pair.encode(prompts, chat=config.chat)
-    with prompt_progress(len(tokens), "prompts") as advance:
-        trace = record_trace(pair, tokens, config, advance)
-    save_trace(trace, path)
-    statistics = trace.meta.statistics
-    lines = [f"wrote {path}: {trace.num_positions} positions of {trace.num_prompts} prompts"]
-    lines += [f"  {key.replace('_', ' ')}: {value:g}" for key, value in statistics.items()]
-    if not trace.reliable:
-        lines.append("  unreliable: a trace needs at least 64 prompts")
-    report("\n".join(lines), {"path": str(path), **statistics}, as_json)
+    rows: slice = slice(None),
+    limit: int | None = None,
+) -> list[str]:
+    """Return prompts of a file, of a hub dataset or by name; the demo set ships with its target."""
+    if not source and dataset == DEMO_DATASET:
+        model = Library.open(data, missing_ok=True).find_model("demo-target")
+        source = str(model / "prompts.jsonl")
+    return load_prompts(dataset, source, rows=rows, limit=limit)
+
+
+def chat_warning(profile: Profile, *, chat: bool) -> str | None:
+    """Return one line when a profile's acceptance was recorded on prompts of the other form."""
+    if profile.chat == chat:
+        return None
+    forms = ("plain prompts", "prompts in the chat template")
+    return (
+        f"the profile was tuned on {forms[profile.chat]}, these are {forms[chat]}: its tokens are "
+        "right, its speed is not promised"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +119,9 @@ def run_decode(models: PairRequest, request: DecodeRequest, *, as_json: bool) ->
     """Continue a prompt as a profile says, printing text as it comes."""
     profile = load_profile(request.profile_path)
     pair = open_profile_pair(models, profile)
-    warning = gpu_warning(profile, pair.device)
-    if warning:
-        logger.warning(warning)
+    for warning in (gpu_warning(profile, pair.device), chat_warning(profile, chat=request.chat)):
+        if warning:
+            logger.warning(warning)
     tree = profile.row_for(1).tree.build() if request.mode == "auto" else Tree.chain(0)
     (tokens,) = pair.encode([request.prompt], chat=request.chat)
     num_positions = needed_positions(len(tokens), request.max_new_tokens, [tree])
@@ -174,33 +161,6 @@ def _print_stream(pair: Pair, pieces: Iterator[list[int]]) -> None:
     logger.info("%d tokens in %d steps after the first", len(kept), steps)
 
 
-def prompt_progress(total: int, unit: str) -> _PromptProgress:
-    """Return a bar on a terminal's stderr that is called with the number done."""
-    return _PromptProgress(total, unit)
-
-
-class _PromptProgress:
-    """A bar with an estimate of the time left; silent when stderr is not a terminal."""
-
-    def __init__(self, total: int, unit: str) -> None:
-        console = Console(stderr=True)
-        self._bar = Progress(
-            TextColumn(unit), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            console=console, disable=not console.is_terminal,
-        )  # fmt: skip
-        self._task = self._bar.add_task(unit, total=total)
-
-    def __enter__(self) -> _PromptProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def __call__(self, done: int) -> None:
-        self._bar.update(self._task, completed=done)
-
-
 def print_json(content: object) -> None:
     """Print one JSON document as one line."""
     sys.stdout.write(json.dumps(content) + "\n")
@@ -213,6 +173,7 @@ def report(text: str, summary: dict[str, object], as_json: bool) -> None:
         print_json(summary)
 
 
-def _require_new(path: Path, *, force: bool) -> None:
+def require_new(path: Path, *, force: bool) -> None:
+    """Raise ConfigError when a file would be replaced without `force`."""
     if path.exists() and not force:
         raise ConfigError(f"{path} exists already; pass --force to replace it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from rich.table import Table
 from stree_autotune.provenance import utc_now, versions
 from stree_autotune.runtime_table import RuntimeTable
 from stree_autotune.show import result_console
+from stree_autotune.trace_file import TraceMeta
 from stree_core.pair import Pair, device_name
 from stree_core.profile import Measured, MeasuredBlock, Profile
 
@@ -27,40 +29,71 @@ class Row:
     live_step_ms: float
     predicted_tokens_per_s: float
     live_tokens_per_s: float
-    texts_differing_from_off: int
+    texts_differing_from_off: int | None
 
     @property
-    def error(self) -> float:
+    def speed_error(self) -> float:
         """Relative error of the predicted tokens per second."""
         return self.predicted_tokens_per_s / self.live_tokens_per_s - 1
 
+    @property
+    def length_error(self) -> float:
+        """Relative error of the predicted tokens per step."""
+        return self.predicted_tokens_per_step / self.live_tokens_per_step - 1
 
-def print_rows(rows: Sequence[Row], pair: Pair, table: RuntimeTable) -> None:
-    """Print a table of rows of one pair, predicted beside live."""
+
+@dataclass(frozen=True, slots=True)
+class Heading:
+    """What all rows of a table share, as its first line says it."""
+
+    pair: str
+    prompts: str
+    predicted_from: str
+
+    @classmethod
+    def of(cls, pair: Pair, meta: TraceMeta, table: RuntimeTable) -> Heading:
+        """Return the heading of rows whose prompts were recorded as `meta`."""
+        form = ", chat template" if meta.chat else ""
+        return cls(
+            f"{pair.target_ref.name} + {pair.draft_ref.name} on {device_name(pair.device)}",
+            f"{meta.num_prompts} prompts of {meta.dataset}{form}, {meta.sampling.label}",
+            f"times of {table.measured.date}, a trace of these prompts",
+        )
+
+
+def print_rows(rows: Sequence[Row], heading: Heading) -> None:
+    """Print a table of rows, predicted beside live, and how far they are apart."""
     console = result_console()
-    console.print(
-        f"{pair.target_ref.name} + {pair.draft_ref.name} on {device_name(pair.device)}, "
-        f"batch size {rows[0].batch_size}; table of {table.measured.date}",
-    )
+    console.print(f"{heading.pair} · {heading.prompts} · batch size {rows[0].batch_size}")
+    console.print(f"predicted from {heading.predicted_from}")
     grid = Table(box=None, pad_edge=False)
-    for title in ("mode", "nodes", "tokens/step", "live", "step ms", "live", "tokens/s", "live"):
+    for title in (
+        "mode", "nodes", "tokens/step", "live", "step ms", "live", "tokens/s", "live", "error",
+    ):  # fmt: skip
         grid.add_column(title, justify="left" if title == "mode" else "right")
-    grid.add_column("error", justify="right")
     for row in rows:
         grid.add_row(
             row.mode, str(row.nodes),
             f"{row.predicted_tokens_per_step:.3f}", f"{row.live_tokens_per_step:.3f}",
             f"{row.predicted_step_ms:.3f}", f"{row.live_step_ms:.3f}",
             f"{row.predicted_tokens_per_s:.0f}", f"{row.live_tokens_per_s:.0f}",
-            f"{row.error:+.1%}",
+            f"{row.speed_error:+.1%}",
         )  # fmt: skip
     console.print(grid)
-    differing = max(row.texts_differing_from_off for row in rows)
+    console.print(f"tokens/s: {error_summary([row.speed_error for row in rows])}")
+    console.print(f"tokens/step: {error_summary([row.length_error for row in rows])}")
+    differing = max(row.texts_differing_from_off or 0 for row in rows)
     if differing:
         console.print(
             f"up to {differing} texts differ from decoding without speculation: rounding at "
             "near-ties, see docs/numerics.md",
         )
+
+
+def error_summary(errors: Sequence[float]) -> str:
+    """Return the median and the worst of relative errors, without their signs."""
+    sizes = [abs(error) for error in errors]
+    return f"median error {statistics.median(sizes):.1%}, worst {max(sizes):.1%}"
 
 
 def with_measured(profile: Profile, rows: Sequence[Row], pair: Pair) -> Profile:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from stree_autotune.provenance import provenance
 from stree_autotune.trace_file import MAX_CHILDREN, NO_RANK, Trace, TraceMeta
 from stree_core.engine import Engine, EngineConfig, needed_positions
-from stree_core.errors import ConfigError
+from stree_core.errors import ConfigError, NonFiniteLogits, NotEnoughMemory
 from stree_core.pair import Pair
 from stree_core.profile import Sampling
 from stree_core.rules import SamplingSupport
@@ -42,10 +42,13 @@ class RecordConfig:
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """One prompt's kept tokens, and the rank of every token but the first."""
+    """One prompt's part of a trace: the rank of every token but the first, a byte each.
 
-    tokens: list[int]
-    ranks: list[int]
+    `num_repeated` of its tokens lie inside an 8-gram that stood earlier in the same output.
+    """
+
+    ranks: bytes
+    num_repeated: int
 
 
 def record_trace(
@@ -54,32 +57,75 @@ def record_trace(
     config: RecordConfig,
     progress: Callable[[int], None] | None = None,
 ) -> Trace:
-    """Decode `prompts` and return their trace.
+    """Decode `prompts` and return their trace; `progress` is called with the number finished."""
+    recordings: dict[int, Recording] = {}
+    for index, recording in record_prompts(pair, prompts, config, range(len(prompts))):
+        recordings[index] = recording
+        if progress is not None:
+            progress(len(recordings))
+    return make_trace(pair, recordings, config)
+
+
+def record_prompts(
+    pair: Pair, prompts: Sequence[Sequence[int]], config: RecordConfig, wanted: Collection[int]
+) -> Iterator[tuple[int, Recording]]:
+    """Decode the prompts whose indices are `wanted`; yield each with its index when it ends.
 
     Every step drafts K children of the root, verifies them with the decoder's own accept code and
     notes the accepted child, but emits only the target's next token, so that every position is
     seen. Whether child i is accepted does not depend on how many there are, whatever the rule.
-    `progress` is called with the number of finished prompts.
+
+    `num_slots` neighbours form a batch, in which each prompt has its own slot; a slot whose prompt
+    has ended, or is not wanted, computes on without effect. So a prompt's passes have the same
+    shapes whichever others are wanted, and its ranks are the same.
     """
     if not 1 <= config.num_children <= MAX_CHILDREN:
         raise ConfigError(
             f"a trace records 1 to {MAX_CHILDREN} children, got {config.num_children}; "
             "change --num-children"
         )
-    star = Tree.from_paths([[rank] for rank in range(config.num_children)])
-    num_positions = needed_positions(max(map(len, prompts)), config.max_new_tokens, [star])
-    support = SamplingSupport(config.sampling.rule, truncates=config.sampling.top_p < 1)
-    engine_config = EngineConfig(config.num_slots, num_positions, record=True, sampling=support)
-    engine = Engine(pair.target, pair.draft, star, engine_config)
+    if not wanted:
+        return
+    engine = _make_engine(pair, prompts, config)
     eos = () if config.ignore_eos else pair.target.shape.eos_token_ids
     stop = StopRule(config.max_new_tokens, eos)
-    recordings: list[Recording] = []
-    requests = [(prompt, _params(config, index)) for index, prompt in enumerate(prompts)]
-    for start in range(0, len(requests), config.num_slots):
-        recordings += _record_group(engine, requests[start : start + config.num_slots], stop)
-        if progress is not None:
-            progress(len(recordings))
-    return _as_trace(pair, recordings, config)
+    for batch in range(num_batches(len(prompts), config)):
+        first = batch * config.num_slots
+        inside = range(first, min(first + config.num_slots, len(prompts)))
+        requests = {
+            index % config.num_slots: (prompts[index], _params(config, index))
+            for index in inside
+            if index in wanted
+        }
+        if requests:
+            for slot, recording in _record_batch(engine, requests, stop):
+                yield first + slot, recording
+
+
+def num_batches(num_prompts: int, config: RecordConfig) -> int:
+    """Return into how many batches prompts are divided."""
+    return -(-num_prompts // config.num_slots)
+
+
+def _make_engine(pair: Pair, prompts: Sequence[Sequence[int]], config: RecordConfig) -> Engine:
+    """Return an engine for all prompts, wanted or not, so that its buffers' shapes are the same."""
+    lengths = [len(prompt) for prompt in prompts]
+    if min(lengths) == 0:
+        raise ConfigError(
+            f"a prompt must hold at least one token, number {lengths.index(0) + 1} has none; "
+            "leave it out"
+        )
+    star = Tree.from_paths([[rank] for rank in range(config.num_children)])
+    num_positions = needed_positions(max(lengths), config.max_new_tokens, [star])
+    support = SamplingSupport(config.sampling.rule, truncates=config.sampling.top_p < 1)
+    engine_config = EngineConfig(config.num_slots, num_positions, record=True, sampling=support)
+    try:
+        return Engine(pair.target, pair.draft, star, engine_config)
+    except NotEnoughMemory as err:
+        longest = lengths.index(max(lengths)) + 1
+        raise NotEnoughMemory(
+            f"{err}; the longest prompt, number {longest}, has {max(lengths)} tokens"
+        ) from err
 
 
 def _params(config: RecordConfig, index: int) -> SamplingParams:
@@ -89,38 +135,45 @@ def _params(config: RecordConfig, index: int) -> SamplingParams:
     )
 
 
-def _record_group(
-    engine: Engine, requests: Sequence[tuple[Sequence[int], SamplingParams]], stop: StopRule
-) -> list[Recording]:
-    recordings: list[Recording] = []
-    running: set[int] = set()
-    for slot, (prompt, params) in enumerate(requests):
-        engine.require_fits(len(prompt), stop.max_new_tokens)
-        tokens, ended = stop.cut([engine.prefill(slot, prompt, params)], [])
-        recordings.append(Recording(tokens, []))
-        if not ended:
-            running.add(slot)
-    for slot in set(range(engine.config.num_slots)) - running:
+def _record_batch(
+    engine: Engine, requests: Mapping[int, tuple[Sequence[int], SamplingParams]], stop: StopRule
+) -> Iterator[tuple[int, Recording]]:
+    """Decode at most a prompt per slot; yield slots and recordings as prompts end."""
+    tokens: dict[int, list[int]] = {}
+    ranks: dict[int, list[int]] = {}
+    ended = {}
+    for slot in range(engine.config.num_slots):
         engine.release(slot)
-    while running:
+    for slot, (prompt, params) in requests.items():
+        tokens[slot], finish = stop.cut([engine.prefill(slot, prompt, params)], [])
+        ranks[slot] = []
+        if finish is not None:
+            ended[slot] = finish
+    while True:
+        for slot in ended:
+            engine.release(slot)
+            yield slot, Recording(bytes(ranks.pop(slot)), repeated_positions(tokens.pop(slot)))
+        if not tokens:
+            return
         result = engine.step()
-        for slot in sorted(running):
-            recording = recordings[slot]
-            kept, ended = stop.cut(result.tokens[slot], recording.tokens)
-            recording.tokens.extend(kept)
+        ended = {}
+        for slot in tokens:
+            if not result.healthy[slot]:
+                raise NonFiniteLogits(
+                    "logits must be finite, they are not; check the weights and the dtype"
+                )
+            kept, finish = stop.cut(result.tokens[slot], tokens[slot])
+            tokens[slot] += kept
             # Node i of a star is the child of rank i - 1; node 0, the root, means none.
             node = result.last_nodes[slot]
-            recording.ranks.append(node - 1 if node else NO_RANK)
-            if ended:
-                running.discard(slot)
-                engine.release(slot)
-    return recordings
+            ranks[slot].append(node - 1 if node else NO_RANK)
+            if finish is not None:
+                ended[slot] = finish
 
 
-def _as_trace(pair: Pair, recordings: Sequence[Recording], config: RecordConfig) -> Trace:
-    lengths = [len(recording.ranks) for recording in recordings]
-    ranks = np.array([r for recording in recordings for r in recording.ranks], dtype=np.uint8)
-    meta = TraceMeta(
+def make_meta(pair: Pair, config: RecordConfig, num_prompts: int) -> TraceMeta:
+    """Return what a trace will say of itself, all but its statistics."""
+    return TraceMeta(
         target=pair.target_ref,
         draft=pair.draft_ref,
         dataset=config.dataset,
@@ -131,25 +184,32 @@ def _as_trace(pair: Pair, recordings: Sequence[Recording], config: RecordConfig)
         chat=config.chat,
         seed=config.seed,
         dtype=str(pair.target.dtype).removeprefix("torch."),
-        num_prompts=len(recordings),
-        statistics=_statistics(recordings),
+        num_prompts=num_prompts,
         provenance=provenance(config.seed),
     )
+
+
+def make_trace(pair: Pair, recordings: Mapping[int, Recording], config: RecordConfig) -> Trace:
+    """Return the trace of all prompts, given by their index from 0 in any order."""
+    ordered = [recordings[index] for index in range(len(recordings))]
+    lengths = [len(recording.ranks) for recording in ordered]
+    ranks = np.frombuffer(b"".join(recording.ranks for recording in ordered), dtype=np.uint8)
     offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
-    return Trace(ranks, offsets, meta)
+    meta = make_meta(pair, config, len(ordered))
+    return Trace(ranks, offsets, meta.model_copy(update={"statistics": _statistics(ordered)}))
 
 
 def _statistics(recordings: Sequence[Recording]) -> dict[str, float]:
     """Return what a reader wants to know of the text behind a trace, without the text."""
     counts = Counter(rank for recording in recordings for rank in recording.ranks)
     total = max(1, sum(counts.values()))
-    num_tokens = sum(len(recording.tokens) for recording in recordings)
-    repeated = sum(repeated_positions(recording.tokens) for recording in recordings)
+    # The first token of every prompt has no rank.
+    num_tokens = sum(counts.values()) + len(recordings)
     shares = {
         "rank0_share": counts[0] / total,
         "rank1to3_share": sum(counts[rank] for rank in (1, 2, 3)) / total,
         "none_share": counts[NO_RANK] / total,
-        "repeated_8gram_share": repeated / max(1, num_tokens),
+        "repeated_8gram_share": sum(r.num_repeated for r in recordings) / max(1, num_tokens),
         "mean_tokens": num_tokens / max(1, len(recordings)),
     }
     return {name: round(value, 6) for name, value in shares.items()}

@@ -89,6 +89,7 @@ def tune(request: TuneRequest) -> Profile:
         gpu=GpuRef(name=request.gpu, status=runtime.source.status),
         dataset=trace.meta.dataset,
         sampling=request.sampling,
+        chat=trace.meta.chat,
         context=request.context,
         policy=tuple(_policy_row(decision) for decision in decisions),
         sources=Sources(runtime=runtime.source, trace=trace_source),

@@ -6,30 +6,34 @@ import json
 import logging
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from stree_autotune.library import Library
 from stree_autotune.live import (
     PairRequest,
+    chat_warning,
     open_profile_pair,
     open_prompts,
     print_json,
-    prompt_progress,
 )
-from stree_autotune.live_rows import Row, print_rows, with_measured
+from stree_autotune.live_rows import Heading, Row, print_rows, with_measured
+from stree_autotune.live_speed import LiveSpeed, joined, live_speed
 from stree_autotune.probe import ProbeConfig, probe
+from stree_autotune.progress import ProgressBar
 from stree_autotune.provenance import command_line, utc_now, versions
 from stree_autotune.record import RecordConfig, record_trace
 from stree_autotune.runtime_table import RuntimeTable, load_runtime_table
 from stree_autotune.step_cost import StepCost
 from stree_autotune.trace_file import Trace
 from stree_autotune.trace_walk import walk
-from stree_core.decode import Run, generate
 from stree_core.engine import Engine, EngineConfig
 from stree_core.files import write_atomically
 from stree_core.pair import Pair, device_name, short_gpu_name
 from stree_core.profile import Profile, load_profile, save_profile
+from stree_core.rules import SamplingSupport
+from stree_core.sampling import SamplingParams
+from stree_core.session import Request
 from stree_core.stop import StopRule
 from stree_core.tree import DEFAULT_TREE, Tree
 
@@ -51,7 +55,8 @@ class ValidateRequest:
 
     profile_path: Path
     dataset: str
-    prompts_file: Path | None
+    prompts: str
+    chat: bool
     batch_size: int
     limit: int | None
     max_new_tokens: int
@@ -64,9 +69,9 @@ class _Setting:
     """What all rows share."""
 
     pair: Pair
-    prompts: list[list[int]]
+    requests: list[Request]
     trace: Trace
-    stop: StopRule
+    support: SamplingSupport
     batch_size: int
     context: int
 
@@ -77,25 +82,30 @@ class _Stage:
 
     table: RuntimeTable
     cost: StepCost
-    runs: dict[Tree, Run]
+    runs: dict[Tree, LiveSpeed]
 
 
 def run_validate(request: ValidateRequest, models: PairRequest, *, as_json: bool) -> None:
     """Print, and write where asked, predicted and live rows for a profile's pair."""
     profile = load_profile(request.profile_path)
     pair = open_profile_pair(models, profile)
-    texts = open_prompts(request.dataset, request.prompts_file, models.data)[: request.limit]
-    setting = _record(pair, pair.encode(texts), profile, request)
+    warning = chat_warning(profile, chat=request.chat)
+    if warning:
+        logger.warning(warning)
+    texts = open_prompts(request.dataset, request.prompts, models.data, limit=request.limit)
+    setting = _record(pair, pair.encode(texts, chat=request.chat), profile, request)
     table = _known_table(setting, profile, models)
     stages = [_stage(setting, profile, part, table) for part in _parts(setting, table)]
     rows = _rows(setting, profile, stages)
-    print_rows(rows, pair, stages[0].table)
+    print_rows(rows, Heading.of(pair, setting.trace.meta, stages[0].table))
     document = {
         "command": command_line(),
         "gpu": device_name(pair.device),
         "versions": versions(),
         "date": utc_now(),
         "dataset": request.dataset,
+        "sampling": profile.sampling.label,
+        "chat": request.chat,
         "num_prompts": len(texts),
         "max_new_tokens": request.max_new_tokens,
         "runtime_table_date": stages[0].table.measured.date,
@@ -112,12 +122,23 @@ def run_validate(request: ValidateRequest, models: PairRequest, *, as_json: bool
 def _record(
     pair: Pair, prompts: list[list[int]], profile: Profile, request: ValidateRequest
 ) -> _Setting:
-    """Record the trace of exactly these prompts."""
-    config = RecordConfig(request.dataset, max_new_tokens=request.max_new_tokens)
-    with prompt_progress(len(prompts), "trace") as advance:
-        trace = record_trace(pair, prompts, config, advance)
+    """Record the trace of exactly these prompts, sampled as the profile says."""
+    sampling = profile.sampling
+    config = RecordConfig(
+        request.dataset,
+        sampling,
+        max_new_tokens=request.max_new_tokens,
+        chat=request.chat,
+    )
+    with ProgressBar(len(prompts), "trace") as progress:
+        trace = record_trace(pair, prompts, config, progress)
     stop = StopRule(request.max_new_tokens, pair.target.shape.eos_token_ids)
-    return _Setting(pair, prompts, trace, stop, request.batch_size, profile.context)
+    requests = [
+        Request(prompt, stop, SamplingParams(sampling.temperature, top_p=sampling.top_p, seed=seed))
+        for seed, prompt in enumerate(prompts)
+    ]
+    support = SamplingSupport(sampling.rule, truncates=sampling.top_p < 1)
+    return _Setting(pair, requests, trace, support, request.batch_size, profile.context)
 
 
 def _known_table(setting: _Setting, profile: Profile, models: PairRequest) -> RuntimeTable | None:
@@ -142,19 +163,19 @@ def _known_table(setting: _Setting, profile: Profile, models: PairRequest) -> Ru
     return table
 
 
-def _parts(setting: _Setting, table: RuntimeTable | None) -> list[list[list[int]]]:
-    """Split the prompts into stages: one with a known table, else a few that each probe anew.
+def _parts(setting: _Setting, table: RuntimeTable | None) -> list[list[Request]]:
+    """Split the requests into stages: one with a known table, else a few that each probe anew.
 
     A machine that drifts between probing and decoding would look like an error of the prediction.
     """
-    count = 1 if table is not None else min(_STAGES, len(setting.prompts))
-    return [setting.prompts[first::count] for first in range(count)]
+    count = 1 if table is not None else min(_STAGES, len(setting.requests))
+    return [setting.requests[first::count] for first in range(count)]
 
 
 def _stage(
-    setting: _Setting, profile: Profile, prompts: list[list[int]], table: RuntimeTable | None
+    setting: _Setting, profile: Profile, requests: list[Request], table: RuntimeTable | None
 ) -> _Stage:
-    """Probe when there is no table, then decode `prompts` in every mode."""
+    """Probe when there is no table, then decode `requests` in every mode."""
     if table is None:
         name = device_name(setting.pair.device)
         logger.info("probing %s at batch size %d to predict with", name, setting.batch_size)
@@ -163,11 +184,11 @@ def _stage(
         config = ProbeConfig(gpu, profile.context, (setting.batch_size,), nodes)
         *_, table = probe(setting.pair, config)
     trees = [*_fixed_modes(profile, setting).values(), *map(Tree.chain, _CHAINS)]
-    with prompt_progress(len(set(trees)), "modes") as advance:
+    with ProgressBar(len(set(trees)), "modes") as progress:
         runs = {}
         for tree in dict.fromkeys(trees):
-            runs[tree] = _decode(setting, prompts, tree)
-            advance(len(runs))
+            runs[tree] = _decode(setting, requests, tree)
+            progress(len(runs))
     return _Stage(table, StepCost.from_table(table), runs)
 
 
@@ -179,16 +200,17 @@ def _fixed_modes(profile: Profile, setting: _Setting) -> dict[str, Tree]:
     return modes | {"published tree": DEFAULT_TREE, "ragged tree": RAGGED}
 
 
-def _decode(setting: _Setting, prompts: list[list[int]], tree: Tree) -> Run:
-    config = EngineConfig(setting.batch_size, setting.context)
+def _decode(setting: _Setting, requests: list[Request], tree: Tree) -> LiveSpeed:
+    config = EngineConfig(setting.batch_size, setting.context, sampling=setting.support)
     engine = Engine(setting.pair.target, setting.pair.draft, tree, config)
-    generate(engine, prompts[: setting.batch_size], StopRule(_WARM_UP_TOKENS))
-    return generate(engine, prompts, setting.stop)
+    warm_up = [replace(r, stop=StopRule(_WARM_UP_TOKENS)) for r in requests[: setting.batch_size]]
+    live_speed(engine, warm_up)
+    return live_speed(engine, requests)
 
 
 def _rows(setting: _Setting, profile: Profile, stages: Sequence[_Stage]) -> list[Row]:
     """Return predicted against live, the best chain being the one that was fastest live."""
-    runs = {tree: _joined([stage.runs[tree] for stage in stages]) for tree in stages[0].runs}
+    runs = {tree: joined([stage.runs[tree] for stage in stages]) for tree in stages[0].runs}
     best = max(map(Tree.chain, _CHAINS), key=lambda chain: runs[chain].tokens_per_s)
     modes = _fixed_modes(profile, setting) | {f"best chain ({best.num_nodes})": best}
     reference = runs[Tree.chain(0)]
@@ -197,22 +219,18 @@ def _rows(setting: _Setting, profile: Profile, stages: Sequence[_Stage]) -> list
     ]
 
 
-def _joined(runs: Sequence[Run]) -> Run:
-    return Run(
-        tuple(generation for run in runs for generation in run.generations),
-        sum(run.step_seconds for run in runs),
-        sum(run.num_engine_steps for run in runs),
-    )
-
-
 def _row(
-    setting: _Setting, name: str, tree: Tree, stages: Sequence[_Stage], run: Run, reference: Run
+    setting: _Setting,
+    name: str,
+    tree: Tree,
+    stages: Sequence[_Stage],
+    run: LiveSpeed,
+    reference: LiveSpeed,
 ) -> Row:
     tokens_per_step = walk(setting.trace, tree).tokens_per_step
     step_ms = statistics.fmean(s.cost.step_ms(setting.batch_size, tree) for s in stages)
-    # With several slots a batch runs until its last sequence ends, so slots are not always full.
-    occupancy = run.num_steps / max(1, run.num_engine_steps)
     pairs = zip(run.generations, reference.generations, strict=True)
+    differing = sum(a.tokens != b.tokens for a, b in pairs)
     return Row(
         mode=name,
         nodes=tree.num_nodes,
@@ -221,7 +239,8 @@ def _row(
         live_tokens_per_step=run.tokens_per_step,
         predicted_step_ms=step_ms,
         live_step_ms=run.step_ms,
-        predicted_tokens_per_s=1e3 * occupancy * tokens_per_step / step_ms,
+        predicted_tokens_per_s=1e3 * setting.batch_size * tokens_per_step / step_ms,
         live_tokens_per_s=run.tokens_per_s,
-        texts_differing_from_off=sum(a.tokens != b.tokens for a, b in pairs),
+        # Sampling asks other random questions with every tree.
+        texts_differing_from_off=differing if setting.support.rule == "greedy" else None,
     )

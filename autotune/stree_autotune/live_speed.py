@@ -1,0 +1,93 @@
+"""How fast an engine decodes with all of its slots at work: what a profile predicts.
+
+Prompts are decoded in waves of as many as there are slots. Only steps are timed, not prefill, and
+of a wave not its first call, in which no step ends. A slot whose text has ended computes on, so
+the time of a step is that of a full batch until the wave's end, and tokens per step count the steps
+of slots that have not ended: tokens/s = slots * tokens per step / step time. A server's rate is
+lower by its prefill and by the share of slots that wait for a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from stree_core.engine import Engine
+from stree_core.errors import ConfigError
+from stree_core.session import Request, Session
+from stree_core.stop import Generation
+
+
+@dataclass(frozen=True, slots=True)
+class LiveSpeed:
+    """What waves of prompts generated, and the wall time of the calls that were timed."""
+
+    generations: tuple[Generation, ...]
+    num_slots: int
+    seconds: float
+    num_calls: int
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Kept tokens per step of a sequence; 1 when there was no step."""
+        num_steps = sum(generation.num_steps for generation in self.generations)
+        num_tokens = sum(len(generation.tokens) - 1 for generation in self.generations)
+        return num_tokens / num_steps if num_steps else 1.0
+
+    @property
+    def step_ms(self) -> float:
+        """Mean wall time of a step of all slots."""
+        return 1e3 * self.seconds / self.num_calls
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens per second of all slots together."""
+        return 1e3 * self.num_slots * self.tokens_per_step / self.step_ms
+
+
+def live_speed(
+    engine: Engine, requests: Sequence[Request], progress: Callable[[int], None] | None = None
+) -> LiveSpeed:
+    """Decode requests with an engine's first tree and time its steps.
+
+    `progress` is called with the number of requests of the waves that have ended. Raises
+    ConfigError when a request fails, or when all are too short for a step to be timed.
+    """
+    session = Session(engine)
+    generations: dict[int, Generation] = {}
+    seconds, num_calls = 0.0, 0
+    for first in range(0, len(requests), engine.config.num_slots):
+        for request in requests[first : first + engine.config.num_slots]:
+            session.submit(request)
+        is_first = True
+        while session.busy:
+            num_before, seconds_before = session.num_steps, session.step_seconds
+            for update in session.step():
+                if update.generation is not None:
+                    generations[update.request_id] = _served(update.generation)
+            if session.num_steps > num_before and not is_first:
+                seconds += session.step_seconds - seconds_before
+                num_calls += 1
+            is_first = False
+        if progress is not None:
+            progress(len(generations))
+    if not num_calls:
+        raise ConfigError("texts must be longer to time steps, all ended at once; ask for more")
+    ordered = tuple(generations[request_id] for request_id in sorted(generations))
+    return LiveSpeed(ordered, engine.config.num_slots, seconds, num_calls)
+
+
+def joined(parts: Sequence[LiveSpeed]) -> LiveSpeed:
+    """Return several runs with equally many slots as one."""
+    return LiveSpeed(
+        tuple(generation for part in parts for generation in part.generations),
+        parts[0].num_slots,
+        sum(part.seconds for part in parts),
+        sum(part.num_calls for part in parts),
+    )
+
+
+def _served(generation: Generation) -> Generation:
+    if generation.finish == "error":
+        raise ConfigError(str(generation.error))
+    return generation
