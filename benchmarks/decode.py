@@ -4,106 +4,43 @@
     python benchmarks/decode.py --table FILE
 
 The demo pair decodes its own prompts with its real acceptance, greedily and at temperature 1 (MSS).
-The shapes mamba2-2.7b and mamba2-130m have random weights: there, and in this file alone, the
-target's choices are taken from a recorded trace (`TraceRule`), so that steps accept as many tokens
-as in the trace while every pass is computed. `host_share` is the part of a step's wall time that
-the device does not work: 1 minus the time of the same captured steps back to back.
+The shapes mamba2-2.7b and mamba2-130m accept what a trace says (traced_pair.py). `host_share` is
+the part of a step's wall time that the device does not work: 1 minus the time of the same captured
+steps back to back.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from report import RESULTS, Row, header, print_table, save, table
 from timing import copy_bandwidth
-from torch import Tensor
+from traced_pair import SHAPES, TRACE, accepted_by, numbered_prompt, open_named
 
-from stree_autotune.library import Library
-from stree_autotune.prompts import load_prompts
+from stree_autotune.live import open_prompts
 from stree_autotune.stepper import occupy
-from stree_autotune.trace_file import Trace, load_trace
-from stree_core import step as step_module
-from stree_core.backend import Backend
+from stree_autotune.trace_file import Trace
 from stree_core.decode import Run, generate
 from stree_core.engine import Engine, EngineConfig
-from stree_core.model_source import folder_source, sheet_source
-from stree_core.pair import Pair, Runtime, load_pair
-from stree_core.rules import GreedyRule, SamplingSupport
+from stree_core.pair import Pair
+from stree_core.rules import SamplingSupport
 from stree_core.sampling import SamplingParams
 from stree_core.stop import StopRule
 from stree_core.tree import DEFAULT_TREE, Tree
-from stree_core.tree_plan import TreePlan
 from stree_kernels.rows import MAX_KEPT
 
-TRACE = "demo-target--demo-draft--gsm8k--greedy"
-SHAPES = ("mamba2-2.7b", "mamba2-130m")
 CONTEXT = 1024
 NEW_TOKENS = 128
 CHAINS = (1, 2, 4, 7)
 TIMED_ROUNDS, TIMED_CALLS = 5, 40
-MakeRules = Callable[..., list["TraceRule"]]
 SHOWN = (
     "pair", "batch", "temperature", "mode", "tokens_per_s", "tokens_per_step", "step_ms",
     "host_share", "over_bare_forward",
 )  # fmt: skip
-
-
-class TraceRule(GreedyRule):
-    """Picks after each node the child that a trace names, or a token that is no child.
-
-    Shape letters: T tree tokens, B slots, K children, N positions.
-    """
-
-    def __init__(
-        self, plan: TreePlan, backend: Backend, ranks_BN: Tensor, position_B: Tensor
-    ) -> None:
-        super().__init__(plan, backend)
-        tree = plan.tree
-        most = max((len(children) for children in tree.children), default=0)
-        rows = [[*children, *[-1] * (most + 1 - len(children))] for children in tree.children]
-        self._child_TK = torch.tensor(rows, device=ranks_BN.device)
-        self._depth_T = plan.tables.depths_T
-        self._ranks_BN = ranks_BN
-        self._position_B = position_B
-
-    def choose(self, logits_TBV: Tensor, tokens_TB: Tensor) -> Tensor:
-        """Return the tokens of the children that the trace accepts."""
-        likeliest_TB = super().choose(logits_TBV, tokens_TB)
-        place_TB = self._position_B + self._depth_T[:, None]
-        place_TB = place_TB % self._ranks_BN.shape[1]
-        rank_TB = self._ranks_BN.t().gather(0, place_TB)
-        last = self._child_TK.shape[1] - 1
-        node_TB = self._child_TK.gather(1, rank_TB.clamp(max=last))
-        taken_TB = tokens_TB.gather(0, node_TB.clamp(min=0))
-        other_TB = (likeliest_TB + 12345) % logits_TBV.shape[-1]
-        return torch.where(node_TB >= 0, taken_TB, other_TB)
-
-    def advance(self, emitted_LB: Tensor, count_B: Tensor) -> None:
-        """Move on in the trace."""
-        self._position_B.add_(count_B)
-
-
-def trace_rules(trace: Trace, num_slots: int, device: torch.device) -> MakeRules:
-    """Return what stands in for stree_core.rules.make_rules: slots begin at different prompts."""
-    ranks = torch.from_numpy(trace.ranks.astype("int64")).to(device)
-    starts = [int(trace.offsets[slot * 7 % trace.num_prompts]) for slot in range(num_slots)]
-    ranks_BN = torch.stack([ranks.roll(-start) for start in starts])
-    position_B = torch.zeros(num_slots, dtype=torch.int64, device=device)
-
-    def make(
-        support: object,
-        plans: Sequence[TreePlan],
-        num_slots: int,
-        vocab_size: int,
-        backend: Backend,
-    ) -> list[TraceRule]:
-        return [TraceRule(plan, backend, ranks_BN, position_B) for plan in plans]
-
-    return make
 
 
 def main() -> None:
@@ -116,8 +53,7 @@ def main() -> None:
     rows: list[Row] = []
     head = header({}, "skipped", copy_bandwidth(torch.device("cuda")))
     for name in options.pairs:
-        pair = open_demo() if name == "demo" else open_shapes()
-        trace = None if name == "demo" else load_trace(Library.open().find_borrowed_trace(TRACE))
+        pair, trace = open_named(name, "cuda")
         temperatures = (0.0, 1.0) if trace is None else (0.0,)
         for batch in options.batches:
             for temperature in temperatures:
@@ -138,17 +74,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=RESULTS / "decode-h200.json")
     parser.add_argument("--table", type=Path, help="print this result file as Markdown and stop")
     return parser.parse_args()
-
-
-def open_demo() -> Pair:
-    library = Library.open()
-    sources = [folder_source(library.find_model(name)) for name in ("demo-target", "demo-draft")]
-    return load_pair(*sources, Runtime("cuda"))
-
-
-def open_shapes() -> Pair:
-    library = Library.open()
-    return load_pair(*(sheet_source(library.find_shape(name)) for name in SHAPES), Runtime("cuda"))
 
 
 def modes(trace: Trace | None) -> dict[str, Tree]:
@@ -187,9 +112,8 @@ def measure(
 
 def prompts_of(pair: Pair, trace: Trace | None, count: int) -> list[list[int]]:
     if trace is not None:
-        return [[1 + index % 1000, 2, 3, 4] for index in range(count)]
-    file = Library.open().find_model("demo-target") / "prompts.jsonl"
-    texts = load_prompts("demo", file)
+        return [numbered_prompt(7 * index % trace.num_prompts) for index in range(count)]
+    texts = open_prompts("demo")
     return pair.encode([texts[index % len(texts)] for index in range(count)])
 
 
@@ -198,16 +122,11 @@ def decode(
     trace: Trace | None,
 ) -> tuple[Run, float, float, float]:  # fmt: skip
     """Return a run, wall ms and device ms of a step, and ms of a forward pass of as many rows."""
-    make_rules = step_module.make_rules
-    if trace is not None:
-        step_module.make_rules = trace_rules(trace, batch, pair.device)  # type: ignore[assignment]
-    try:
-        support = SamplingSupport("mss" if temperature else "greedy")
+    support = SamplingSupport("mss" if temperature else "greedy")
+    with accepted_by(trace):
         engine = Engine(
             pair.target, pair.draft, tree, EngineConfig(batch, CONTEXT, sampling=support)
         )
-    finally:
-        step_module.make_rules = make_rules
     each = [SamplingParams(temperature, seed=index) for index in range(len(prompts))]
     stop = StopRule(NEW_TOKENS, () if trace is not None else pair.target.shape.eos_token_ids)
     generate(engine, prompts[:batch], dataclasses.replace(stop, max_new_tokens=16))

@@ -15,6 +15,7 @@ import torch
 
 from stree_autotune.provenance import git_sha, utc_now, versions
 from stree_core.files import write_atomically
+from stree_core.pair import device_name
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Row = dict[str, Any]
@@ -27,12 +28,16 @@ def command_line() -> str:
     return shlex.join(["python", f"benchmarks/{script.name}", *words])
 
 
-def header(peers: dict[str, str], gate: str, bytes_per_s: float) -> dict[str, Any]:
-    """Return what all rows of one run share."""
+def header(peers: dict[str, str], gate: str, bytes_per_s: float | None = None) -> dict[str, Any]:
+    """Return what all rows of one run share; the memory's bandwidth where it was measured."""
     known = versions()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bandwidth = {}
+    if bytes_per_s is not None:
+        bandwidth = {"copy_bandwidth_tb_s": round(bytes_per_s / 1e12, 3)}
     return {
         "command": command_line(),
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": device_name(device),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -43,7 +48,7 @@ def header(peers: dict[str, str], gate: str, bytes_per_s: float) -> dict[str, An
         },
         "git_sha": git_sha(),
         "date": utc_now(),
-        "copy_bandwidth_tb_s": round(bytes_per_s / 1e12, 3),
+        **bandwidth,
         "gate": gate,
     }
 
@@ -116,6 +121,12 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
+def read(path: Path) -> dict[str, Any]:
+    """Read a result file."""
+    document: dict[str, Any] = json.loads(path.read_text())
+    return document
+
+
 def print_table(path: Path, columns: Sequence[str], keep: Callable[[Row], bool]) -> None:
     """Print a result file's Markdown."""
-    print(markdown(json.loads(path.read_text()), columns, keep), end="")
+    print(markdown(read(path), columns, keep), end="")

@@ -178,6 +178,10 @@ class Engine:
             history += tokens
         return result
 
+    def wait(self) -> None:
+        """Wait for all steps that were launched; what they did is collected as ever."""
+        self._results.gather()
+
     def step(self, which: int = 0) -> StepResult:
         """Run one step and wait for it."""
         self.launch(which)

@@ -108,6 +108,11 @@ class Session:
 
     def step(self) -> list[Update]:
         """Admit what fits, launch a step, and return what the step before it has brought."""
+        start = time.perf_counter()
+        if self._waiting and None in self._slots:
+            # A prefill would wait for the step under way, whose time this is.
+            self._engine.wait()
+        self.step_seconds += time.perf_counter() - start
         self._admit()
         start = time.perf_counter()
         goes_on = self._may_go_on()

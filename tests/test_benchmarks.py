@@ -6,21 +6,23 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from synthetic import trace_of
 from synthetic_data import make_trace
 
 from stree_autotune.timing import Effort
+from stree_autotune.trace_file import NO_RANK, Trace
 from stree_core.backend import load_backend
 from stree_core.checkpoint import random_model
-from stree_core.decode import generate
-from stree_core.engine import Engine, EngineConfig
+from stree_core.model import Model
 from stree_core.model_shape import Block, Mamba2Shape, ModelShape
+from stree_core.model_source import ModelSource
+from stree_core.pair import Pair
 from stree_core.parts import mamba2_part, matrix, vector
-from stree_core.stop import StopRule
-from stree_core.tree import Tree
+from stree_core.profile import ModelRef
 from stree_kernels import tree_scan_ref
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -49,6 +51,7 @@ layer_data = script("layer_data")
 peers = script("peers")
 report = script("report")
 timing = script("timing")
+prediction = script("prediction")
 
 
 def tiny_layer() -> object:
@@ -200,23 +203,65 @@ def test_forward_rows_of_a_tiny_model() -> None:
     assert eight["over_one_token_ms"] == pytest.approx(eight["ms"] - one["ms"], abs=1e-3)
 
 
-def test_a_trace_decides_what_random_weights_accept(monkeypatch: pytest.MonkeyPatch) -> None:
-    decode = script("decode")
+def tiny_model(vocab_size: int) -> Model:
     mixer = Mamba2Shape(4, 4, 1, 1, 8, 4, 4, True, (0.0, float("inf")), 1, 1e-5)
     blocks = (Block(vector("n", 16), (mamba2_part(mixer, 16, "m."),)),)
-    embed = matrix("embed", 20000, 16)
-    shape = ModelShape(20000, 16, 1e-5, True, (), embed, 1.0, blocks, vector("norm", 16), embed)
-    model = random_model(shape, load_backend("torch", CPU), torch.float32, CPU)
-    trace = make_trace(num_prompts=1, length=400)
-    monkeypatch.setattr(decode.step_module, "make_rules", decode.trace_rules(trace, 1, CPU))
-    engine = Engine(model, model, Tree.chain(3), EngineConfig(1, 512))
-    run = generate(engine, [[1, 2]], StopRule(200))
-    expected, position = [], 0
-    for _ in run.generations[0].accept_lengths[:-1]:
-        length = 0
-        while length < 3 and trace.ranks[position + length] == 0:
-            length += 1
-        expected.append(length)
-        position += length + 1
-    assert run.generations[0].accept_lengths[:-1] == expected
-    assert len(set(expected)) == 4
+    embed = matrix("embed", vocab_size, 16)
+    shape = ModelShape(
+        vocab_size, 16, 1e-5, True, (), embed, 1.0, blocks, vector("norm", 16), embed
+    )
+    return random_model(shape, load_backend("torch", CPU), torch.float32, CPU)
+
+
+def traced_case(trace: Trace) -> object:
+    """A pair of random weights that accepts what a trace says, and a cost of 2 ms a step."""
+    model = tiny_model(2000)
+    source = ModelSource(ModelRef(name="tiny", config_sha256="0" * 64), model.shape, None)
+    cost = SimpleNamespace(step_ms=lambda batch, tree: 2.0)
+    pair = Pair(model, model, source, source, None)
+    return prediction.Case("tiny", pair, trace, False, cost, 512)
+
+
+def test_decoding_by_a_trace_takes_the_steps_of_its_walk() -> None:
+    trace = make_trace(num_prompts=5, length=40)
+    case = traced_case(trace)
+    options = SimpleNamespace(prompts=0, sizes=[6], rounds=1)
+    rows = prediction.measure(case, 3, options)
+    assert [row["mode"] for row in rows] == ["off", "chain 1", "chain 2", "chain 5", "tree 6"]
+    for row in rows:
+        assert row["predicted_tokens_per_step"] == row["live_tokens_per_step"], row["mode"]
+        rate = 1e3 * 3 * row["predicted_tokens_per_step"] / 2.0
+        assert row["predicted_tokens_per_s"] == pytest.approx(rate, rel=1e-3)
+        rate = 1e3 * 3 * row["live_tokens_per_step"] / row["live_step_ms"]
+        assert row["live_tokens_per_s"] == pytest.approx(rate, rel=0.5)
+    assert rows[0]["live_tokens_per_step"] == 1
+    assert len({row["live_tokens_per_step"] for row in rows}) == len(rows)
+
+
+def test_the_likeliest_tree_follows_the_shares_of_ranks() -> None:
+    ranks = [[0] * 60 + [1] * 30 + [2] * 6 + [NO_RANK] * 4]
+    tree = prediction.likely_tree(trace_of(ranks, 3), 4)
+    # .6, .36, .3, .216, before .18
+    assert set(tree.paths) == {(0,), (0, 0), (1,), (0, 0, 0)}
+    deep = prediction.likely_tree(trace_of([[0] * 100], 3), 12)
+    assert deep.depth == prediction.DEEPEST
+
+
+def test_errors_are_summed_up_by_pair(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {
+        "batch": 1, "mode": "off", "tree": [], "predicted_step_ms": 1.0, "live_step_ms": 1.0,
+        "predicted_tokens_per_step": 2.0, "live_tokens_per_step": 2.0, "live_spread": 0.001,
+    }  # fmt: skip
+    rows = [
+        {"pair": pair, "predicted_tokens_per_s": speed, "live_tokens_per_s": 100.0, **row}
+        for pair, speed in (("a", 101.0), ("a", 96.0), ("b", 103.0))
+    ]
+    lines = prediction.summary(rows).split("\n\n")
+    assert lines[0].startswith("a, 2 configurations: tokens/s median error 2.5%, worst 4.0%;")
+    assert lines[2].startswith("all, 3 configurations: tokens/s median error 3.0%, worst 4.0%;")
+    report.save(tmp_path / "p.json", report.header({}, "none"), rows)
+    figure = tmp_path / "p.svg"
+    prediction.show(tmp_path / "p.json", figure)
+    assert "| b | 1 | off | 103 | 100 | +3.0% |" in capsys.readouterr().out
+    assert "batch 1" in figure.read_text()
+    assert "Date" not in figure.read_text()

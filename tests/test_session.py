@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -262,3 +263,29 @@ def test_logits_that_are_not_finite_end_their_request_alone(tmp_path: Path) -> N
         assert (ended[0].tokens, ended[2].tokens) == (healthy[0], healthy[2])
         assert ended[1].tokens == healthy[1][: len(ended[1].tokens)]
         assert "logits must be finite" in str(ended[1].error)
+
+
+def test_prefill_waits_for_the_step_under_way_in_stepping_time(
+    pair: Pair, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the rest of that step would pass for prefill, and steps would look faster."""
+    events: list[str] = []
+
+    def noted(name: str) -> Callable[..., Any]:
+        method = getattr(Engine, name)
+
+        def call(*arguments: Any) -> Any:
+            events.append(name)
+            return method(*arguments)
+
+        return call
+
+    for name in ("launch", "wait", "prefill"):
+        monkeypatch.setattr(Engine, name, noted(name))
+    session = Session(_engine(pair, 2, TREES[1:2]), lookahead=1)
+    for request in requests:
+        session.submit(request)
+    session.run()
+    joins = [before for before, event in pairwise(events) if event == "prefill"]
+    assert len(joins) == len(requests)
+    assert set(joins) == {"wait", "prefill"}

@@ -6,7 +6,7 @@ import json
 import logging
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stree_autotune.library import Library
@@ -27,6 +27,7 @@ from stree_autotune.runtime_table import RuntimeTable, load_runtime_table
 from stree_autotune.step_cost import StepCost
 from stree_autotune.trace_file import Trace
 from stree_autotune.trace_walk import walk
+from stree_core.decode import generate
 from stree_core.engine import Engine, EngineConfig
 from stree_core.files import write_atomically
 from stree_core.pair import Pair, device_name, short_gpu_name
@@ -203,8 +204,8 @@ def _fixed_modes(profile: Profile, setting: _Setting) -> dict[str, Tree]:
 def _decode(setting: _Setting, requests: list[Request], tree: Tree) -> LiveSpeed:
     config = EngineConfig(setting.batch_size, setting.context, sampling=setting.support)
     engine = Engine(setting.pair.target, setting.pair.draft, tree, config)
-    warm_up = [replace(r, stop=StopRule(_WARM_UP_TOKENS)) for r in requests[: setting.batch_size]]
-    live_speed(engine, warm_up)
+    first = [request.prompt for request in requests[: setting.batch_size]]
+    generate(engine, first, StopRule(_WARM_UP_TOKENS))
     return live_speed(engine, requests)
 
 

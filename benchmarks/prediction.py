@@ -1,0 +1,269 @@
+"""Predict how fast trees decode, then decode with them.
+
+    python benchmarks/prediction.py [--pairs demo mamba2-2.7b] [--batches 1 8 32] [--data DIR]
+                                    [--output FILE]
+    python benchmarks/prediction.py --table FILE [--figure FILE]
+
+Predictions come from what tuning reads: the pair's runtime table of this machine's device and a
+trace, through StepCost and walk. The live side decodes the prompts of that trace and times its
+steps with all slots at work (stree_autotune.live_speed), in several rounds of all modes in turns.
+The demo pair decodes its own prompts; the trace is the one that ships, recorded at another time and
+batch size. The shapes mamba2-2.7b and mamba2-130m accept what a trace says (traced_pair.py), so
+their tokens per step check the counting alone. Trees are grown from the shares of the trace's ranks
+and are none of those that the probe times. `--table` prints a result file and draws it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from prediction_figure import draw
+from report import RESULTS, Row, header, markdown, read, save, table
+from traced_pair import DEMO, SHAPES, accepted_by, numbered_prompt, open_named
+
+from stree_autotune.library import Library
+from stree_autotune.live import open_prompts
+from stree_autotune.live_rows import error_summary
+from stree_autotune.live_speed import LiveSpeed, live_speed
+from stree_autotune.runtime_table import load_runtime_table
+from stree_autotune.step_cost import StepCost
+from stree_autotune.trace_file import Trace, load_trace
+from stree_autotune.trace_walk import walk
+from stree_core.decode import generate
+from stree_core.engine import Engine, EngineConfig
+from stree_core.errors import MissingMeasurement
+from stree_core.pair import Pair, device_name, short_gpu_name
+from stree_core.session import Request
+from stree_core.stop import StopRule
+from stree_core.tree import Tree
+
+CHAINS = (1, 2, 5)
+SIZES = (4, 8, 16, 32, 64)
+DEEPEST = 8
+DEMO_PROMPTS = 64
+FEWEST_PROMPTS = 4
+WARM_UP_TOKENS = 16
+SHOWN = (
+    "pair", "batch", "mode", "predicted tokens/s", "live tokens/s", "error", "predicted step ms",
+    "live step ms", "predicted tokens/step", "live tokens/step",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A pair, the trace that says what it accepts, and whether it does so by itself."""
+
+    name: str
+    pair: Pair
+    trace: Trace
+    accepts_by_itself: bool
+    cost: StepCost
+    context: int
+
+
+def main() -> None:
+    options = parse()
+    if options.table is not None:
+        show(options.table, options.figure)
+        return
+    head = header({}, "none, speeds only")
+    rows: list[Row] = []
+    for name in options.pairs:
+        start = time.perf_counter()
+        case, source = open_case(name, options.device, options.data)
+        head.setdefault("sources", {})[name] = source
+        for batch in options.batches:
+            rows += measure(case, batch, options)
+            # After every block of rows: a run that is cut short keeps what it has.
+            save(options.output, head, rows)
+        del case
+        torch.cuda.empty_cache()
+        print(f"{name}: {time.perf_counter() - start:.0f} s")
+    print(table(shown(rows), SHOWN), end="")
+    print(summary(rows))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Predict and time decoding")
+    choices = ["demo", SHAPES[0]]
+    parser.add_argument("--pairs", nargs="+", choices=choices, default=choices)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), help="nodes of trees")
+    parser.add_argument("--prompts", type=int, default=DEMO_PROMPTS, help="of the demo pair")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--data", type=Path, nargs="*", default=[], help="own tables and traces")
+    parser.add_argument("--output", type=Path, default=RESULTS / "prediction-h200.json")
+    parser.add_argument("--table", type=Path, help="print this result file as Markdown and stop")
+    parser.add_argument("--figure", type=Path, help="with --table: draw it, .svg or .png")
+    return parser.parse_args()
+
+
+def open_case(name: str, device: str, data: Sequence[Path]) -> tuple[Case, dict[str, Any]]:
+    """Return a pair with what predicts it, and where the predictions come from."""
+    library = Library.open(data)
+    pair, trace = open_named(name, device)
+    accepts_by_itself = trace is None
+    if trace is None:
+        trace = load_trace(library.find_trace(*DEMO, "demo"))
+    gpu = short_gpu_name(device_name(pair.device), pair.device)
+    names = (pair.target_ref.name, pair.draft_ref.name)
+    path = library.measured_runtime(gpu, *names)
+    if path is None:
+        raise MissingMeasurement(f"no runtime table of {names} is there for {gpu}; probe it")
+    runtime = load_runtime_table(path)
+    cost = StepCost.from_table(runtime)
+    source = {
+        "runtime_table": library.label(path),
+        "runtime_date": runtime.measured.date,
+        "runtime_gpu": runtime.gpu_name,
+        "trace": f"{trace.meta.dataset} of {trace.meta.target.name}, {trace.meta.dtype}",
+        "acceptance": "its own" if accepts_by_itself else "taken from the trace",
+        "num_prompts": trace.num_prompts,
+    }
+    return Case(name, pair, trace, accepts_by_itself, cost, runtime.context), source
+
+
+def modes(trace: Trace, sizes: Sequence[int]) -> dict[str, Tree]:
+    """Return what is compared: off, chains, trees."""
+    chains = {f"chain {k}": Tree.chain(k) for k in CHAINS}
+    trees = {f"tree {size}": likely_tree(trace, size) for size in sizes}
+    return {"off": Tree.chain(0)} | chains | trees
+
+
+def likely_tree(trace: Trace, num_nodes: int) -> Tree:
+    """Return the likeliest paths if ranks were independent, at most DEEPEST deep."""
+    counts = np.bincount(trace.ranks, minlength=256)[: trace.meta.num_children]
+    shares = np.minimum.accumulate(counts / max(1, trace.num_positions))
+    paths: list[tuple[int, ...]] = []
+    heap = [(-float(shares[0]), (0,))]
+    while len(paths) < num_nodes:
+        weight, path = heapq.heappop(heap)
+        paths.append(path)
+        if path[-1] + 1 < len(shares) and shares[path[-1]] > 0:
+            ratio = float(shares[path[-1] + 1] / shares[path[-1]])
+            heapq.heappush(heap, (weight * ratio, (*path[:-1], path[-1] + 1)))
+        if len(path) < DEEPEST:
+            heapq.heappush(heap, (weight * float(shares[0]), (*path, 0)))
+    return Tree.from_paths(paths)
+
+
+def measure(case: Case, batch: int, options: argparse.Namespace) -> list[Row]:
+    """Return a row for each mode of one batch size, timed in turns."""
+    chosen = chosen_prompts(case, batch, options.prompts)
+    requests = requests_of(case, chosen)
+    trees = modes(case.trace, options.sizes)
+    config = EngineConfig(batch, case.context)
+    with accepted_by(None if case.accepts_by_itself else case.trace):
+        engines = {
+            mode: Engine(case.pair.target, case.pair.draft, tree, config)
+            for mode, tree in trees.items()
+        }
+    for engine in engines.values():
+        generate(engine, [r.prompt for r in requests[:batch]], StopRule(WARM_UP_TOKENS))
+    rounds = [
+        {mode: live_speed(engine, requests) for mode, engine in engines.items()}
+        for _ in range(options.rounds)
+    ]
+    return [
+        make_row(case, batch, mode, tree, chosen, [speeds[mode] for speeds in rounds])
+        for mode, tree in trees.items()
+    ]
+
+
+def chosen_prompts(case: Case, batch: int, num_demo_prompts: int) -> list[int]:
+    """Return which prompts of the trace are decoded, prompts without a step left out."""
+    wanted = num_demo_prompts if case.accepts_by_itself else max(FEWEST_PROMPTS, batch)
+    lengths = np.diff(case.trace.offsets)
+    return np.flatnonzero(lengths > 0)[:wanted].tolist()
+
+
+def requests_of(case: Case, chosen: Sequence[int]) -> list[Request]:
+    """Return the requests whose texts the trace recorded."""
+    if case.accepts_by_itself:
+        texts = open_prompts("demo")
+        stop = StopRule(case.trace.meta.max_new_tokens, case.pair.target.shape.eos_token_ids)
+        prompts = case.pair.encode([texts[index] for index in chosen])
+        return [Request(prompt, stop) for prompt in prompts]
+    lengths = np.diff(case.trace.offsets).tolist()
+    # The first token is none of the trace's positions.
+    return [Request(numbered_prompt(index), StopRule(lengths[index] + 1)) for index in chosen]
+
+
+def make_row(
+    case: Case, batch: int, mode: str, tree: Tree, chosen: Sequence[int],
+    speeds: Sequence[LiveSpeed],
+) -> Row:  # fmt: skip
+    tokens_per_step = walk(case.trace, tree, np.array(chosen)).tokens_per_step
+    step_ms = case.cost.step_ms(batch, tree)
+    rates = [speed.tokens_per_s for speed in speeds]
+    rate = statistics.median(rates)
+    return {
+        "pair": case.name,
+        "batch": batch,
+        "mode": mode,
+        "tree": [list(path) for path in tree.paths],
+        "predicted_tokens_per_s": round(1e3 * batch * tokens_per_step / step_ms, 1),
+        "live_tokens_per_s": round(rate, 1),
+        "predicted_tokens_per_step": round(tokens_per_step, 4),
+        "live_tokens_per_step": round(speeds[0].tokens_per_step, 4),
+        "predicted_step_ms": round(step_ms, 4),
+        "live_step_ms": round(statistics.median(speed.step_ms for speed in speeds), 4),
+        "num_prompts": len(chosen),
+        "timed_steps": sum(speed.num_calls for speed in speeds),
+        "live_spread": round(statistics.pstdev(rates) / rate, 4),
+    }
+
+
+def errors(rows: Sequence[Row], quantity: str) -> list[float]:
+    """Return the relative errors of the predictions of a quantity."""
+    return [row[f"predicted_{quantity}"] / row[f"live_{quantity}"] - 1 for row in rows]
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """Return the errors of all rows, and of each pair."""
+    lines = []
+    names = list(dict.fromkeys(row["pair"] for row in rows))
+    for name in (*names, None) if len(names) > 1 else names:
+        own = [row for row in rows if name in (None, row["pair"])]
+        lines += [
+            f"{name or 'all'}, {len(own)} configurations: "
+            f"tokens/s {error_summary(errors(own, 'tokens_per_s'))}; "
+            f"tokens/step {error_summary(errors(own, 'tokens_per_step'))}"
+        ]
+    return "\n\n".join(lines)
+
+
+def shown(rows: Sequence[Row]) -> list[Row]:
+    """Return rows as a reader's table has them."""
+    quantities = ("tokens_per_s", "step_ms", "tokens_per_step")
+    return [
+        {name: row[name] for name in ("pair", "batch", "mode")}
+        | {f"{side} {name.replace('_per_', '/').replace('_', ' ')}": row[f"{side}_{name}"]
+           for name in quantities for side in ("predicted", "live")}
+        | {"error": f"{error:+.1%}", "spread": row["live_spread"]}
+        for row, error in zip(rows, errors(rows, "tokens_per_s"), strict=True)
+    ]  # fmt: skip
+
+
+def show(path: Path, figure: Path | None) -> None:
+    """Print a result file as Markdown, and draw it where asked."""
+    document = read(path)
+    rows = document["rows"]
+    text = markdown(document | {"rows": shown(rows)}, SHOWN, lambda row: True)
+    print(text + "\n" + summary(rows))
+    if figure is not None:
+        draw(rows, document["gpu"], figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Live speed: the tokens that the decoder gives, per step, and the time of full batches."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_models import ours, perturbed, random_texts, tiny_mamba2, word_tokenizer
+
+from stree_autotune.live_speed import joined, live_speed
+from stree_core.decode import generate
+from stree_core.engine import Engine, EngineConfig
+from stree_core.errors import ConfigError
+from stree_core.session import Request, Session
+from stree_core.stop import StopRule
+from stree_core.tree import Tree
+
+STOP = StopRule(12, (0,))
+SECONDS = 0.25
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    folder = tmp_path_factory.mktemp("pair")
+    target = ours(tiny_mamba2(layers=1), folder / "target")
+    draft = ours(perturbed(tiny_mamba2(layers=1), 0.1), folder / "draft")
+    return Engine(target, draft, Tree.chain(2), EngineConfig(3, 64))
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    return [word_tokenizer().encode(text).ids for text in random_texts(7)]
+
+
+def test_waves_decode_what_a_session_decodes(
+    engine: Engine, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = generate(engine, prompts, STOP)
+    done: list[int] = []
+    step = Session.step
+
+    def slow_step(self: Session) -> object:
+        """Every call but a wave's first is made to take SECONDS, in a clock of its own."""
+        before = self.num_steps
+        updates = step(self)
+        if self.num_steps > before:
+            self.step_seconds = SECONDS * self.num_steps
+        return updates
+
+    monkeypatch.setattr(Session, "step", slow_step)
+    live = live_speed(engine, [Request(prompt, STOP) for prompt in prompts], done.append)
+    assert [g.tokens for g in live.generations] == [g.tokens for g in run.generations]
+    assert done == [3, 6, 7]
+    assert live.tokens_per_step == run.tokens_per_step
+    waves = [run.generations[first : first + 3] for first in (0, 3, 6)]
+    assert live.num_calls == sum(max(g.num_steps for g in wave) - 1 for wave in waves)
+    assert live.step_ms == pytest.approx(1e3 * SECONDS)
+    assert live.tokens_per_s == pytest.approx(3 * run.tokens_per_step / SECONDS)
+    both = joined([live, live])
+    assert both.tokens_per_s == pytest.approx(live.tokens_per_s)
+    assert len(both.generations) == 14
+
+
+def test_what_cannot_be_timed_or_run_is_refused(engine: Engine, prompts: list[list[int]]) -> None:
+    with pytest.raises(ConfigError, match="texts must be longer"):
+        live_speed(engine, [Request(prompts[0], StopRule(1))])
+    with pytest.raises(ConfigError, match="must fit 64 positions"):
+        live_speed(engine, [Request(prompts[0], StopRule(90))])
