@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import stree_core
-from stree_autotune.library import Library, shipped_root
+from stree_autotune.library import DATASETS, Library, shipped_root, trace_file_name
 from stree_autotune.margin import logit_margin
 from stree_autotune.prompts import load_prompts
 from stree_autotune.record import RecordConfig, record_trace
@@ -26,6 +26,7 @@ from stree_core.tree import DEFAULT_TREE, Tree
 from stree_kernels.testing import assert_close
 
 MODELS = shipped_root() / "models"
+TRACES = sorted((shipped_root() / "traces").glob("*.safetensors"))
 NUM_TOKENS = 40
 TREES = {
     "chain2": Tree.chain(2),
@@ -107,10 +108,16 @@ def test_logits_equal_transformers(name: str, prompts: list[list[int]]) -> None:
             assert_close("logits", model.logits(hidden)[0, 0], expected, tolerance=1e-4)
 
 
-@pytest.mark.parametrize("dataset", ["demo", "gsm8k", "human_eval", "mt_bench"])
-def test_shipped_traces_belong_to_the_shipped_pair(dataset: str) -> None:
-    path = Library.open().find_trace("demo-target", "demo-draft", dataset)
+def test_there_is_a_trace_of_every_known_dataset() -> None:
+    for dataset in DATASETS:
+        assert Library.open().find_trace("demo-target", "demo-draft", dataset) in TRACES
+
+
+@pytest.mark.parametrize("path", TRACES, ids=lambda path: path.stem)
+def test_shipped_traces_belong_to_the_shipped_pair(path: Path) -> None:
     trace = load_trace(path)
+    names = (trace.meta.target.name, trace.meta.draft.name, trace.meta.dataset)
+    assert path.name == trace_file_name(*names, trace.meta.sampling.label)
     for traced, name in ((trace.meta.target, "demo-target"), (trace.meta.draft, "demo-draft")):
         shipped = stree_core.find_source(MODELS / name).ref
         assert (traced.config_sha256, traced.tokenizer_sha256, traced.name) == (
@@ -122,5 +129,6 @@ def test_shipped_traces_belong_to_the_shipped_pair(dataset: str) -> None:
 
 
 def test_files_are_small_enough_to_ship() -> None:
+    assert sum(path.stat().st_size for path in TRACES) < 1_000_000
     for path in Path(MODELS).rglob("*.safetensors"):
         assert path.stat().st_size < 16_000_000, path.name

@@ -13,7 +13,7 @@ from tiny_models import random_texts, save_pair
 from stree_autotune.cli import main
 from stree_autotune.runtime_table import load_runtime_table
 from stree_autotune.trace_file import load_trace
-from stree_core.profile import load_profile
+from stree_core.profile import Sampling, load_profile, save_profile
 
 PAIR = ("--target", "tiny-target", "--draft", "tiny-draft")
 NUM_PROMPTS = 12
@@ -84,6 +84,9 @@ def test_from_measurement_to_text(run: Runner) -> None:
     live = ("--dataset", "toys", "--prompts", "prompts.jsonl", "--max-new-tokens", "30")
     code, out, err = run("validate", *live, "--dtype", "float64", "--write", "--json")
     assert code == 0, err
+    assert out.startswith("tiny-target + tiny-draft on ")
+    assert "· 12 prompts of toys, greedy · batch size 1\n" in out
+    assert "\ntokens/step: median error 0.0%, worst 0.0%\n" in out
     rows = json.loads(out.splitlines()[-1])["rows"]
     assert len(rows) == 7
     for row in rows:
@@ -146,7 +149,9 @@ def test_shapes_are_timed_with_random_weights(run: Runner, folder: Path) -> None
     assert table.draft.vocab_size == 96
 
 
-def test_chats_are_put_into_the_template(run: Runner, folder: Path) -> None:
+def test_chats_are_put_into_the_template(
+    run: Runner, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     template = "{% for m in messages %}w9 {{ m.content }} w8{% endfor %}"
     model = folder / "stree-data" / "models" / "tiny-target"
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
@@ -161,10 +166,37 @@ def test_chats_are_put_into_the_template(run: Runner, folder: Path) -> None:
     assert run(*record, "--max-new-tokens", "5")[0] == 0
     path = Path("stree-data/traces/tiny-target--tiny-draft--chats--greedy.safetensors")
     assert load_trace(path).meta.chat
+    few = ("--context", "128", "--max-nodes", "8", "--batch-size", "1", "-o", "chats.yaml")
+    assert run("--gpu", "cpu", "--dataset", "chats", *PAIR, *few)[0] == 0
+    assert load_profile(Path("chats.yaml")).chat
+    for flags, warns in (((), True), (("--chat",), False)):
+        caplog.clear()
+        assert run(*prompt, "w3 w4", "--profile", "chats.yaml", *flags)[0] == 0
+        assert ("tuned on prompts in the chat template" in caplog.text) == warns
     (model / "tokenizer_config.json").unlink()
     code, _, err = run(*prompt, "w3 w4", "--chat")
     assert code == 2
     assert "tiny-target must hold a chat template" in err
+
+
+def test_validate_follows_a_profiles_sampling(
+    run: Runner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = load_runtime_table(Path("stree-data/runtime/cpu--tiny-target--tiny-draft.yaml"))
+    monkeypatch.setattr("stree_autotune.validate._known_table", lambda *_: table)
+    profile = load_profile(Path("stree-profile.yaml"))
+    sampled = {"sampling": Sampling(rule="mss", temperature=0.7, top_p=0.9), "chat": True}
+    save_profile(profile.model_copy(update=sampled), Path("sampled.yaml"))
+    few = ("--dataset", "toys", "--prompts", "prompts.jsonl", "--limit", "3", "--batch-size", "2")
+    code, out, err = run("validate", "-p", "sampled.yaml", *few, "--max-new-tokens", "12", "--json")
+    assert code == 0, err
+    assert "· 3 prompts of toys, mss-t0.7-p0.9 · batch size 2\n" in out
+    document = json.loads(out.splitlines()[-1])
+    assert (document["sampling"], document["chat"]) == ("mss-t0.7-p0.9", False)
+    assert all(row["texts_differing_from_off"] is None for row in document["rows"])
+    rates = [2e3 * row["live_tokens_per_step"] / row["live_step_ms"] for row in document["rows"]]
+    assert rates == pytest.approx([row["live_tokens_per_s"] for row in document["rows"]])
+    assert "these are plain prompts" in caplog.text
 
 
 def test_models_come_from_the_hub_by_their_id(

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from stree_autotune.library import check_name, data_folder, trace_file_name
-from stree_autotune.live import PairRequest, open_pair, report, require_new
+from stree_autotune.live import PairRequest, open_pair, open_source, report, require_new
 from stree_autotune.progress import ProgressBar
 from stree_autotune.record import RecordConfig, Recording, make_meta, make_trace, record_prompts
 from stree_autotune.shard import Shard, current_shard, take_own_gpu
@@ -35,12 +35,13 @@ def run_trace(
 ) -> None:
     """Record an acceptance trace, or go on with one, and write it where tuning looks first."""
     check_name(config.dataset, "dataset")
+    target, draft = (open_source(request, name).name for name in (request.target, request.draft))
+    name = trace_file_name(target, draft, config.dataset, config.sampling.label)
+    path = data_folder(request.data) / "traces" / name
+    require_new(path, force=force)
     shard = current_shard()
     take_own_gpu(shard)
     pair = open_pair(request)
-    names = (pair.target_ref.name, pair.draft_ref.name, config.dataset)
-    path = data_folder(request.data) / "traces" / trace_file_name(*names, config.sampling.label)
-    require_new(path, force=force)
     tokens = pair.encode(prompts, chat=config.chat)
     parts = TraceParts(path, settings_of(pair, tokens, config))
     recordings = record_share(pair, tokens, config, parts, shard, force=force)
