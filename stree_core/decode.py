@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -70,6 +71,7 @@ def generate(
     for prompt, ends, params in zip(prompts, stops, settings, strict=True):
         session.submit(Request(prompt, ends, params))
     ended: dict[int, Generation] = {}
+    start = time.perf_counter()
     while session.busy:
         for update in session.step():
             if update.generation is None:
@@ -78,8 +80,9 @@ def generate(
             ended[update.request_id] = update.generation
             if progress is not None:
                 progress(len(ended))
+    seconds = time.perf_counter() - start
     generations = tuple(ended[request_id] for request_id in range(len(prompts)))
-    return Run(generations, session.step_seconds, session.num_steps)
+    return Run(generations, seconds - session.prefill_seconds, session.num_steps)
 
 
 def stream(

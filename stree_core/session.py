@@ -71,7 +71,7 @@ class Session:
         self._num_under_way = 0
         self._num_submitted = 0
         self.num_steps = 0
-        self.step_seconds = 0.0
+        self.prefill_seconds = 0.0
         for slot in range(engine.config.num_slots):
             engine.release(slot)
 
@@ -108,13 +108,12 @@ class Session:
 
     def step(self) -> list[Update]:
         """Admit what fits, launch a step, and return what the step before it has brought."""
-        start = time.perf_counter()
         if self._waiting and None in self._slots:
-            # A prefill would wait for the step under way, whose time this is.
+            # A prefill would wait for the step under way, whose time is not its own.
             self._engine.wait()
-        self.step_seconds += time.perf_counter() - start
-        self._admit()
-        start = time.perf_counter()
+            start = time.perf_counter()
+            self._admit()
+            self.prefill_seconds += time.perf_counter() - start
         goes_on = self._may_go_on()
         if goes_on:
             self._engine.launch(self._choose_tree(self._num_active))
@@ -124,7 +123,6 @@ class Session:
         while self._num_under_way > (self._lookahead if goes_on else 0):
             self._num_under_way -= 1
             self._read(self._engine.collect())
-        self.step_seconds += time.perf_counter() - start
         updates, self._updates = self._updates, []
         return updates
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from tiny_models import ours, perturbed, random_texts, tiny_mamba2, word_tokenizer
 
@@ -9,7 +11,7 @@ from stree_autotune.live_speed import joined, live_speed
 from stree_core.decode import generate
 from stree_core.engine import Engine, EngineConfig
 from stree_core.errors import ConfigError
-from stree_core.session import Request, Session
+from stree_core.session import Request
 from stree_core.stop import StopRule
 from stree_core.tree import Tree
 
@@ -30,23 +32,13 @@ def prompts() -> list[list[int]]:
     return [word_tokenizer().encode(text).ids for text in random_texts(7)]
 
 
-def test_waves_decode_what_a_session_decodes(
-    engine: Engine, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_waves_decode_what_a_session_decodes(engine: Engine, prompts: list[list[int]]) -> None:
     run = generate(engine, prompts, STOP)
     done: list[int] = []
-    step = Session.step
-
-    def slow_step(self: Session) -> object:
-        """Every call but a wave's first is made to take SECONDS, in a clock of its own."""
-        before = self.num_steps
-        updates = step(self)
-        if self.num_steps > before:
-            self.step_seconds = SECONDS * self.num_steps
-        return updates
-
-    monkeypatch.setattr(Session, "step", slow_step)
-    live = live_speed(engine, [Request(prompt, STOP) for prompt in prompts], done.append)
+    # Read before a wave and after each of its calls, of which the first does not count.
+    times = itertools.accumulate(itertools.repeat(SECONDS))
+    requests = [Request(prompt, STOP) for prompt in prompts]
+    live = live_speed(engine, requests, done.append, lambda: next(times))
     assert [g.tokens for g in live.generations] == [g.tokens for g in run.generations]
     assert done == [3, 6, 7]
     assert live.tokens_per_step == run.tokens_per_step
