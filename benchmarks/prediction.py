@@ -16,6 +16,7 @@ and are none of those that the probe times. `--table` prints a result file and d
 from __future__ import annotations
 
 import argparse
+import gc
 import heapq
 import statistics
 import time
@@ -85,11 +86,18 @@ def main() -> None:
             rows += measure(case, batch, options)
             # After every block of rows: a run that is cut short keeps what it has.
             save(options.output, head, rows)
+            give_back()
         del case
-        torch.cuda.empty_cache()
+        give_back()
         print(f"{name}: {time.perf_counter() - start:.0f} s")
     print(table(shown(rows), SHOWN), end="")
     print(summary(rows))
+
+
+def give_back() -> None:
+    """Free the memory of engines, whose captured steps refer to them."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def parse() -> argparse.Namespace:
@@ -111,7 +119,7 @@ def parse() -> argparse.Namespace:
 def open_case(name: str, device: str, data: Sequence[Path]) -> tuple[Case, dict[str, Any]]:
     """Return a pair with what predicts it, and where the predictions come from."""
     library = Library.open(data)
-    pair, trace = open_named(name, device)
+    pair, trace = open_named(name, device, data)
     accepts_by_itself = trace is None
     if trace is None:
         trace = load_trace(library.find_trace(*DEMO, "demo"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -103,9 +104,9 @@ def numbered_prompt(index: int) -> list[int]:
     return [index + 1, 2, 3, 4]
 
 
-def open_named(name: str, device: str) -> tuple[Pair, Trace | None]:
+def open_named(name: str, device: str, data: Sequence[Path] = ()) -> tuple[Pair, Trace | None]:
     """Return the pair "demo", with its own acceptance, or the shapes with their trace."""
     if name == "demo":
         return open_pair(PairRequest(*DEMO, (), Runtime(device))), None
-    trace = load_trace(Library.open().find_borrowed_trace(TRACE))
+    trace = load_trace(Library.open(data).find_borrowed_trace(TRACE))
     return open_pair(PairRequest(*SHAPES, (), Runtime(device), shapes=True)), trace

@@ -311,7 +311,7 @@ def test_a_worker_killed_under_torchrun(folder: Path, monkeypatch: pytest.Monkey
     again = subprocess.run(two, cwd=folder, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert "going on after" in again.stderr
-    assert again.stdout.count("wrote ") == 1
+    assert "wrote " in again.stdout
     assert not list(traces.glob("*.jsonl"))
     (path,) = traces.glob("*.safetensors")
     divided = load_trace(path)
