@@ -15,12 +15,19 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+
+import torch
+from report import Row, command_line
 
 from stree_autotune.live import PairRequest, open_pair, open_prompts
 from stree_autotune.margin import logit_margin
 from stree_autotune.provenance import utc_now, versions
 from stree_autotune.validate import RAGGED
+from stree_core.backend import resolve_device
 from stree_core.decode import Run, generate
 from stree_core.engine import Engine, EngineConfig, needed_positions
 from stree_core.files import write_atomically
@@ -40,19 +47,26 @@ MODES = {
 
 def main() -> None:
     options = parse()
-    rows = []
+    rows: list[Row] = []
     for dtype in options.dtype:
-        pair = open_pair(
-            PairRequest("demo-target", "demo-draft", (), Runtime(options.device, dtype, "auto"))
-        )
-        prompts = pair.encode(open_prompts("demo", limit=options.prompts))
-        rows += compare(pair, prompts, options, dtype)
-        name = device_name(pair.device)
+        work = [(options, dtype, part) for part in range(options.processes)]
+        if options.processes == 1:
+            parts = [compare(*work[0])]
+        else:
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(options.processes, context) as pool:
+                parts = list(pool.map(compare, *zip(*work, strict=True)))
+        for same in zip(*parts, strict=True):
+            row = together(same)
+            rows.append(row)
+            print(
+                f"{dtype:9} batch {row['batch']} {row['mode']:15} {row['differing_texts']:3} of "
+                f"{row['texts']} texts differ in {row['compared_tokens']} tokens; largest margin "
+                f"{max(row['margins_at_first_difference'], default=0):.2e}"
+            )
     document = {
-        "command": f"python benchmarks/lossless.py --device {options.device} "
-        f"--dtype {' '.join(options.dtype)} --prompts {options.prompts} --tokens {options.tokens} "
-        f"--batches {' '.join(map(str, options.batches))}",
-        "gpu": name,
+        "command": command_line(),
+        "gpu": device_name(resolve_device(options.device)),
         "versions": versions(),
         "date": utc_now(),
         "rows": rows,
@@ -68,18 +82,22 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 5])
+    parser.add_argument("--processes", type=int, default=1, help="each takes a part of the prompts")
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
 
 
-def compare(
-    pair: Pair, prompts: list[list[int]], options: argparse.Namespace, dtype: str
-) -> list[dict[str, object]]:
-    """Return a row for each batch size and mode: flips, and their margins."""
-    longest = options.tokens
-    stops = [StopRule(longest - index * 37 % (longest // 2)) for index in range(len(prompts))]
+def compare(options: argparse.Namespace, dtype: str, part: int) -> list[Row]:
+    """Return a row for each batch size and mode, over one part of the prompts, taken in turns."""
+    torch.set_num_threads(1)
+    request = PairRequest("demo-target", "demo-draft", (), Runtime(options.device, dtype, "auto"))
+    pair = open_pair(request)
+    longest, chosen = options.tokens, slice(part, options.prompts, options.processes)
+    prompts = pair.encode(open_prompts("demo", "", ()))[chosen]
+    lengths = [longest - index * 37 % (longest // 2) for index in range(options.prompts)]
+    stops = [StopRule(length) for length in lengths[chosen]]
     alone = decode(pair, prompts, stops, 1, Tree.chain(0))
-    rows: list[dict[str, object]] = []
+    rows = []
     for batch, (mode, tree) in itertools.product(options.batches, MODES.items()):
         run = decode(pair, prompts, stops, batch, tree)
         texts = [
@@ -91,27 +109,27 @@ def compare(
             for prompt, (expected, actual) in zip(prompts, texts, strict=True)
             if expected != actual
         ]
-        num_compared = sum(len(expected) - unlike(expected, actual) for expected, actual in texts)
         rows.append(
             {
                 "dtype": dtype,
                 "batch": batch,
                 "mode": mode,
                 "texts": len(prompts),
-                "compared_tokens": num_compared,
+                "compared_tokens": sum(len(own) - unlike(own, other) for own, other in texts),
                 "differing_texts": len(margins),
-                "flips_per_100k_tokens": round(1e5 * len(margins) / num_compared, 1),
                 "margins_at_first_difference": margins,
-                "tokens_per_step": round(run.tokens_per_step, 4),
             }
         )
-        listed = ", ".join(f"{value:.2e}" for value in margins) or "none"
-        print(
-            f"{dtype:9} batch {batch} {mode:15} {len(margins):3} of {len(prompts)} texts differ in "
-            f"{num_compared} tokens; margins {listed}",
-            flush=True,
-        )
     return rows
+
+
+def together(parts: Sequence[Row]) -> Row:
+    """Return one row of the same mode over all parts' texts."""
+    row = dict(parts[0])
+    for key in ("texts", "compared_tokens", "differing_texts", "margins_at_first_difference"):
+        row[key] = sum((part[key] for part in parts[1:]), parts[0][key])
+    row["flips_per_100k_tokens"] = round(1e5 * row["differing_texts"] / row["compared_tokens"], 1)
+    return row
 
 
 def unlike(expected: list[int], actual: list[int]) -> int:
