@@ -54,12 +54,18 @@ def test_exact_table_is_found(library: Library, root: Path) -> None:
     assert found.is_exact
 
 
-def test_sibling_table_is_carried_over(library: Library) -> None:
-    found = library.find_runtime("h100", *PAIR)
+@pytest.mark.parametrize("gpu", ["h100", "l40s"])
+def test_another_gpus_table_is_estimated_from(library: Library, root: Path, gpu: str) -> None:
+    found = library.find_runtime(gpu, *PAIR)
     assert not found.is_exact
     assert found.measured is not None
     assert found.wanted is not None
-    assert (found.measured.name, found.wanted.name) == ("h200", "h100")
+    assert (found.measured.name, found.wanted.name) == ("h200", gpu)
+    assert {path.name.split("--")[0] for path in found.others} == {"h200"}
+    write_library(root, make_table(gpu="a100-80g"))
+    nearest = library.find_runtime(gpu, *PAIR).measured
+    assert nearest is not None
+    assert nearest.name == {"h100": "h200", "l40s": "a100-80g"}[gpu]
 
 
 def test_an_exact_table_goes_before_an_estimate(library: Library, root: Path) -> None:
@@ -68,7 +74,7 @@ def test_an_exact_table_goes_before_an_estimate(library: Library, root: Path) ->
 
 
 @pytest.mark.parametrize("gpu", ["a100", "cpu"])
-def test_other_architectures_are_not_estimated(library: Library, gpu: str) -> None:
+def test_without_a_sheet_nothing_is_estimated(library: Library, gpu: str) -> None:
     command = f"stree-tune probe --gpu {gpu} --target demo-target --draft demo-draft"
     with pytest.raises(MissingMeasurement, match=command):
         library.find_runtime(gpu, *PAIR)

@@ -19,7 +19,8 @@ from stree_autotune.live import (
 )
 from stree_autotune.live_rows import Heading, Row, print_rows, with_measured
 from stree_autotune.live_speed import LiveSpeed, joined, live_speed
-from stree_autotune.probe import ProbeConfig, probe
+from stree_autotune.probe import probe
+from stree_autotune.probe_plan import ProbeConfig
 from stree_autotune.progress import ProgressBar
 from stree_autotune.provenance import command_line, utc_now, versions
 from stree_autotune.record import RecordConfig, record_trace
@@ -182,7 +183,7 @@ def _stage(
         logger.info("probing %s at batch size %d to predict with", name, setting.batch_size)
         gpu = short_gpu_name(name, setting.pair.device)
         nodes = max(16, *(row.tree.build().num_nodes for row in profile.policy))
-        config = ProbeConfig(gpu, profile.context, (setting.batch_size,), nodes)
+        config = ProbeConfig(gpu, profile.context, (setting.batch_size,), nodes, sampled=False)
         *_, table = probe(setting.pair, config)
     trees = [*_fixed_modes(profile, setting).values(), *map(Tree.chain, _CHAINS)]
     with ProgressBar(len(set(trees)), "modes") as progress:
@@ -229,7 +230,9 @@ def _row(
     reference: LiveSpeed,
 ) -> Row:
     tokens_per_step = walk(setting.trace, tree).tokens_per_step
-    step_ms = statistics.fmean(s.cost.step_ms(setting.batch_size, tree) for s in stages)
+    step_ms = statistics.fmean(
+        s.cost.step_ms(setting.batch_size, tree, tokens_per_step) for s in stages
+    )
     pairs = zip(run.generations, reference.generations, strict=True)
     differing = sum(a.tokens != b.tokens for a, b in pairs)
     return Row(
