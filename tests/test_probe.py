@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from synthetic_data import make_table
-from tiny_models import tiny_pair
+from tiny_models import save_pair
 
 from stree_autotune import probe_passes, probe_rules, probe_steps
 from stree_autotune.model_cost import MAX_KEPT, model_cost
@@ -24,7 +23,8 @@ from stree_autotune.runtime_table import (
 from stree_autotune.step_cost import StepCost
 from stree_autotune.timing import Effort, Timing, Work, time_interleaved
 from stree_core.errors import BackendUnavailable
-from stree_core.pair import Pair
+from stree_core.model_source import folder_source
+from stree_core.pair import Pair, Runtime, load_pair
 from stree_core.tree import DEFAULT_TREE, Tree
 from stree_kernels import rows as kernel_rows
 
@@ -34,14 +34,15 @@ Invent = Callable[..., dict[Any, Timing]]
 
 
 @pytest.fixture(scope="module")
-def pair() -> Pair:
-    return tiny_pair()
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    root = tmp_path_factory.mktemp("pair")
+    save_pair(root)
+    sources = [folder_source(root / "models" / name) for name in ("tiny-target", "tiny-draft")]
+    return load_pair(*sources, Runtime("cpu"))
 
 
 def invented(works: Mapping[Any, Work], *_: object, **__: object) -> dict[Any, Timing]:
-    """Times that depend on the name alone; every work runs once."""
-    for work in works.values():
-        work()
+    """Times that depend on the name alone; no work runs."""
     return {name: Timing(1.0 + sum(map(ord, str(name))) % 97 / 100, 0.01) for name in works}
 
 
@@ -55,9 +56,12 @@ def clockless(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Invent], No
     return put
 
 
-@pytest.fixture
-def whole(pair: Pair, clockless: object) -> RuntimeTable:
-    *_, table = probe(pair, CONFIG)
+@pytest.fixture(scope="module")
+def whole(pair: Pair) -> RuntimeTable:
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (probe_passes, probe_rules, probe_steps):
+            patch.setattr(module, "time_interleaved", invented)
+        *_, table = probe(pair, CONFIG)
     return table
 
 
@@ -78,7 +82,7 @@ def test_every_term_is_measured(pair: Pair, whole: RuntimeTable) -> None:
         assert cost.step_ms(2, Tree.chain(0)) > 0
 
 
-@pytest.mark.parametrize("killed_at", range(9))
+@pytest.mark.parametrize("killed_at", [0, 1, 3, 9, 12])
 def test_a_killed_probe_goes_on_where_it_was(
     pair: Pair, whole: RuntimeTable, clockless: Any, killed_at: int, tmp_path: Path
 ) -> None:
@@ -108,7 +112,7 @@ def test_a_killed_probe_goes_on_where_it_was(
     if known is not None:
         assert extends(known, pair, CONFIG)
         assert known.points == table.points[: len(known.points)], "what was measured stays"
-        assert len(again) < 11, "not all again"
+        assert len(again) <= 2 * (1 + 1 + 8) - 1 - killed_at + 1, "not all again"
     assert (known is None) == (not before)
 
 
@@ -135,26 +139,14 @@ def test_a_gpu_that_disappears_is_one_sentence_and_keeps_what_was_measured(
 def test_what_does_not_fit_is_recorded_and_not_tried_again(
     pair: Pair, clockless: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = probe_passes.captured
+    make_buffers = probe_passes.make_buffers
 
-    def small(work: Work, device: torch.device, pool: object = None) -> Work:
-        found: Work = plain(work, device, pool)
-        found()
-        if any(len(buffer) > 9 * 2 for buffer in seen):
-            seen.clear()
+    def small(plans: Any, num_slots: int, device: torch.device) -> Any:
+        if num_slots * plans[0].tree.num_tokens > 20:
             raise torch.OutOfMemoryError("too large")
-        return found
+        return make_buffers(plans, num_slots, device)
 
-    seen: list[Any] = []
-    verify = probe_passes.Speculator.verify
-
-    def noted(self: Any) -> torch.Tensor:
-        seen.append(self.buffers.tokens_TB.flatten())
-        chosen: torch.Tensor = verify(self)
-        return chosen
-
-    monkeypatch.setattr(probe_passes.Speculator, "verify", noted)
-    monkeypatch.setattr(probe_passes, "captured", small)
+    monkeypatch.setattr(probe_passes, "make_buffers", small)
     *_, table = probe(pair, CONFIG)
     missing = {row[:3] for row in table.no_room}
     assert ("verify", 2, 12) in missing
@@ -179,7 +171,8 @@ def test_the_plan_covers_both_sides_of_every_padding_step() -> None:
     for edge in (8, 16, 32, 48, 64, 96, 128, 192):
         assert {edge, edge + 1} <= sizes
     assert max(sizes) == 256
-    assert [stage.batch_size for stage in stages if stage.kind == "steps"] == [*config.batch_sizes]
+    steps = [stage for stage in stages if stage.kind == "steps"]
+    assert {stage.batch_size for stage in steps} == set(config.batch_sizes)
 
 
 def test_the_shape_says_what_a_cache_holds(pair: Pair) -> None:
@@ -213,7 +206,7 @@ def test_a_noisy_candidate_is_measured_more_often(monkeypatch: pytest.MonkeyPatc
         "noisy": clock.work("noisy", lambda call: 0.01 * (1 + 0.3 * (call % 3))),
     }
     found = time_interleaved(works, CPU, Effort(4, 20, 0.0))
-    assert clock.log.count("noisy") > 3 * clock.log.count("still")
+    assert clock.log.count("noisy") > 2 * clock.log.count("still")
     assert found["still"].ms == pytest.approx(10.0)
     assert found["still"].spread_ms == pytest.approx(0.0, abs=1e-9)
 

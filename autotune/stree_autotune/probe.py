@@ -164,13 +164,12 @@ def _measure_steps(
     pair: Pair, config: ProbeConfig, keys: Sequence[Key], setting: StepSetting, found: _Found
 ) -> None:
     trees = step_trees(config.max_nodes)
-    for rule in dict.fromkeys(key[2] for key in keys):
-        mine = {name: trees[name] for _, name, its in keys if its == rule}
-        times = time_steps(pair.target, pair.draft, mine, rule, setting)
-        found.steps += times.steps
-        found.no_room += times.no_room
-        if times.host is not None and times.host[:3] not in {p[:3] for p in found.points}:
-            found.points.append(times.host)
+    mine = {name: trees[name] for _, name, _ in keys}
+    times = time_steps(pair.target, pair.draft, mine, keys[0][2], setting)
+    found.steps += times.steps
+    found.no_room += times.no_room
+    if times.host is not None and times.host[:3] not in {p[:3] for p in found.points}:
+        found.points.append(times.host)
 
 
 def _until(stages: Sequence[Stage], end: float) -> float:

@@ -54,12 +54,12 @@ class Stage(NamedTuple):
     @property
     def weight(self) -> float:
         """About how long it takes beside the others: host time, and device time by batch size."""
-        return {"passes": 1.0, "steps": 1.5, "rules": 1.0}[self.kind] * (1 + self.batch_size / 12)
+        return {"passes": 1.0, "steps": 0.5, "rules": 1.0}[self.kind] * (1 + self.batch_size / 12)
 
     def __str__(self) -> str:
         if self.kind == "rules":
             return "rules"
-        what = "passes" if self.kind == "passes" else "whole steps"
+        what = "passes" if self.kind == "passes" else f"whole {self.keys[0][2]} steps"
         return f"{what} at batch size {self.batch_size}"
 
 
@@ -117,10 +117,10 @@ def _stages(config: ProbeConfig, has_attention: bool) -> Iterator[Stage]:
         passes = _pass_keys(config, batch_size, has_attention)
         yield Stage("passes", batch_size, tuple(passes))
         trees = step_trees(config.max_nodes)
-        keys: list[Key] = [(batch_size, name, "greedy") for name in trees]
-        if config.sampled:
-            keys += [(batch_size, n, r) for r in SAMPLED for n in sampled_trees(config.max_nodes)]
-        yield Stage("steps", batch_size, tuple(keys))
+        yield Stage("steps", batch_size, tuple((batch_size, name, "greedy") for name in trees))
+        for rule in SAMPLED if config.sampled else ():
+            names = sampled_trees(config.max_nodes)
+            yield Stage("steps", batch_size, tuple((batch_size, name, rule) for name in names))
 
 
 def _pass_keys(config: ProbeConfig, batch_size: int, has_attention: bool) -> Iterator[Key]:

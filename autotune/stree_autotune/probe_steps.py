@@ -103,6 +103,6 @@ def _time_group(
 
 def free(device: torch.device) -> None:
     """Give back what the last measurements held."""
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
