@@ -240,13 +240,8 @@ def _at_batch_size(table: RuntimeTable, batch_size: int, rules: RuleTimes) -> Te
 
 
 def _fitted(steps: Sequence[WholeStep], times: TermTimes, greedy: Remainder | None) -> Remainder:
-    """Fit a remainder; one of a sampling rule is greedy's and what its steps differ by.
-
-    A level costs at least nothing with its draft pass, the constant at most undoes the draft's root
-    pass, and further tokens never pay.
-    """
-    draft = times.curves["draft"].ms
-    floors = (-times.curves["draft_root"].at(1), -draft[0] if draft else 0.0, 0.0)
+    """Fit a remainder; one of a sampling rule is greedy's and what its steps differ by."""
+    floors = floors_of(times)
     if greedy is None:
         return fit_remainder(steps, floors)
     known = [
@@ -261,6 +256,16 @@ def _fitted(steps: Sequence[WholeStep], times: TermTimes, greedy: Remainder | No
         greedy.per_token_ms + more.per_token_ms,
         more.fit_error,
     )
+
+
+def floors_of(times: TermTimes) -> tuple[float, float, float]:
+    """Return how far each coefficient of the remainder may go below zero.
+
+    A level costs at least nothing with its draft pass, the constant at most undoes the draft's root
+    pass, and further tokens never pay.
+    """
+    draft = times.curves["draft"].ms
+    return -times.curves["draft_root"].at(1), -draft[0] if draft else 0.0, 0.0
 
 
 def _curve(

@@ -117,13 +117,13 @@ class _Rounds(Generic[Key]):
 
     def _num_calls(self, work: Work) -> int:
         """Return how many calls make one measurement long against what disturbs it."""
-        fewest = FEWEST_WALL_CALLS if self._in_a_row else 1
-        work()
-        ms = max(1e-3, self._measure(work, fewest))
+        for _ in range(2 if self._in_a_row else 1):
+            work()
+        ms = max(1e-3, self._measure(work, 2 if self._in_a_row else 1))
         if not self._in_a_row:
             return max(1, min(_MOST_DEVICE_CALLS, round(_DEVICE_MS / ms)))
         if ms * WALL_CYCLE > WALL_MS:
-            return max(fewest, min(WALL_CYCLE, round(2 * WALL_MS / ms)))
+            return max(FEWEST_WALL_CALLS, min(WALL_CYCLE, round(2 * WALL_MS / ms)))
         return WALL_CYCLE * round(WALL_MS / (ms * WALL_CYCLE))
 
     def _time(self, name: Key) -> float:
