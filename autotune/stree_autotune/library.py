@@ -29,10 +29,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 
 @dataclass(frozen=True, slots=True)
 class RuntimeSource:
-    """A runtime table's file, and what to estimate from it with when it is another GPU's.
-
-    `others` are all tables of the measured GPU.
-    """
+    """A runtime table's file; when another GPU's, both sheets and all tables of that GPU."""
 
     path: Path
     measured: GpuSheet | None = None
