@@ -11,7 +11,7 @@ from tiny_models import save_pair
 
 from stree_autotune.gpu_sheet import load_gpu_sheet
 from stree_autotune.library import Library, shipped_root
-from stree_autotune.memory_model import PREFILL_CHUNK, fits, largest_batch, needed_bytes
+from stree_autotune.memory_model import CHAINS, fits, largest_batch, needed_bytes
 from stree_autotune.model_cost import model_cost
 from stree_autotune.runtime_table import RuntimeTable, load_runtime_table
 from stree_core import prefill
@@ -30,12 +30,13 @@ def table_of(pair: Pair, context: int) -> RuntimeTable:
             "target": model_cost(pair.target.shape, pair.target_ref, element),
             "draft": model_cost(pair.draft.shape, pair.draft_ref, element),
             "context": context,
+            "gpu": pair.device.type,
         }
     )
 
 
 def test_caches_are_those_of_an_engine(tmp_path: Path) -> None:
-    assert prefill.PREFILL_CHUNK == PREFILL_CHUNK
+    assert {device: max(lengths) for device, lengths in prefill.CHAINS.items()} == CHAINS
     save_pair(tmp_path)
     sources = [folder_source(tmp_path / "models" / n) for n in ("tiny-target", "tiny-draft")]
     pair = load_pair(*sources, Runtime("cpu"))

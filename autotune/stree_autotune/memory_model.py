@@ -18,8 +18,8 @@ from stree_core.tree import Tree
 RESERVED_BYTES = 3 << 29
 """What a process takes on a GPU beside its tensors: context, libraries, graphs; a guess."""
 
-PREFILL_CHUNK = 64
-"""stree_core.prefill.PREFILL_CHUNK, which a test compares: that module loads torch."""
+CHAINS = {"cpu": 64, "cuda": 256}
+"""The longest of stree_core.prefill.CHAINS, which a test compares: that module loads torch."""
 
 _INT_BYTES = 4
 _LOGIT_BYTES = 4
@@ -60,11 +60,12 @@ def needed_bytes(
     if inner:
         # The predecessor comes before the nodes with children.
         models.append((table.draft, max(inner) + 1))
+    chain = CHAINS["cpu" if table.gpu == "cpu" else "cuda"]
     weights = caches = 0
     for model, num_rows in models:
         weights += model.held_bytes
         caches += cache_bytes(model, batch_size, num_rows, capacity, positions)
-        caches += cache_bytes(model, 1, PREFILL_CHUNK, PREFILL_CHUNK, positions)
+        caches += cache_bytes(model, 1, chain, chain, positions)
     scratch = max(_scratch_bytes(table, batch_size, tree, rule) for tree in trees)
     return Needed(weights, caches, scratch)
 

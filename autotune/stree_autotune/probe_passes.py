@@ -17,7 +17,8 @@ from stree_autotune.term_times import PER_TOKENS
 from stree_autotune.timing import Timing, Work, captured, time_interleaved
 from stree_core.errors import NotEnoughMemory
 from stree_core.pair import Pair
-from stree_core.step import Speculator, make_buffers, make_speculators
+from stree_core.rules import GreedyRule
+from stree_core.step import Speculator, make_speculators
 from stree_core.tree import Tree
 from stree_core.tree_plan import make_plan
 from stree_kernels.rows import MAX_KEPT
@@ -158,8 +159,8 @@ class _Passes:
         assert self._shared is not None
         target, draft = self._pair.target, self._pair.draft
         plan = make_plan(tree, target.conv_widths, draft.conv_widths, target.device)
-        (buffers,) = make_buffers([plan], self._setting.batch_size, target.device)
-        return dataclasses.replace(self._shared, plan=plan, buffers=buffers)
+        rule = GreedyRule(plan, target.backend)
+        return dataclasses.replace(self._shared, plan=plan, rule=rule)
 
 
 def _contexts(context: int, size: int) -> tuple[int, int]:

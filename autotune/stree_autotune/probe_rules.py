@@ -92,11 +92,9 @@ def _rule_point(work: str, rows: int, timings: dict[tuple[str, int, bool], Timin
 def _work(pair: Pair, side: _Side, num_slots: int, logits_RV: Tensor) -> Work:
     """Return one side's work on logits that all share."""
     plan = make_plan(side.tree, frozenset(), frozenset(), pair.device)
-    (rule,) = make_rules(
-        side.support, [plan], num_slots, logits_RV.shape[1], pair.target.backend.fill_uniforms
-    )
+    (rule,) = make_rules(side.support, [plan], num_slots, logits_RV.shape[1], pair.target.backend)
     _set_all(rule, side.support)
-    tokens_TB = torch.zeros(len(plan.depths_T), num_slots, dtype=torch.int64, device=pair.device)
+    tokens_TB = torch.zeros(plan.tree.num_tokens, num_slots, dtype=torch.int64, device=pair.device)
     num_nodes = 1 if side.draws else len(tokens_TB)
     logits_NBV = logits_RV[: num_nodes * num_slots].view(num_nodes, num_slots, -1)
     if side.draws:
