@@ -83,7 +83,7 @@ def test_every_table_of_the_h200_has_an_estimate(gpu: str) -> None:
         source = Library.open().find_runtime(gpu, table.target.name, table.draft.name)
         assert source.measured is not None
         assert source.wanted is not None
-        others = [load_runtime_table(other) for other in source.others]
+        others = [load_runtime_table(other) for other in paths]
         found = estimate_table(table, source.measured, source.wanted, others)
         assert found.rule.startswith("measured on h200")
         cost, measured = StepCost.from_estimate(found), StepCost.from_table(table)

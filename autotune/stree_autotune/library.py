@@ -29,12 +29,11 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 
 @dataclass(frozen=True, slots=True)
 class RuntimeSource:
-    """A runtime table's file; when another GPU's, both sheets and all tables of that GPU."""
+    """A runtime table's file, and both sheets when it is another GPU's."""
 
     path: Path
     measured: GpuSheet | None = None
     wanted: GpuSheet | None = None
-    others: tuple[Path, ...] = ()
 
     @property
     def is_exact(self) -> bool:
@@ -110,12 +109,7 @@ class Library:
         for other in sorted(self.gpu_names() - {gpu}):
             path, sheet = self.measured_runtime(other, target, draft), self.gpu_sheet(other)
             if path and sheet and wanted:
-                others = (
-                    p
-                    for p in self._files("runtime", "yaml")
-                    if p.name.startswith(f"{other}{SEPARATOR}")
-                )
-                source = RuntimeSource(path, sheet, wanted, tuple(others))
+                source = RuntimeSource(path, sheet, wanted)
                 found.append((wanted.likeness(sheet), other, source))
         if found:
             return min(found, key=lambda each: each[:2])[2]
@@ -123,6 +117,11 @@ class Library:
             f"no runtime table of {target} with {draft} is there for {gpu} or another GPU to "
             f"estimate from; record one on that machine with `{probe_command(gpu, target, draft)}`"
         )
+
+    def runtime_paths(self, gpu: str) -> list[Path]:
+        """Return all tables of a GPU."""
+        paths = self._files("runtime", "yaml")
+        return [path for path in paths if path.name.startswith(f"{gpu}{SEPARATOR}")]
 
     def measured_runtime(self, gpu: str, target: str, draft: str) -> Path | None:
         """Return the pair's table measured on `gpu` itself, None when there is none."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from stree_autotune.estimate import estimate_table
 from stree_autotune.library import Library, require_same_model, require_same_shape
 from stree_autotune.provenance import provenance
-from stree_autotune.runtime_table import RuntimeTable, load_runtime_table, rule_key
+from stree_autotune.runtime_cost import runtime_cost
+from stree_autotune.runtime_table import RuntimeTable
 from stree_autotune.step_cost import StepCost
 from stree_autotune.trace_file import Trace, load_trace
 from stree_autotune.verdict import Decision, decide_policy
-from stree_core.errors import ConfigError, MissingMeasurement
+from stree_core.errors import ConfigError
 from stree_core.files import sha256_of
 from stree_core.profile import (
     GpuRef,
@@ -89,32 +89,16 @@ def tune(request: TuneRequest) -> Profile:
 
 def _load_runtime(library: Library, request: TuneRequest, target: str, draft: str) -> Runtime:
     found = library.find_runtime(request.gpu, target, draft)
-    table = load_runtime_table(found.path)
-    _require_context(table, found.path, request.context)
-    rule = rule_key(request.sampling)
+    table, cost, estimate = runtime_cost(
+        library, found.path, request.gpu, request.sampling, request.context
+    )
     note = f"{table.gpu_name}, {table.dtype}, {table.backend}"
-    if found.measured is not None and found.wanted is not None:
-        others = [load_runtime_table(path) for path in found.others if path != found.path]
-        estimate = estimate_table(table, found.measured, found.wanted, others)
-        cost, note = StepCost.from_estimate(estimate, rule, request.context), estimate.rule
-    else:
-        cost = StepCost.from_table(table, rule, request.context)
+    if estimate is not None:
+        note = estimate.rule
     note += (
         f"; whole steps are predicted with an error of {100 * cost.fit_error:.1f} % (leave one out)"
     )
     return Runtime(table, cost, _source(library, found.path, note, estimated=not found.is_exact))
-
-
-def _require_context(table: RuntimeTable, path: Path, context: int) -> None:
-    """Raise MissingMeasurement when attention makes times depend on more than was measured."""
-    attention = table.target.kv_bytes_per_token + table.draft.kv_bytes_per_token > 0
-    slopes = any(point.term == "context" for point in table.points)
-    if attention and context != table.context and not (slopes and context <= table.context):
-        raise MissingMeasurement(
-            "with attention layers times hold up to the context they were measured at, and "
-            f"{path.name} was at {table.context}, got {context}; record it with "
-            f"`{table.probe_command} --context {context}`"
-        )
 
 
 def _require_one_pair(
