@@ -12,8 +12,9 @@ import torch
 from tiny_models import save_pair
 
 from stree_autotune import probe_passes, probe_rules, probe_steps
+from stree_autotune.library import Library
 from stree_autotune.model_cost import MAX_KEPT, model_cost
-from stree_autotune.probe import extends, probe
+from stree_autotune.probe import BUDGETS, Budget, extends, has_attention, probe
 from stree_autotune.probe_plan import ProbeConfig, measured_keys, missing_stages, step_trees
 from stree_autotune.runtime_table import (
     RuntimeTable,
@@ -229,3 +230,23 @@ def test_a_deadline_leaves_the_fewest_rounds(monkeypatch: pytest.MonkeyPatch) ->
     few = len(clock.log)
     time_interleaved(works, CPU, Effort(3, 50, 10.0))
     assert few < 10 < len(clock.log) - few
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_probed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BUDGETS, "quick", Budget(5.0, Effort(3, 5, 0.0)))
+    folders = [Library.open().find_model(name) for name in ("demo-target", "demo-draft")]
+    demo = load_pair(*map(folder_source, folders), Runtime("cuda"))
+    config = ProbeConfig("gpu", batch_sizes=(1, 4), max_nodes=12)
+    *_, table = probe(demo, config)
+    assert not missing_stages(config, has_attention(demo), table)
+    assert not table.no_room
+    assert {point.term for point in table.points} >= {"host", "context", "target_store"}
+    assert all(point.ms > 0 for point in table.points if point.term in ("verify", "host"))
+    for rule in ("greedy", "naive", "mss", "mss_truncated"):
+        cost = StepCost.from_table(table, rule)  # type: ignore[arg-type]
+        for step in table.steps:
+            if step.rule == rule:
+                tree = table.trees[step.tree].build()
+                predicted = cost.step_ms(step.batch_size, tree, step.tokens_per_step)
+                assert 0.5 < predicted / step.ms < 2, (step, predicted)
