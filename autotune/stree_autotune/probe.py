@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -50,12 +50,13 @@ BUDGETS = {
 
 @dataclass(slots=True)
 class _Found:
-    """All that was measured so far."""
+    """All that was measured so far; `trees` are those of an earlier table."""
 
-    points: list[Point]
-    rules: list[RulePoint]
-    steps: list[Step]
-    no_room: list[NoRoom]
+    points: list[Point] = field(default_factory=list)
+    rules: list[RulePoint] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    no_room: list[NoRoom] = field(default_factory=list)
+    trees: dict[str, TreeText] = field(default_factory=dict)
 
 
 def probe(
@@ -71,9 +72,11 @@ def probe(
     decides how often beyond that. Raises BackendUnavailable when the GPU stops answering.
     """
     budget = BUDGETS[config.effort]
-    found = _Found([], [], [], [])
+    found = _Found()
     if known is not None:
-        found = _Found([*known.points], [*known.rules], [*known.steps], [*known.no_room])
+        found = _Found(
+            [*known.points], [*known.rules], [*known.steps], [*known.no_room], {**known.trees}
+        )
     stages = missing_stages(config, has_attention(pair), known)
     start, before = time.perf_counter(), _state(pair)
     for number, stage in enumerate(stages):
@@ -101,7 +104,7 @@ def has_attention(pair: Pair) -> bool:
 
 def extends(known: RuntimeTable, pair: Pair, config: ProbeConfig) -> bool:
     """True when `known` has this pair, device and setting, so that rows may join it."""
-    same = make_table(pair, config, _Found([], [], [], []), "")
+    same = make_table(pair, config, _Found(), "")
     open_keys = ("measured", "points", "rules", "trees", "steps", "no_room")
     return known.model_dump(exclude=set(open_keys)) == same.model_dump(exclude=set(open_keys))
 
@@ -123,7 +126,7 @@ def make_table(pair: Pair, config: ProbeConfig, found: _Found, clocks: str) -> R
                      for p in found.points),
         rules=tuple(r._replace(ms=rounded(r.ms), spread_ms=rounded(r.spread_ms))
                     for r in found.rules),
-        trees=_trees(found.steps),
+        trees=found.trees | _trees(found.steps),
         steps=tuple(
             s._replace(
                 ms=rounded(s.ms),
