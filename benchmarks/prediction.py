@@ -129,7 +129,7 @@ def open_case(name: str, device: str, data: Sequence[Path]) -> tuple[Case, dict[
     if path is None:
         raise MissingMeasurement(f"no runtime table of {names} is there for {gpu}; probe it")
     runtime = load_runtime_table(path)
-    cost = StepCost.from_table(runtime)
+    cost = StepCost.from_table(runtime, context=typical_context(pair, trace, accepts_by_itself))
     source = {
         "runtime_table": library.label(path),
         "runtime_date": runtime.measured.date,
@@ -195,6 +195,15 @@ def chosen_prompts(case: Case, batch: int, num_demo_prompts: int) -> list[int]:
     return np.flatnonzero(lengths > 0)[:wanted].tolist()
 
 
+def typical_context(pair: Pair, trace: Trace, accepts_by_itself: bool) -> int:
+    """Return twice the tokens that a slot has committed on average: slots are half full."""
+    prompts = [numbered_prompt(0)]
+    if accepts_by_itself:
+        prompts = pair.encode(open_prompts("demo"))
+    mean = statistics.fmean(map(len, prompts))
+    return round(2 * mean + trace.num_positions / trace.num_prompts)
+
+
 def requests_of(case: Case, chosen: Sequence[int]) -> list[Request]:
     """Return the requests whose texts the trace recorded."""
     if case.accepts_by_itself:
@@ -212,7 +221,7 @@ def make_row(
     speeds: Sequence[LiveSpeed],
 ) -> Row:  # fmt: skip
     tokens_per_step = walk(case.trace, tree, np.array(chosen)).tokens_per_step
-    step_ms = case.cost.step_ms(batch, tree)
+    step_ms = case.cost.step_ms(batch, tree, tokens_per_step)
     rates = [speed.tokens_per_s for speed in speeds]
     rate = statistics.median(rates)
     return {

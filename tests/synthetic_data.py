@@ -10,8 +10,10 @@ import numpy as np
 
 from stree_autotune.library import trace_file_name
 from stree_autotune.runtime_table import (
+    OFF,
     ModelCost,
     Point,
+    RulePoint,
     RuntimeTable,
     Step,
     TableMeasured,
@@ -62,8 +64,20 @@ def draft_ms(batch_size: int, width: int) -> float:
 
 
 def branch_ms(batch_size: int, width: int) -> float:
-    """Picking several children."""
+    """Picking several children, by rows of logits."""
     return 0.01 + 0.0005 * batch_size * width
+
+
+def rule_points() -> list[RulePoint]:
+    """What rules cost, straight in the rows of logits."""
+    works = {"branch": (0.01, 0.0005), "sample": (0.02, 0.001), "sample_truncated": (0.05, 0.004),
+             "draw": (0.015, 0.002), "draw_truncated": (0.06, 0.005), "try": (0.01, 0.003),
+             "tries": (0.04, 0.006)}  # fmt: skip
+    return [
+        RulePoint(work, rows, fixed + each * rows, 0.0)  # type: ignore[arg-type]
+        for work, (fixed, each) in works.items()
+        for rows in (1, 2, 8, 32, 128, 512, 2048, 8192)
+    ]
 
 
 def step_ms(batch_size: int, tree: Tree) -> float:
@@ -82,6 +96,10 @@ def step_ms(batch_size: int, tree: Tree) -> float:
 def model_cost(name: str, weight_bytes: int = 12_000_000, kv_bytes_per_token: int = 0) -> ModelCost:
     """A model that exists by name only."""
     return ModelCost(
+        num_launches=40,
+        held_bytes=weight_bytes,
+        kept_bytes=16 * 1000,
+        row_bytes=4000,
         name=name,
         config_sha256=name.encode().hex().ljust(64, "0")[:64],
         tokenizer_sha256="a" * 64,
@@ -105,11 +123,11 @@ def make_table(
     points: list[Point] = []
     steps: list[Step] = []
     for b in batch_sizes:
-        rows = [("one_token", 1, off_ms(b)), ("draft_root", 1, 0.35)]
+        rows = [("draft_root", 1, 0.35)]
         rows += [("verify", size, verify_ms(b, size)) for size in VERIFY_SIZES]
         rows += [("draft", width, draft_ms(b, width)) for width in WIDTHS]
-        rows += [("branch", width, branch_ms(b, width)) for width in WIDTHS]
         points += [Point(term, b, size, ms, spread * ms) for term, size, ms in rows]
+        steps.append(Step(b, OFF, off_ms(b), spread * off_ms(b)))
         steps += [Step(b, name, step_ms(b, tree), 0.0) for name, tree in TREES.items()]
     return RuntimeTable(
         gpu=gpu,
@@ -129,7 +147,9 @@ def make_table(
             command="stree-tune probe --gpu h200",
         ),
         points=tuple(points),
-        trees={name: TreeText(paths=tree.paths) for name, tree in TREES.items()},
+        rules=tuple(rule_points()),
+        trees={OFF: TreeText(paths=())}
+        | {name: TreeText(paths=tree.paths) for name, tree in TREES.items()},
         steps=tuple(steps),
     )
 

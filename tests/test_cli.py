@@ -216,7 +216,7 @@ def test_the_commit_is_named() -> None:
         ),
         (("--gpu", "../h200", "--dataset", "gsm8k", *TOY), "a GPU name has letters"),
         (("--gpu", "h200", "--dataset", "gsm8k", *TOY, "--rule", "mss"), "a temperature above 0"),
-        (("--gpu", "h200", "--dataset", "gsm8k", *TOY, "--temperature", "1"), "got mss-t1"),
+        (("--gpu", "h200", "--dataset", "gsm8k", *TOY, "--temperature", "1"), "no trace of toy"),
         (
             ("--gpu", "h200", "--dataset", "gsm8k", *TOY, "--top-p", "0.9"),
             "rule greedy has temperature 0",

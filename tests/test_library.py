@@ -28,9 +28,6 @@ PAIR = ("demo-target", "demo-draft")
 def root(tmp_path: Path) -> Path:
     """A data folder with sheets, one table of the pair, one trace, two models, one profile."""
     shutil.copytree(shipped_root() / "gpus", tmp_path / "gpus")
-    sheet = (tmp_path / "gpus" / "h100.yaml").read_text()
-    other = sheet.replace("name: h100", "name: a100").replace("hopper", "ampere")
-    (tmp_path / "gpus" / "a100.yaml").write_text(other)
     for name in PAIR:
         folder = tmp_path / "models" / name
         folder.mkdir(parents=True)
@@ -54,12 +51,18 @@ def test_exact_table_is_found(library: Library, root: Path) -> None:
     assert found.is_exact
 
 
-def test_sibling_table_is_carried_over(library: Library) -> None:
-    found = library.find_runtime("h100", *PAIR)
+@pytest.mark.parametrize("gpu", ["h100", "l40s"])
+def test_another_gpus_table_is_estimated_from(library: Library, root: Path, gpu: str) -> None:
+    found = library.find_runtime(gpu, *PAIR)
     assert not found.is_exact
     assert found.measured is not None
     assert found.wanted is not None
-    assert (found.measured.name, found.wanted.name) == ("h200", "h100")
+    assert (found.measured.name, found.wanted.name) == ("h200", gpu)
+    assert {path.name.split("--")[0] for path in library.runtime_paths("h200")} == {"h200"}
+    write_library(root, make_table(gpu="a100-80g"))
+    nearest = library.find_runtime(gpu, *PAIR).measured
+    assert nearest is not None
+    assert nearest.name == {"h100": "h200", "l40s": "a100-80g"}[gpu]
 
 
 def test_an_exact_table_goes_before_an_estimate(library: Library, root: Path) -> None:
@@ -67,11 +70,10 @@ def test_an_exact_table_goes_before_an_estimate(library: Library, root: Path) ->
     assert library.find_runtime("h100", *PAIR).is_exact
 
 
-@pytest.mark.parametrize("gpu", ["a100", "cpu"])
-def test_other_architectures_are_not_estimated(library: Library, gpu: str) -> None:
-    command = f"stree-tune probe --gpu {gpu} --target demo-target --draft demo-draft"
+def test_without_a_sheet_nothing_is_estimated(library: Library) -> None:
+    command = "stree-tune probe --gpu cpu --target demo-target --draft demo-draft"
     with pytest.raises(MissingMeasurement, match=command):
-        library.find_runtime(gpu, *PAIR)
+        library.find_runtime("cpu", *PAIR)
 
 
 @pytest.mark.parametrize(("gpu", "offered"), [("h10", "h100"), ("H200", "h200"), ("cpus", "cpu")])
@@ -190,7 +192,8 @@ def test_profiles_by_name_and_by_path(library: Library, root: Path) -> None:
 def test_stray_files_are_no_names(library: Library, root: Path) -> None:
     (root / "runtime" / "notes.yaml").write_text("x")
     (root / "traces" / "a--b.safetensors").write_text("x")
-    assert library.gpu_names() == {"a100", "cpu", "h100", "h200"}
+    sheets = {path.stem for path in (root / "gpus").iterdir()}
+    assert library.gpu_names() == {"cpu", *sheets}
     assert library.dataset_names() == {"demo", "gsm8k", "human_eval", "mt_bench"}
     assert library.model_names() == set(PAIR)
 

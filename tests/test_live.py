@@ -11,7 +11,9 @@ import pytest
 from tiny_models import random_texts, save_pair
 
 from stree_autotune.cli import main
+from stree_autotune.probe import BUDGETS, Budget
 from stree_autotune.runtime_table import load_runtime_table
+from stree_autotune.timing import Effort
 from stree_autotune.trace_file import load_trace
 from stree_core.profile import Sampling, load_profile, save_profile
 
@@ -33,6 +35,7 @@ def run(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Runner:
     monkeypatch.chdir(folder)
+    monkeypatch.setitem(BUDGETS, "quick", Budget(1.0, Effort(2, 2, 0.0)))
     return Runner(monkeypatch, capsys)
 
 
@@ -54,14 +57,18 @@ def test_from_measurement_to_text(run: Runner) -> None:
     assert run("probe", *PAIR, *small, "--effort", "quick")[0] == 0
     table = load_runtime_table(Path("stree-data/runtime/cpu--tiny-target--tiny-draft.yaml"))
     assert table.weights == "real"
-    assert {point.term for point in table.points} == {
-        "one_token", "verify", "draft_root", "draft", "branch",
+    assert {"verify", "draft_root", "draft", "target_store"} <= {p.term for p in table.points}
+    assert {point.work for point in table.rules} == {
+        "branch", "sample", "sample_truncated", "draw", "draw_truncated", "try", "tries",
     }  # fmt: skip
+    rules = {(step.tree, step.rule) for step in table.steps}
+    assert {("off", "greedy"), ("off", "naive"), ("default-12", "mss_truncated")} <= rules
 
     code, _, err = run("probe", *PAIR, *small)
     assert code == 2
     assert "--force" in err
-    assert run("probe", *PAIR, *small, "--batch-size", "2", "--effort", "quick")[0] == 0
+    more = ("--batch-size", "2", "--max-nodes", "2", "--context", "128", "--effort", "quick")
+    assert run("probe", *PAIR, *more)[0] == 0
     longer = load_runtime_table(Path("stree-data/runtime/cpu--tiny-target--tiny-draft.yaml"))
     assert longer.batch_sizes == (1, 2)
     assert longer.points[: len(table.points)] == table.points, "measured rows are kept"

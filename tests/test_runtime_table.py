@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from stree_autotune.library import shipped_root
 from stree_autotune.runtime_table import (
     RuntimeTable,
     load_runtime_table,
+    rule_key,
     save_runtime_table,
 )
 from stree_core.errors import ConfigError
 from stree_core.files import validate
+from stree_core.profile import Sampling
 
 
 def content(**changes: Any) -> dict[str, Any]:
@@ -38,7 +41,6 @@ def test_round_trip_and_name(tmp_path: Path) -> None:
     [
         (content(gpuname="x"), "unknown key gpuname; did you mean gpu_name"),
         (content(backend="cuda"), "backend"),
-        (content(points=[]), "points"),
         (content(points=[["verify", 1, 4, 1.0]]), "points.0"),
         (content(points=[["verify", 1, 4, 1.0, 0.0, 0.0]]), "points.0"),
         (content(points=[["prefill", 1, 4, 1.0, 0.0]]), "points.0"),
@@ -49,10 +51,14 @@ def test_round_trip_and_name(tmp_path: Path) -> None:
         (content(points=[["verify", 1, 4, float("nan"), 0.0]]), "points.0"),
         (content(points=[["verify", 1, 4, 0.0, 0.0]]), "a time is above 0 ms"),
         (content(points=[["verify", 1, 4, 1.0, 0.0]] * 2), "every point stands once"),
-        (content(points=[["one_token", 1, 2, 1.0, 0.0]]), "one_token has size 1"),
+        (content(points=[["draft_root", 1, 2, 1.0, 0.0]]), "draft_root has size 1"),
+        (content(rules=[["branch", 4, 1.0, 0.0]] * 2), "every point of a rule stands once"),
+        (content(rules=[["guess", 4, 1.0, 0.0]]), "rules.0"),
+        (content(steps=[[1, "chain-1", 1.0, 0.0, 0.5]]), "steps.0"),
+        (content(steps=[[1, "chain-1", 1.0, 0.0, 1.0, "beam"]]), "steps.0"),
         (content(steps=[[1, "nowhere", 1.0, 0.0]]), "'nowhere', which `trees` lacks"),
         (content(steps=[[1, "chain-1", 1.0, 0.0]] * 2), "every step stands once"),
-        (content(trees={"a": {"paths": []}}, steps=[]), "'a' has none"),
+        (content(trees={"a": {"paths": []}}, steps=[]), "off is the one tree without nodes"),
         (content(trees={"a": {"paths": [[1]]}}, steps=[]), "siblings have ranks without gaps"),
         (content(trees={"a": {"path": [[0]]}}, steps=[]), "unknown key trees.a.path; did you mean"),
     ],
@@ -63,8 +69,38 @@ def test_what_does_not_fit_is_one_sentence(changed: dict[str, Any], message: str
     assert "\n" not in str(caught.value)
 
 
-def test_branch_may_cost_nothing() -> None:
-    validate(content(points=[["branch", 1, 4, 0.0, 0.0]]), RuntimeTable, "table")
+def test_what_is_a_difference_may_cost_nothing() -> None:
+    points = [["target_store", 1, 1, 0.0, 0.0], ["context", 1, 4, 0.0, 0.0]]
+    validate(content(points=points, rules=[["branch", 4, 0.0, 0.0]]), RuntimeTable, "table")
+
+
+def test_the_rule_of_a_setting() -> None:
+    settings = [
+        Sampling(),
+        Sampling(rule="naive", temperature=0.7),
+        Sampling(rule="naive", temperature=0.7, top_p=0.9),
+        Sampling(rule="mss", temperature=1.0, top_p=0.9),
+    ]
+    assert [rule_key(setting) for setting in settings] == [
+        "greedy", "naive", "naive_truncated", "mss_truncated",
+    ]  # fmt: skip
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "t.yaml"
+    save_runtime_table(make_table(), path)
+    before = path.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(ConfigError, match=r"No space left on device.*free some space"):
+        save_runtime_table(make_table(batch_sizes=(1,)), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_shipped_sheets_name_their_sources() -> None:
@@ -72,6 +108,7 @@ def test_shipped_sheets_name_their_sources() -> None:
         sheet = load_gpu_sheet(path)
         assert sheet.name == path.stem
         assert any("datasheet" in source for source in sheet.sources)
+        assert sheet.launch_is_guess == any("guess" in source for source in sheet.sources)
 
 
 def test_sheet_refuses_a_stray_key() -> None:

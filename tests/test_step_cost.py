@@ -8,24 +8,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from strategies import trees
-from synthetic_data import TREES, make_table, model_cost, step_ms, verify_ms
+from synthetic_data import TREES, make_table, step_ms
 
-from stree_autotune.estimate import Estimate, estimate_table, pass_bytes
-from stree_autotune.gpu_sheet import GpuSheet, load_gpu_sheet
-from stree_autotune.library import shipped_root
+from stree_autotune.model_cost import MAX_KEPT
 from stree_autotune.remainder import WholeStep, fit_remainder
-from stree_autotune.runtime_table import Point, RuntimeTable
+from stree_autotune.runtime_table import NoRoom, Point, RuntimeTable, Step
 from stree_autotune.step_cost import StepCost
+from stree_autotune.term_times import Load
 from stree_core.errors import MissingMeasurement
 from stree_core.tree import DEFAULT_TREE, Tree
 
 COST = StepCost.from_table(make_table())
 RAGGED = Tree.from_paths([[0], [1], [2], [0, 0], [0, 1], [2, 0], [0, 0, 0], [0, 0, 0, 0]])
 NO_FLOORS = (-1e9, -1e9, 0.0)
-
-
-def sheet(name: str) -> GpuSheet:
-    return load_gpu_sheet(shipped_root() / "gpus" / f"{name}.yaml")
 
 
 def with_points(
@@ -59,13 +54,13 @@ def test_staircase_is_not_smeared() -> None:
 
 def test_between_measured_sizes_the_line_joins_neighbours_only() -> None:
     table = with_points(make_table(), "verify", 1, {2: 1.0, 16: 1.0, 17: 2.0, 21: 4.0, 65: 4.0})
-    verify = StepCost.from_table(table).times[1].verify
+    verify = StepCost.from_table(table).times[1].curves["verify"]
     assert [verify.at(size) for size in (2, 9, 16, 17, 19, 21, 40)] == [1, 1, 1, 2, 3, 4, 4]
 
 
 def test_noise_that_falls_with_size_is_pooled() -> None:
     table = with_points(make_table(), "verify", 1, {2: 1.0, 3: 3.0, 4: 2.0, 5: 2.5, 65: 9.0})
-    verify = StepCost.from_table(table).times[1].verify
+    verify = StepCost.from_table(table).times[1].curves["verify"]
     assert [verify.at(size) for size in (2, 3, 4, 5, 65)] == pytest.approx([1, 2.5, 2.5, 2.5, 9])
 
 
@@ -91,11 +86,112 @@ def test_require_names_the_first_gap() -> None:
     with pytest.raises(MissingMeasurement, match="got size 66"):
         COST.require([1], 65)
     bare = make_table().model_copy(update={"steps": ()})
-    with pytest.raises(MissingMeasurement, match="whole steps at batch size 1"):
+    with pytest.raises(MissingMeasurement, match="no batch size is measured, got 1"):
         StepCost.from_table(bare).require([1], 8)
-    no_branch = with_points(make_table(), "branch", 4, {})
-    with pytest.raises(MissingMeasurement, match="branch at batch size 4 is measured for no size"):
-        StepCost.from_table(no_branch).require([3], 8)
+    off_alone = [step for step in make_table().steps if step.tree == "off"]
+    bare = make_table().model_copy(update={"steps": tuple(off_alone)})
+    with pytest.raises(MissingMeasurement, match="two or more whole steps at batch size 1"):
+        StepCost.from_table(bare).require([1], 8)
+    no_draft = with_points(make_table(), "draft", 4, {})
+    with pytest.raises(MissingMeasurement, match="draft at batch size 4 is measured for no size"):
+        StepCost.from_table(no_draft).require([3], 8)
+    no_rules = make_table().model_copy(update={"rules": ()})
+    with pytest.raises(MissingMeasurement, match="'branch' of a sampling rule"):
+        StepCost.from_table(no_rules).require([1], 8)
+
+
+def test_what_did_not_fit_is_refused_as_that() -> None:
+    table = make_table().model_copy(update={"no_room": (NoRoom("verify", 64, 129),)})
+    with pytest.raises(MissingMeasurement, match="larger sizes did not fit into the GPU's memory"):
+        StepCost.from_table(table).step_ms(64, Tree.chain(100))
+
+
+def sampled(rule: str, off_rules: tuple[str, ...] = ()) -> StepCost:
+    table = make_table()
+    steps = [Step(8, "off", 5.0, 0.0, 1.0, name) for name in off_rules]  # type: ignore[arg-type]
+    table = table.model_copy(update={"steps": (*table.steps, *steps)})
+    return StepCost.from_table(table, rule)  # type: ignore[arg-type]
+
+
+def test_sampling_rules_by_hand() -> None:
+    greedy = step_ms(8, DEFAULT_TREE)
+    # 13 tokens, 6 inner nodes with up to 3 children, levels of 1, 2, 2 and 1 drafted from
+    naive = 0.02 + 0.001 * 8 * 13
+    truncated = 0.05 + 0.004 * 8 * 13
+    draws = sum(0.015 + 0.002 * 8 * width for width in (1, 2, 2, 1))
+    one, four = 0.01 + 0.003 * 8 * 6, 0.04 + 0.006 * 8 * 6
+    tries = one + (four - one) / 3 * 2
+    truncated_draws = sum(0.06 + 0.005 * 8 * width for width in (1, 2, 2, 1))
+    for rule, extra in (
+        ("naive", naive),
+        ("naive_truncated", truncated),
+        ("mss", naive + draws + tries),
+        ("mss_truncated", truncated + truncated_draws + tries),
+    ):
+        cost = sampled(rule)
+        assert cost.step_ms(8, DEFAULT_TREE) == pytest.approx(greedy + extra), rule
+        sample = truncated if "truncated" in rule else naive
+        off = step_ms(8, Tree.chain(0)) + (sample - 0.001 * 8 * 12 if "truncated" not in rule
+                                           else sample - 0.004 * 8 * 12)  # fmt: skip
+        assert cost.step_ms(8, Tree.chain(0)) == pytest.approx(off), rule
+
+
+def test_a_measured_step_without_speculation_goes_before_the_sum() -> None:
+    for rule in ("naive", "mss"):
+        assert sampled(rule, ("naive",)).step_ms(8, Tree.chain(0)) == 5.0
+    assert sampled("mss_truncated", ("naive",)).step_ms(8, Tree.chain(0)) < 4
+
+
+def test_steps_of_a_rule_have_a_remainder_of_their_own() -> None:
+    table = make_table()
+    plain = StepCost.from_table(table, "mss")
+    steps = [
+        Step(8, name, plain.step_ms(8, TREES[name], 1.0) + 0.5, 0.0, 1.0, "mss")
+        for name in ("chain-2", "chain-4", "published")
+    ]
+    cost = StepCost.from_table(table.model_copy(update={"steps": (*table.steps, *steps)}), "mss")
+    assert cost.step_ms(8, RAGGED) == pytest.approx(plain.step_ms(8, RAGGED) + 0.5)
+    assert cost.step_ms(4, RAGGED) == pytest.approx(plain.step_ms(4, RAGGED))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 7])
+def test_the_share_of_steps_that_store(tokens: int) -> None:
+    kept, stored = 0, 0
+    for _ in range(10_000):
+        kept += tokens
+        if kept > MAX_KEPT:
+            kept, stored = 0, stored + 1
+    # the formula is a mean over where a path may end
+    assert Load(tokens_per_step=tokens).store_share == pytest.approx(stored / 10_000, rel=0.15)
+    assert Load(tokens_per_step=1).store_share == pytest.approx(1 / 17)
+
+
+def test_storing_costs_by_how_often_it_happens() -> None:
+    table = with_points(make_table(), "target_store", 8, {1: 1.7})
+    table = with_points(table, "draft_store", 8, {1: 0.34})
+    cost = StepCost.from_table(table)
+    slow, fast = cost.step_ms(8, DEFAULT_TREE, 1.0), cost.step_ms(8, DEFAULT_TREE, 4.0)
+    shares = [Load(tokens_per_step=rate).store_share for rate in (1.0, 4.0)]
+    assert fast - slow == pytest.approx((1.7 + 0.34) * (shares[1] - shares[0]))
+    assert cost.step_ms(8, DEFAULT_TREE) == cost.step_ms(8, DEFAULT_TREE, 3.0), "half the depth"
+
+
+def test_context_costs_by_what_is_committed() -> None:
+    table = with_points(make_table(), "context", 8, {1: 0.1, 65: 0.74})
+    cost = StepCost.from_table(table, context=table.context // 2)
+    plain = StepCost.from_table(table)
+    # a quarter of the context less: slots are half full on average
+    assert cost.step_ms(8, Tree.chain(0)) == pytest.approx(plain.step_ms(8, Tree.chain(0)) - 0.025)
+    slope = 0.1 + 0.64 * 12 / 64
+    expected = plain.step_ms(8, DEFAULT_TREE) - slope / 4
+    assert cost.step_ms(8, DEFAULT_TREE) == pytest.approx(expected)
+
+
+def test_a_step_is_never_shorter_than_the_hosts_work() -> None:
+    table = with_points(make_table(), "host", 8, {1: 9.0})
+    cost = StepCost.from_table(table)
+    assert cost.step_ms(8, DEFAULT_TREE) == 9.0
+    assert cost.step_ms(4, DEFAULT_TREE) == pytest.approx(step_ms(4, DEFAULT_TREE))
 
 
 @given(tree=trees(max_nodes=40, min_nodes=1))
@@ -168,59 +264,3 @@ def test_a_draw_moves_equal_terms_together() -> None:
     assert cost.step_ms(64, Tree.chain(0)) == pytest.approx(
         ratio * plain.step_ms(64, Tree.chain(0))
     )
-
-
-def estimate(kv_bytes_per_token: int = 0) -> Estimate:
-    table = make_table(kv_bytes_per_token=kv_bytes_per_token)
-    return estimate_table(table, sheet("h200"), sheet("h100"))
-
-
-def test_estimate_scales_the_traffic_share_alone() -> None:
-    carried = estimate(kv_bytes_per_token=512).table
-    point = next(p for p in carried.points if p[:3] == ("verify", 8, 16))
-    moved = 12_000_000 + 8 * (2 * 400_000 + 1024 * 512 + 2 * 4 * 16 * 4096)
-    traffic_ms = moved / 4.8e12 * 1e3
-    assert point.ms == pytest.approx(verify_ms(8, 16) + traffic_ms * (4.8 / 3.35 - 1))
-    assert carried.gpu == "h100"
-    branch = next(p for p in carried.points if p[:3] == ("branch", 8, 1))
-    assert branch.ms == pytest.approx(0.014)
-
-
-def test_estimate_never_scales_more_than_the_time_itself() -> None:
-    table = make_table().model_copy(update={"target": model_cost("demo-target", 10**12)})
-    carried = estimate_table(table, sheet("h200"), sheet("h100"))
-    off = StepCost.from_estimate(carried).step_ms(1, Tree.chain(0))
-    assert off == pytest.approx(3.02 * 4.8 / 3.35)
-
-
-def test_estimated_steps_carry_the_traffic_of_every_pass() -> None:
-    carried = StepCost.from_estimate(estimate())
-    target, draft = make_table().target, make_table().draft
-    # the published tree drafts from 1, 2, 2 and 1 nodes and verifies 13 tokens
-    moved = pass_bytes(target, 4, 13, 1024) + sum(
-        pass_bytes(draft, 4, w, 1024) for w in (1, 2, 2, 1)
-    )
-    expected = step_ms(4, DEFAULT_TREE) + moved / 4.8e9 * (4.8 / 3.35 - 1)
-    assert carried.step_ms(4, DEFAULT_TREE) == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize("tree", [Tree.chain(0), Tree.chain(3), DEFAULT_TREE], ids=repr)
-def test_draws_of_an_estimate_stay_in_its_band(tree: Tree) -> None:
-    carried = StepCost.from_estimate(estimate())
-    rng = np.random.default_rng(1)
-    drawn = np.array([carried.draw(rng).step_ms(16, tree) for _ in range(400)])
-    low, high = step_ms(16, tree), step_ms(16, tree) * 4.8 / 3.35
-    assert low * (1 - 1e-6) <= drawn.min() < low * 1.02
-    assert high * 0.98 < drawn.max() <= high * (1 + 1e-6)
-
-
-def test_another_architecture_is_not_estimated() -> None:
-    other = sheet("h100").model_copy(update={"name": "a100", "architecture": "ampere"})
-    with pytest.raises(MissingMeasurement, match="stree-tune probe --gpu a100"):
-        estimate_table(make_table(), sheet("h200"), other)
-
-
-def test_the_sheets_hold_the_published_bandwidths() -> None:
-    assert sheet("h200").memory_bandwidth_tb_per_s == 4.8
-    assert sheet("h100").memory_bandwidth_tb_per_s == 3.35
-    assert sheet("h100").is_sibling_of(sheet("h200"))

@@ -65,14 +65,14 @@ def tune_command(
             "for example `stree-tune --gpu h100 --dataset gsm8k`"
         )
     # optuna and scipy load here, so that the other verbs start at once
-    from stree_autotune.tune import TuneRequest, check_sampling
+    from stree_autotune.tune import TuneRequest
 
     request = TuneRequest(
         gpu=gpu,
         dataset=dataset,
         target=target,
         draft=draft,
-        sampling=check_sampling(flags.sampling(rule, temperature, top_p)),
+        sampling=flags.sampling(rule, temperature, top_p),
         context=context,
         batch_sizes=tuple(sorted(set(batch_size))),
         max_nodes=max_nodes,

@@ -60,7 +60,7 @@ def probe(
     names = _probed_names(target, draft, shapes)
     from stree_autotune.live import PairRequest
     from stree_autotune.live_probe import run_model_probe, run_probe
-    from stree_autotune.probe import ProbeConfig
+    from stree_autotune.probe_plan import ProbeConfig
     from stree_core.pair import Runtime
 
     config = ProbeConfig(

@@ -1,7 +1,8 @@
-"""GPU sheets: the published numbers of a GPU, used only to carry a measurement to its sibling."""
+"""GPU sheets: the published numbers of a GPU, used only to estimate what was not measured on it."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,7 +15,10 @@ Text = Annotated[str, Field(min_length=1, max_length=500)]
 
 
 class GpuSheet(Strict):
-    """What the maker publishes about one GPU; T is 1e12 a second, G 1e9 bytes, L2 MB 2**20."""
+    """What the maker publishes about one GPU; T is 1e12 a second, G 1e9 bytes, L2 MB 2**20.
+
+    `launch_us`, what a kernel without work takes in a captured graph, is measured or a guess.
+    """
 
     schema_version: Literal[1] = 1
     kind: Literal["stree-gpu"] = "stree-gpu"
@@ -26,16 +30,15 @@ class GpuSheet(Strict):
     l2_mb: PositiveInt
     memory_gb: PositiveInt
     sms: PositiveInt
+    launch_us: PositiveFloat
+    launch_is_guess: bool = False
     sources: Annotated[tuple[Text, ...], Field(min_length=1, max_length=16)]
     note: Text | None = None
 
-    def is_sibling_of(self, other: GpuSheet) -> bool:
-        """True when the two differ in memory alone, so that one's times can be carried over."""
-        return (
-            self.architecture == other.architecture
-            and self.sms == other.sms
-            and self.matrix_tflop_per_s_bf16 == other.matrix_tflop_per_s_bf16
-        )
+    def likeness(self, other: GpuSheet) -> tuple[bool, float]:
+        """Return how unlike another GPU is, least first: another architecture, then bandwidth."""
+        ratio = self.memory_bandwidth_tb_per_s / other.memory_bandwidth_tb_per_s
+        return self.architecture != other.architecture, abs(math.log(ratio))
 
 
 def load_gpu_sheet(path: Path) -> GpuSheet:

@@ -29,7 +29,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 
 @dataclass(frozen=True, slots=True)
 class RuntimeSource:
-    """A runtime table's file, and the sheets to carry it over with when it is another GPU's."""
+    """A runtime table's file, and both sheets when it is another GPU's."""
 
     path: Path
     measured: GpuSheet | None = None
@@ -94,7 +94,7 @@ class Library:
         return None if path is None else load_gpu_sheet(path)
 
     def find_runtime(self, gpu: str, target: str, draft: str) -> RuntimeSource:
-        """Return the pair's table for `gpu`, else a sibling GPU's table to carry over.
+        """Return the pair's table for `gpu`, else the most alike GPU's to estimate from.
 
         Raises ConfigError for an unknown GPU, MissingMeasurement when nothing fits.
         """
@@ -105,15 +105,23 @@ class Library:
         if exact is not None:
             return RuntimeSource(exact)
         wanted = self.gpu_sheet(gpu)
+        found = []
         for other in sorted(self.gpu_names() - {gpu}):
-            path = self.measured_runtime(other, target, draft)
-            sheet = self.gpu_sheet(other)
-            if path and sheet and wanted and sheet.is_sibling_of(wanted):
-                return RuntimeSource(path, sheet, wanted)
+            path, sheet = self.measured_runtime(other, target, draft), self.gpu_sheet(other)
+            if path and sheet and wanted:
+                source = RuntimeSource(path, sheet, wanted)
+                found.append((wanted.likeness(sheet), other, source))
+        if found:
+            return min(found, key=lambda each: each[:2])[2]
         raise MissingMeasurement(
-            f"no runtime table of {target} with {draft} is there for {gpu} or a GPU of the same "
-            f"architecture; record one on that machine with `{probe_command(gpu, target, draft)}`"
+            f"no runtime table of {target} with {draft} is there for {gpu} or another GPU to "
+            f"estimate from; record one on that machine with `{probe_command(gpu, target, draft)}`"
         )
+
+    def runtime_paths(self, gpu: str) -> list[Path]:
+        """Return all tables of a GPU."""
+        paths = self._files("runtime", "yaml")
+        return [path for path in paths if path.name.startswith(f"{gpu}{SEPARATOR}")]
 
     def measured_runtime(self, gpu: str, target: str, draft: str) -> Path | None:
         """Return the pair's table measured on `gpu` itself, None when there is none."""

@@ -11,7 +11,8 @@ from rich.table import Table
 from stree_autotune.library import check_name, data_folder
 from stree_autotune.live import PairRequest, open_pair, open_source, report
 from stree_autotune.model_probe import PassTime, probe_model
-from stree_autotune.probe import ProbeConfig, extends, missing_batch_sizes, probe
+from stree_autotune.probe import extends, has_attention, probe
+from stree_autotune.probe_plan import ProbeConfig, missing_stages
 from stree_autotune.runtime_table import (
     RuntimeTable,
     load_runtime_table,
@@ -36,7 +37,7 @@ def run_probe(request: PairRequest, config: ProbeConfig, *, as_json: bool, force
     path = data_folder(request.data) / "runtime" / runtime_file_name(config.gpu, *names)
     known = _known_table(path, pair, config, force=force)
     logger.info("probing %s + %s on %s", *names, device_name(pair.device))
-    # Saved after every batch size: a long probe that is stopped keeps what it has measured.
+    # Saved after every stage: a probe that is stopped keeps what it has measured.
     for table in probe(pair, config, logger.info, known):
         save_runtime_table(table, path)
     summary = {
@@ -91,13 +92,14 @@ def _pass_table(rows: list[PassTime]) -> Table:
 def _known_table(
     path: Path, pair: Pair, config: ProbeConfig, *, force: bool
 ) -> RuntimeTable | None:
-    """Return the table at `path` when this probe only adds batch sizes to it, None when it is new.
+    """Return the table at `path` when this probe only adds to it, None when it is new.
 
     Raises ConfigError when the probe would change what is there, unless `force`.
     """
     if force or not path.exists():
         return None
     known = load_runtime_table(path)
-    if not extends(known, pair, config) or not missing_batch_sizes(config, known):
+    missing = missing_stages(config, has_attention(pair), known)
+    if not extends(known, pair, config) or not missing:
         raise ConfigError(f"{path} exists already; pass --force to measure all of it again")
     return known

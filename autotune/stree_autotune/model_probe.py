@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 
-from stree_autotune.probe import (
-    ProbeConfig,
-    even_tree,
-    free,
-    rounded,
-    time_whole_steps,
-)
+from stree_autotune.probe import BUDGETS, rounded
+from stree_autotune.probe_plan import ProbeConfig, even_tree
+from stree_autotune.probe_steps import StepSetting, free, time_steps
+from stree_autotune.runtime_table import OFF
 from stree_autotune.stepper import occupy
-from stree_autotune.timing import EFFORTS, Work, captured, time_interleaved
+from stree_autotune.timing import Effort, Work, captured, time_interleaved
 from stree_core.model import Model
 from stree_core.rules import GreedyRule
 from stree_core.step import make_speculators
@@ -43,15 +41,17 @@ def probe_model(
     model: Model, config: ProbeConfig, progress: Callable[[str], None]
 ) -> Iterator[list[PassTime]]:
     """Time forward passes with LM head and argmax, batch size by batch size, and whole steps."""
+    effort = BUDGETS[config.effort].effort
     for batch_size in config.batch_sizes:
-        rows = _passes(model, config, batch_size)
-        (step,) = time_whole_steps(model, None, config, batch_size, [Tree.chain(0)])
+        rows = _passes(model, config, batch_size, effort)
+        setting = StepSetting(batch_size, config.context, effort, math.inf)
+        (step,) = time_steps(model, None, {OFF: Tree.chain(0)}, "greedy", setting).steps
         progress(f"batch size {batch_size}: one token {step.ms:.3f} ms")
         step_ms = rounded(step.ms)
         yield [row._replace(step_ms=step_ms) if row.num_tokens == 1 else row for row in rows]
 
 
-def _passes(model: Model, config: ProbeConfig, batch_size: int) -> list[PassTime]:
+def _passes(model: Model, config: ProbeConfig, batch_size: int, effort: Effort) -> list[PassTime]:
     largest = config.max_nodes + 1
     sizes = sorted({size for size in PASS_SIZES if size <= largest})
     device = model.device
@@ -68,7 +68,7 @@ def _passes(model: Model, config: ProbeConfig, batch_size: int) -> list[PassTime
         for size, plan in plans.items():
             bound = dataclasses.replace(shared, plan=plan, rule=GreedyRule(plan, model.backend))
             candidates[size] = captured(bound.verify, device, pool)
-        timings = time_interleaved(candidates, device, EFFORTS[config.effort])
+        timings = time_interleaved(candidates, device, effort)
     free(device)
     return [
         PassTime(batch_size, size, rounded(timing.ms), rounded(timing.spread_ms), None)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 
-from stree_autotune.estimate import estimate_table
 from stree_autotune.library import Library
-from stree_autotune.runtime_table import load_runtime_table
+from stree_autotune.runtime_cost import runtime_cost
 from stree_autotune.step_cost import StepCost
 from stree_autotune.trace_file import Trace, load_trace
 from stree_core.errors import MissingMeasurement
@@ -24,17 +23,8 @@ def profile_cost(profile: Profile, library: Library) -> StepCost:
 
     Raises MissingMeasurement when the table, or a GPU's sheet, is not at hand.
     """
-    table = load_runtime_table(find_source_file(profile.sources.runtime, "runtime", library))
-    if table.gpu == profile.gpu.name:
-        return StepCost.from_table(table)
-    measured, wanted = library.gpu_sheet(table.gpu), library.gpu_sheet(profile.gpu.name)
-    if measured is None or wanted is None:
-        missing = table.gpu if measured is None else profile.gpu.name
-        raise MissingMeasurement(
-            f"the profile's times were carried over from {table.gpu} to {profile.gpu.name}, and no "
-            f"sheet of {missing} is there; name the folder that has gpus/{missing}.yaml with --data"
-        )
-    return StepCost.from_estimate(estimate_table(table, measured, wanted))
+    path = find_source_file(profile.sources.runtime, "runtime", library)
+    return runtime_cost(library, path, profile.gpu.name, profile.sampling, profile.context)[1]
 
 
 def find_source_file(source: Source, folder: str, library: Library) -> Path:

@@ -47,17 +47,34 @@ def fit_remainder(steps: Sequence[WholeStep], floors_ms: tuple[float, float, flo
     {constant}, {constant, depth}, {constant, depth, tokens} the one with the smallest leave-one-out
     error (root mean square, relative to the step) wins; that is `fit_error`. Needs two steps.
     """
-    best: tuple[float, int] | None = None
+    count, errors = _best_set(steps, floors_ms)
+    constant, per_level, per_token = _solve(steps, floors_ms, count)
+    return Remainder(constant, per_level, per_token, _root_mean_square(errors))
+
+
+def leave_one_out(steps: Sequence[WholeStep], floors_ms: tuple[float, float, float]) -> list[float]:
+    """Return the relative error of each step when it is predicted from the others."""
+    return _best_set(steps, floors_ms)[1]
+
+
+def _best_set(
+    steps: Sequence[WholeStep], floors_ms: tuple[float, float, float]
+) -> tuple[int, list[float]]:
+    """Return the number of features that predicts left-out steps best, and its errors."""
+    best: tuple[int, list[float]] | None = None
     for count in FEATURE_SETS:
         if len(steps) <= count:
             break
-        error = _leave_one_out(steps, floors_ms, count)
+        errors = _leave_one_out(steps, floors_ms, count)
         # a further feature must earn its place, or noise decides
-        if best is None or error < 0.9 * best[0]:
-            best = (error, count)
+        if best is None or _root_mean_square(errors) < 0.9 * _root_mean_square(best[1]):
+            best = (count, errors)
     assert best is not None
-    constant, per_level, per_token = _solve(steps, floors_ms, best[1])
-    return Remainder(constant, per_level, per_token, best[0])
+    return best
+
+
+def _root_mean_square(errors: Sequence[float]) -> float:
+    return float(np.sqrt(np.mean(np.square(errors))))
 
 
 def _features(steps: Sequence[WholeStep]) -> Floats:
@@ -82,7 +99,7 @@ def _solve(
 
 def _leave_one_out(
     steps: Sequence[WholeStep], floors_ms: tuple[float, float, float], count: int
-) -> float:
+) -> list[float]:
     errors = []
     for index, left_out in enumerate(steps):
         rest = [*steps[:index], *steps[index + 1 :]]
@@ -94,4 +111,4 @@ def _leave_one_out(
             + per_token * left_out.num_tokens
         )
         errors.append(predicted / left_out.ms - 1)
-    return float(np.sqrt(np.mean(np.square(errors))))
+    return errors

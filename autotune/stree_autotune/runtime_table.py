@@ -1,15 +1,18 @@
 """The runtime table: how long the passes of one pair take on one GPU, in milliseconds.
 
-Terms of a step, each measured by batch size and `size`:
+`points` are passes, by batch size and `size`. None of them stores its states:
 
-- one_token (size 1): a whole step with verdict off.
 - verify (size = tree tokens, root included): the target's pass with LM head and argmax.
 - draft_root (size 1): the draft's first pass; two rows, the root alone gets logits and a child.
 - draft (size = width): one draft pass over `width` nodes of a level, one child picked for each.
-- branch (size = width): what picking several children of `width` nodes costs more than one each.
+- target_store, draft_store (size 1): what the same pass costs more when every slot stores its
+  state, which a slot does once its kept rows are full (stree_kernels.rows.MAX_KEPT).
+- context (size = tree tokens): what verify costs more for each 1024 committed tokens of a slot.
+- host (size 1): what the host itself works for a step.
 
-The deepest level of a tree has no children, so it costs no draft pass. `steps` holds whole
-speculative steps of named trees; they show what the sum of the terms leaves out.
+`rules` is what choosing costs more than picking the likeliest token, by rows of logits (nodes times
+slots), whatever the batch size; see Work. `steps` holds whole steps of named trees, off being the
+tree without nodes. The deepest level of a tree has no children, so it costs no draft pass.
 """
 
 from __future__ import annotations
@@ -19,14 +22,35 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt, model_validator
 
+from stree_core.errors import ConfigError
 from stree_core.files import dump_yaml, load_yaml, write_atomically
-from stree_core.profile import ModelRef, Name, Strict, TreeText
+from stree_core.profile import ModelRef, Name, Sampling, Strict, TreeText
 from stree_core.tree import MAX_NODES
 
-Term = Literal["one_token", "verify", "draft_root", "draft", "branch"]
+Term = Literal[
+    "verify", "draft_root", "draft", "target_store", "draft_store", "context", "host"
+]  # fmt: skip
+UNSIZED: tuple[Term, ...] = ("draft_root", "target_store", "draft_store", "host")
+DIFFERENCES: tuple[Term, ...] = ("target_store", "draft_store", "context")
+"""Terms that are what one pass takes longer than another, which may be nothing."""
+
+Work = Literal["branch", "sample", "sample_truncated", "draw", "draw_truncated", "try", "tries"]
+"""branch: SEVERAL children of a node instead of one. sample: the target's token by its law. draw:
+a child by the draft's law (MSS). try: trying one child at the target's side (MSS), tries: SEVERAL.
+"""
+
+SEVERAL = 4
+"""Children of a node where more than one are timed."""
+
+RuleKey = Literal["greedy", "naive", "naive_truncated", "mss", "mss_truncated"]
+"""A rule, and whether a part of the law is cut off (top-k, top-p, min-p)."""
+
+OFF = "off"
+"""The tree without nodes among the trees of whole steps."""
+
 Size = Annotated[int, Field(ge=1, le=MAX_NODES + 1)]
 NonNegativeMs = Annotated[FiniteFloat, Field(ge=0)]
-UNSIZED: tuple[Term, ...] = ("one_token", "draft_root")
+PositiveMs = Annotated[FiniteFloat, Field(gt=0)]
 
 
 class Point(NamedTuple):
@@ -39,23 +63,53 @@ class Point(NamedTuple):
     spread_ms: NonNegativeMs
 
 
-class Step(NamedTuple):
-    """The median time of whole speculative steps with one named tree, and its spread."""
+class RulePoint(NamedTuple):
+    """The median extra time of some work of a rule, and its spread."""
 
-    batch_size: PositiveInt
-    tree: Name
-    ms: Annotated[FiniteFloat, Field(gt=0)]
+    work: Work
+    rows: PositiveInt
+    ms: NonNegativeMs
     spread_ms: NonNegativeMs
 
 
+class Step(NamedTuple):
+    """The median time of whole steps with one named tree and a rule, and its spread.
+
+    `tokens_per_step` is what these steps emitted: with it a state is stored more often.
+    """
+
+    batch_size: PositiveInt
+    tree: Name
+    ms: PositiveMs
+    spread_ms: NonNegativeMs
+    tokens_per_step: Annotated[FiniteFloat, Field(ge=1)] = 1.0
+    rule: RuleKey = "greedy"
+
+
+class NoRoom(NamedTuple):
+    """A point or a whole step that did not fit into the memory of the GPU, by its name and size."""
+
+    name: Name
+    batch_size: PositiveInt
+    size: Size
+
+
 class ModelCost(ModelRef):
-    """A model and the bytes that its passes move; times are those of every model of its shape."""
+    """A model and the bytes that its passes move; times are those of every model of its shape.
+
+    `held_bytes` are all its weights, `kept_bytes` the kept rows of a sequence, `row_bytes` the
+    buffers of one row of a block; `num_launches` is about how many kernels a pass launches.
+    """
 
     weight_bytes: PositiveInt
     state_bytes_per_sequence: NonNegativeInt
     kv_bytes_per_token: NonNegativeInt
     vocab_size: PositiveInt
     hidden_size: PositiveInt
+    held_bytes: PositiveInt
+    kept_bytes: NonNegativeInt
+    row_bytes: NonNegativeInt
+    num_launches: PositiveInt
 
     @property
     def ref(self) -> ModelRef:
@@ -94,42 +148,41 @@ class RuntimeTable(Strict):
     context: PositiveInt
     weights: Literal["real", "random"]
     measured: TableMeasured
-    points: Annotated[tuple[Point, ...], Field(min_length=1, max_length=20_000)]
+    points: Annotated[tuple[Point, ...], Field(max_length=20_000)]
+    rules: Annotated[tuple[RulePoint, ...], Field(max_length=1_000)] = ()
     trees: Annotated[dict[Name, TreeText], Field(max_length=64)]
     steps: Annotated[tuple[Step, ...], Field(max_length=4_000)]
+    no_room: Annotated[tuple[NoRoom, ...], Field(max_length=20_000)] = ()
 
     @model_validator(mode="after")
     def _points_are_usable(self) -> RuntimeTable:
-        seen: set[tuple[str, int, int]] = set()
+        seen: set[tuple[object, ...]] = set()
         for point in self.points:
-            key = (point.term, point.batch_size, point.size)
-            if key in seen:
-                raise ValueError(f"every point stands once, but {list(key)} stands twice")
             if point.term in UNSIZED and point.size != 1:
                 raise ValueError(f"{point.term} has size 1, but a point has size {point.size}")
-            if point.ms == 0 and point.term != "branch":
-                raise ValueError(f"a time is above 0 ms, but {list(key)} has 0")
-            seen.add(key)
+            if point.ms == 0 and point.term not in DIFFERENCES:
+                raise ValueError(f"a time is above 0 ms, but {list(point[:3])} has 0")
+            _once(seen, "point", point[:3])
+        for rule in self.rules:
+            _once(seen, "point of a rule", rule[:2])
         return self
 
     @model_validator(mode="after")
     def _steps_name_trees(self) -> RuntimeTable:
-        seen: set[tuple[int, str]] = set()
+        seen: set[tuple[object, ...]] = set()
         for step in self.steps:
             if step.tree not in self.trees:
                 raise ValueError(f"a step names the tree {step.tree!r}, which `trees` lacks")
-            if (step.batch_size, step.tree) in seen:
-                raise ValueError(f"every step stands once, but {list(step[:2])} stands twice")
-            seen.add((step.batch_size, step.tree))
-        empty = [name for name, tree in self.trees.items() if not tree.paths]
-        if empty:
-            raise ValueError(f"a step needs a tree with nodes, but {empty[0]!r} has none")
+            _once(seen, "step", (step.batch_size, step.tree, step.rule))
+        for name, tree in self.trees.items():
+            if bool(tree.paths) == (name == OFF):
+                raise ValueError(f"{OFF} is the one tree without nodes, but {name!r} is not so")
         return self
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
-        """Batch sizes with any point, ascending."""
-        return tuple(sorted({point.batch_size for point in self.points}))
+        """Batch sizes with any whole step, ascending."""
+        return tuple(sorted({step.batch_size for step in self.steps}))
 
     @property
     def file_name(self) -> str:
@@ -140,6 +193,13 @@ class RuntimeTable(Strict):
     def probe_command(self) -> str:
         """The command that records this table."""
         return probe_command(self.gpu, self.target.name, self.draft.name)
+
+
+def rule_key(sampling: Sampling) -> RuleKey:
+    """Return the rule under which steps with this setting are timed."""
+    if sampling.rule == "greedy" or sampling.top_p == 1:
+        return sampling.rule
+    return "naive_truncated" if sampling.rule == "naive" else "mss_truncated"
 
 
 def runtime_file_name(gpu: str, target: str, draft: str) -> str:
@@ -158,5 +218,17 @@ def load_runtime_table(path: Path) -> RuntimeTable:
 
 
 def save_runtime_table(table: RuntimeTable, path: Path) -> None:
-    """Write a runtime table atomically."""
-    write_atomically(path, dump_yaml(table))
+    """Write a runtime table atomically; raise ConfigError, the old file intact, when it cannot."""
+    try:
+        write_atomically(path, dump_yaml(table))
+    except OSError as err:
+        raise ConfigError(
+            f"{path} could not be written ({err.strerror}), what was there is as it was; free some "
+            "space or name another folder with --data"
+        ) from err
+
+
+def _once(seen: set[tuple[object, ...]], what: str, key: tuple[object, ...]) -> None:
+    if key in seen:
+        raise ValueError(f"every {what} stands once, but {list(key)} stands twice")
+    seen.add(key)

@@ -1,9 +1,10 @@
 """Step cost: the time of one decoding step with any tree, from a runtime table.
 
-    off:         one_token(B)
+    off:         whole steps, by batch size and rule
     speculating: draft_root(B) + sum over levels below the root with children of draft(B, width)
-                 + sum over levels where some node has several children of branch(B, width)
-                 + verify(B, tokens) + remainder(B, depth, tokens)
+                 + verify(B, tokens) + store share * (target_store(B) + draft_store(B))
+                 + what the rule adds (branching, laws, draws, tries) by rows of logits
+                 + remainder(B, rule, depth, tokens); never shorter than the host's work
 
 The width of a level is its number of nodes with children: only those are drafted from.
 """
@@ -13,127 +14,117 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from stree_autotune.estimate import Estimate
-from stree_autotune.runtime_table import RuntimeTable
-from stree_autotune.term_times import (
-    PLAIN,
-    Factors,
-    TermTimes,
-    TreeShape,
-    shape_of,
-    spreads,
-    term_times,
-)
+from stree_autotune.runtime_table import RuleKey, RuntimeTable
+from stree_autotune.term_times import PLAIN, Factors, Load, TermTimes, spreads, term_times
+from stree_autotune.tree_shape import TreeShape, shape_of
 from stree_core.errors import MissingMeasurement
 from stree_core.tree import Tree
 
 
 @dataclass(frozen=True, slots=True)
-class Band:
-    """Between which multiples of the measured times an estimate's true times lie."""
-
-    measured: Mapping[int, TermTimes]
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, slots=True)
 class Noise:
-    """One draw: a factor per term, fit errors that all steps miss by, and a place in the band."""
+    """One draw: a factor per group of terms, and fit errors that all steps miss by."""
 
     factors: Factors
     steps_off: float
-    place: float
 
 
-STILL = Noise(PLAIN, 0.0, 0.5)
+STILL = Noise(PLAIN, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """Times of one pair on one GPU; see the module for the formula. Times are milliseconds."""
+    """Times of one pair on one GPU; see the module for the formula. Times are milliseconds.
+
+    `common` is a relative spread that all terms share, which an estimate has.
+    """
 
     times: Mapping[int, TermTimes]
     batch_sizes: tuple[int, ...]
     spreads: Factors
     command: str
-    band: Band | None = None
+    load: Load = field(default_factory=Load)
+    common: float = 0.0
     noise: Noise = STILL
 
     @classmethod
-    def from_table(cls, table: RuntimeTable) -> StepCost:
-        """Build the step cost of a measured table."""
-        return cls(term_times(table), table.batch_sizes, spreads(table), table.probe_command)
+    def from_table(
+        cls, table: RuntimeTable, rule: RuleKey = "greedy", context: int | None = None
+    ) -> StepCost:
+        """Build the step cost of a measured table, of slots half full up to `context` tokens."""
+        load = Load(rule, 0.0 if context is None else (context - table.context) / 2)
+        return cls(term_times(table), table.batch_sizes, spreads(table), table.probe_command, load)
 
     @classmethod
-    def from_estimate(cls, estimate: Estimate) -> StepCost:
-        """Build the step cost of an estimated table, whose draws fall into the estimate's band."""
-        ratio = estimate.bandwidth_ratio
-        band = Band(term_times(estimate.measured), min(1.0, ratio), max(1.0, ratio))
-        return replace(cls.from_table(estimate.table), band=band)
+    def from_estimate(
+        cls, estimate: Estimate, rule: RuleKey = "greedy", context: int | None = None
+    ) -> StepCost:
+        """Build the step cost of an estimated table, whose draws spread as the estimate may err."""
+        cost = cls.from_table(estimate.table, rule, context)
+        moved = Factors(*(math.hypot(spread, estimate.own) for spread in cost.spreads))
+        return replace(cost, spreads=moved, common=estimate.common)
 
     @property
     def fit_error(self) -> float:
         """The largest leave-one-out error of predicted whole steps, relative, over batch sizes."""
-        remainders = [times.remainder for times in self.times.values()]
-        return max((r.fit_error for r in remainders if r is not None), default=math.nan)
+        rule = self.load.rule
+        errors = [t.fitted(rule).fit_error for t in self.times.values() if t.remainders]
+        return max(errors, default=math.nan)
 
-    def step_ms(self, batch_size: int, tree: Tree) -> float:
+    def step_ms(self, batch_size: int, tree: Tree, tokens_per_step: float | None = None) -> float:
         """Return the time of one step with `tree`; a tree without nodes means verdict off.
 
-        Straight between neighbouring measured batch sizes. Raises MissingMeasurement outside the
-        measured batch sizes and tree sizes, naming the command that records more.
+        With more tokens per step states are stored more often; not given, half of the tree's depth
+        is taken to be accepted. Straight between neighbouring measured batch sizes. Raises
+        MissingMeasurement outside the measured batch sizes and tree sizes, naming the command that
+        records more.
         """
         shape = shape_of(tree) if tree.num_nodes else None
+        rate = 1 + tree.depth / 2 if tokens_per_step is None else tokens_per_step
+        load = self.load._replace(tokens_per_step=rate)
         if batch_size in self.times:
-            return self._ms_at(batch_size, shape)
+            return self._ms(self.times[batch_size], shape, load)
         below, above = self._neighbours(batch_size)
         share = (batch_size - below) / (above - below)
-        return (1 - share) * self._ms_at(below, shape) + share * self._ms_at(above, shape)
+        ends = [self._ms(self.times[size], shape, load) for size in (below, above)]
+        return (1 - share) * ends[0] + share * ends[1]
 
     def draw(self, rng: np.random.Generator) -> StepCost:
         """Return the cost as another measurement might have found it.
 
-        Each term moves by its relative spread, all speculative steps by the fit error, an estimate
-        to a common place in its band: from the low end over the point estimate to the high end.
+        Each group of terms moves by its relative spread, all together by the spread they share, and
+        all speculative steps by the fit error.
         """
-        deviates = rng.standard_normal(len(PLAIN) + 1).tolist()
-        moved = [math.exp(s * z) for s, z in zip(self.spreads, deviates, strict=False)]
-        place = 0.5 if self.band is None else rng.random()
-        return replace(self, noise=Noise(Factors(*moved), deviates[-1], place))
+        deviates = rng.standard_normal(len(PLAIN) + 2).tolist()
+        shared = self.common * deviates[-2]
+        moved = [math.exp(shared + s * z) for s, z in zip(self.spreads, deviates, strict=False)]
+        return replace(self, noise=Noise(Factors(*moved), deviates[-1]))
 
     def require(self, batch_sizes: Iterable[int], max_nodes: int) -> None:
         """Raise MissingMeasurement unless every tree of up to `max_nodes` has a time."""
         for batch_size in batch_sizes:
             measured = (batch_size,) if batch_size in self.times else self._neighbours(batch_size)
             for size in measured:
-                self.times[size].require(max_nodes)
+                self.times[size].require(max_nodes, self.load.rule)
 
     def _neighbours(self, batch_size: int) -> tuple[int, int]:
         index = bisect.bisect(self.batch_sizes, batch_size)
         if not 0 < index < len(self.batch_sizes):
+            covered = "no batch size is"
+            if self.batch_sizes:
+                covered = f"batch sizes {self.batch_sizes[0]} to {self.batch_sizes[-1]} are"
             raise MissingMeasurement(
-                f"batch sizes {self.batch_sizes[0]} to {self.batch_sizes[-1]} are measured, got "
-                f"{batch_size}; record it with `{self.command} --batch-size {batch_size}`"
+                f"{covered} measured, got {batch_size}; record it with "
+                f"`{self.command} --batch-size {batch_size}`"
             )
         return self.batch_sizes[index - 1], self.batch_sizes[index]
 
-    def _ms_at(self, batch_size: int, shape: TreeShape | None) -> float:
-        """Return the time at a measured batch size, for this draw."""
-        ms = self._ms(self.times[batch_size], shape)
-        place = self.noise.place
-        if self.band is None or place == 0.5:
-            return ms
-        measured = self._ms(self.band.measured[batch_size], shape)
-        if place < 0.5:
-            return 2 * place * ms + (1 - 2 * place) * self.band.low * measured
-        return (2 - 2 * place) * ms + (2 * place - 1) * self.band.high * measured
-
-    def _ms(self, times: TermTimes, shape: TreeShape | None) -> float:
+    def _ms(self, times: TermTimes, shape: TreeShape | None, load: Load) -> float:
         if shape is None:
-            return times.off_ms(self.noise.factors)
-        return times.speculative_ms(shape, self.noise.factors, self.noise.steps_off)
+            return times.off_ms(load, self.noise.factors)
+        return times.speculative_ms(shape, load, self.noise.factors, self.noise.steps_off)

@@ -1,49 +1,127 @@
-"""An engine in the middle of its work, for as many steps as a measurement takes."""
+"""A session in the middle of its work, for as many steps as a measurement takes."""
 
 from __future__ import annotations
 
+import time
+from collections import deque
+from collections.abc import Sequence
+
 import torch
 
-from stree_core.engine import Engine
+from stree_core.engine import Engine, EngineConfig
+from stree_core.errors import NonFiniteLogits
+from stree_core.model import Model
+from stree_core.sampling import SamplingParams
+from stree_core.session import Request, Session
 from stree_core.step import Speculator
+from stree_core.step_result import StepResult
+from stree_core.stop import StopRule
+from stree_core.tree import Tree
 from stree_kernels.rows import MAX_KEPT
 
+_ENDLESS = StopRule(1 << 40)
+_HOST_STEPS = 15
 
-def occupy(speculator: Speculator, num_tokens: int) -> None:
+
+def occupy(speculator: Speculator, num_tokens: int, num_kept: int | None = None) -> None:
     """Set every slot to hold `num_tokens`, the last step's path of two still pending.
 
-    Slots keep different numbers of rows, as in a running decoder: only some advance their state.
+    Slots keep different numbers of rows, as in a running decoder, so that only some advance their
+    state; or all `num_kept`.
     """
     speculator.buffers.active_B.fill_(1)
     for cache in (speculator.target_cache, speculator.draft_cache):
         if cache is not None:
             cache.committed_B.fill_(num_tokens)
             cache.pending.length_B.fill_(min(2, cache.pending.path_BL.shape[1]))
-            kept = cache.pending.num_kept_B
-            kept.copy_(torch.arange(len(kept), device=kept.device) * 3 % (MAX_KEPT + 1))
+            kept_B = cache.pending.num_kept_B
+            spread_B = torch.arange(len(kept_B), device=kept_B.device) * 3 % (MAX_KEPT + 1)
+            kept_B.copy_(spread_B if num_kept is None else torch.full_like(kept_B, num_kept))
+
+
+class SteadyEngine(Engine):
+    """An engine whose slots are busy without a prompt, and whose positions never run out.
+
+    Where attention makes positions count, it goes back to half of them in time.
+    """
+
+    _left = 0
+
+    def __init__(
+        self, target: Model, draft: Model | None, trees: Sequence[Tree], config: EngineConfig
+    ) -> None:
+        super().__init__(target, draft, trees, config)
+        self._under_way: deque[int] = deque()
+        self._emitted = [0] * len(trees)
+        self._collected = [0] * len(trees)
+
+    def tokens_per_step(self, which: int) -> float:
+        """Return the mean over all steps with a tree that were collected, at least 1."""
+        return max(1.0, self._emitted[which] / max(1, self._collected[which]))
+
+    def require_fits(self, prompt_tokens: int, new_tokens: int) -> None:
+        """Let every request in: it never ends."""
+
+    @torch.inference_mode()
+    def prefill(
+        self, slot: int, prompt: Sequence[int], params: SamplingParams | None = None
+    ) -> int:
+        """Take a slot without running its prompt."""
+        self.speculator.rule.start(slot, params or SamplingParams(), prompt)
+        self._go_back()
+        return 0
+
+    def launch(self, which: int = 0) -> None:
+        """Start a step."""
+        self._left -= self.trees[which].depth + 1
+        if self._left < 0:
+            with torch.inference_mode():
+                self._go_back()
+        super().launch(which)
+        self._under_way.append(which)
+
+    def collect(self) -> StepResult:
+        """Return what the oldest step did, and count its tokens for its tree."""
+        result = super().collect()
+        which = self._under_way.popleft()
+        self._emitted[which] += sum(map(len, result.tokens))
+        self._collected[which] += len(result.tokens)
+        return result
+
+    def _go_back(self) -> None:
+        start = self.config.num_positions // 2
+        occupy(self.speculator, start)
+        attends = self.target.shape.has_attention or (
+            self.draft is not None and self.draft.shape.has_attention
+        )
+        self._left = start - 2 * (self.depth + 1) if attends else 1 << 40
 
 
 class Stepper:
-    """Steps an engine for ever, on a GPU a step ahead of what it reads, as a session does.
+    """Steps a session for ever, with any of its engine's trees: what it costs is what users get."""
 
-    It goes back to half its positions before they run out.
-    """
-
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: SteadyEngine, params: SamplingParams) -> None:
         self.engine = engine
-        self._start = engine.config.num_positions // 2
-        self._period = max(1, self._start // (engine.depth + 1) - 1)
-        self._num_steps = 0
-        if engine.target.device.type == "cuda":
-            self._occupy_and_launch()
+        self._which = 0
+        self._session = Session(engine, choose_tree=lambda num_active: self._which)
+        for slot in range(engine.config.num_slots):
+            seeded = SamplingParams(params.temperature, top_p=params.top_p, seed=slot)
+            self._session.submit(Request((1, 2), _ENDLESS, seeded))
 
-    def __call__(self) -> None:
-        self._occupy_and_launch()
-        self.engine.collect()
+    def step(self, which: int = 0) -> None:
+        """Run one step with tree number `which`; raise NonFiniteLogits when a slot breaks down."""
+        self._which = which
+        for update in self._session.step():
+            if update.generation is not None:
+                raise NonFiniteLogits(str(update.generation.error))
 
-    def _occupy_and_launch(self) -> None:
-        if self._num_steps % self._period == 0:
-            with torch.inference_mode():
-                occupy(self.engine.speculator, self._start)
-        self._num_steps += 1
-        self.engine.launch()
+    def host_ms(self) -> float:
+        """Return the median of what the host works for a step, the device's work left out."""
+        times = []
+        for _ in range(_HOST_STEPS):
+            torch.cuda.synchronize()
+            # What is under way has arrived, and the queue is empty: nothing is waited for.
+            start = time.perf_counter()
+            self.step(self._which)
+            times.append(1e3 * (time.perf_counter() - start))
+        return sorted(times)[_HOST_STEPS // 2]

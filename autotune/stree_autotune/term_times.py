@@ -3,43 +3,57 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
+from stree_autotune.model_cost import MAX_KEPT
 from stree_autotune.remainder import Remainder, WholeStep, fit_remainder
-from stree_autotune.runtime_table import Point, RuntimeTable
+from stree_autotune.rule_times import RuleTimes
+from stree_autotune.runtime_table import OFF, NoRoom, Point, RuleKey, RuntimeTable, Step, Term
+from stree_autotune.tree_shape import TreeShape, shape_of
 from stree_core.errors import MissingMeasurement
-from stree_core.tree import Tree
 
+PER_TOKENS = 1024
+"""Committed tokens that a point of `context` stands for."""
 
-class TreeShape(NamedTuple):
-    """What the time of a step depends on.
-
-    `widths`: inner nodes of every level below the root that has any; each is one draft pass.
-    `branching`: inner nodes of every level, root included, on which some node has several children.
-    """
-
-    num_tokens: int
-    depth: int
-    widths: tuple[int, ...]
-    branching: tuple[int, ...]
+_HOST_BOUND = 1.05
 
 
 class Factors(NamedTuple):
-    """One number per term: its relative spread, or what a draw multiplies it by."""
+    """One number per group of terms: its relative spread, or what a draw multiplies it by."""
 
-    one_token: float
+    off: float
     verify: float
-    draft_root: float
     draft: float
-    branch: float
+    rules: float
 
 
-PLAIN = Factors(1.0, 1.0, 1.0, 1.0, 1.0)
+PLAIN = Factors(1.0, 1.0, 1.0, 1.0)
+
+
+class Load(NamedTuple):
+    """What a step's time depends on beside its tree.
+
+    `more_context` is how many tokens more than half the table's context a slot has committed, on
+    average; `tokens_per_step` says how often states are stored.
+    """
+
+    rule: RuleKey = "greedy"
+    more_context: float = 0.0
+    tokens_per_step: float = 1.0
+
+    @property
+    def store_share(self) -> float:
+        """The share of steps in which a slot stores its state.
+
+        Rows gather until they are more than MAX_KEPT; the step that would exceed it, by about half
+        a step's tokens, stores all.
+        """
+        rate = self.tokens_per_step
+        return min(1.0, rate / (MAX_KEPT + (1 + rate) / 2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +64,7 @@ class Curve:
     batch_size: int
     first: int
     ms: tuple[float, ...]
-    command: str
+    remedy: str
 
     def at(self, size: int) -> float:
         """Return the time at `size`; raise MissingMeasurement outside the measured sizes."""
@@ -64,137 +78,210 @@ class Curve:
         covered = f"sizes {self.first} to {last}" if self.ms else "no size"
         # a level of w nodes with children needs a tree of at least 2 w nodes
         max_nodes = size - 1 if self.term == "verify" else 2 * size
-        more = f" --max-nodes {max_nodes}" if self.ms and size > last else ""
+        more = f" --max-nodes {max_nodes}`" if self.ms and size > last else "`"
+        remedy = self.remedy if not self.remedy.endswith("`") else self.remedy[:-1] + more
         return MissingMeasurement(
             f"{self.term} at batch size {self.batch_size} is measured for {covered}, got size "
-            f"{size}; record it with `{self.command}{more}`"
+            f"{size}; {remedy}"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class TermTimes:
-    """All terms at one batch size."""
+    """All terms at one batch size; `remainders` and `off_steps` are by rule."""
 
-    one_token: Curve
-    verify: Curve
-    draft_root: Curve
-    draft: Curve
-    branch: Curve
-    remainder: Remainder | None
+    batch_size: int
+    curves: Mapping[Term, Curve]
+    rules: RuleTimes
+    off_steps: Mapping[RuleKey, float]
+    remainders: Mapping[RuleKey, Remainder]
+    command: str
 
-    def off_ms(self, factors: Factors) -> float:
-        """Return the time of a step with verdict off."""
-        return self.one_token.at(1) * factors.one_token
+    def off_ms(self, load: Load, factors: Factors) -> float:
+        """Return the time of a step with verdict off; raise MissingMeasurement without any."""
+        ms = self.off_steps.get(load.rule)
+        if ms is None and "greedy" in self.off_steps:
+            ms = self.off_steps["greedy"] + self.rules.off_ms(load.rule, self.batch_size)
+        if ms is None:
+            raise self._missing("a whole step without speculation")
+        return ms * factors.off + self._context_ms(1, load)
 
-    def sum_ms(self, shape: TreeShape, factors: Factors) -> float:
+    def sum_ms(self, shape: TreeShape, load: Load, factors: Factors) -> float:
         """Return the sum of the terms of a speculative step, without the remainder."""
-        total = self.draft_root.at(1) * factors.draft_root
-        total += self.verify.at(shape.num_tokens) * factors.verify
-        draft, branch = self.draft.at, self.branch.at
+        share = load.store_share
+        drafts = self.curves["draft_root"].at(1) + share * self._optional("draft_store")
         if shape.widths:
-            total += sum([draft(width) for width in shape.widths]) * factors.draft
-        if shape.branching:
-            total += sum([branch(width) for width in shape.branching]) * factors.branch
-        return total
+            at = self.curves["draft"].at
+            drafts += sum([at(width) for width in shape.widths])
+        verify = self.curves["verify"].at(shape.num_tokens) + share * self._optional("target_store")
+        verify += self._context_ms(shape.num_tokens, load)
+        rules = self.rules.step_ms(load.rule, self.batch_size, shape)
+        return verify * factors.verify + drafts * factors.draft + rules * factors.rules
 
-    def speculative_ms(self, shape: TreeShape, factors: Factors, steps_off: float) -> float:
-        """Return the time of a speculative step that misses the fit by `steps_off` fit errors."""
-        remainder = self.fitted()
-        total = self.sum_ms(shape, factors) + remainder.ms(shape.depth, shape.num_tokens)
-        return total * math.exp(steps_off * remainder.fit_error)
+    def speculative_ms(
+        self, shape: TreeShape, load: Load, factors: Factors, steps_off: float
+    ) -> float:
+        """Return the time of a speculative step that misses the fit by `steps_off` fit errors.
 
-    def fitted(self) -> Remainder:
-        """Return the remainder; raise MissingMeasurement when there were no steps to fit it to."""
-        if self.remainder is None:
-            raise MissingMeasurement(
-                f"two or more whole steps at batch size {self.verify.batch_size} are needed, the "
-                f"table has fewer; record them with `{self.verify.command}`"
-            )
-        return self.remainder
+        It is never shorter than what the host works for a step.
+        """
+        remainder = self.fitted(load.rule)
+        total = self.sum_ms(shape, load, factors)
+        total += remainder.ms(shape.depth, shape.num_tokens)
+        return max(total * math.exp(steps_off * remainder.fit_error), self.host_ms)
 
-    def require(self, max_nodes: int) -> None:
+    @property
+    def host_ms(self) -> float:
+        """What the host works for a step, 0 where it was not measured."""
+        return self._optional("host")
+
+    def fitted(self, rule: RuleKey) -> Remainder:
+        """Return a rule's remainder, greedy's for one without steps of its own.
+
+        Raises MissingMeasurement when there were no steps to fit it to.
+        """
+        found = self.remainders.get(rule) or self.remainders.get("greedy")
+        if found is None:
+            raise self._missing("two or more whole steps")
+        return found
+
+    def require(self, max_nodes: int, rule: RuleKey) -> None:
         """Raise MissingMeasurement unless verdict off and trees up to `max_nodes` have a time."""
-        sizes = [(self.one_token, 1), (self.draft_root, 1)]
-        sizes += [(self.verify, size) for size in (2, max_nodes + 1)]
+        self.off_ms(Load(rule), PLAIN)
+        self.curves["draft_root"].at(1)
+        for size in (2, max_nodes + 1):
+            self.curves["verify"].at(size)
         if max_nodes > 1:
             # half the nodes on one level, one child below each, is the widest draft pass
-            sizes += [(c, size) for c in (self.draft, self.branch) for size in (1, max_nodes // 2)]
-        for curve, size in sizes:
-            curve.at(size)
-        self.fitted()
+            for size in (1, max_nodes // 2):
+                self.curves["draft"].at(size)
+        self.rules.step_ms(rule, self.batch_size, TreeShape(2, 1, (), (1,), 1, 1))
+        self.fitted(rule)
 
+    def _optional(self, term: Term) -> float:
+        ms = self.curves[term].ms
+        return ms[0] if ms else 0.0
 
-@lru_cache(maxsize=1 << 14)
-def shape_of(tree: Tree) -> TreeShape:
-    """Return the shape of a tree that has nodes."""
-    inner: list[int] = []
-    branching: list[bool] = []
-    children = [0] * tree.num_tokens
-    for parent in tree.parents[1:]:
-        children[parent] += 1
-    for count, depth in zip(children, tree.depths, strict=True):
-        if count == 0:
-            continue
-        if depth == len(inner):
-            inner.append(0)
-            branching.append(False)
-        inner[depth] += 1
-        branching[depth] |= count > 1
-    wide = tuple(width for width, several in zip(inner, branching, strict=True) if several)
-    return TreeShape(tree.num_tokens, tree.depth, tuple(inner[1:]), wide)
+    def _context_ms(self, num_tokens: int, load: Load) -> float:
+        curve = self.curves["context"]
+        if not load.more_context or not curve.ms:
+            return 0.0
+        return curve.at(num_tokens) * load.more_context / PER_TOKENS
+
+    def _missing(self, what: str) -> MissingMeasurement:
+        return MissingMeasurement(
+            f"{what} at batch size {self.batch_size} must be in the table, it is not; record it "
+            f"with `{self.command}`"
+        )
 
 
 def term_times(table: RuntimeTable) -> dict[int, TermTimes]:
-    """Return the terms of every measured batch size, remainder fitted, ascending."""
-    return {batch_size: _at_batch_size(table, batch_size) for batch_size in table.batch_sizes}
+    """Return the terms of every measured batch size, remainders fitted, ascending."""
+    rules = RuleTimes.of(table.rules, table.probe_command)
+    return {size: _at_batch_size(table, size, rules) for size in table.batch_sizes}
 
 
 def spreads(table: RuntimeTable) -> Factors:
-    """Return the relative spread of each term: the median over its points, at most one half."""
-    relative: dict[str, list[float]] = {term: [0.0] for term in Factors._fields}
+    """Return the relative spread of each group: the median over its points, at most one half."""
+    relative: dict[str, list[float]] = {group: [] for group in Factors._fields}
+    for step in table.steps:
+        if step.tree == OFF:
+            relative["off"].append(step.spread_ms / step.ms)
     for point in table.points:
-        if point.ms > 0:
-            relative[point.term].append(point.spread_ms / point.ms)
-    return Factors(
-        *(min(0.5, float(np.median(values[1:] or values))) for values in relative.values())
+        group = {"verify": "verify", "draft": "draft", "draft_root": "draft"}.get(point.term)
+        if group is not None:
+            relative[group].append(point.spread_ms / point.ms)
+    relative["rules"] = [point.spread_ms / point.ms for point in table.rules if point.ms > 0]
+    return Factors(*(min(0.5, float(np.median(values or [0.0]))) for values in relative.values()))
+
+
+def whole_steps(
+    times: TermTimes, steps: Sequence[Step], table: RuntimeTable
+) -> list[tuple[Step, WholeStep]]:
+    """Return speculative steps beside the sums of their terms, where these were measured."""
+    found = []
+    for step in steps:
+        if step.tree == OFF:
+            continue
+        shape = shape_of(table.trees[step.tree].build())
+        load = Load(step.rule, 0.0, step.tokens_per_step)
+        try:
+            sum_ms = times.sum_ms(shape, load, PLAIN)
+        except MissingMeasurement:
+            # A pass did not fit into memory, or the probe was stopped.
+            continue
+        found.append((step, WholeStep(shape.depth, shape.num_tokens, sum_ms, step.ms)))
+    return found
+
+
+def _at_batch_size(table: RuntimeTable, batch_size: int, rules: RuleTimes) -> TermTimes:
+    points = [point for point in table.points if point.batch_size == batch_size]
+    no_room = [row for row in table.no_room if row.batch_size == batch_size]
+    command = table.probe_command
+    terms: tuple[Term, ...] = Term.__args__  # type: ignore[attr-defined]
+    curves = {term: _curve(term, batch_size, points, no_room, command) for term in terms}
+    steps = [step for step in table.steps if step.batch_size == batch_size]
+    off: dict[RuleKey, float] = {step.rule: step.ms for step in steps if step.tree == OFF}
+    for sampled, same in (("mss", "naive"), ("naive_truncated", "mss_truncated")):
+        # Without a tree the two choose alike.
+        if sampled not in off and same in off:
+            off[sampled] = off[same]  # type: ignore[index]
+    bare = TermTimes(batch_size, curves, rules, off, {}, command)
+    remainders: dict[RuleKey, Remainder] = {}
+    for rule in sorted({step.rule for step in steps}, key=lambda rule: rule != "greedy"):
+        whole = whole_steps(bare, [step for step in steps if step.rule == rule], table)
+        free = [row for _, row in whole if row.ms > _HOST_BOUND * bare.host_ms]
+        used = free if len(free) > 1 else [row for _, row in whole]
+        if len(used) > 1:
+            remainders[rule] = _fitted(used, bare, remainders.get("greedy"))
+    if "mss_truncated" in remainders:
+        remainders.setdefault("naive_truncated", remainders["mss_truncated"])
+    return replace(bare, remainders=remainders)
+
+
+def _fitted(steps: Sequence[WholeStep], times: TermTimes, greedy: Remainder | None) -> Remainder:
+    """Fit a remainder; one of a sampling rule is greedy's and what its steps differ by."""
+    floors = floors_of(times)
+    if greedy is None:
+        return fit_remainder(steps, floors)
+    known = [
+        replace(row, sum_ms=row.sum_ms + greedy.ms(row.depth, row.num_tokens)) for row in steps
+    ]
+    mine = (greedy.constant_ms, greedy.per_level_ms, greedy.per_token_ms)
+    lower = tuple(floor - own for floor, own in zip(floors, mine, strict=True))
+    more = fit_remainder(known, (lower[0], lower[1], lower[2]))
+    return Remainder(
+        greedy.constant_ms + more.constant_ms,
+        greedy.per_level_ms + more.per_level_ms,
+        greedy.per_token_ms + more.per_token_ms,
+        more.fit_error,
     )
 
 
-def _at_batch_size(table: RuntimeTable, batch_size: int) -> TermTimes:
-    points = [point for point in table.points if point.batch_size == batch_size]
-    command = table.probe_command
-    curves = {term: _curve(term, batch_size, points, command) for term in Factors._fields}
-    bare = TermTimes(**curves, remainder=None)
-    steps = [step for step in table.steps if step.batch_size == batch_size]
-    if len(steps) < 2:
-        return bare
-    shapes = [shape_of(table.trees[step.tree].build()) for step in steps]
-    whole = [
-        WholeStep(shape.depth, shape.num_tokens, bare.sum_ms(shape, PLAIN), step.ms)
-        for shape, step in zip(shapes, steps, strict=True)
-    ]
-    return TermTimes(**curves, remainder=fit_remainder(whole, _floors(bare)))
-
-
-def _floors(times: TermTimes) -> tuple[float, float, float]:
+def floors_of(times: TermTimes) -> tuple[float, float, float]:
     """Return how far each coefficient of the remainder may go below zero.
 
     A level costs at least nothing with its draft pass, the constant at most undoes the draft's root
     pass, and further tokens never pay.
     """
-    per_level = -times.draft.ms[0] if times.draft.ms else 0.0
-    return -times.draft_root.at(1), per_level, 0.0
+    draft = times.curves["draft"].ms
+    return -times.curves["draft_root"].at(1), -draft[0] if draft else 0.0, 0.0
 
 
-def _curve(term: str, batch_size: int, points: Iterable[Point], command: str) -> Curve:
+def _curve(
+    term: Term, batch_size: int, points: Iterable[Point], no_room: Iterable[NoRoom], command: str
+) -> Curve:
     """Make measured times monotone in size, straight between neighbouring measured sizes only."""
     # most commands never predict, and scipy.optimize takes most of a second to import
     from scipy.optimize import isotonic_regression
 
     mine = sorted((point.size, point.ms) for point in points if point.term == term)
+    remedy = f"record it with `{command}`"
+    if any(row.name == term for row in no_room):
+        remedy = "larger sizes did not fit into the GPU's memory when it was probed"
     if not mine:
-        return Curve(term, batch_size, 1, (), command)
+        return Curve(term, batch_size, 1, (), remedy)
     sizes, times = zip(*mine, strict=True)
     rising = isotonic_regression(times).x
     dense = np.interp(np.arange(sizes[0], sizes[-1] + 1), sizes, rising)
-    return Curve(term, batch_size, sizes[0], tuple(dense.tolist()), command)
+    return Curve(term, batch_size, sizes[0], tuple(dense.tolist()), remedy)

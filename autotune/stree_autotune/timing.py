@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
-FEWEST_WALL_CALLS = 4
 Work = Callable[[], object]
 Key = TypeVar("Key", bound=Hashable)
+
+WALL_MS, FEWEST_WALL_CALLS = 15.0, 4
+"""How long, and of how many calls, a measurement by wall time is at least on a GPU."""
+
+WALL_CYCLE = 17
+"""A slot that emits one token a step stores its state every 17 steps: fast steps are timed for a
+whole cycle, so that their mean is what is timed."""
+
+_DEVICE_MS, _MOST_DEVICE_CALLS = 2.0, 20
+_SETTLED_MS, _SLOW_CALL_MS = 1.0, 3.0
+_SLOW, _NOISY = 1.03, 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +33,6 @@ class Effort:
     min_rounds: int
     max_rounds: int
     seconds: float
-
-
-EFFORTS = {"quick": Effort(5, 30, 0.1), "full": Effort(9, 100, 0.5)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,45 +65,107 @@ def captured(work: Work, device: torch.device, pool: Any = None) -> Work:
 
 
 def time_interleaved(
-    candidates: dict[Key, Work], device: torch.device, effort: Effort, *, wall: bool = False
+    candidates: Mapping[Key, Work],
+    device: torch.device,
+    effort: Effort,
+    *,
+    wall: bool = False,
+    until: float = math.inf,
 ) -> dict[Key, Timing]:
     """Time candidates in turns, so that a drift of the machine touches all of them alike.
 
     On CUDA one measurement is several calls back to back between two events, which hides the
     launch of a graph behind the one before, as in a running decoder; caches stay as such a decoder
-    leaves them. On the CPU, or with `wall` for calls that bring a result to the host, it is the
-    wall time per call.
+    leaves them: weights beyond L2 pass through it anyway. On the CPU, or with `wall` for calls that
+    bring a result to the host, it is the wall time per call. Rounds in which everything was slow
+    (a GPU that throttles) do not count and are run again; candidates that stay noisy get further
+    rounds. After `until` (time.perf_counter) nothing goes beyond the fewest rounds.
     """
-    on_gpu = device.type == "cuda"
-    measure = _measure_cuda if on_gpu and not wall else _measure_wall
-    # A call on a GPU brings the result of the one before: a few in a row are needed to be steady.
-    fewest = FEWEST_WALL_CALLS if on_gpu and wall else 1
-    calls = {
-        name: _calls_per_measurement(work, measure, fewest) for name, work in candidates.items()
-    }
-    times: dict[Key, list[float]] = {name: [] for name in candidates}
-    spent = dict.fromkeys(candidates, 0.0)
-    for round_number in range(effort.max_rounds):
-        for name, work in candidates.items():
-            if round_number >= effort.min_rounds and spent[name] > effort.seconds:
-                continue
-            # Unmeasured at first: the call after another candidate's is a tenth slower.
-            for _ in range(fewest):
-                work()
-            ms = measure(work, calls[name])
-            times[name].append(ms)
-            spent[name] += ms * calls[name] / 1e3
-    return {
-        name: Timing(statistics.median(values), statistics.stdev(values))
-        for name, values in times.items()
-    }
+    return _Rounds(candidates, device, effort, wall=wall).run(until)
 
 
-def _calls_per_measurement(work: Work, measure: Callable[[Work, int], float], fewest: int) -> int:
-    """Return how many calls make one measurement long against the clock's resolution."""
-    work()
-    ms = measure(work, fewest)
-    return max(fewest, min(20, round(2.0 / max(ms, 1e-3))))
+class _Rounds(Generic[Key]):
+    """Rounds over candidates, and what they took."""
+
+    def __init__(
+        self, candidates: Mapping[Key, Work], device: torch.device, effort: Effort, *, wall: bool
+    ) -> None:
+        on_gpu = device.type == "cuda"
+        self._candidates = candidates
+        self._effort = effort
+        self._measure = _measure_cuda if on_gpu and not wall else _measure_wall
+        self._in_a_row = on_gpu and wall
+        self._calls = {name: self._num_calls(work) for name, work in candidates.items()}
+        self._rounds: list[dict[Key, float]] = []
+        self._spent = dict.fromkeys(candidates, 0.0)
+
+    def run(self, until: float) -> dict[Key, Timing]:
+        """Measure until it is enough, and return what each candidate takes."""
+        effort = self._effort
+        for number in range(effort.max_rounds):
+            waiting = self._waiting(number)
+            late = number >= effort.min_rounds and time.perf_counter() > until
+            if late or not waiting:
+                break
+            self._rounds.append({name: self._time(name) for name in waiting})
+        rounds = self._counted()
+        values = {name: [r[name] for r in rounds if name in r] for name in self._candidates}
+        return {
+            name: Timing(statistics.median(ms), statistics.stdev(ms) if len(ms) > 1 else 0.0)
+            for name, ms in values.items()
+        }
+
+    def _num_calls(self, work: Work) -> int:
+        """Return how many calls make one measurement long against what disturbs it."""
+        for _ in range(2 if self._in_a_row else 1):
+            work()
+        ms = max(1e-3, self._measure(work, 2 if self._in_a_row else 1))
+        if not self._in_a_row:
+            return max(1, min(_MOST_DEVICE_CALLS, round(_DEVICE_MS / ms)))
+        if ms * WALL_CYCLE > WALL_MS:
+            return max(FEWEST_WALL_CALLS, min(WALL_CYCLE, round(2 * WALL_MS / ms)))
+        return WALL_CYCLE * round(WALL_MS / (ms * WALL_CYCLE))
+
+    def _time(self, name: Key) -> float:
+        work, calls = self._candidates[name], self._calls[name]
+        for _ in range(self._unmeasured(name)):
+            work()
+        ms = self._measure(work, calls)
+        self._spent[name] += ms * calls / 1e3
+        return ms
+
+    def _unmeasured(self, name: Key) -> int:
+        """Return the calls before a measurement: those after another candidate's are slower."""
+        ms = self._rounds[0][name] if self._rounds else 0.0
+        if self._in_a_row:
+            # A call brings the result of the one before, which is another candidate's at first.
+            return 2 if ms > _SLOW_CALL_MS else FEWEST_WALL_CALLS
+        return int(ms < _SETTLED_MS)
+
+    def _waiting(self, number: int) -> list[Key]:
+        """Return whom to measure next: all at first, then who had little time or is noisy."""
+        if number < self._effort.min_rounds or len(self._counted()) < self._effort.min_rounds:
+            return list(self._candidates)
+        return [
+            name
+            for name in self._candidates
+            if self._spent[name] < self._effort.seconds or self._noisy(name)
+        ]
+
+    def _noisy(self, name: Key) -> bool:
+        values = [r[name] for r in self._rounds if name in r]
+        return statistics.stdev(values) > _NOISY * statistics.median(values)
+
+    def _counted(self) -> list[dict[Key, float]]:
+        """Return the rounds but for those in which all was slow, at most half of the whole ones."""
+        whole = [r for r in self._rounds if len(r) == len(self._candidates)]
+        if len(whole) < 2:
+            return self._rounds
+        typical = {name: statistics.median(r[name] for r in whole) for name in self._candidates}
+        pace = [statistics.median(r[name] / typical[name] for name in r) for r in whole]
+        limit = max(_SLOW * min(pace), statistics.median(pace))
+        counted = [r for r, factor in zip(whole, pace, strict=True) if factor <= limit]
+        return counted + self._rounds[len(whole) :]
 
 
 def _measure_cuda(work: Work, calls: int) -> float:

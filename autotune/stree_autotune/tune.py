@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from stree_autotune.estimate import estimate_table
 from stree_autotune.library import Library, require_same_model, require_same_shape
 from stree_autotune.provenance import provenance
-from stree_autotune.runtime_table import RuntimeTable, load_runtime_table
+from stree_autotune.runtime_cost import runtime_cost
+from stree_autotune.runtime_table import RuntimeTable
 from stree_autotune.step_cost import StepCost
 from stree_autotune.trace_file import Trace, load_trace
 from stree_autotune.verdict import Decision, decide_policy
-from stree_core.errors import ConfigError, MissingMeasurement
+from stree_core.errors import ConfigError
 from stree_core.files import sha256_of
 from stree_core.profile import (
     GpuRef,
@@ -54,16 +54,6 @@ class Runtime:
     source: Source
 
 
-def check_sampling(sampling: Sampling) -> Sampling:
-    """Return the sampling setting; raise ConfigError for one that no runtime table knows."""
-    if sampling.rule != "greedy":
-        raise ConfigError(
-            "this version's runtime tables time greedy steps, so it tunes these only, got "
-            f"{sampling.label}; leave --rule, --temperature and --top-p at their defaults"
-        )
-    return sampling
-
-
 def tune(request: TuneRequest) -> Profile:
     """Decide every batch size of `request` and return the profile.
 
@@ -99,18 +89,12 @@ def tune(request: TuneRequest) -> Profile:
 
 def _load_runtime(library: Library, request: TuneRequest, target: str, draft: str) -> Runtime:
     found = library.find_runtime(request.gpu, target, draft)
-    table = load_runtime_table(found.path)
-    attention = table.target.kv_bytes_per_token + table.draft.kv_bytes_per_token > 0
-    if attention and table.context != request.context:
-        raise MissingMeasurement(
-            f"with attention layers times hold for one context, and {found.path.name} was measured "
-            f"at {table.context}, got {request.context}; record it with "
-            f"`{table.probe_command} --context {request.context}`"
-        )
-    cost, note = StepCost.from_table(table), f"{table.gpu_name}, {table.dtype}, {table.backend}"
-    if found.measured is not None and found.wanted is not None:
-        estimate = estimate_table(table, found.measured, found.wanted)
-        cost, note = StepCost.from_estimate(estimate), estimate.rule
+    table, cost, estimate = runtime_cost(
+        library, found.path, request.gpu, request.sampling, request.context
+    )
+    note = f"{table.gpu_name}, {table.dtype}, {table.backend}"
+    if estimate is not None:
+        note = estimate.rule
     note += (
         f"; whole steps are predicted with an error of {100 * cost.fit_error:.1f} % (leave one out)"
     )
@@ -159,7 +143,8 @@ def _load_acceptance(
     if borrowed:
         path = library.find_borrowed_trace(request.acceptance_from)
     else:
-        path = library.find_trace(target, draft, request.dataset)
+        label = request.sampling.label
+        path = library.find_trace(target, draft, request.dataset, label)
     trace = load_trace(path)
     if request.dataset and trace.meta.dataset != request.dataset:
         raise ConfigError(

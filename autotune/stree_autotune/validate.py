@@ -19,11 +19,12 @@ from stree_autotune.live import (
 )
 from stree_autotune.live_rows import Heading, Row, print_rows, with_measured
 from stree_autotune.live_speed import LiveSpeed, joined, live_speed
-from stree_autotune.probe import ProbeConfig, probe
+from stree_autotune.probe import probe
+from stree_autotune.probe_plan import ProbeConfig
 from stree_autotune.progress import ProgressBar
 from stree_autotune.provenance import command_line, utc_now, versions
 from stree_autotune.record import RecordConfig, record_trace
-from stree_autotune.runtime_table import RuntimeTable, load_runtime_table
+from stree_autotune.runtime_table import RuntimeTable, load_runtime_table, rule_key
 from stree_autotune.step_cost import StepCost
 from stree_autotune.trace_file import Trace
 from stree_autotune.trace_walk import walk
@@ -182,7 +183,8 @@ def _stage(
         logger.info("probing %s at batch size %d to predict with", name, setting.batch_size)
         gpu = short_gpu_name(name, setting.pair.device)
         nodes = max(16, *(row.tree.build().num_nodes for row in profile.policy))
-        config = ProbeConfig(gpu, profile.context, (setting.batch_size,), nodes)
+        sampled = setting.trace.meta.sampling.rule != "greedy"
+        config = ProbeConfig(gpu, profile.context, (setting.batch_size,), nodes, sampled=sampled)
         *_, table = probe(setting.pair, config)
     trees = [*_fixed_modes(profile, setting).values(), *map(Tree.chain, _CHAINS)]
     with ProgressBar(len(set(trees)), "modes") as progress:
@@ -190,7 +192,16 @@ def _stage(
         for tree in dict.fromkeys(trees):
             runs[tree] = _decode(setting, requests, tree)
             progress(len(runs))
-    return _Stage(table, StepCost.from_table(table), runs)
+    rule = rule_key(setting.trace.meta.sampling)
+    cost = StepCost.from_table(table, rule, _typical_context(setting))
+    return _Stage(table, cost, runs)
+
+
+def _typical_context(setting: _Setting) -> int:
+    """Return twice the tokens that a slot has committed on average: slots are half full."""
+    prompt = statistics.fmean(len(request.prompt) for request in setting.requests)
+    output = setting.trace.num_positions / max(1, setting.trace.num_prompts)
+    return round(2 * prompt + output)
 
 
 def _fixed_modes(profile: Profile, setting: _Setting) -> dict[str, Tree]:
@@ -229,7 +240,9 @@ def _row(
     reference: LiveSpeed,
 ) -> Row:
     tokens_per_step = walk(setting.trace, tree).tokens_per_step
-    step_ms = statistics.fmean(s.cost.step_ms(setting.batch_size, tree) for s in stages)
+    step_ms = statistics.fmean(
+        s.cost.step_ms(setting.batch_size, tree, tokens_per_step) for s in stages
+    )
     pairs = zip(run.generations, reference.generations, strict=True)
     differing = sum(a.tokens != b.tokens for a, b in pairs)
     return Row(

@@ -1,0 +1,38 @@
+"""What a model's passes move and hold, by its shape alone; nothing here loads torch."""
+
+from __future__ import annotations
+
+from stree_autotune.runtime_table import ModelCost
+from stree_core.model_shape import AttentionShape, Mamba2Shape, MlpShape, ModelShape, MoeShape
+from stree_core.profile import ModelRef
+
+MAX_KEPT = 16
+"""stree_kernels.rows.MAX_KEPT, which a test compares: that module loads torch."""
+
+FEWEST_LAUNCHES = 4
+_LAUNCHES = {Mamba2Shape: 4, AttentionShape: 4, MlpShape: 2, MoeShape: 8}
+"""Kernels of a part: a Mamba2 mixer has two projections, the conv and the scan."""
+
+
+def model_cost(shape: ModelShape, ref: ModelRef, element_bytes: int) -> ModelCost:
+    """Return the cost of a model whose weights have `element_bytes` each."""
+    kept_values = row_values = 0
+    for part in shape.parts:
+        if isinstance(part.mixer, Mamba2Shape):
+            columns = part.mixer.conv_dim + part.mixer.num_heads
+            kept_values += MAX_KEPT * columns
+            # Two sets of rows take turns.
+            row_values += 2 * (part.mixer.proj_dim + columns)
+    kv_bytes = shape.kv_bytes_per_token(element_bytes)
+    return ModelCost(
+        **ref.model_dump(),
+        weight_bytes=shape.weight_bytes(element_bytes),
+        state_bytes_per_sequence=shape.state_bytes(element_bytes),
+        kv_bytes_per_token=kv_bytes,
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        held_bytes=shape.num_parameters * element_bytes,
+        kept_bytes=kept_values * element_bytes,
+        row_bytes=row_values * element_bytes + 2 * kv_bytes,
+        num_launches=FEWEST_LAUNCHES + sum(_LAUNCHES[type(part.mixer)] for part in shape.parts),
+    )

@@ -1,0 +1,180 @@
+"""Time the passes of one batch size: verify, draft, what storing states and context add."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from stree_autotune.probe_plan import Key, even_tree
+from stree_autotune.probe_steps import StepSetting, free
+from stree_autotune.runtime_table import NoRoom, Point
+from stree_autotune.stepper import occupy
+from stree_autotune.term_times import PER_TOKENS
+from stree_autotune.timing import Timing, Work, captured, time_interleaved
+from stree_core.errors import NotEnoughMemory
+from stree_core.pair import Pair
+from stree_core.rules import GreedyRule
+from stree_core.step import Speculator, make_speculators
+from stree_core.tree import Tree
+from stree_core.tree_plan import make_plan
+from stree_kernels.rows import MAX_KEPT
+
+_FEW_KEPT = 5
+_TYPICAL_DEPTH = 8
+_STORE_SIZE = 16
+_SHORT_CONTEXT = 32
+
+
+def time_passes(
+    pair: Pair, keys: Sequence[Key], setting: StepSetting
+) -> tuple[list[Point], list[NoRoom]]:
+    """Time what `keys` (term, batch size, size) name, all in turns; and say what did not fit."""
+    passes = _Passes(pair, setting)
+    with torch.inference_mode():
+        try:
+            passes.prepare(keys)
+            timings = time_interleaved(
+                passes.works, pair.device, setting.effort, until=setting.until
+            )
+        finally:
+            missing = passes.missing
+            passes.close()
+            free(pair.device)
+    measured = [key for key in keys if (key[0], key[2]) not in missing]
+    points = [_point(key, timings, setting.context) for key in measured]
+    no_room = [NoRoom(term, setting.batch_size, size) for term, size in sorted(missing)]
+    return points, no_room
+
+
+def _point(key: Key, timings: dict[tuple[str, int], Timing], context: int) -> Point:
+    """Turn one or two timings into a point; what one costs more than the other is at least 0."""
+    term, batch_size, size = key
+    found = timings[term, size]
+    if (f"{term} without", size) in timings:
+        without = timings[f"{term} without", size]
+        more = max(0.0, found.ms - without.ms)
+        if term == "context":
+            few, many = _contexts(context, size)
+            more *= PER_TOKENS / (many - few)
+        return Point(term, batch_size, size, more, found.spread_ms)
+    return Point(term, batch_size, size, found.ms, found.spread_ms)
+
+
+class _Passes:
+    """Captured passes on one set of caches."""
+
+    def __init__(self, pair: Pair, setting: StepSetting) -> None:
+        self.works: dict[tuple[str, int], Work] = {}
+        self.missing: set[tuple[str, int]] = set()
+        self._pair = pair
+        self._setting = setting
+        on_gpu = pair.device.type == "cuda"
+        self._pool: Any = torch.cuda.graph_pool_handle() if on_gpu else None
+        self._shared: Speculator | None = None
+
+    def close(self) -> None:
+        """Let go of graphs and caches."""
+        self.works.clear()
+        self._shared = None
+
+    def prepare(self, keys: Sequence[Key]) -> None:
+        """Capture all passes, smallest first; what does not fit is noted in `missing`."""
+        passes = sorted(((term, size) for term, _, size in keys), key=lambda each: each[1])
+        while passes and self._shared is None:
+            try:
+                self._shared = self._speculator(_covering(passes))
+            except (NotEnoughMemory, torch.OutOfMemoryError):
+                self.missing.add(passes.pop())
+                free(self._pair.device)
+        for term, size in passes:
+            try:
+                self._prepare(term, size)
+            except torch.OutOfMemoryError:
+                self.missing.add((term, size))
+                for name in (term, f"{term} without"):
+                    self.works.pop((name, size), None)
+                free(self._pair.device)
+
+    def _prepare(self, term: str, size: int) -> None:
+        middle = self._setting.context // 2
+        if term == "verify":
+            self._add(term, size, self._rebound(_verified(size)).verify, middle, _FEW_KEPT)
+        elif term == "draft_root":
+            self._add(term, size, self._root(), middle, _FEW_KEPT)
+        elif term == "draft":
+            level = self._rebound(even_tree(2 * size, size))
+            draft = partial(level.draft_level, level.plan.levels[1])
+            self._add(term, size, draft, middle, _FEW_KEPT)
+        elif term == "context":
+            verify = self._rebound(_verified(size)).verify
+            few, many = _contexts(self._setting.context, size)
+            self._add(term, size, verify, many, _FEW_KEPT)
+            self._add(f"{term} without", size, verify, few, _FEW_KEPT)
+        else:
+            of_target = term == "target_store"
+            assert self._shared is not None
+            tokens = min(_STORE_SIZE, self._shared.plan.tree.num_tokens)
+            work = self._rebound(_verified(tokens)).verify if of_target else self._root()
+            self._add(term, size, work, middle, MAX_KEPT)
+            self._add(f"{term} without", size, work, middle, _FEW_KEPT)
+
+    def _add(
+        self, name: str, size: int, work: Callable[[], object], tokens: int, kept: int
+    ) -> None:
+        """Capture a pass that finds every slot with so many tokens and kept rows.
+
+        Setting these is part of the graph: it takes as long in every pass, next to nothing.
+        """
+        assert self._shared is not None
+        cache = [self._shared.target_cache, self._shared.draft_cache]
+
+        def run() -> None:
+            for each in cache:
+                assert each is not None
+                each.pending.num_kept_B.fill_(kept)
+                each.committed_B.fill_(tokens)
+            work()
+
+        self.works[name, size] = captured(run, self._pair.device, self._pool)
+
+    def _root(self) -> Callable[[], object]:
+        root = self._rebound(Tree.chain(1))
+        return partial(root.draft_level, root.plan.levels[0])
+
+    def _speculator(self, tree: Tree) -> Speculator:
+        pair, setting = self._pair, self._setting
+        plan = make_plan(tree, pair.target.conv_widths, pair.draft.conv_widths, pair.device)
+        (shared,) = make_speculators(
+            pair.target, pair.draft, [plan], setting.batch_size, setting.context
+        )
+        occupy(shared, setting.context // 2, _FEW_KEPT)
+        return shared
+
+    def _rebound(self, tree: Tree) -> Speculator:
+        """Return a speculator for another, smaller tree on the same caches."""
+        assert self._shared is not None
+        target, draft = self._pair.target, self._pair.draft
+        plan = make_plan(tree, target.conv_widths, draft.conv_widths, target.device)
+        rule = GreedyRule(plan, target.backend)
+        return dataclasses.replace(self._shared, plan=plan, rule=rule)
+
+
+def _contexts(context: int, size: int) -> tuple[int, int]:
+    """Return few and many committed tokens, between which the cost of context is measured."""
+    few = min(_SHORT_CONTEXT, context // 4)
+    return few, max(few + 1, context - size)
+
+
+def _covering(passes: Sequence[tuple[str, int]]) -> Tree:
+    """Return a tree whose buffers hold every pass."""
+    num_nodes = max(2 * size if term == "draft" else max(size, 2) for term, size in passes)
+    widest = max((size for term, size in passes if term == "draft"), default=1)
+    return even_tree(num_nodes, max(2, widest, num_nodes // _TYPICAL_DEPTH))
+
+
+def _verified(size: int) -> Tree:
+    return even_tree(size - 1, 2)

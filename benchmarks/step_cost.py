@@ -1,0 +1,53 @@
+"""Print how far the runtime tables' predictions can be trusted, and a check against others' times.
+
+    python benchmarks/step_cost.py [TABLE ...]
+
+Leaves sizes, batch sizes, whole steps and shapes out in turn (stree_autotune.accuracy), for the
+shipped tables or the given files; then predicts the step times that STree published for an RTX
+3090. Needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from published import published_table
+
+from stree_autotune.accuracy import Accuracy, accuracy, roofline_accuracy
+from stree_autotune.library import Library, shipped_root
+from stree_autotune.runtime_table import load_runtime_table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Print the errors of predictions")
+    parser.add_argument("tables", nargs="*", type=Path)
+    paths = parser.parse_args().tables or sorted((shipped_root() / "runtime").glob("*.yaml"))
+    tables = [load_runtime_table(path) for path in paths]
+    for table in tables:
+        title = f"{table.gpu}: {table.target.name} + {table.draft.name}"
+        print(f"**{title}**\n\n{as_markdown(accuracy(table))}")
+    library = Library.open()
+    for gpu in sorted({table.gpu for table in tables}):
+        sheet = library.gpu_sheet(gpu)
+        mine = [table for table in tables if table.gpu == gpu]
+        if sheet is not None:
+            print(f"**{gpu}: roofline**\n\n{as_markdown(roofline_accuracy(mine, sheet))}")
+            print(published_table(mine, sheet, library))
+
+
+def as_markdown(rows: list[Accuracy]) -> str:
+    lines = [
+        "| left out | term | points | median | 90 % | worst |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| {row.left_out} | {row.term} | {row.count} | {row.median:.1%} | "
+        f"{row.ninth_decile:.1%} | {row.worst:.1%} |"
+        for row in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

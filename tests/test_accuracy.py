@@ -1,0 +1,57 @@
+"""What leaving out finds: nothing where a rule holds, and the fault where one was put."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from synthetic_data import make_table
+
+from stree_autotune.accuracy import Accuracy, accuracy, roofline_accuracy
+from stree_autotune.gpu_sheet import load_gpu_sheet
+from stree_autotune.library import Library, shipped_root
+from stree_autotune.runtime_table import RuntimeTable, load_runtime_table
+
+
+def by_name(table: RuntimeTable) -> dict[tuple[str, str], Accuracy]:
+    return {(row.left_out, row.term): row for row in accuracy(table)}
+
+
+def test_a_table_by_rule_is_predicted_without_error() -> None:
+    rows = by_name(make_table())
+    for key in (("batch size", "verify"), ("batch size", "off"), ("batch size", "speculating"),
+                ("batch size", "draft"), ("whole step", "speculating")):  # fmt: skip
+        assert rows[key].worst == pytest.approx(0.0, abs=1e-9), key
+    assert rows["size", "verify"].worst > 0, "a staircase is not straight"
+
+
+def test_a_fault_is_found_where_it_is() -> None:
+    table = make_table()
+    steps = [
+        step._replace(ms=1.2 * step.ms) if step[:2] == (8, "chain-4") else step
+        for step in table.steps
+    ]
+    rows = by_name(table.model_copy(update={"steps": tuple(steps)}))
+    assert rows["whole step", "speculating"].worst == pytest.approx(1 - 1 / 1.2, abs=0.02)
+    assert rows["batch size", "verify"].worst == pytest.approx(0.0, abs=1e-9)
+
+
+def test_shapes_are_left_out_of_the_roofline() -> None:
+    root = shipped_root()
+    tables = [load_runtime_table(path) for path in sorted((root / "runtime").glob("h200--*.yaml"))]
+    rows = roofline_accuracy(tables, load_gpu_sheet(root / "gpus" / "h200.yaml"))
+    shapes = {row.term: row for row in rows if row.left_out == "roofline, shape"}
+    assert {"mamba2-2.7b", "mamba2-130m"} <= set(shapes)
+    assert all(0 < row.median < 0.5 for row in shapes.values())
+
+
+def test_published_times_are_predicted_within_a_fifth(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import published  # type: ignore[import-not-found]
+
+    paths = sorted((shipped_root() / "runtime").glob("h200--*.yaml"))
+    sheet = load_gpu_sheet(shipped_root() / "gpus" / "h200.yaml")
+    found = published.predictions([*map(load_runtime_table, paths)], sheet, Library.open())
+    assert len(found) == len(published.ROWS)
+    assert max(abs(prediction.error) for prediction in found) < 0.2
+    assert all(prediction.passes_ms < prediction.row.ms for prediction in found)
