@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from stree_autotune import cli_flags as flags
+from stree_autotune.cli_analyze import register_analyze
 from stree_autotune.cli_deploy import register_deploy_verbs
 from stree_autotune.cli_live import register_live_verbs
 from stree_core.errors import ConfigError, NoFeasibleTree, StreeError
@@ -50,6 +51,9 @@ def tune_command(
     data: flags.Data = flags.DEFAULT_DATA_PATHS,
     library: flags.Libraries = flags.NO_LIBRARIES,
     acceptance_from: flags.AcceptanceFrom = "",
+    measure: flags.Measure = False,
+    storage: flags.Storage = "",
+    trials: flags.Trials = 0,
     seed: flags.Seed = 0,
     as_json: flags.AsJson = False,
     output: flags.Output = flags.DEFAULT_PROFILE,
@@ -79,16 +83,21 @@ def tune_command(
         data=flags.search_path(data, library),
         acceptance_from=acceptance_from,
         seed=seed,
+        storage=storage,
+        num_trials=trials,
     )
     require_writable(output, force=force, is_default=_is_default(ctx, "output"))
-    _tune(request, output, as_json=as_json)
+    _tune(request, output, measure=measure, as_json=as_json)
 
 
-def _tune(request: TuneRequest, output: Path, *, as_json: bool) -> None:
-    """Tune, write the profile, print it."""
+def _tune(request: TuneRequest, output: Path, *, measure: bool, as_json: bool) -> None:
+    """Tune, write the profile, print it; only measuring loads torch."""
     from stree_autotune.show import print_json, print_profile, result_console
-    from stree_autotune.tune import tune
 
+    if measure:
+        from stree_autotune.live_tune import tune_live as tune
+    else:
+        from stree_autotune.tune import tune
     profile = tune(request)
     save_profile(profile, output)
     console = result_console()
@@ -127,6 +136,7 @@ def show(
 
 
 register_live_verbs(app)
+register_analyze(app)
 register_deploy_verbs(app)
 
 
