@@ -102,10 +102,10 @@ class LiveSearch:
         memory = SearchSetting(memory=self.setting.memory)
         offline = search_batch(self.space, self.model, batch_size, memory, seed=self.seed)
         enqueue(study, self.space, [])
-        enqueue_tree(study, offline.best.tree)
+        enqueue_tree(study, self.space, offline.best.tree)
         ranked = sorted(best.values(), key=lambda trial: -trial.tokens_per_s)
         for trial in ranked[: int(PICKED_SHARE * self.setting.num_trials)]:
-            enqueue_tree(study, trial.tree)
+            enqueue_tree(study, self.space, trial.tree)
 
     def _queue_favourites(self, study: optuna.Study, batch_size: int) -> None:
         cost = self._corrected(batch_size, evaluated(study))
@@ -113,7 +113,7 @@ class LiveSearch:
         trials = search_batch(self.space, cost, batch_size, memory, seed=self.seed).trials
         fresh = [trial for trial in trials if trial.tree not in cost.steps]
         for trial in sorted(fresh, key=lambda trial: -trial.tokens_per_s)[:FAVOURITES]:
-            enqueue_tree(study, trial.tree)
+            enqueue_tree(study, self.space, trial.tree)
 
     def _evaluate(self, worker: Worker, batch_size: int, claims: list[Claim]) -> None:
         steps = self.measure(batch_size, [claim.tree for claim in claims], FIRST_LOOK)

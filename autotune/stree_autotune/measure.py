@@ -22,8 +22,8 @@ from stree_core.pair import Pair
 from stree_core.rules import SamplingSupport
 from stree_core.tree import Tree
 
-FIRST_LOOK = Effort(min_rounds=7, max_rounds=30, seconds=0.1)
-FINAL = Effort(min_rounds=15, max_rounds=60, seconds=0.3)
+FIRST_LOOK = Effort(min_rounds=5, max_rounds=30, seconds=0.1)
+FINAL = Effort(min_rounds=9, max_rounds=60, seconds=0.3)
 
 OFF = Tree.chain(0)
 Measure = Callable[[int, Sequence[Tree], Effort], dict[Tree, LiveStep]]

@@ -325,15 +325,17 @@ def enqueue(study: optuna.Study, space: TreeSpace, picks: Sequence[Cell]) -> Non
         study.enqueue_trial(asdict(cell), skip_if_exists=True)
     fits_trace = DEFAULT_TREE.max_children <= space.slots.num_children
     if fits_trace and DEFAULT_TREE.num_nodes <= space.max_nodes:
-        enqueue_tree(study, DEFAULT_TREE)
+        enqueue_tree(study, space, DEFAULT_TREE)
 
 
-def enqueue_tree(study: optuna.Study, tree: Tree) -> None:
+def enqueue_tree(study: optuna.Study, space: TreeSpace, tree: Tree) -> None:
     """Queue a tree as it stands rather than what its cell would be solved to."""
     text = text_of(tree)
     known = study.get_trials(deepcopy=False)
     if all(trial.user_attrs.get(EXACT) != text for trial in known):
-        study.enqueue_trial(asdict(Cell.of(tree)), user_attrs={EXACT: text})
+        fitting = (width for width in space.widths if width >= tree.max_children)
+        cell = Cell(max(1, tree.depth), next(fitting, space.widths[-1]), tree.num_nodes)
+        study.enqueue_trial(asdict(cell), user_attrs={EXACT: text})
 
 
 def text_of(tree: Tree) -> str:
