@@ -2,9 +2,10 @@
 
 Trials live in the study's storage, which may be a file or a database that many machines share. A
 worker claims trials, and as long as it lives a counter in the study, its pulse, goes on. A running
-trial whose worker's pulse has stood still for a while is given up and queued again; how long it has
-stood still is seen by whoever looks, so no clocks need to agree. A result that comes after that is
-dropped. A tree that another trial has, or is being given, is never evaluated twice.
+trial whose worker's pulse has stood still for a while is given up, and its tree is taken over by
+whoever has seen that; as every worker watches for itself, no clocks need to agree. A result that
+comes after that is dropped. A tree that another trial has, or is being given, is never evaluated
+twice.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ PULSES_PER_PATIENCE = 5
 MOST_REJECTED = 50
 """Proposals in a row that may be known already before the space counts as exhausted."""
 
-TREE, WORKER, PULSE = "tree", "worker", "pulse of "
+TREE, WORKER, PULSE, HEIR_OF = "tree", "worker", "pulse of ", "heir of"
 STEP_MS, SPREAD_MS, TOKENS = "step_ms", "spread_ms", "tokens_per_step"
 
 
@@ -91,25 +92,27 @@ class Worker:
 
         Trees that do not fit are told to the sampler on the way, and do not count.
         """
-        self._give_up_dead()
-        claims: list[Claim] = []
+        claims = self._take_over()
         rejected = 0
-        while len(claims) < most and rejected < MOST_REJECTED and self._has_room():
+        trials = self._trials()
+        while len(claims) < most and rejected < MOST_REJECTED and self._has_room(trials):
             trial = self._study.ask()
             trial.set_user_attr(WORKER, self._name)
             tree = suggest(trial, self._space)
-            trial.set_user_attr(TREE, text_of(tree))
             excess = self._excess(tree)
             trial.set_constraint("memory", excess)
-            if self._is_taken(trial, tree):
+            trial.set_user_attr(TREE, text_of(tree))
+            # Two workers that are given one tree at once both see the other's trial, as they look
+            # after they have written.
+            trials = self._trials()
+            rejected += 1
+            if _is_taken(trial.number, tree, trials):
                 self._study.tell(trial, state=TrialState.FAIL)
             elif excess > 0:
                 self._study.tell(trial, 0.0)
             else:
                 claims.append(Claim(trial, tree))
                 rejected = 0
-                continue
-            rejected += 1
         return claims
 
     def tell(self, claim: Claim, found: Evaluated) -> None:
@@ -124,10 +127,10 @@ class Worker:
 
     def wait(self) -> bool:
         """Wait a little for the other workers; return False when none has anything under way."""
-        busy = [trial for trial in self._running() if not self._is_mine(trial)]
+        busy = bool(self._others())
         if busy:
             time.sleep(self._patience_s / 20)
-        return bool(busy)
+        return busy
 
     def _live(self) -> None:
         beat = 0
@@ -138,54 +141,76 @@ class Worker:
             except StorageInternalError as err:
                 logger.warning("the study's storage did not answer: %s", err)
 
-    def _running(self) -> list[FrozenTrial]:
-        return self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-
-    def _is_mine(self, trial: FrozenTrial) -> bool:
-        return bool(trial.user_attrs.get(WORKER) == self._name)
-
-    def _has_room(self) -> bool:
-        return len(evaluated(self._study)) + len(self._running()) < self._budget
-
-    def _is_taken(self, trial: optuna.Trial, tree: Tree) -> bool:
-        """Return whether a finished trial has the tree, or an older one is being given it.
-
-        Both of two workers that are given one tree at once see the other's trial, as they look
-        after they have written, and the older one goes on.
-        """
+    def _trials(self) -> list[FrozenTrial]:
+        """Return the trials that are running or complete."""
         states = (TrialState.RUNNING, TrialState.COMPLETE)
-        text = text_of(tree)
-        return any(
-            other.user_attrs.get(TREE) == text
-            and (other.state == TrialState.COMPLETE or other.number < trial.number)
-            for other in self._study.get_trials(deepcopy=False, states=states)
-        )
+        return self._study.get_trials(deepcopy=False, states=states)
 
-    def _give_up_dead(self) -> None:
-        """End the running trials of workers without a pulse, and queue their trees again."""
+    def _has_room(self, trials: list[FrozenTrial]) -> bool:
+        counted = [t for t in trials if t.state == TrialState.RUNNING or STEP_MS in t.user_attrs]
+        return len(counted) < self._budget
+
+    def _others(self) -> list[FrozenTrial]:
+        """Return the running trials of other workers."""
+        running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return [trial for trial in running if trial.user_attrs.get(WORKER) != self._name]
+
+    def _take_over(self) -> list[Claim]:
+        """End the running trials of workers without a pulse, and claim their trees."""
         pulses, now = self._study.user_attrs, time.monotonic()
-        for trial in self._running():
-            if self._is_mine(trial):
-                continue
+        claims = []
+        for trial in self._others():
             pulse = pulses.get(PULSE + trial.user_attrs.get(WORKER, ""))
             before, since = self._last_seen.get(trial.number, (None, now))
             if trial.number not in self._last_seen or before != pulse:
                 self._last_seen[trial.number] = (pulse, now)
-            elif now - since > self._patience_s:
-                self._retry(trial)
+            elif now - since > self._patience_s and self._give_up(trial):
+                claims += self._inherit(trial)
+        return claims
 
-    def _retry(self, trial: FrozenTrial) -> None:
+    def _give_up(self, trial: FrozenTrial) -> bool:
+        """End a trial; False when it has ended: its worker lives, or another one was faster."""
         try:
             self._study.tell(trial.number, state=TrialState.FAIL)
         except (ValueError, UpdateFinishedTrialError):
-            # Its worker lives after all, or another one has been faster.
-            return
-        logger.warning("trial %d is queued again, its worker has no pulse", trial.number)
-        text = trial.user_attrs.get(TREE, trial.user_attrs.get(EXACT))
-        # A worker may have died before its proposal was anything but queued.
-        params = trial.params or trial.system_attrs.get("fixed_params", {})
-        if params:
-            self._study.enqueue_trial(params, user_attrs={} if text is None else {EXACT: text})
+            return False
+        logger.warning("trial %d is given up, its worker has no pulse", trial.number)
+        return True
+
+    def _inherit(self, dead: FrozenTrial) -> list[Claim]:
+        """Claim the tree of a trial that was given up; queue it again if it had none yet."""
+        if TREE not in dead.user_attrs:
+            queued = dead.system_attrs.get("fixed_params")
+            if queued is not None:
+                exact = {key: dead.user_attrs[key] for key in (EXACT,) if key in dead.user_attrs}
+                self._study.enqueue_trial(queued, user_attrs=exact)
+            return []
+        text = dead.user_attrs[TREE]
+        attrs = {WORKER: self._name, TREE: text, EXACT: text, HEIR_OF: dead.number}
+        self._study.add_trial(
+            optuna.create_trial(
+                state=TrialState.RUNNING,
+                params=dead.params,
+                distributions=dead.distributions,
+                user_attrs=attrs,
+            )
+        )
+        (own,) = (t for t in self._trials() if t.user_attrs.get(HEIR_OF) == dead.number)
+        trial = optuna.Trial(self._study, own._trial_id)
+        tree = tree_from_text(text)
+        trial.set_constraint("memory", self._excess(tree))
+        return [Claim(trial, tree)]
+
+
+def _is_taken(number: int, tree: Tree, trials: list[FrozenTrial]) -> bool:
+    """Return whether a finished trial has the tree, or an older one is being given it."""
+    text = text_of(tree)
+    return any(
+        other.user_attrs.get(TREE) == text
+        and (other.state == TrialState.COMPLETE or other.number < number)
+        for other in trials
+        if other.number != number
+    )
 
 
 def evaluated(study: optuna.Study) -> list[Evaluated]:
