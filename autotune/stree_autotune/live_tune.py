@@ -13,6 +13,7 @@ from stree_autotune.search import SearchSetting, TreeSpace, Trial
 from stree_autotune.study import StudyPlace, open_storage
 from stree_autotune.tune import Question, TuneRequest, ask
 from stree_autotune.verdict import CrossFit, Decision, decide
+from stree_core.backend import resolve_device
 from stree_core.errors import ConfigError
 from stree_core.pair import Pair, Runtime, device_name, short_gpu_name
 from stree_core.profile import Measured, MeasuredBlock, Profile
@@ -26,7 +27,7 @@ def tune_live(request: TuneRequest) -> Profile:
     Raises what `ask` raises, and ConfigError when this machine is not the one that is asked about.
     """
     question = ask(request)
-    pair = _open_pair(question)
+    pair = open_question_pair(question)
     search = live_search(question, pair)
     decisions, rows = [], []
     for batch_size in request.batch_sizes:
@@ -39,11 +40,11 @@ def tune_live(request: TuneRequest) -> Profile:
     return question.profile(decisions, block)
 
 
-def live_search(question: Question, pair: Pair) -> LiveSearch:
+def live_search(question: Question, pair: Pair, *, in_memory: bool = False) -> LiveSearch:
     """Return the search of a question's trees, its trials in a journal unless named elsewhere."""
     request, (target, draft) = question.request, question.refs
     storage = request.storage
-    if not storage:
+    if not storage and not in_memory:
         name = f"{request.gpu}--{target.name}--{draft.name}.journal"
         storage = str(data_folder(request.data) / "studies" / name)
         logger.info("trials are kept in %s; delete it to measure anew", storage)
@@ -85,18 +86,18 @@ def _measured(trial: Trial, result: LiveResult) -> Measured:
     )
 
 
-def _open_pair(question: Question) -> Pair:
+def open_question_pair(question: Question) -> Pair:
     """Load the pair in the dtype of its table; raise ConfigError on another device than asked."""
     request, table = question.request, question.runtime.table
-    runtime = Runtime("cpu" if request.gpu == "cpu" else "auto", table.dtype, table.backend)
-    models = PairRequest(
-        request.target, request.draft, request.data, runtime, shapes=table.weights == "random"
-    )
-    pair = open_pair(models)
-    here = short_gpu_name(device_name(pair.device), pair.device)
+    place = "cpu" if request.gpu == "cpu" else "auto"
+    device = resolve_device(place)
+    here = short_gpu_name(device_name(device), device)
     if here != request.gpu:
         raise ConfigError(
             f"--measure runs on the GPU that it is asked about, got --gpu {request.gpu} on {here}; "
             f"pass --gpu {here}, or leave out --measure"
         )
-    return pair
+    shapes = table.weights == "random"
+    runtime = Runtime(place, table.dtype, table.backend)
+    models = PairRequest(request.target, request.draft, request.data, runtime, shapes)
+    return open_pair(models)

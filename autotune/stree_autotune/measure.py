@@ -35,20 +35,23 @@ def live_measure(pair: Pair, trace: Trace, context: int) -> Measure:
 
 
 def measure_steps(
-    pair: Pair, trace: Trace, context: int, batch_size: int, trees: Sequence[Tree], effort: Effort
-) -> dict[Tree, LiveStep]:
+    pair: Pair, trace: Trace, context: int, batch_size: int, trees: Sequence[Tree], effort: Effort,
+    *, apart: bool = False,
+) -> dict[Tree, LiveStep]:  # fmt: skip
     """Time whole steps, host included: the trees in turns, off on an engine of its own.
 
-    Raises NotEnoughMemory when the caches do not fit.
+    With `apart` every tree has an engine of its own. Raises NotEnoughMemory when the caches do not
+    fit.
     """
     works: dict[Tree, Work] = {}
     if OFF in trees:
         config = EngineConfig(batch_size, context)
         works[OFF] = Stepper(Engine(pair.target, None, OFF, config))
     speculating = [tree for tree in dict.fromkeys(trees) if tree != OFF]
-    if speculating:
-        steps = TracedSteps(pair, trace, context, batch_size, speculating)
-        works |= {tree: partial(steps.step, which) for which, tree in enumerate(speculating)}
+    groups = [[tree] for tree in speculating] if apart else [speculating]
+    for group in filter(None, groups):
+        steps = TracedSteps(pair, trace, context, batch_size, group)
+        works |= {tree: partial(steps.step, which) for which, tree in enumerate(group)}
     timings = time_interleaved(works, pair.device, effort, wall=True)
     works.clear()
     free(pair.device)
@@ -65,8 +68,8 @@ class TracedSteps:
         self, pair: Pair, trace: Trace, context: int, batch_size: int, trees: Sequence[Tree]
     ) -> None:
         self._room = context // 2
-        self._script = TraceScript(trace, batch_size, context, pair.device)
-        support = SamplingSupport(stand_in=self._script.rules)
+        self.script = TraceScript(trace, batch_size, context, pair.device)
+        support = SamplingSupport(stand_in=self.script.rules)
         config = EngineConfig(batch_size, context, sampling=support)
         self.engine = Engine(pair.target, pair.draft, trees, config)
         self._left = 0
@@ -79,7 +82,7 @@ class TracedSteps:
         if self._left < longest:
             with torch.inference_mode():
                 occupy(self.engine.speculator, self._room)
-                self._script.restart()
+                self.script.restart()
             self._left = self._room - self.engine.depth - 1
         self._left -= longest
         self.engine.launch(which)
