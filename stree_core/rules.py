@@ -10,7 +10,7 @@ L path capacity.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -41,7 +41,7 @@ class SamplingSupport:
     rule: RuleName = "greedy"
     truncates: bool = False
     penalises: bool = False
-    stand_in: Callable[[Sequence[TreePlan]], list[Rule]] | None = None
+    stand_in: Callable[[Sequence[TreePlan], Backend], list[Rule]] | None = None
 
     def require(self, params: SamplingParams) -> None:
         """Raise ConfigError unless a request with these parameters can be served."""
@@ -228,7 +228,7 @@ def make_rules(
 ) -> list[Rule]:  # fmt: skip
     """Return for each tree the rule that serves `support`; they share what they know of slots."""
     if support.stand_in is not None:
-        return support.stand_in(plans)
+        return support.stand_in(plans, backend)
     if support.rule == "greedy" and not support.penalises:
         return [GreedyRule(plan, backend) for plan in plans]
     if support.rule == "greedy":

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from synthetic import FakeCost, latent_trace
 
-from stree_autotune.corrected_cost import CorrectedCost, LiveStep, pad_bucket
+from stree_autotune.corrected_cost import MEDIAN_ERROR, CorrectedCost, LiveStep, pad_bucket
 from stree_autotune.live_search import FINALISTS, LiveSearch
 from stree_autotune.search import OFF, SearchSetting, TreeSpace, search_batch
 from stree_autotune.study import StudyPlace, open_storage
@@ -127,7 +127,7 @@ def test_residuals_reach_the_neighbours() -> None:
     drawn = [cost.draw(np.random.default_rng(seed)) for seed in range(200)]
     assert {one.step_ms(1, OFF) for one in drawn} == {steps[OFF].ms}
     logs = np.log([one.step_ms(1, wide) / steps[wide].ms for one in drawn])
-    assert np.std(logs) == pytest.approx(0.1 / steps[wide].ms, rel=0.2)
+    assert np.std(logs) == pytest.approx(MEDIAN_ERROR * 0.1 / steps[wide].ms, rel=0.2)
 
 
 def test_a_tree_that_does_not_fit_is_not_measured(space: TreeSpace) -> None:

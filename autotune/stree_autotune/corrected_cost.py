@@ -21,10 +21,13 @@ from stree_core.tree import Tree
 PAD = 16
 """Kernels work on blocks of this many tokens, so times change in steps."""
 
+MEDIAN_ERROR = 0.56
+"""Standard error of a median over the standard deviation of its repeats, which are five or more."""
+
 
 @dataclass(frozen=True, slots=True)
 class LiveStep:
-    """The measured time of a step, and the standard deviation of its repeats."""
+    """The median measured time of a step, and the standard deviation of its repeats."""
 
     ms: float
     spread_ms: float
@@ -52,13 +55,13 @@ class CorrectedCost:
         return self.model.step_ms(batch_size, tree) * factor
 
     def draw(self, rng: np.random.Generator) -> CorrectedCost:
-        """Return the cost as another measurement might have found it: each step by its spread."""
-        drawn = {
-            tree: LiveStep(
-                step.ms * math.exp(step.spread_ms / step.ms * rng.standard_normal()), step.spread_ms
+        """Return the cost as another measurement might have found it: each by its own error."""
+        drawn = {}
+        for tree, step in self.steps.items():
+            error = MEDIAN_ERROR * step.spread_ms / step.ms
+            drawn[tree] = LiveStep(
+                step.ms * math.exp(error * rng.standard_normal()), step.spread_ms
             )
-            for tree, step in self.steps.items()
-        }
         return CorrectedCost(self.model, self.batch_size, drawn)
 
     @cached_property

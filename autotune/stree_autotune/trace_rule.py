@@ -5,8 +5,8 @@ well. Here the draft's child of rank c is token c, and the target picks the toke
 the trace has, or a token that is no child. All passes are computed as ever; a step has four tiny
 kernels more (a few microseconds). Of a model with routed experts few distinct tokens are seen.
 
-Shape letters: T tree tokens, B slots, V vocabulary, W rows of a level, C children, L path capacity,
-N positions.
+Shape letters: T tree tokens, B slots, V vocabulary, W rows of a level, L path capacity, N trace
+positions.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from stree_autotune.trace_file import Trace
+from stree_core.backend import Backend
 from stree_core.rules import GreedyRule, Rule
 from stree_core.tree_plan import DraftLevel, TreePlan
 
@@ -41,30 +42,33 @@ class TraceScript:
         drawn = self._rng.integers(0, self._num_positions, len(self.position_B))
         self.position_B.copy_(torch.from_numpy(drawn))
 
-    def rules(self, plans: Sequence[TreePlan]) -> list[Rule]:
+    def rules(self, plans: Sequence[TreePlan], backend: Backend) -> list[Rule]:
         """Return the rules of some trees."""
-        return [TraceRule(plan, self) for plan in plans]
+        return [TraceRule(plan, backend, self) for plan in plans]
 
 
 class TraceRule(GreedyRule):
     """Draws and chooses by a script; the logits' likeliest tokens are found and not used."""
 
-    def __init__(self, plan: TreePlan, script: TraceScript) -> None:
-        self._depths_T1 = plan.depths_T[:, None]
+    def __init__(self, plan: TreePlan, backend: Backend, script: TraceScript) -> None:
+        super().__init__(plan, backend)
         self._script = script
-        most = max((level.num_children for level in plan.levels), default=0)
-        self._child_C = torch.arange(most, device=plan.depths_T.device)
+        self._depths_T1 = plan.tables.depths_T[:, None].long()
+        ranks = torch.tensor(plan.tree.ranks, device=script.position_B.device)
+        self._unused_TB = ranks[:, None].repeat(1, len(script.position_B))
+        self._nodes_TB = self._unused_TB[1:].clone()
 
-    def draw(self, level: DraftLevel, logits_WBV: Tensor, tokens_TB: Tensor) -> Tensor:
-        """Return child c as token c."""
-        drawn_WBC = super().draw(level, logits_WBV, tokens_TB)
-        return self._child_C[: level.num_children].expand_as(drawn_WBC)
+    def draw(self, level: DraftLevel, logits_WBV: Tensor, tokens_TB: Tensor) -> None:
+        """Fill in every node's rank, all of them with the first level."""
+        super().draw(level, logits_WBV, self._unused_TB)
+        if level.first == 0:
+            tokens_TB[1:] = self._nodes_TB
 
     def choose(self, logits_TBV: Tensor, tokens_TB: Tensor) -> Tensor:
         """Return the tokens of the ranks that the trace has at each node's depth."""
         super().choose(logits_TBV, tokens_TB)
         return self._script.tokens_N.take(self._script.position_B + self._depths_T1)
 
-    def advance(self, emitted_LB: Tensor, accepted_B: Tensor, active_B: Tensor) -> None:
+    def advance(self, emitted_LB: Tensor, count_B: Tensor) -> None:
         """Move on in the trace."""
-        self._script.position_B.add_((accepted_B + 1) * active_B)
+        self._script.position_B.add_(count_B)
