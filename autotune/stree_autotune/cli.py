@@ -41,7 +41,7 @@ def tune_command(
     gpu: flags.Gpu = "",
     dataset: flags.Dataset = "",
     target: flags.Target = flags.DEFAULT_TARGET,
-    draft: flags.Draft = flags.DEFAULT_DRAFT,
+    draft: flags.Drafts = flags.DEFAULT_DRAFT,
     rule: flags.Rule = "",
     temperature: flags.Temperature = 0.0,
     top_p: flags.TopP = 1.0,
@@ -92,13 +92,14 @@ def tune_command(
 
 def _tune(request: TuneRequest, output: Path, *, measure: bool, as_json: bool) -> None:
     """Tune, write the profile, print it; only measuring loads torch."""
+    from stree_autotune.drafts import best_draft
     from stree_autotune.show import print_json, print_profile, result_console
 
     if measure:
         from stree_autotune.live_tune import tune_live as tune
     else:
         from stree_autotune.tune import tune
-    profile = tune(request)
+    profile = best_draft(request, tune)
     save_profile(profile, output)
     console = result_console()
     print_profile(profile, console)

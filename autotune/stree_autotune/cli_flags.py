@@ -32,6 +32,14 @@ Target = Annotated[
 Draft = Annotated[
     str, typer.Option("--draft", help="Draft model: a name, a model folder or a hub id.")
 ]
+Drafts = Annotated[
+    str,
+    typer.Option(
+        "--draft",
+        metavar="NAME[,NAME]",
+        help="Draft model, as --target; of several, with commas, the best is taken.",
+    ),
+]
 Rule = Annotated[
     str,
     typer.Option(
