@@ -24,10 +24,11 @@ from report import RESULTS, Row, command_line, save, table
 
 from stree_autotune.live_search import NUM_LIVE_TRIALS
 from stree_autotune.live_tune import decide_live, live_search, open_question_pair
-from stree_autotune.measure import OFF, measure_steps
+from stree_autotune.measure import measure_steps
 from stree_autotune.provenance import git_sha, utc_now, versions
 from stree_autotune.search import Trial, search_batch
 from stree_autotune.timing import Effort
+from stree_autotune.tree_space import OFF
 from stree_autotune.tune import Question, TuneRequest, ask
 from stree_autotune.verdict import decide_policy
 from stree_core.backend import resolve_device

@@ -14,16 +14,10 @@ from pathlib import Path
 
 from synthetic import FakeCost, latent_trace
 
-from stree_autotune.search import (
-    Candidates,
-    SearchSetting,
-    TreeSpace,
-    Trial,
-    best_picks,
-    enqueue,
-    text_of,
-)
+from stree_autotune.search import Candidates, SearchSetting, Trial, best_picks
 from stree_autotune.study import StudyPlace, open_storage
+from stree_autotune.tree_space import TreeSpace
+from stree_autotune.trials import enqueue, text_of
 from stree_autotune.workers import Evaluated, Worker
 
 BUDGET = 14

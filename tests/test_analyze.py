@@ -13,8 +13,8 @@ from synthetic_data import make_table, make_trace, write_library
 from stree_autotune.analyze import Scaling, scaling
 from stree_autotune.cli import main
 from stree_autotune.memory_limit import USABLE_SHARE, MemoryLimit
-from stree_autotune.search import OFF, TreeSpace
 from stree_autotune.trace_walk import walk
+from stree_autotune.tree_space import OFF, TreeSpace
 from stree_core.tree import Tree
 
 TOY = ("--target", "toy-target", "--draft", "toy-draft", "--max-nodes", "12")

@@ -13,9 +13,10 @@ from synthetic import FakeCost, latent_trace
 
 from stree_autotune.corrected_cost import MEDIAN_ERROR, CorrectedCost, LiveStep, pad_bucket
 from stree_autotune.live_search import FINALISTS, LiveSearch
-from stree_autotune.search import OFF, SearchSetting, TreeSpace, search_batch
+from stree_autotune.search import SearchSetting, search_batch
 from stree_autotune.study import StudyPlace, open_storage
 from stree_autotune.timing import Effort
+from stree_autotune.tree_space import OFF, TreeSpace
 from stree_core.tree import DEFAULT_TREE, Tree
 
 MODEL = FakeCost(pad=16, per_token_ms=0.01, per_level_ms=0.15)

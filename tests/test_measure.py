@@ -13,10 +13,11 @@ from tiny_models import random_texts, save_pair
 
 from stree_autotune.cli import main
 from stree_autotune.library import Library
-from stree_autotune.measure import OFF, TracedSteps, measure_steps
+from stree_autotune.measure import TracedSteps, measure_steps
 from stree_autotune.timing import Effort
 from stree_autotune.trace_file import Trace
 from stree_autotune.trace_walk import walk
+from stree_autotune.tree_space import OFF
 from stree_core.model_source import folder_source
 from stree_core.pair import Pair, Runtime, load_pair
 from stree_core.profile import load_profile

@@ -11,16 +11,10 @@ from synthetic import FakeCost, latent_trace
 from synthetic_data import make_table
 
 from stree_autotune.memory_limit import USABLE_SHARE, MemoryLimit
-from stree_autotune.search import (
-    NUM_TRIALS,
-    OFF,
-    SearchSetting,
-    TreeSpace,
-    binding_limit,
-    search_batch,
-)
+from stree_autotune.search import NUM_TRIALS, SearchSetting, binding_limit, search_batch
 from stree_autotune.study import StudyPlace, open_storage
 from stree_autotune.trace_file import Trace
+from stree_autotune.tree_space import OFF, TreeSpace
 from stree_autotune.verdict import decide_policy
 from stree_core.errors import ConfigError, NoFeasibleTree
 from stree_core.tree import DEFAULT_TREE, Tree

@@ -18,8 +18,9 @@ import pytest
 from optuna.trial import TrialState
 from synthetic import latent_trace
 
-from stree_autotune.search import OFF, TreeSpace, enqueue, enqueue_tree, text_of
 from stree_autotune.study import StudyPlace, open_storage
+from stree_autotune.tree_space import OFF, TreeSpace
+from stree_autotune.trials import enqueue, enqueue_tree, text_of
 from stree_autotune.workers import TREE, Evaluated, Worker, evaluated
 from stree_core.tree import Tree
 

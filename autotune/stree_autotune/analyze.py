@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from stree_autotune.memory_limit import MemoryLimit
-from stree_autotune.search import OFF, StepCost, TreeSpace, Trial
+from stree_autotune.search import StepCost, Trial
+from stree_autotune.tree_space import OFF, TreeSpace
 from stree_core.tree import Tree
 
 

@@ -12,9 +12,9 @@ from rich.table import Table
 
 from stree_autotune.analyze import Scaling, Size, scaling
 from stree_autotune.library import SEPARATOR, Library
-from stree_autotune.search import TreeSpace
 from stree_autotune.show import result_console
 from stree_autotune.trace_file import load_trace
+from stree_autotune.tree_space import TreeSpace
 from stree_autotune.tune import Question, TuneRequest, ask
 from stree_core.errors import MissingMeasurement
 

@@ -17,19 +17,17 @@ import optuna
 from stree_autotune.corrected_cost import CorrectedCost, LiveStep, pad_bucket
 from stree_autotune.measure import FINAL, FIRST_LOOK, Measure
 from stree_autotune.search import (
-    OFF,
     Candidates,
     SearchResult,
     SearchSetting,
     StepCost,
-    TreeSpace,
     Trial,
-    enqueue,
-    enqueue_tree,
     fastest,
     search_batch,
     search_result,
 )
+from stree_autotune.tree_space import OFF, TreeSpace
+from stree_autotune.trials import enqueue, enqueue_tree
 from stree_autotune.workers import PATIENCE_S, Claim, Evaluated, Worker, evaluated
 from stree_core.tree import Tree
 

@@ -9,8 +9,9 @@ from stree_autotune.live import PairRequest, open_pair
 from stree_autotune.live_search import NUM_LIVE_TRIALS, LiveResult, LiveSearch
 from stree_autotune.measure import live_measure
 from stree_autotune.provenance import utc_now, versions
-from stree_autotune.search import SearchSetting, TreeSpace, Trial
+from stree_autotune.search import SearchSetting, Trial
 from stree_autotune.study import StudyPlace, open_storage
+from stree_autotune.tree_space import TreeSpace
 from stree_autotune.tune import Question, TuneRequest, ask
 from stree_autotune.verdict import CrossFit, Decision, decide
 from stree_core.backend import resolve_device

@@ -12,20 +12,21 @@ from functools import partial
 import torch
 
 from stree_autotune.corrected_cost import LiveStep
-from stree_autotune.probe import free
-from stree_autotune.stepper import Stepper, occupy
+from stree_autotune.probe_steps import free
+from stree_autotune.stepper import SteadyEngine, Stepper, occupy
 from stree_autotune.timing import Effort, Work, time_interleaved
 from stree_autotune.trace_file import Trace
 from stree_autotune.trace_rule import TraceScript
+from stree_autotune.tree_space import OFF
 from stree_core.engine import Engine, EngineConfig
 from stree_core.pair import Pair
 from stree_core.rules import SamplingSupport
+from stree_core.sampling import SamplingParams
 from stree_core.tree import Tree
 
 FIRST_LOOK = Effort(min_rounds=5, max_rounds=30, seconds=0.1)
 FINAL = Effort(min_rounds=9, max_rounds=60, seconds=0.3)
 
-OFF = Tree.chain(0)
 Measure = Callable[[int, Sequence[Tree], Effort], dict[Tree, LiveStep]]
 
 
@@ -46,7 +47,9 @@ def measure_steps(
     works: dict[Tree, Work] = {}
     if OFF in trees:
         config = EngineConfig(batch_size, context)
-        works[OFF] = Stepper(Engine(pair.target, None, OFF, config))
+        config = EngineConfig(batch_size, context)
+        engine = SteadyEngine(pair.target, None, [OFF], config)
+        works[OFF] = Stepper(engine, SamplingParams()).step
     speculating = [tree for tree in dict.fromkeys(trees) if tree != OFF]
     groups = [[tree] for tree in speculating] if apart else [speculating]
     for group in filter(None, groups):

@@ -9,33 +9,24 @@ no candidate.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 import optuna
 from optuna.trial import TrialState
 
-from stree_autotune.growth import MAX_DEPTH, refine, solve, sub_tree
+from stree_autotune.growth import MAX_DEPTH, refine
 from stree_autotune.memory_limit import MemoryLimit
-from stree_autotune.path_counts import PathIndex, index_paths
 from stree_autotune.study import StudyPlace
-from stree_autotune.trace_file import Trace
-from stree_autotune.trace_walk import Ints, Slots, walk, walk_nested
-from stree_core.errors import ConfigError, NoFeasibleTree
-from stree_core.tree import DEFAULT_TREE, MAX_NODES, Tree
+from stree_autotune.tree_space import OFF, Cell, TreeSpace
+from stree_autotune.trials import enqueue, suggest, tree_of
+from stree_core.errors import NoFeasibleTree
+from stree_core.tree import Tree
 
-WIDTHS = (1, 2, 3, 4, 6, 8, 16)
-LONGEST_CHAIN = 8
 NUM_PICKS = 6
 NUM_TRIALS = 24
-EXACT = "exact"
-"""The user attribute of a trial whose tree is given as it stands."""
-
-OFF = Tree.chain(0)
 
 
 class StepCost(Protocol):
@@ -46,20 +37,6 @@ class StepCost(Protocol):
 
     def draw(self, rng: np.random.Generator) -> StepCost:
         """Return a cost with the runtime's uncertainty drawn once."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """What Optuna chooses; the inner solver finds the tree."""
-
-    depth: int
-    width: int
-    num_nodes: int
-
-    @classmethod
-    def of(cls, tree: Tree) -> Cell:
-        """Return the tightest cell that holds `tree`."""
-        return cls(tree.depth, tree.max_children, tree.num_nodes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,71 +73,6 @@ class SearchResult:
     def best(self) -> Trial:
         """The fastest trial."""
         return fastest(self.trials)
-
-
-@dataclass(frozen=True, eq=False)
-class TreeSpace:
-    """The trees of one trace: each cell solved once, each tree walked once for all batch sizes."""
-
-    slots: Slots
-    index: PathIndex
-    max_nodes: int
-    solved: dict[Cell, Tree] = field(default_factory=dict)
-    walked: dict[Tree, float] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, trace: Trace, max_nodes: int, prompts: Ints | None = None) -> TreeSpace:
-        """Index a trace, or the prompts with the given indices, for trees up to `max_nodes` nodes.
-
-        Raises ConfigError when max_nodes is out of range.
-        """
-        if not 1 <= max_nodes <= MAX_NODES:
-            raise ConfigError(
-                f"max_nodes must lie between 1 and {MAX_NODES}, got {max_nodes}; change --max-nodes"
-            )
-        slots = Slots.of(trace, prompts)
-        return cls(slots, index_paths(slots, max_nodes=max_nodes, max_depth=MAX_DEPTH), max_nodes)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """The width caps that the trace can tell apart."""
-        return tuple(width for width in WIDTHS if width <= self.slots.num_children)
-
-    def solve(self, cell: Cell) -> Tree:
-        """Return the cell's tree; it may have fewer nodes when the caps leave no room for more."""
-        if cell not in self.solved:
-            self.solved[cell] = self._solve(cell)
-        return self.solved[cell]
-
-    def _solve(self, cell: Cell) -> Tree:
-        if cell.width == 1 or cell.num_nodes <= 1:
-            return Tree.chain(min(cell.depth, cell.num_nodes))
-        found = solve(self.index, depth=cell.depth, width=cell.width, num_nodes=cell.num_nodes)
-        self.walked[found.growth.tree] = found.tokens_per_step
-        return found.growth.tree
-
-    def tokens_per_step(self, tree: Tree) -> float:
-        """Return the exact tokens per step of a tree on this trace."""
-        if tree not in self.walked:
-            self.walked[tree] = walk(self.slots, tree).tokens_per_step
-        return self.walked[tree]
-
-    @cached_property
-    def survey(self) -> tuple[tuple[Cell, Tree], ...]:
-        """Every size of one growth per depth cap, walked: the picks that trials start from."""
-        picks = []
-        width = self.widths[-1]
-        for depth in range(1, MAX_DEPTH + 1):
-            found = solve(self.index, depth=depth, width=width, num_nodes=self.max_nodes)
-            growth = found.growth
-            sizes = range(1, len(growth.added))
-            values = walk_nested(self.slots, growth.tree, growth.added, sizes)
-            parents, added = np.array(growth.tree.parents), np.array(growth.added)
-            for size, value in zip(sizes, values.tolist(), strict=True):
-                tree = sub_tree(parents, np.flatnonzero(added <= size))
-                self.walked[tree] = value
-                picks.append((Cell(depth, width, size), tree))
-        return tuple(picks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,54 +210,6 @@ def best_picks(space: TreeSpace, found: Candidates) -> list[tuple[float, Cell]]:
 def fastest(trials: Sequence[Trial]) -> Trial:
     """Return the trial with the highest rate; among equals the one with the fewest nodes."""
     return max(trials, key=lambda trial: (trial.tokens_per_s, -trial.tree.num_nodes))
-
-
-def suggest(trial: optuna.Trial, space: TreeSpace) -> Tree:
-    """Let Optuna choose a cell, and return its tree."""
-    trial.suggest_int("depth", 1, MAX_DEPTH)
-    trial.suggest_categorical("width", space.widths)
-    trial.suggest_int("num_nodes", 0, space.max_nodes)
-    return tree_of(trial, space)
-
-
-def tree_of(trial: optuna.Trial | optuna.trial.FrozenTrial, space: TreeSpace) -> Tree:
-    """Return the tree of a trial: its cell's, or the one that was enqueued as it stands."""
-    text = trial.user_attrs.get(EXACT)
-    return space.solve(Cell(**trial.params)) if text is None else tree_from_text(text)
-
-
-def enqueue(study: optuna.Study, space: TreeSpace, picks: Sequence[Cell]) -> None:
-    """Queue off, the chains, the picked cells, and the default tree where it fits the limits.
-
-    What the study knows already is not queued again.
-    """
-    chains = range(1, min(LONGEST_CHAIN, space.max_nodes) + 1)
-    cells = [Cell(1, 1, 0), *(Cell(length, 1, length) for length in chains), *picks]
-    for cell in cells:
-        study.enqueue_trial(asdict(cell), skip_if_exists=True)
-    fits_trace = DEFAULT_TREE.max_children <= space.slots.num_children
-    if fits_trace and DEFAULT_TREE.num_nodes <= space.max_nodes:
-        enqueue_tree(study, space, DEFAULT_TREE)
-
-
-def enqueue_tree(study: optuna.Study, space: TreeSpace, tree: Tree) -> None:
-    """Queue a tree as it stands rather than what its cell would be solved to."""
-    text = text_of(tree)
-    known = study.get_trials(deepcopy=False)
-    if all(trial.user_attrs.get(EXACT) != text for trial in known):
-        fitting = (width for width in space.widths if width >= tree.max_children)
-        cell = Cell(max(1, tree.depth), next(fitting, space.widths[-1]), tree.num_nodes)
-        study.enqueue_trial(asdict(cell), user_attrs={EXACT: text})
-
-
-def text_of(tree: Tree) -> str:
-    """Return the text by which studies name a tree."""
-    return json.dumps(tree.parents[1:])
-
-
-def tree_from_text(text: str) -> Tree:
-    """Return the tree that `text_of` has written."""
-    return Tree((-1, *json.loads(text)))
 
 
 def search_result(batch_size: int, trials: tuple[Trial, ...]) -> SearchResult:

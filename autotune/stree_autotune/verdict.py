@@ -15,12 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stree_autotune.search import (
-    OFF,
-    Cell,
     SearchResult,
     SearchSetting,
     StepCost,
-    TreeSpace,
     Trial,
     binding_limit,
     fastest,
@@ -28,6 +25,7 @@ from stree_autotune.search import (
 )
 from stree_autotune.trace_file import Trace
 from stree_autotune.trace_walk import walk
+from stree_autotune.tree_space import OFF, Cell, TreeSpace
 from stree_core.errors import ConfigError
 from stree_core.profile import Verdict
 from stree_core.tree import DEFAULT_TREE, Tree

@@ -21,7 +21,8 @@ import optuna
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from stree_autotune.search import EXACT, TreeSpace, suggest, text_of, tree_from_text
+from stree_autotune.tree_space import TreeSpace
+from stree_autotune.trials import EXACT, suggest, text_of, tree_from_text
 from stree_core.tree import Tree
 
 logger = logging.getLogger(__name__)
