@@ -24,7 +24,7 @@ from stree_core.profile import load_profile
 from stree_core.tree import DEFAULT_TREE, Tree
 
 PAIR = ("--target", "tiny-target", "--draft", "tiny-draft")
-SMALL = ("--batch-size", "1", "--max-nodes", "12", "--context", "64")
+SMALL = ("--batch-size", "1", "--max-nodes", "6", "--context", "64")
 WIDE = Tree.from_paths([[0], [1], [2], [0, 0]])
 
 
@@ -118,13 +118,13 @@ def test_tuning_by_measurement(
     record = ("--dataset", "toys", "--prompts", "prompts.jsonl", "--max-new-tokens", "30")
     assert run(monkeypatch, capsys, "probe", *PAIR, *SMALL, "--effort", "quick")[0] == 0
     assert run(monkeypatch, capsys, "trace", *record, *PAIR)[0] == 0
-    asked = ("--gpu", "cpu", "--dataset", "toys", *PAIR, *SMALL, "--measure", "--trials", "6")
+    asked = ("--gpu", "cpu", "--dataset", "toys", *PAIR, *SMALL, "--measure", "--trials", "4")
     code, out, err = run(monkeypatch, capsys, *asked)
     assert code == 0, err
     profile = load_profile(Path("stree-profile.yaml"))
     assert profile.measured is not None
     rows = profile.measured.rows
-    assert len(rows) == 6
+    assert len(rows) == 4
     assert rows[0].tokens_per_s == max(row.tokens_per_s for row in rows)
     assert {"off", "chain 1"} <= {row.mode for row in rows}
     assert all(row.spread_ms is not None for row in rows)
@@ -135,7 +135,7 @@ def test_tuning_by_measurement(
 
     caplog.clear()
     assert run(monkeypatch, capsys, *asked)[0] == 0
-    assert "going on after 6 measured trees" in caplog.text
+    assert "going on after 4 measured trees" in caplog.text
     assert "trial 0: " not in caplog.text
     journals = list(Path("stree-data/studies").iterdir())
     assert [path.name for path in journals if path.suffix == ".journal"] == [

@@ -21,7 +21,7 @@ from synthetic import latent_trace
 from stree_autotune.study import StudyPlace, open_storage
 from stree_autotune.tree_space import OFF, TreeSpace
 from stree_autotune.trials import enqueue, enqueue_tree, text_of
-from stree_autotune.workers import TREE, Evaluated, Worker, evaluated
+from stree_autotune.workers import PATIENCE_S, TREE, Evaluated, Worker, evaluated
 from stree_core.tree import Tree
 
 SCRIPT = Path(__file__).with_name("study_worker.py")
@@ -175,18 +175,23 @@ def found(space: TreeSpace, tree: Tree, rate: float) -> Evaluated:
 
 
 def test_a_result_that_comes_too_late_is_dropped(
-    space: TreeSpace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    space: TreeSpace,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     place = StudyPlace(open_storage(str(tmp_path / "late.journal")), "late")
     study = place.open(1)
     enqueue(study, space, [])
-    slow = Worker(study, space, 2, patience_s=0.05)
-    with Worker(place.open(1), space, 2, patience_s=0.05) as fast:
+    slow = Worker(study, space, 2)
+    with Worker(place.open(1), space, 2) as fast:
         # Never entered, so without a pulse.
         (kept,) = slow.claim(1)
         (own,) = fast.claim(2)
         assert fast.claim(1) == []
-        time.sleep(0.1)
+        now = PATIENCE_S + 1
         (retried,) = fast.claim(1)
         assert retried.tree == kept.tree
         slow.tell(kept, found(space, kept.tree, 1.0))

@@ -69,6 +69,7 @@ def tune_command(
             "for example `stree-tune --gpu h100 --dataset gsm8k`"
         )
     # optuna and scipy load here, so that the other verbs start at once
+    from stree_autotune.library import data_folder
     from stree_autotune.tune import TuneRequest
 
     request = TuneRequest(
@@ -84,6 +85,7 @@ def tune_command(
         acceptance_from=acceptance_from,
         seed=seed,
         storage=storage,
+        studies=data_folder(data) / "studies",
         num_trials=trials,
     )
     require_writable(output, force=force, is_default=_is_default(ctx, "output"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 
-from stree_autotune.library import data_folder
 from stree_autotune.live import PairRequest, open_pair
 from stree_autotune.live_search import NUM_LIVE_TRIALS, LiveResult, LiveSearch
 from stree_autotune.measure import live_measure
@@ -47,7 +46,7 @@ def live_search(question: Question, pair: Pair, *, in_memory: bool = False) -> L
     storage = request.storage
     if not storage and not in_memory:
         name = f"{request.gpu}--{target.name}--{draft.name}.journal"
-        storage = str(data_folder(request.data) / "studies" / name)
+        storage = str(request.studies / name)
         logger.info("trials are kept in %s; delete it to measure anew", storage)
     place = StudyPlace(open_storage(storage), f"live · {question.name}")
     return LiveSearch(

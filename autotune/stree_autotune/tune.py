@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from stree_autotune.library import Library, require_same_model, require_same_shape
+from stree_autotune.library import DEFAULT_DATA, Library, require_same_model, require_same_shape
 from stree_autotune.memory_limit import MemoryLimit
 from stree_autotune.provenance import provenance
 from stree_autotune.runtime_cost import runtime_cost
@@ -37,8 +37,8 @@ from stree_core.profile import (
 class TuneRequest:
     """What `stree-tune` was asked; `acceptance_from` and `dataset` are empty when not given.
 
-    `storage` is a journal file or a database's URL, empty for the default; `num_trials` is per
-    batch size, 0 for the default.
+    `storage` is a journal file or a database's URL, empty for the default, which live searches have
+    in the folder `studies`; `num_trials` is per batch size, 0 for the default.
     """
 
     gpu: str
@@ -53,6 +53,7 @@ class TuneRequest:
     acceptance_from: str
     seed: int
     storage: str = ""
+    studies: Path = DEFAULT_DATA / "studies"
     num_trials: int = 0
 
 
