@@ -44,21 +44,30 @@ def measure_steps(
     With `apart` every tree has an engine of its own. Raises NotEnoughMemory when the caches do not
     fit.
     """
+    distinct = list(dict.fromkeys(trees))
     works: dict[Tree, Work] = {}
-    if OFF in trees:
-        config = EngineConfig(batch_size, context)
-        config = EngineConfig(batch_size, context)
-        engine = SteadyEngine(pair.target, None, [OFF], config)
-        works[OFF] = Stepper(engine, SamplingParams()).step
-    speculating = [tree for tree in dict.fromkeys(trees) if tree != OFF]
-    groups = [[tree] for tree in speculating] if apart else [speculating]
-    for group in filter(None, groups):
-        steps = TracedSteps(pair, trace, context, batch_size, group)
-        works |= {tree: partial(steps.step, which) for which, tree in enumerate(group)}
+    for group in [[tree] for tree in distinct] if apart else [distinct]:
+        works |= _works(pair, trace, context, batch_size, group)
     timings = time_interleaved(works, pair.device, effort, wall=True)
     works.clear()
     free(pair.device)
     return {tree: LiveStep(timing.ms, timing.spread_ms) for tree, timing in timings.items()}
+
+
+def _works(
+    pair: Pair, trace: Trace, context: int, batch_size: int, trees: Sequence[Tree]
+) -> dict[Tree, Work]:
+    """Return what runs a step with each tree; all but off share an engine."""
+    works: dict[Tree, Work] = {}
+    if OFF in trees:
+        config = EngineConfig(batch_size, context)
+        engine = SteadyEngine(pair.target, None, [OFF], config)
+        works[OFF] = Stepper(engine, SamplingParams()).step
+    speculating = [tree for tree in trees if tree != OFF]
+    if speculating:
+        steps = TracedSteps(pair, trace, context, batch_size, speculating)
+        works |= {tree: partial(steps.step, which) for which, tree in enumerate(speculating)}
+    return works
 
 
 class TracedSteps:
