@@ -48,7 +48,7 @@ def live_search(question: Question, pair: Pair, *, in_memory: bool = False) -> L
         name = f"{request.gpu}--{target.name}--{draft.name}.journal"
         storage = str(request.studies / name)
         logger.info("trials are kept in %s; delete it to measure anew", storage)
-    place = StudyPlace(open_storage(storage), f"live · {question.name}")
+    place = StudyPlace(open_storage(storage), f"live, {question.name}")
     return LiveSearch(
         TreeSpace.of(question.trace, request.max_nodes),
         question.runtime.cost,

@@ -87,7 +87,7 @@ class Question:
             f"context {request.context}, up to {request.max_nodes} nodes",
             f"table {self.runtime.source.sha256[:12]}, trace {self.trace_source.sha256[:12]}",
         )
-        return " · ".join(parts)
+        return ", ".join(parts)
 
     def profile(
         self, decisions: Sequence[Decision], measured: MeasuredBlock | None = None
@@ -113,7 +113,7 @@ def tune(request: TuneRequest) -> Profile:
     """Decide every batch size of `request` and return the profile; raises what `ask` raises."""
     question = ask(request)
     place = StudyPlace(
-        open_storage(request.storage), f"offline · {question.name} · seed {request.seed}"
+        open_storage(request.storage), f"offline, {question.name}, seed {request.seed}"
     )
     setting = SearchSetting(request.num_trials or NUM_TRIALS, place, question.memory)
     decisions = decide_policy(
