@@ -103,11 +103,12 @@ class Worker:
             excess = self._excess(tree)
             trial.set_constraint("memory", excess)
             trial.set_user_attr(TREE, text_of(tree))
-            # Two workers that are given one tree at once both see the other's trial, as they look
-            # after they have written.
+            # Two workers that are given one tree, or the last room, at once both see the other's
+            # trial, as they look after they have written; the older trial stays.
             trials = self._trials()
             rejected += 1
-            if _is_taken(trial.number, tree, trials):
+            older = [other for other in trials if other.number < trial.number]
+            if _is_taken(trial.number, tree, trials) or not self._has_room(older):
                 self._study.tell(trial, state=TrialState.FAIL)
             elif excess > 0:
                 self._study.tell(trial, 0.0)
