@@ -129,12 +129,13 @@ class PolicyRow(Strict):
 
 
 class Measured(Strict):
-    """One row that `validate` ran live."""
+    """One row that ran live, under `validate` or `--measure`."""
 
     batch_size: PositiveInt
     mode: Name
     tokens_per_step: float = Field(ge=1)
     step_ms: float = Field(gt=0)
+    spread_ms: float | None = Field(default=None, ge=0)
     tokens_per_s: float = Field(gt=0)
 
 

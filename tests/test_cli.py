@@ -26,7 +26,10 @@ QUICK = (*TOY, "--batch-size", "4", "--batch-size", "1", "--max-nodes", "8")
 
 FLAGS = {
     "": "--acceptance-from --batch-size --context --data --dataset --draft --force --gpu --help "
-    "--json --library --max-nodes --output --rule --seed --target --temperature --top-p -o",
+    "--json --library --max-nodes --measure --output --rule --seed --storage --target "
+    "--temperature --top-p --trials -o",
+    "analyze": "--acceptance-from --batch-size --context --data --dataset --draft --gpu --help "
+    "--json --library --max-nodes --plot --target",
     "decode": "--backend --chat --data --device --draft --dtype --help --json --library "
     "--max-new-tokens "
     "--min-p --mode --profile --prompt --repetition-penalty --rule --seed --target --temperature "

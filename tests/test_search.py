@@ -9,9 +9,10 @@ import pytest
 from synthetic import FakeCost, latent_trace, ordered_trees, trace_of
 
 from stree_autotune.growth import MAX_DEPTH, refine
-from stree_autotune.search import OFF, Cell, SearchResult, TreeSpace, search_batch
+from stree_autotune.search import SearchResult, search_batch
 from stree_autotune.trace_file import NO_RANK, Trace
 from stree_autotune.trace_walk import Slots, walk
+from stree_autotune.tree_space import OFF, Cell, TreeSpace
 from stree_core.errors import ConfigError, MissingMeasurement
 from stree_core.tree import DEFAULT_TREE, Tree
 
@@ -118,7 +119,7 @@ def test_same_seed_same_result(trace: Trace) -> None:
 
 
 def test_batch_sizes_share_solved_cells(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stree_autotune import search as module
+    from stree_autotune import tree_space as module
 
     solved: list[object] = []
     original: Callable[..., object] = module.solve

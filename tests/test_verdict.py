@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from synthetic import FakeCost, brute_walk, latent_trace, trace_of
 
-from stree_autotune.search import OFF, Cell, TreeSpace, Trial
+from stree_autotune.search import Trial
 from stree_autotune.trace_file import NO_RANK, Trace
 from stree_autotune.trace_walk import walk
+from stree_autotune.tree_space import OFF, Cell, TreeSpace
 from stree_autotune.verdict import NUM_RESAMPLES, CrossFit, Decision, decide_policy
 from stree_core.errors import ConfigError, MissingMeasurement
 from stree_core.tree import DEFAULT_TREE, Tree

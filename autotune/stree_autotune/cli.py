@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from stree_autotune import cli_flags as flags
+from stree_autotune.cli_analyze import register_analyze
 from stree_autotune.cli_deploy import register_deploy_verbs
 from stree_autotune.cli_live import register_live_verbs
 from stree_core.errors import ConfigError, NoFeasibleTree, StreeError
@@ -40,7 +41,7 @@ def tune_command(
     gpu: flags.Gpu = "",
     dataset: flags.Dataset = "",
     target: flags.Target = flags.DEFAULT_TARGET,
-    draft: flags.Draft = flags.DEFAULT_DRAFT,
+    draft: flags.Drafts = flags.DEFAULT_DRAFT,
     rule: flags.Rule = "",
     temperature: flags.Temperature = 0.0,
     top_p: flags.TopP = 1.0,
@@ -50,6 +51,9 @@ def tune_command(
     data: flags.Data = flags.DEFAULT_DATA_PATHS,
     library: flags.Libraries = flags.NO_LIBRARIES,
     acceptance_from: flags.AcceptanceFrom = "",
+    measure: flags.Measure = False,
+    storage: flags.Storage = "",
+    trials: flags.Trials = 0,
     seed: flags.Seed = 0,
     as_json: flags.AsJson = False,
     output: flags.Output = flags.DEFAULT_PROFILE,
@@ -65,6 +69,7 @@ def tune_command(
             "for example `stree-tune --gpu h100 --dataset gsm8k`"
         )
     # optuna and scipy load here, so that the other verbs start at once
+    from stree_autotune.library import data_folder
     from stree_autotune.tune import TuneRequest
 
     request = TuneRequest(
@@ -79,17 +84,24 @@ def tune_command(
         data=flags.search_path(data, library),
         acceptance_from=acceptance_from,
         seed=seed,
+        storage=storage,
+        studies=data_folder(data) / "studies",
+        num_trials=trials,
     )
     require_writable(output, force=force, is_default=_is_default(ctx, "output"))
-    _tune(request, output, as_json=as_json)
+    _tune(request, output, measure=measure, as_json=as_json)
 
 
-def _tune(request: TuneRequest, output: Path, *, as_json: bool) -> None:
-    """Tune, write the profile, print it."""
+def _tune(request: TuneRequest, output: Path, *, measure: bool, as_json: bool) -> None:
+    """Tune, write the profile, print it; only measuring loads torch."""
+    from stree_autotune.drafts import best_draft
     from stree_autotune.show import print_json, print_profile, result_console
-    from stree_autotune.tune import tune
 
-    profile = tune(request)
+    if measure:
+        from stree_autotune.live_tune import tune_live as tune
+    else:
+        from stree_autotune.tune import tune
+    profile = best_draft(request, tune)
     save_profile(profile, output)
     console = result_console()
     print_profile(profile, console)
@@ -127,6 +139,7 @@ def show(
 
 
 register_live_verbs(app)
+register_analyze(app)
 register_deploy_verbs(app)
 
 

@@ -16,6 +16,7 @@ DEFAULT_TARGET = "demo-target"
 DEFAULT_DRAFT = "demo-draft"
 DEFAULT_PROFILE = Path("stree-profile.yaml")
 DEFAULT_BATCH_SIZES = [1, 2, 4, 8, 16, 32, 64]
+ANALYZED_BATCH_SIZES = [1, 8, 64]
 DEFAULT_DATA_PATHS: list[Path] = []
 NO_NAMES: list[str] = []
 NO_LIBRARIES: list[str] = []
@@ -30,6 +31,14 @@ Target = Annotated[
 ]
 Draft = Annotated[
     str, typer.Option("--draft", help="Draft model: a name, a model folder or a hub id.")
+]
+Drafts = Annotated[
+    str,
+    typer.Option(
+        "--draft",
+        metavar="NAME[,NAME]",
+        help="Draft model, as --target; of several, with commas, the best is taken.",
+    ),
 ]
 Rule = Annotated[
     str,
@@ -74,6 +83,28 @@ AcceptanceFrom = Annotated[
         "--acceptance-from",
         metavar="TRACE",
         help="Borrow another pair's trace (name or path); marks the result as estimated.",
+    ),
+]
+Measure = Annotated[
+    bool,
+    typer.Option("--measure", help="Measure trees live on this machine, and decide by that."),
+]
+Storage = Annotated[
+    str,
+    typer.Option(
+        "--storage",
+        metavar="FILE|URL",
+        show_default="memory; with --measure a journal in the data folder",
+        help="Keep trials in a journal file or a database, which many workers may share.",
+    ),
+]
+Trials = Annotated[
+    int,
+    typer.Option(
+        "--trials",
+        min=0,
+        show_default="24, with --measure 40",
+        help="Trees that Optuna tries per batch size.",
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random choice.")]

@@ -3,33 +3,30 @@
 Tokens per step come from the exact walk, milliseconds from a step cost. Optuna chooses a cell
 (depth cap, width cap, number of nodes), the inner solver its tree. The first trials are given: off,
 chains, the best cells of one growth per depth, and the default tree. The winner is refined with the
-true objective.
+true objective. A tree that does not fit the GPU's memory is tried by Optuna as infeasible, and is
+no candidate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 import optuna
+from optuna.trial import TrialState
 
-from stree_autotune.growth import MAX_DEPTH, refine, solve, sub_tree
-from stree_autotune.path_counts import PathIndex, index_paths
-from stree_autotune.trace_file import Trace
-from stree_autotune.trace_walk import Ints, Slots, walk, walk_nested
-from stree_core.errors import ConfigError
-from stree_core.tree import DEFAULT_TREE, MAX_NODES, Tree
+from stree_autotune.growth import MAX_DEPTH, refine
+from stree_autotune.memory_limit import MemoryLimit
+from stree_autotune.study import StudyPlace
+from stree_autotune.tree_space import OFF, Cell, TreeSpace
+from stree_autotune.trials import enqueue, suggest, tree_of
+from stree_core.errors import NoFeasibleTree
+from stree_core.tree import Tree
 
-WIDTHS = (1, 2, 3, 4, 6, 8, 16)
-LONGEST_CHAIN = 8
 NUM_PICKS = 6
 NUM_TRIALS = 24
-"""Trials per batch size, the enqueued ones included."""
-
-OFF = Tree.chain(0)
 
 
 class StepCost(Protocol):
@@ -40,20 +37,6 @@ class StepCost(Protocol):
 
     def draw(self, rng: np.random.Generator) -> StepCost:
         """Return a cost with the runtime's uncertainty drawn once."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """What Optuna chooses; the inner solver finds the tree."""
-
-    depth: int
-    width: int
-    num_nodes: int
-
-    @classmethod
-    def of(cls, tree: Tree) -> Cell:
-        """Return the tightest cell that holds `tree`."""
-        return cls(tree.depth, tree.max_children, tree.num_nodes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +58,16 @@ class Trial:
 class SearchResult:
     """The best of each kind, and everything evaluated on the way, in order.
 
-    `tree` is None when the limits leave no room for a tree that is not a chain.
+    `chain` and `tree` are None when the limits leave no room for one. `too_large` is the fastest
+    tree that does not fit the memory, None unless it would be faster than all that do.
     """
 
     batch_size: int
     off: Trial
-    chain: Trial
+    chain: Trial | None
     tree: Trial | None
     trials: tuple[Trial, ...]
+    too_large: Trial | None = None
 
     @property
     def best(self) -> Trial:
@@ -90,104 +75,136 @@ class SearchResult:
         return fastest(self.trials)
 
 
-@dataclass(frozen=True, eq=False)
-class TreeSpace:
-    """The trees of one trace: each cell solved once, each tree walked once for all batch sizes."""
+@dataclass(frozen=True, slots=True)
+class SearchSetting:
+    """How long to search, where trials are kept, and what fits.
 
-    slots: Slots
-    index: PathIndex
-    max_nodes: int
-    solved: dict[Cell, Tree] = field(default_factory=dict)
-    walked: dict[Tree, float] = field(default_factory=dict)
+    `num_trials` is per batch size, the enqueued ones included.
+    """
 
-    @classmethod
-    def of(cls, trace: Trace, max_nodes: int, prompts: Ints | None = None) -> TreeSpace:
-        """Index a trace, or the prompts with the given indices, for trees up to `max_nodes` nodes.
+    num_trials: int = NUM_TRIALS
+    place: StudyPlace = field(default_factory=StudyPlace)
+    memory: MemoryLimit | None = None
 
-        Raises ConfigError when max_nodes is out of range.
-        """
-        if not 1 <= max_nodes <= MAX_NODES:
-            raise ConfigError(
-                f"max_nodes must lie between 1 and {MAX_NODES}, got {max_nodes}; change --max-nodes"
+    def excess(self, batch_size: int, tree: Tree) -> float:
+        """Return by which share of the memory a tree is too large; 0 or less means it fits."""
+        return -1.0 if self.memory is None else self.memory.excess(batch_size, tree)
+
+
+@dataclass(slots=True)
+class Candidates:
+    """The trees that were evaluated at one batch size, those that fit apart from those that do not.
+
+    Raises NoFeasibleTree when not even decoding without speculation fits.
+    """
+
+    batch_size: int
+    cost: StepCost
+    setting: SearchSetting
+    fitting: dict[Tree, Trial] = field(default_factory=dict)
+    too_large: dict[Tree, Trial] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        memory = self.setting.memory
+        if memory is not None and self.excess(OFF) > 0:
+            raise NoFeasibleTree(
+                f"batch size {self.batch_size} needs {memory.describe(self.batch_size, OFF)}, even "
+                "without a draft; lower --batch-size or --context"
             )
-        slots = Slots.of(trace, prompts)
-        return cls(slots, index_paths(slots, max_nodes=max_nodes, max_depth=MAX_DEPTH), max_nodes)
 
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """The width caps that the trace can tell apart."""
-        return tuple(width for width in WIDTHS if width <= self.slots.num_children)
+    def excess(self, tree: Tree) -> float:
+        """Return by which share of the memory a tree is too large; 0 or less means it fits."""
+        return self.setting.excess(self.batch_size, tree)
 
-    def solve(self, cell: Cell) -> Tree:
-        """Return the cell's tree; it may have fewer nodes when the caps leave no room for more."""
-        if cell not in self.solved:
-            self.solved[cell] = self._solve(cell)
-        return self.solved[cell]
+    def score(self, tree: Tree, tokens_per_step: float) -> float:
+        """Return the tokens per second of a tree, 0 when it does not fit."""
+        if tree in self.fitting:
+            return self.fitting[tree].tokens_per_s
+        if tree not in self.too_large:
+            step_ms = self.cost.step_ms(self.batch_size, tree)
+            trial = Trial.at(self.batch_size, tree, tokens_per_step, step_ms)
+            if self.excess(tree) <= 0:
+                self.fitting[tree] = trial
+                return trial.tokens_per_s
+            self.too_large[tree] = trial
+        return 0.0
 
-    def _solve(self, cell: Cell) -> Tree:
-        if cell.width == 1 or cell.num_nodes <= 1:
-            return Tree.chain(min(cell.depth, cell.num_nodes))
-        found = solve(self.index, depth=cell.depth, width=cell.width, num_nodes=cell.num_nodes)
-        self.walked[found.growth.tree] = found.tokens_per_step
-        return found.growth.tree
-
-    def tokens_per_step(self, tree: Tree) -> float:
-        """Return the exact tokens per step of a tree on this trace."""
-        if tree not in self.walked:
-            self.walked[tree] = walk(self.slots, tree).tokens_per_step
-        return self.walked[tree]
-
-    @cached_property
-    def survey(self) -> tuple[tuple[Cell, Tree], ...]:
-        """Every size of one growth per depth cap, walked: the picks that trials start from."""
-        picks = []
-        width = self.widths[-1]
-        for depth in range(1, MAX_DEPTH + 1):
-            found = solve(self.index, depth=depth, width=width, num_nodes=self.max_nodes)
-            growth = found.growth
-            sizes = range(1, len(growth.added))
-            values = walk_nested(self.slots, growth.tree, growth.added, sizes)
-            parents, added = np.array(growth.tree.parents), np.array(growth.added)
-            for size, value in zip(sizes, values.tolist(), strict=True):
-                tree = sub_tree(parents, np.flatnonzero(added <= size))
-                self.walked[tree] = value
-                picks.append((Cell(depth, width, size), tree))
-        return tuple(picks)
+    def result(self) -> SearchResult:
+        """Return the best of each kind."""
+        result = search_result(self.batch_size, tuple(self.fitting.values()))
+        if self.too_large:
+            missed = fastest(tuple(self.too_large.values()))
+            if missed.tokens_per_s > result.best.tokens_per_s:
+                return replace(result, too_large=missed)
+        return result
 
 
 def search_batch(
-    space: TreeSpace, cost: StepCost, batch_size: int, *, seed: int, num_trials: int = NUM_TRIALS
+    space: TreeSpace,
+    cost: StepCost,
+    batch_size: int,
+    setting: SearchSetting | None = None,
+    *,
+    seed: int,
 ) -> SearchResult:
     """Search the fastest tree for one batch size; the same seed gives the same result.
 
-    Raises MissingMeasurement when the cost knows nothing about a shape that is asked for.
+    A study that has trials already goes on with them. Raises MissingMeasurement when the cost knows
+    nothing about a shape that is asked for, NoFeasibleTree when nothing fits.
     """
-    trials: dict[Tree, Trial] = {}
+    setting = setting or SearchSetting()
+    found = Candidates(batch_size, cost, setting)
+    picks = best_picks(space, found)[:NUM_PICKS]
+    study = replace(setting.place, seed=seed).open(batch_size)
+    enqueue(study, space, [cell for _, cell in picks])
 
-    def score(tree: Tree, tokens_per_step: float) -> float:
-        if tree not in trials:
-            step_ms = cost.step_ms(batch_size, tree)
-            trials[tree] = Trial.at(batch_size, tree, tokens_per_step, step_ms)
-        return trials[tree].tokens_per_s
-
-    picks: dict[int, tuple[float, Cell]] = {}
-    for cell, tree in space.survey:
-        rate = score(tree, space.tokens_per_step(tree))
-        if rate > picks.get(cell.depth, (0.0, cell))[0]:
-            picks[cell.depth] = rate, cell
-    best_picks = sorted(picks.values(), key=lambda pick: -pick[0])[:NUM_PICKS]
+    def evaluate(tree: Tree) -> float:
+        tokens_per_step = space.tokens_per_step(tree)
+        return found.score(tree, tokens_per_step)
 
     def objective(trial: optuna.Trial) -> float:
-        cell = _suggest(trial, space)
-        tree = DEFAULT_TREE if trial.user_attrs.get("tree") == "default" else space.solve(cell)
-        return score(tree, space.tokens_per_step(tree))
+        tree = suggest(trial, space)
+        rate = evaluate(tree)
+        trial.set_constraint("memory", found.excess(tree))
+        return rate
 
-    study = _new_study(seed)
-    _enqueue(study, space, [cell for _, cell in best_picks])
-    study.optimize(objective, n_trials=num_trials)
-    start = fastest([trial for trial in trials.values() if trial.tree != OFF])
-    refine(space.slots, start.tree, score, max_nodes=space.max_nodes)
-    return _result(batch_size, tuple(trials.values()))
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    for trial in done:
+        evaluate(tree_of(trial, space))
+    study.optimize(objective, n_trials=max(0, setting.num_trials - len(done)))
+    speculating = [trial for tree, trial in found.fitting.items() if tree != OFF]
+    if speculating:
+        start = fastest(speculating).tree
+        refine(space.slots, start, found.score, max_nodes=space.max_nodes)
+    return found.result()
+
+
+def binding_limit(result: SearchResult, space: TreeSpace, setting: SearchSetting) -> str:
+    """Return which limit keeps the search from a faster tree, empty when none does."""
+    missed, best = result.too_large, result.best.tree
+    if missed is not None:
+        assert setting.memory is not None
+        return (
+            f"memory binds: {missed.tree.num_nodes} nodes would reach {missed.tokens_per_s:.0f} "
+            f"tokens/s but need {setting.memory.describe(result.batch_size, missed.tree)}"
+        )
+    if best.num_nodes == space.max_nodes:
+        return f"--max-nodes {space.max_nodes} binds"
+    if best.depth == MAX_DEPTH:
+        return f"the depth limit of {MAX_DEPTH} binds"
+    if best.max_children == space.slots.num_children:
+        return f"the {best.max_children} children that the trace recorded bind"
+    return ""
+
+
+def best_picks(space: TreeSpace, found: Candidates) -> list[tuple[float, Cell]]:
+    """Score the survey; return the fastest cell of every depth with its rate, fastest first."""
+    picks: dict[int, tuple[float, Cell]] = {}
+    for cell, tree in space.survey:
+        rate = found.score(tree, space.tokens_per_step(tree))
+        if rate > picks.get(cell.depth, (0.0, cell))[0]:
+            picks[cell.depth] = rate, cell
+    return sorted(picks.values(), key=lambda pick: -pick[0])
 
 
 def fastest(trials: Sequence[Trial]) -> Trial:
@@ -195,35 +212,10 @@ def fastest(trials: Sequence[Trial]) -> Trial:
     return max(trials, key=lambda trial: (trial.tokens_per_s, -trial.tree.num_nodes))
 
 
-def _new_study(seed: int) -> optuna.Study:
-    # Optuna reports trials, and errors that are raised anyway, on stderr by a handler of its own.
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    sampler = optuna.samplers.TPESampler(seed=seed % 2**32)
-    return optuna.create_study(direction="maximize", sampler=sampler)
-
-
-def _suggest(trial: optuna.Trial, space: TreeSpace) -> Cell:
-    return Cell(
-        depth=trial.suggest_int("depth", 1, MAX_DEPTH),
-        width=trial.suggest_categorical("width", space.widths),
-        num_nodes=trial.suggest_int("num_nodes", 0, space.max_nodes),
-    )
-
-
-def _enqueue(study: optuna.Study, space: TreeSpace, picks: Sequence[Cell]) -> None:
-    """Queue off, the chains, the picked cells, and the default tree where it fits the limits."""
-    study.enqueue_trial(asdict(Cell(1, 1, 0)))
-    for length in range(1, min(LONGEST_CHAIN, space.max_nodes) + 1):
-        study.enqueue_trial(asdict(Cell(length, 1, length)))
-    for cell in picks:
-        study.enqueue_trial(asdict(cell))
-    fits_trace = DEFAULT_TREE.max_children <= space.slots.num_children
-    if fits_trace and DEFAULT_TREE.num_nodes <= space.max_nodes:
-        study.enqueue_trial(asdict(Cell.of(DEFAULT_TREE)), user_attrs={"tree": "default"})
-
-
-def _result(batch_size: int, trials: tuple[Trial, ...]) -> SearchResult:
+def search_result(batch_size: int, trials: tuple[Trial, ...]) -> SearchResult:
+    """Return the best of each kind among trials, of which one is off."""
     off = next(trial for trial in trials if trial.tree == OFF)
     chains = [trial for trial in trials if trial.tree.is_chain and trial.tree != OFF]
     trees = [trial for trial in trials if not trial.tree.is_chain]
-    return SearchResult(batch_size, off, fastest(chains), fastest(trees) if trees else None, trials)
+    chain, tree = (fastest(some) if some else None for some in (chains, trees))
+    return SearchResult(batch_size, off, chain, tree, trials)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from stree_autotune.library import Library, require_same_model, require_same_shape
+from stree_autotune.library import DEFAULT_DATA, Library, require_same_model, require_same_shape
+from stree_autotune.memory_limit import MemoryLimit
 from stree_autotune.provenance import provenance
 from stree_autotune.runtime_cost import runtime_cost
 from stree_autotune.runtime_table import RuntimeTable
+from stree_autotune.search import NUM_TRIALS, SearchSetting
 from stree_autotune.step_cost import StepCost
+from stree_autotune.study import StudyPlace, open_storage
 from stree_autotune.trace_file import Trace, load_trace
 from stree_autotune.verdict import Decision, decide_policy
 from stree_core.errors import ConfigError
@@ -17,6 +21,7 @@ from stree_core.files import sha256_of
 from stree_core.profile import (
     GpuRef,
     Interval,
+    MeasuredBlock,
     ModelRef,
     PolicyRow,
     Predicted,
@@ -30,7 +35,11 @@ from stree_core.profile import (
 
 @dataclass(frozen=True, slots=True)
 class TuneRequest:
-    """What `stree-tune` was asked; `acceptance_from` and `dataset` are empty when not given."""
+    """What `stree-tune` was asked; `acceptance_from` and `dataset` are empty when not given.
+
+    `storage` is a journal file or a database's URL, empty for the default, which live searches have
+    in the folder `studies`; `num_trials` is per batch size, 0 for the default.
+    """
 
     gpu: str
     dataset: str
@@ -43,6 +52,9 @@ class TuneRequest:
     data: tuple[Path, ...]
     acceptance_from: str
     seed: int
+    storage: str = ""
+    studies: Path = DEFAULT_DATA / "studies"
+    num_trials: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +66,69 @@ class Runtime:
     source: Source
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A request and all that its answer follows from, loaded and checked against each other."""
+
+    request: TuneRequest
+    runtime: Runtime
+    trace: Trace
+    trace_source: Source
+    refs: tuple[ModelRef, ModelRef]
+    memory: MemoryLimit
+
+    @property
+    def name(self) -> str:
+        """What tells this question's studies from those of others in one storage."""
+        request, (target, draft) = self.request, self.refs
+        parts = (
+            f"{target.name} + {draft.name} on {request.gpu}",
+            f"{self.trace.meta.dataset} {request.sampling.label}",
+            f"context {request.context}, up to {request.max_nodes} nodes",
+            f"table {self.runtime.source.sha256[:12]}, trace {self.trace_source.sha256[:12]}",
+        )
+        return ", ".join(parts)
+
+    def profile(
+        self, decisions: Sequence[Decision], measured: MeasuredBlock | None = None
+    ) -> Profile:
+        """Return the profile of these decisions."""
+        request = self.request
+        return Profile(
+            target=self.refs[0],
+            draft=self.refs[1],
+            gpu=GpuRef(name=request.gpu, status=self.runtime.source.status),
+            dataset=self.trace.meta.dataset,
+            sampling=request.sampling,
+            chat=self.trace.meta.chat,
+            context=request.context,
+            policy=tuple(_policy_row(decision) for decision in decisions),
+            measured=measured,
+            sources=Sources(runtime=self.runtime.source, trace=self.trace_source),
+            provenance=provenance(request.seed),
+        )
+
+
 def tune(request: TuneRequest) -> Profile:
-    """Decide every batch size of `request` and return the profile.
+    """Decide every batch size of `request` and return the profile; raises what `ask` raises."""
+    question = ask(request)
+    place = StudyPlace(
+        open_storage(request.storage), f"offline, {question.name}, seed {request.seed}"
+    )
+    setting = SearchSetting(request.num_trials or NUM_TRIALS, place, question.memory)
+    decisions = decide_policy(
+        question.trace,
+        question.runtime.cost,
+        request.batch_sizes,
+        max_nodes=request.max_nodes,
+        seed=request.seed,
+        setting=setting,
+    )
+    return question.profile(decisions)
+
+
+def ask(request: TuneRequest) -> Question:
+    """Load what a request is about.
 
     Raises ConfigError for unknown names and files that do not belong together, MissingMeasurement
     for tables and traces that were never recorded.
@@ -66,25 +139,12 @@ def tune(request: TuneRequest) -> Profile:
     trace, trace_source = _load_acceptance(library, request, target, draft)
     refs = _require_one_pair(library, request, runtime, trace, trace_source)
     runtime.cost.require(request.batch_sizes, request.max_nodes)
-    decisions = decide_policy(
-        trace,
-        runtime.cost,
-        request.batch_sizes,
-        max_nodes=request.max_nodes,
-        seed=request.seed,
-    )
-    return Profile(
-        target=refs[0],
-        draft=refs[1],
-        gpu=GpuRef(name=request.gpu, status=runtime.source.status),
-        dataset=trace.meta.dataset,
-        sampling=request.sampling,
-        chat=trace.meta.chat,
-        context=request.context,
-        policy=tuple(_policy_row(decision) for decision in decisions),
-        sources=Sources(runtime=runtime.source, trace=trace_source),
-        provenance=provenance(request.seed),
-    )
+    table = runtime.table
+    memory = MemoryLimit(table.target, table.draft, request.context)
+    sheet = library.gpu_sheet(request.gpu)
+    if sheet is not None:
+        memory = replace(memory, gpu=sheet.name, memory_bytes=1e9 * sheet.memory_gb)
+    return Question(request, runtime, trace, trace_source, refs, memory)
 
 
 def _load_runtime(library: Library, request: TuneRequest, target: str, draft: str) -> Runtime:

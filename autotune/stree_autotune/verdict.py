@@ -9,24 +9,23 @@ on every second prompt and timed on the others, and the other way round.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stree_autotune.search import (
-    NUM_TRIALS,
-    OFF,
-    Cell,
     SearchResult,
+    SearchSetting,
     StepCost,
-    TreeSpace,
     Trial,
+    binding_limit,
     fastest,
     search_batch,
 )
 from stree_autotune.trace_file import Trace
 from stree_autotune.trace_walk import walk
+from stree_autotune.tree_space import OFF, Cell, TreeSpace
 from stree_core.errors import ConfigError
 from stree_core.profile import Verdict
 from stree_core.tree import DEFAULT_TREE, Tree
@@ -148,20 +147,26 @@ def decide_policy(
     *,
     max_nodes: int,
     seed: int,
-    num_trials: int = NUM_TRIALS,
+    setting: SearchSetting | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[Decision, ...]:
     """Decide off, chain or tree for every batch size; the same seed gives the same decisions.
 
     `progress` gets one line per batch size. Raises ConfigError when the trace or max_nodes cannot
-    be used, and whatever the cost raises when it lacks a measurement.
+    be used, NoFeasibleTree when a batch size does not fit, and whatever the cost raises when it
+    lacks a measurement.
     """
+    setting = setting or SearchSetting()
     space = TreeSpace.of(trace, max_nodes)
     fit = CrossFit.of(trace, cost, max_nodes=max_nodes, seed=seed)
     decisions = []
     for batch_size in batch_sizes:
-        result = search_batch(space, cost, batch_size, seed=seed, num_trials=num_trials)
-        decisions.append(decide(result, fit))
+        result = search_batch(space, cost, batch_size, setting, seed=seed)
+        decision = decide(result, fit)
+        limit = binding_limit(result, space, setting)
+        if limit:
+            decision = replace(decision, reason=f"{decision.reason}; {limit}")
+        decisions.append(decision)
         if progress is not None:
             progress(f"batch size {batch_size}: {decisions[-1].reason}")
     return tuple(decisions)
@@ -226,6 +231,8 @@ def _name(option: Option) -> str:
 
 def _reason(chosen: Option, best: Option, options: list[Option]) -> str:
     """Say what the choice gains over the best option of a simpler kind, and what it leaves out."""
+    if len(options) == 1:
+        return "off: no speculation fits"
     if chosen is options[0]:
         rival = best if best is not chosen else min(options[1:], key=lambda other: other.whole_ms)
         change = f"off: {_name(rival)} would change speed by {rival.ratio_to(chosen)}"
