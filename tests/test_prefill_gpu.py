@@ -38,5 +38,5 @@ def test_prompts_on_graphs_are_read_as_without(model: Model) -> None:
         assert_close(f"hidden after {length}", hidden, expected, tolerance=1e-3)
         assert captured.cache.committed_B.tolist() == plain.cache.committed_B.tolist() == [length]
         for ours, truth in zip(captured.cache.layers, plain.cache.layers, strict=True):
-                if isinstance(ours, Mamba2Cache) and isinstance(truth, Mamba2Cache):
+            if isinstance(ours, Mamba2Cache) and isinstance(truth, Mamba2Cache):
                 assert_close("state", ours.ssm_BHPN, truth.ssm_BHPN, tolerance=1e-3)
