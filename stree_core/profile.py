@@ -82,7 +82,11 @@ class Interval(Strict):
 
 
 class Predicted(Strict):
-    """What the tuner expects of a row; speedup is tokens/s over decoding with verdict off."""
+    """What the tuner expects of a row; speedup is tokens/s over decoding with verdict off.
+
+    `gap`: no static tree is predicted to be faster by more than this share (sources.certificate
+    says among which trees); None where the trace has no certificate.
+    """
 
     tokens_per_step: float = Field(ge=1)
     step_ms: float = Field(gt=0)
@@ -158,10 +162,11 @@ class Source(Strict):
 
 
 class Sources(Strict):
-    """The runtime table and the acceptance trace."""
+    """The runtime table, the acceptance trace, and the trace's certificate where there is one."""
 
     runtime: Source
     trace: Source
+    certificate: Source | None = None
 
 
 class Provenance(Strict):

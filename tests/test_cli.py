@@ -30,6 +30,7 @@ FLAGS = {
     "--temperature --top-p --trials -o",
     "analyze": "--acceptance-from --batch-size --context --data --dataset --draft --gpu --help "
     "--json --library --max-nodes --plot --target",
+    "certify": "--data --help",
     "decode": "--backend --chat --data --device --draft --dtype --help --json --library "
     "--max-new-tokens "
     "--min-p --mode --profile --prompt --repetition-penalty --rule --seed --target --temperature "

@@ -103,14 +103,14 @@ def test_missing_and_unknown_datasets_differ(library: Library) -> None:
 def test_borrowed_trace_by_name_and_by_path(library: Library, root: Path, tmp_path: Path) -> None:
     name = "demo-target--demo-draft--gsm8k--greedy"
     shipped = root / "traces" / f"{name}.safetensors"
-    assert library.find_borrowed_trace(name) == shipped
-    assert library.find_borrowed_trace(f"{name}.safetensors") == shipped
+    assert library.find_trace_file(name) == shipped
+    assert library.find_trace_file(f"{name}.safetensors") == shipped
     own = tmp_path / "own.safetensors"
     own.write_bytes(shipped.read_bytes())
-    assert library.find_borrowed_trace(str(own)) == own
+    assert library.find_trace_file(str(own)) == own
     assert library.label(Path("/elsewhere/own.safetensors")) == "own.safetensors"
     with pytest.raises(ConfigError, match="did you mean demo-target--demo-draft--gsm8k--greedy"):
-        library.find_borrowed_trace("demo-target--demo-draft--gsm8k")
+        library.find_trace_file("demo-target--demo-draft--gsm8k")
 
 
 def test_models_by_name_and_by_folder(library: Library, root: Path) -> None:

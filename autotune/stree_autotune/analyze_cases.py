@@ -68,7 +68,7 @@ def _case(question: Question, space: TreeSpace, sampling: str, estimated: str = 
     notes = [estimated] if estimated else []
     if question.runtime.source.status == "estimated":
         notes.append("times estimated")
-    if question.trace_source.status == "estimated":
+    if question.acceptance.source.status == "estimated":
         notes.append("acceptance borrowed")
     return Case(request.gpu, sampling, scalings, ", ".join(notes))
 

@@ -19,6 +19,8 @@ from stree_core.profile import load_profile, require_writable, save_profile
 if TYPE_CHECKING:
     from stree_autotune.tune import TuneRequest
 
+logger = logging.getLogger(__name__)
+
 EXIT_NO_RESULT = 1
 EXIT_BAD_INPUT = 2
 
@@ -136,6 +138,22 @@ def show(
         print_profile(profile, console)
     if as_json:
         print_json(*loaded)
+
+
+@app.command(epilog="Example: stree-tune certify demo-target--demo-draft--gsm8k--greedy")
+def certify(
+    traces: Annotated[list[str], typer.Argument(metavar="TRACE...", help="Paths or names.")],
+    data: flags.Data = flags.DEFAULT_DATA_PATHS,
+) -> None:
+    """Bound what any static tree can reach on traces; `trace` does it for those it records."""
+    from stree_autotune.certificate import certificate_path
+    from stree_autotune.certify import certify_file, describe
+    from stree_autotune.library import Library
+
+    library = Library.open(data)
+    for path in [library.find_trace_file(name) for name in traces]:
+        certificate = certify_file(path, logger.info)
+        sys.stdout.write(f"wrote {certificate_path(path)}\n{describe(certificate)}\n")
 
 
 register_live_verbs(app)

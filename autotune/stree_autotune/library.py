@@ -142,7 +142,7 @@ class Library:
             )
         return path
 
-    def find_borrowed_trace(self, name: str) -> Path:
+    def find_trace_file(self, name: str) -> Path:
         """Return a trace by path or by file name (with or without suffix); else ConfigError."""
         if Path(name).is_file():
             return Path(name)
@@ -151,8 +151,7 @@ class Library:
         if path is None:
             names = {path.stem for path in self._files("traces", "safetensors")}
             raise ConfigError(
-                f"--acceptance-from takes a trace's path or name, got {name}; "
-                f"{nearest(name, names)}"
+                f"a trace is named by its path or file name, got {name}; {nearest(name, names)}"
             )
         return path
 

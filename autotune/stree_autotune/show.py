@@ -21,8 +21,9 @@ HEADERS = (
     "step ms",
     "tokens/s",
     "speedup over off [95 %]",
+    "within",
 )
-NARROWEST = 110
+NARROWEST = 120
 
 
 def result_console() -> Console:
@@ -44,6 +45,10 @@ def print_profile(profile: Profile, console: Console) -> None:
         console.print(_measured_table(profile.measured))
     console.print(_source_line("times", profile.sources.runtime))
     console.print(_source_line("acceptance", profile.sources.trace))
+    if profile.sources.certificate is None:
+        console.print("certificate: none; make one with stree-tune certify and tune again")
+    else:
+        console.print(_source_line("certificate", profile.sources.certificate))
 
 
 def print_json(*profiles: Profile) -> None:
@@ -83,6 +88,7 @@ def _policy_table(rows: tuple[PolicyRow, ...]) -> Table:
             f"{predicted.step_ms:.3f}",
             f"{predicted.tokens_per_s:.1f}",
             f"{predicted.speedup:.2f}x [{interval.low:.2f}, {interval.high:.2f}]",
+            "unknown" if predicted.gap is None else f"{100 * predicted.gap:.1f} %",
         )
     return table
 

@@ -84,9 +84,24 @@ class StepCost:
         MissingMeasurement outside the measured batch sizes and tree sizes, naming the command that
         records more.
         """
-        shape = shape_of(tree) if tree.num_nodes else None
         rate = 1 + tree.depth / 2 if tokens_per_step is None else tokens_per_step
-        load = self.load._replace(tokens_per_step=rate)
+        return self._shape_ms(batch_size, shape_of(tree) if tree.num_nodes else None, rate)
+
+    def least_ms(
+        self, batch_size: int, num_nodes: int, depth: int, tokens_per_step: float
+    ) -> float:
+        """Return the time of the quickest step of any tree with these nodes and levels; 0 is off.
+
+        One node on every level is drafted from, and where the nodes are no chain one of them has
+        several children: more of either never takes less. Raises as `step_ms` does.
+        """
+        bushy = num_nodes > depth
+        widths, branching = (1,) * (depth - 1), (1,) if bushy else ()
+        shape = TreeShape(num_nodes + 1, depth, widths, branching, depth, 2 if bushy else 1)
+        return self._shape_ms(batch_size, shape if num_nodes else None, tokens_per_step)
+
+    def _shape_ms(self, batch_size: int, shape: TreeShape | None, tokens_per_step: float) -> float:
+        load = self.load._replace(tokens_per_step=tokens_per_step)
         if batch_size in self.times:
             return self._ms(self.times[batch_size], shape, load)
         below, above = self._neighbours(batch_size)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from stree_autotune.certify import certify_file, describe
 from stree_autotune.library import check_name, data_folder, trace_file_name
 from stree_autotune.live import PairRequest, open_pair, open_source, report, require_new
 from stree_autotune.progress import ProgressBar
@@ -52,7 +53,9 @@ def run_trace(
     with explained_writing(path):
         save_trace(trace, path)
     parts.remove()
-    report(_summary(trace, path), {"path": str(path), **trace.meta.statistics}, as_json)
+    certificate = certify_file(path, logger.info)
+    lines = [*_summary(trace, path), describe(certificate)]
+    report("\n".join(lines), {"path": str(path), **trace.meta.statistics}, as_json)
 
 
 def record_share(
@@ -106,12 +109,12 @@ def settings_of(pair: Pair, prompts: list[list[int]], config: RecordConfig) -> S
     }
 
 
-def _summary(trace: Trace, path: Path) -> str:
+def _summary(trace: Trace, path: Path) -> list[str]:
     lines = [f"wrote {path}: {trace.num_positions} positions of {trace.num_prompts} prompts"]
     lines += [f"  {key.replace('_', ' ')}: {n:g}" for key, n in trace.meta.statistics.items()]
     if not trace.reliable:
         lines.append(f"  unreliable: a trace needs at least {RELIABLE_PROMPTS} prompts")
-    return "\n".join(lines)
+    return lines
 
 
 if __name__ == "__main__":

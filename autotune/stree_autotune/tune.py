@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
+from stree_autotune.acceptance_source import Acceptance, load_acceptance, source_of
 from stree_autotune.library import DEFAULT_DATA, Library, require_same_model, require_same_shape
 from stree_autotune.memory_limit import MemoryLimit
 from stree_autotune.provenance import provenance
 from stree_autotune.runtime_cost import runtime_cost
 from stree_autotune.runtime_table import RuntimeTable
-from stree_autotune.search import NUM_TRIALS, SearchSetting
+from stree_autotune.search import NUM_TRIALS, SearchSetting, Trial
 from stree_autotune.step_cost import StepCost
 from stree_autotune.study import StudyPlace, open_storage
-from stree_autotune.trace_file import Trace, load_trace
+from stree_autotune.trace_file import Trace
 from stree_autotune.verdict import Decision, decide_policy
 from stree_core.errors import ConfigError
-from stree_core.files import sha256_of
 from stree_core.profile import (
     GpuRef,
     Interval,
@@ -72,10 +72,14 @@ class Question:
 
     request: TuneRequest
     runtime: Runtime
-    trace: Trace
-    trace_source: Source
+    acceptance: Acceptance
     refs: tuple[ModelRef, ModelRef]
     memory: MemoryLimit
+
+    @property
+    def trace(self) -> Trace:
+        """The acceptance trace."""
+        return self.acceptance.trace
 
     @property
     def name(self) -> str:
@@ -85,7 +89,7 @@ class Question:
             f"{target.name} + {draft.name} on {request.gpu}",
             f"{self.trace.meta.dataset} {request.sampling.label}",
             f"context {request.context}, up to {request.max_nodes} nodes",
-            f"table {self.runtime.source.sha256[:12]}, trace {self.trace_source.sha256[:12]}",
+            f"table {self.runtime.source.sha256[:12]}, trace {self.acceptance.source.sha256[:12]}",
         )
         return ", ".join(parts)
 
@@ -102,11 +106,30 @@ class Question:
             sampling=request.sampling,
             chat=self.trace.meta.chat,
             context=request.context,
-            policy=tuple(_policy_row(decision) for decision in decisions),
+            policy=tuple(_policy_row(decision, self.gap(decision)) for decision in decisions),
             measured=measured,
-            sources=Sources(runtime=self.runtime.source, trace=self.trace_source),
+            sources=Sources(
+                runtime=self.runtime.source,
+                trace=self.acceptance.source,
+                certificate=self.acceptance.certificate_source,
+            ),
             provenance=provenance(request.seed),
         )
+
+    def gap(self, decision: Decision) -> float | None:
+        """Return by which share any tree may at most be predicted to be faster, None if unknown."""
+        certificate, cost = self.acceptance.certificate, self.runtime.cost
+        if certificate is None:
+            return None
+        batch_size = decision.batch_size
+        trial = Trial.at(
+            batch_size,
+            decision.tree,
+            decision.tokens_per_step,
+            cost.step_ms(batch_size, decision.tree),
+        )
+        most = certificate.most_tokens_per_s(cost, batch_size, self.request.max_nodes)
+        return max(0.0, most / trial.tokens_per_s - 1)
 
 
 def tune(request: TuneRequest) -> Profile:
@@ -136,15 +159,22 @@ def ask(request: TuneRequest) -> Question:
     library = Library.open(request.data)
     target, draft = library.model_name(request.target), library.model_name(request.draft)
     runtime = _load_runtime(library, request, target, draft)
-    trace, trace_source = _load_acceptance(library, request, target, draft)
-    refs = _require_one_pair(library, request, runtime, trace, trace_source)
+    acceptance = load_acceptance(
+        library,
+        (target, draft),
+        request.dataset,
+        request.acceptance_from,
+        sampling=request.sampling,
+        max_nodes=request.max_nodes,
+    )
+    refs = _require_one_pair(library, request, runtime, acceptance.trace, acceptance.source)
     runtime.cost.require(request.batch_sizes, request.max_nodes)
     table = runtime.table
     memory = MemoryLimit(table.target, table.draft, request.context)
     sheet = library.gpu_sheet(request.gpu)
     if sheet is not None:
         memory = replace(memory, gpu=sheet.name, memory_bytes=1e9 * sheet.memory_gb)
-    return Question(request, runtime, trace, trace_source, refs, memory)
+    return Question(request, runtime, acceptance, refs, memory)
 
 
 def _load_runtime(library: Library, request: TuneRequest, target: str, draft: str) -> Runtime:
@@ -158,7 +188,7 @@ def _load_runtime(library: Library, request: TuneRequest, target: str, draft: st
     note += (
         f"; whole steps are predicted with an error of {100 * cost.fit_error:.1f} % (leave one out)"
     )
-    return Runtime(table, cost, _source(library, found.path, note, estimated=not found.is_exact))
+    return Runtime(table, cost, source_of(library, found.path, note, estimated=not found.is_exact))
 
 
 def _require_one_pair(
@@ -195,45 +225,7 @@ def _require_one_pair(
     return refs[0], refs[1]
 
 
-def _load_acceptance(
-    library: Library, request: TuneRequest, target: str, draft: str
-) -> tuple[Trace, Source]:
-    """Return the trace of the pair, or the borrowed one, and how the profile names it."""
-    borrowed = bool(request.acceptance_from)
-    if borrowed:
-        path = library.find_borrowed_trace(request.acceptance_from)
-    else:
-        label = request.sampling.label
-        path = library.find_trace(target, draft, request.dataset, label)
-    trace = load_trace(path)
-    if request.dataset and trace.meta.dataset != request.dataset:
-        raise ConfigError(
-            f"trace {path.name} must be of the asked dataset, got {trace.meta.dataset} for "
-            f"{request.dataset}; pass --dataset {trace.meta.dataset}"
-        )
-    if trace.meta.sampling != request.sampling:
-        raise ConfigError(
-            f"trace {path.name} must have the asked sampling, got {trace.meta.sampling.label}; "
-            "record another with `stree-tune trace`"
-        )
-    notes = []
-    if borrowed:
-        notes.append(f"borrowed from {trace.meta.target.name} + {trace.meta.draft.name}")
-    if not trace.reliable:
-        notes.append(f"only {trace.meta.num_prompts} prompts; a reliable trace has at least 64")
-    return trace, _source(library, path, "; ".join(notes), estimated=borrowed)
-
-
-def _source(library: Library, path: Path, note: str, *, estimated: bool) -> Source:
-    return Source(
-        name=library.label(path),
-        sha256=sha256_of(path),
-        status="estimated" if estimated else "measured",
-        note=note or None,
-    )
-
-
-def _policy_row(decision: Decision) -> PolicyRow:
+def _policy_row(decision: Decision, gap: float | None) -> PolicyRow:
     low, high = decision.speedup_interval
     return PolicyRow(
         batch_size=decision.batch_size,
@@ -245,6 +237,7 @@ def _policy_row(decision: Decision) -> PolicyRow:
             tokens_per_s=_rounded(decision.tokens_per_s),
             speedup=_rounded(decision.speedup),
             speedup_interval=Interval(low=_rounded(low), high=_rounded(high)),
+            gap=None if gap is None else _rounded(gap),
         ),
         reason=decision.reason,
     )
