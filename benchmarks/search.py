@@ -27,10 +27,11 @@ from stree_autotune.certify import certify
 from stree_autotune.library import Library, shipped_root
 from stree_autotune.provenance import git_sha, utc_now, versions
 from stree_autotune.runtime_table import load_runtime_table
-from stree_autotune.search import TreeSpace, search_batch
+from stree_autotune.search import search_batch
 from stree_autotune.step_cost import StepCost
 from stree_autotune.trace_file import Trace, load_trace
 from stree_autotune.trace_walk import Slots, walk
+from stree_autotune.tree_space import TreeSpace
 from stree_core.files import write_atomically
 from stree_core.tree import Tree
 

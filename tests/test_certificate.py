@@ -23,10 +23,13 @@ from stree_autotune.certify import LISTED_DEPTH, certify, certify_file
 from stree_autotune.cover_bound import Stage, _evaluate, bound, fit_weights
 from stree_autotune.library import Library, shipped_root
 from stree_autotune.runtime_table import load_runtime_table
+from stree_autotune.show import print_profile, result_console
 from stree_autotune.step_cost import StepCost
 from stree_autotune.trace_file import NO_RANK, Trace, load_trace, save_trace
 from stree_autotune.trace_walk import Slots, walk
+from stree_autotune.tune import TuneRequest, ask, tune
 from stree_core.errors import ConfigError
+from stree_core.profile import Sampling
 from stree_core.tree import Tree
 
 KINDS = {
@@ -262,3 +265,34 @@ def test_shipped_certificates_hold(dataset: str) -> None:
     trees = [random_tree(rng, int(rng.integers(1, 64)), 16) for _ in range(40)]
     for tree in [*trees, *(Tree.chain(n) for n in (1, 4, 20))]:
         assert certificate.least_starts(tree.num_nodes, tree.depth) <= starts(trace, tree)
+
+
+def test_a_tuned_row_says_how_far_the_best_tree_may_be(capsys: pytest.CaptureFixture[str]) -> None:
+    request = TuneRequest(
+        gpu="h200",
+        dataset="mt_bench",
+        target="demo-target",
+        draft="demo-draft",
+        sampling=Sampling(),
+        context=1024,
+        batch_sizes=(1, 32),
+        max_nodes=16,
+        data=(),
+        acceptance_from="",
+        seed=0,
+    )
+    profile, again = tune(request), tune(request)
+    assert profile.model_copy(update={"provenance": again.provenance}) == again
+    question = ask(request)
+    certificate = question.acceptance.certificate
+    assert certificate is not None
+    for row in profile.policy:
+        most = certificate.most_tokens_per_s(question.runtime.cost, row.batch_size, 16)
+        assert row.predicted.gap == pytest.approx(
+            max(0.0, most / row.predicted.tokens_per_s - 1), abs=1e-5
+        )
+    assert profile.sources.certificate is not None
+    print_profile(profile, result_console())
+    printed = capsys.readouterr().out
+    assert "best possible static tree of up to 16 nodes on this trace" in printed
+    assert f"{100 * (profile.policy[1].predicted.gap or 0):.1f} %" in printed

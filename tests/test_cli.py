@@ -232,7 +232,10 @@ def test_the_commit_is_named() -> None:
         (("--gpu", "h200", "--dataset", "gsm8k", *TOY, "--batch-size", "0"), "'--batch-size'"),
         (("--gpu", "h200", "--dataset", "gsm8k", *TOY, "--batch-size", "99"), "--batch-size 99"),
         (("--gpu", "h200", "--dataset", "gsm8k", *TOY, "--data", "absent"), "existing folder"),
-        (("--gpu", "h200", "--acceptance-from", "absent", *TOY), "takes a trace's path or name"),
+        (
+            ("--gpu", "h200", "--acceptance-from", "absent", *TOY),
+            "a trace is named by its path or file name",
+        ),
         (("--gpu", "h200", "--batch", "1"), "No such option"),
         (("--gpu", "h200", "show"), "flags stand behind their verb, got --gpu before show"),
         (("shwo",), "shwo"),
