@@ -73,6 +73,11 @@ class Half:
             self.starts_of[tree] = int(walk(self.slots, tree).starts_P.sum())
         return self.starts_of[tree]
 
+    def ms(self, tree: Tree, cost: StepCost, batch_size: int) -> float:
+        """Return the predicted time of all prompts, one after another."""
+        starts = self.starts(tree)
+        return starts * cost.step_ms(batch_size, tree, self.slots.num_positions / starts)
+
     def choose(self, method: str, cost: StepCost, batch_size: int) -> Tree:
         """Return the tree that a method takes for these prompts."""
         if method == OURS:
@@ -80,10 +85,7 @@ class Half:
             found = search_batch(self.space, cost, batch_size, seed=0)
             kinds = [trial for trial in (found.chain, found.tree) if trial is not None]
             return max(kinds, key=lambda trial: trial.tokens_per_s).tree
-        return min(
-            self.families[method],
-            key=lambda tree: self.starts(tree) * cost.step_ms(batch_size, tree),
-        )
+        return min(self.families[method], key=lambda tree: self.ms(tree, cost, batch_size))
 
 
 def rows_of(
@@ -100,11 +102,11 @@ def rows_of(
                 total_ms = 0.0
                 for chosen_on, timed_on in (halves, halves[::-1]):
                     tree = chosen_on.choose(method, cost, batch_size)
-                    total_ms += timed_on.starts(tree) * cost.step_ms(batch_size, tree)
+                    total_ms += timed_on.ms(tree, cost, batch_size)
                 tree = whole.choose(method, cost, batch_size)
-                fitted_ms = whole.starts(tree) * cost.step_ms(batch_size, tree)
+                fitted_ms = whole.ms(tree, cost, batch_size)
                 tokens = 1000 * batch_size * trace.num_positions
-                off = 1000 * batch_size / cost.least_ms(batch_size, 0, 0)
+                off = 1000 * batch_size / cost.least_ms(batch_size, 0, 0, 1.0)
                 yield {
                     "trace": name,
                     "table": table,

@@ -147,7 +147,7 @@ class FakeCost:
     spread: float = 0.0
     factors: NDArray[np.float64] | None = None
 
-    def step_ms(self, batch_size: int, tree: Tree) -> float:
+    def step_ms(self, batch_size: int, tree: Tree, tokens_per_step: float | None = None) -> float:
         """Return the step's milliseconds."""
         if tree.num_nodes == 0:
             return self.off_ms * self._factor(0)

@@ -198,16 +198,20 @@ def test_least_time_is_no_tree_s_but_some_tree_s(name: str) -> None:
     trees = [tree for n in range(7) for tree in ordered_trees(n)]
     trees += [random_tree(rng, int(rng.integers(7, 64)), 10) for _ in range(60)]
     for batch_size, tree in itertools.product((1, 3, 16, 64), trees):
-        least = cost.least_ms(batch_size, tree.num_nodes, tree.depth)
-        assert least <= cost.step_ms(batch_size, tree) + 1e-12
-        if tree.is_chain or tree.depth == 1:
-            assert least == pytest.approx(cost.step_ms(batch_size, tree))
+        least = cost.least_ms(batch_size, tree.num_nodes, tree.depth, 1.7)
+        assert least <= cost.step_ms(batch_size, tree, 1.7) + 1e-12
+        if tree.is_chain or (tree.depth == 1 and tree.num_nodes == 2):
+            assert least == pytest.approx(cost.step_ms(batch_size, tree, 1.7))
+        rates = [r / cost.least_ms(batch_size, tree.num_nodes, tree.depth, r) for r in (1, 3, 9)]
+        assert rates == sorted(rates)
 
 
 class TokenCost(FakeCost):
     """A cost by tokens and levels alone, whose least time is every tree's time."""
 
-    def least_ms(self, batch_size: int, num_nodes: int, depth: int) -> float:
+    def least_ms(
+        self, batch_size: int, num_nodes: int, depth: int, tokens_per_step: float
+    ) -> float:
         """Return the time of any tree of this size."""
         paths = [[0] * (level + 1) for level in range(depth)]
         paths += [[rank] for rank in range(1, num_nodes - depth + 1)]

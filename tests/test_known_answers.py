@@ -59,7 +59,9 @@ def test_dear_verification_is_a_chain(trace: Trace) -> None:
 def test_a_large_batch_that_computes_is_off(trace: Trace) -> None:
     # at batch 1 a step is all memory traffic, at 64 time grows with tokens
     class ComputeBound(FakeCost):
-        def step_ms(self, batch_size: int, tree: Tree) -> float:
+        def step_ms(
+            self, batch_size: int, tree: Tree, tokens_per_step: float | None = None
+        ) -> float:
             return max(3.0, 0.05 * batch_size * tree.num_tokens) + 0.1 * tree.depth
 
     small, large = decide(trace, ComputeBound(), (1, 64))

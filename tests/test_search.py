@@ -170,7 +170,7 @@ def test_cells() -> None:
 class Gap(FakeCost):
     """A cost that knows nothing beyond eight nodes."""
 
-    def step_ms(self, batch_size: int, tree: Tree) -> float:
+    def step_ms(self, batch_size: int, tree: Tree, tokens_per_step: float | None = None) -> float:
         if tree.num_nodes > 8:
             raise MissingMeasurement("trees up to 8 nodes are measured, got more; record them")
         return super().step_ms(batch_size, tree)

@@ -36,7 +36,7 @@ class PlainCost:
     spread: float = 0.0
     factors: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
-    def step_ms(self, batch_size: int, tree: Tree) -> float:
+    def step_ms(self, batch_size: int, tree: Tree, tokens_per_step: float | None = None) -> float:
         kind = 0 if tree == OFF else 1 if tree.is_chain else 2
         too_many = max(0, tree.num_nodes - self.cheap_nodes)
         base_ms = (self.off_ms, self.chain_ms, self.tree_ms)[kind]
@@ -235,7 +235,7 @@ def test_tiny_traces_decide_something(ranks: list[int], num_children: int, max_n
 class Unmeasured(FakeCost):
     """A cost that lacks everything."""
 
-    def step_ms(self, batch_size: int, tree: Tree) -> float:
+    def step_ms(self, batch_size: int, tree: Tree, tokens_per_step: float | None = None) -> float:
         raise MissingMeasurement(f"batch size {batch_size} has no table; record one")
 
 

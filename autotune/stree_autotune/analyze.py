@@ -80,8 +80,9 @@ def scaling(
     for tree in _trees(space):
         if memory is not None and memory.excess(batch_size, tree) > 0:
             continue
-        step_ms = cost.step_ms(batch_size, tree)
-        trial = Trial.at(batch_size, tree, space.tokens_per_step(tree), step_ms)
+        tokens_per_step = space.tokens_per_step(tree)
+        step_ms = cost.step_ms(batch_size, tree, tokens_per_step)
+        trial = Trial.at(batch_size, tree, tokens_per_step, step_ms)
         known = best.get(tree.num_nodes)
         if known is None or trial.tokens_per_s > known.tokens_per_s:
             best[tree.num_nodes] = trial

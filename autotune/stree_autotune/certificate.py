@@ -44,8 +44,13 @@ class DepthBound(Strict):
 class LeastTime(Protocol):
     """What a step takes at least with any tree of some nodes and levels; 0 nodes means off."""
 
-    def least_ms(self, batch_size: int, num_nodes: int, depth: int) -> float:
-        """Return the milliseconds of the quickest step."""
+    def least_ms(
+        self, batch_size: int, num_nodes: int, depth: int, tokens_per_step: float
+    ) -> float:
+        """Return the milliseconds of the quickest step, which more tokens per step may lengthen.
+
+        Tokens per step over this time must not fall as the tokens grow.
+        """
 
 
 class Certificate(Strict):
@@ -97,14 +102,12 @@ class Certificate(Strict):
         For every number of nodes and levels, the most tokens per step of such trees over the least
         time of such trees: the two need not be the same tree's, so the rate may be out of reach.
         """
-        sizes = [
-            (num_nodes, depth)
-            for num_nodes in range(1, max_nodes + 1)
-            for depth in range(1, num_nodes + 1)
-        ]
-        slowest = min(self.least_starts(*size) * cost.least_ms(batch_size, *size) for size in sizes)
-        off = self.num_positions * cost.least_ms(batch_size, 0, 0)
-        return 1000 * batch_size * self.num_positions / min(slowest, off)
+        least_ms = self.num_positions * cost.least_ms(batch_size, 0, 0, 1.0)
+        for size, starts in self._sizes_up_to(max_nodes):
+            if starts:
+                rate = self.num_positions / starts
+                least_ms = min(least_ms, starts * cost.least_ms(batch_size, *size, rate))
+        return 1000 * batch_size * self.num_positions / least_ms
 
     def _sizes_up_to(self, max_nodes: int) -> list[tuple[tuple[int, int], float]]:
         """Return every number of nodes and levels with the least starts, computed once."""

@@ -46,13 +46,13 @@ class CorrectedCost:
     batch_size: int
     steps: Mapping[Tree, LiveStep]
 
-    def step_ms(self, batch_size: int, tree: Tree) -> float:
+    def step_ms(self, batch_size: int, tree: Tree, tokens_per_step: float | None = None) -> float:
         """Return the time of a step, the measured one for a tree that was measured."""
         assert batch_size == self.batch_size
         if tree in self.steps:
             return self.steps[tree].ms
         factor = next(self._factors[key] for key in _keys(tree) if key in self._factors)
-        return self.model.step_ms(batch_size, tree) * factor
+        return self.model.step_ms(batch_size, tree, tokens_per_step) * factor
 
     def draw(self, rng: np.random.Generator) -> CorrectedCost:
         """Return the cost as another measurement might have found it: each by its own error."""

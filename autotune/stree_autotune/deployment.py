@@ -81,7 +81,8 @@ class Deployment:
         """Return the rate of all sequences together, as tuning predicts it."""
         if tree not in self.walked:
             self.walked[tree] = walk(self.trace, tree).tokens_per_step
-        return 1000 * batch_size * self.walked[tree] / self.cost.step_ms(batch_size, tree)
+        step_ms = self.cost.step_ms(batch_size, tree, self.walked[tree])
+        return 1000 * batch_size * self.walked[tree] / step_ms
 
     def mean_log_rate(self, chosen: Mapping[int, Tree]) -> float:
         """Return the mean over batch sizes of the logarithm of the rate."""

@@ -32,8 +32,11 @@ NUM_TRIALS = 24
 class StepCost(Protocol):
     """Milliseconds of one step; an empty tree is one-token decoding with verdict off."""
 
-    def step_ms(self, batch_size: int, tree: Tree) -> float:
-        """Return the milliseconds of a step; raise MissingMeasurement where none is known."""
+    def step_ms(self, batch_size: int, tree: Tree, tokens_per_step: float | None = None) -> float:
+        """Return the milliseconds of a step that emits so many tokens.
+
+        Raises MissingMeasurement where none is known.
+        """
 
     def draw(self, rng: np.random.Generator) -> StepCost:
         """Return a cost with the runtime's uncertainty drawn once."""
@@ -121,7 +124,7 @@ class Candidates:
         if tree in self.fitting:
             return self.fitting[tree].tokens_per_s
         if tree not in self.too_large:
-            step_ms = self.cost.step_ms(self.batch_size, tree)
+            step_ms = self.cost.step_ms(self.batch_size, tree, tokens_per_step)
             trial = Trial.at(self.batch_size, tree, tokens_per_step, step_ms)
             if self.excess(tree) <= 0:
                 self.fitting[tree] = trial

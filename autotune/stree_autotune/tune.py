@@ -17,7 +17,6 @@ from stree_autotune.step_cost import StepCost
 from stree_autotune.study import StudyPlace, open_storage
 from stree_autotune.trace_file import Trace
 from stree_autotune.verdict import Decision, decide_policy
-from stree_core.errors import ConfigError
 from stree_core.profile import (
     GpuRef,
     Interval,
@@ -126,7 +125,7 @@ class Question:
             batch_size,
             decision.tree,
             decision.tokens_per_step,
-            cost.step_ms(batch_size, decision.tree),
+            cost.step_ms(batch_size, decision.tree, decision.tokens_per_step),
         )
         most = certificate.most_tokens_per_s(cost, batch_size, self.request.max_nodes)
         return max(0.0, most / trial.tokens_per_s - 1)

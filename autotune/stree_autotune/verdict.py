@@ -129,8 +129,9 @@ class CrossFit:
             other = self.halves[1 - half]
             tree = trial.tree if fixed else other.solve(Cell.of(trial.tree))
             starts_P = self._starts(half, tree)
-            whole_ms += float(starts_P.sum()) * self.cost.step_ms(batch_size, tree)
-            drawn_ms = np.array([cost.step_ms(batch_size, tree) for cost in self.drawn_costs])
+            rate = self.halves[half].slots.num_positions / float(starts_P.sum())
+            whole_ms += float(starts_P.sum()) * self.cost.step_ms(batch_size, tree, rate)
+            drawn_ms = np.array([cost.step_ms(batch_size, tree, rate) for cost in self.drawn_costs])
             resampled_ms_R += (weights_RP @ starts_P) * np.resize(drawn_ms, NUM_RESAMPLES)
         return Option(trial, whole_ms, resampled_ms_R)
 
