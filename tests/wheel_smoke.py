@@ -25,6 +25,7 @@ TUNE_DEPENDENCIES = (
     "typer",
     "rich",
     "safetensors",
+    "jinja2",
 )
 NOT_SOURCE = shutil.ignore_patterns(
     ".*", "build", "dist", "*.egg-info", "__pycache__", "stree-data", "stree-profile.yaml"

@@ -12,6 +12,7 @@ import typer
 from stree_autotune import cli_flags as flags
 from stree_autotune.cli_deploy import register_deploy_verbs
 from stree_autotune.cli_live import register_live_verbs
+from stree_autotune.cli_report import register_report
 from stree_core.errors import ConfigError, NoFeasibleTree, StreeError
 from stree_core.profile import load_profile, require_writable, save_profile
 
@@ -128,6 +129,7 @@ def show(
 
 register_live_verbs(app)
 register_deploy_verbs(app)
+register_report(app)
 
 
 def main() -> None:
