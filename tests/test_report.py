@@ -187,9 +187,9 @@ def test_shares_of_ranks_add_up_and_start_where_steps_do() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"name": "traces/nowhere.safetensors"}, "is not at hand"),
-        ({"sha256": "0" * 64}, "is not the one that the profile was made from"),
-        ({"name": "../../outside.safetensors"}, "lies outside every data folder"),
+        ({"name": "traces/nowhere.safetensors"}, "the search path has none"),
+        ({"sha256": "0" * 64}, "the search path has another one"),
+        ({"name": "../../outside.safetensors"}, "traces/outside.safetensors"),
     ],
 )
 def test_what_is_not_at_hand_is_left_out_and_named(changes: dict[str, str], words: str) -> None:

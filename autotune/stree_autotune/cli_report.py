@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from stree_autotune import cli_flags as flags
+from stree_autotune import completion
 from stree_core.errors import ConfigError
 
 DEFAULT_REPORT = Path("report.html")
@@ -23,7 +24,11 @@ def register_report(app: typer.Typer) -> None:
 def report(
     profiles: Annotated[
         list[str],
-        typer.Argument(metavar="PROFILE...", help="Profiles by path or name."),
+        typer.Argument(
+            metavar="PROFILE...",
+            autocompletion=completion.profiles,
+            help="Profiles by path or name.",
+        ),
     ],
     output: Annotated[
         Path,

@@ -16,6 +16,7 @@ from stree_autotune.search import OFF, TreeSpace, Trial, search_batch
 from stree_autotune.step_cost import StepCost
 from stree_autotune.trace_file import Trace
 from stree_autotune.trace_walk import Slots, longest_paths, walk
+from stree_core.errors import MissingMeasurement
 from stree_core.profile import PolicyRow, Profile
 from stree_core.tree import Tree
 
@@ -125,6 +126,7 @@ class _Bootstrap:
 
     @classmethod
     def of(cls, slots: Slots, cost: StepCost, seed: int) -> _Bootstrap:
+        """Draw resamples of the slots' prompts and of the cost."""
         rng = np.random.default_rng(seed)
         num_prompts = len(slots.first_P)
         shares = np.full(num_prompts, 1 / num_prompts)
@@ -157,12 +159,14 @@ def _start_slots(slots: Slots, trace: Trace, tree: Tree) -> NDArray[np.intp]:
 
 def _most_nodes(profile: Profile, cost: StepCost) -> int:
     """Return the largest size that every row has times for, at most MOST_NODES."""
-    covered = [
-        times.verify.first + len(times.verify.ms) - 2
-        for batch_size, times in cost.times.items()
-        if profile.policy[0].batch_size <= batch_size <= profile.policy[-1].batch_size
-    ]
-    return max(1, min([MOST_NODES, *covered]))
+    batch_sizes = [row.batch_size for row in profile.policy]
+    for size in range(MOST_NODES, 1, -1):
+        try:
+            cost.require(batch_sizes, size)
+        except MissingMeasurement:
+            continue
+        return size
+    return 1
 
 
 def _rate(trial: Trial) -> float:

@@ -5,23 +5,32 @@ from __future__ import annotations
 from stree_autotune.report_figure import Figure, Marks, Panel, about, ms, panel_rows
 from stree_autotune.runtime_table import RuntimeTable
 from stree_autotune.step_cost import StepCost
-from stree_autotune.svg_chart import Chart, linear_axis, log_axis
+from stree_autotune.svg_chart import XY, Chart, linear_axis, log_axis
 from stree_core.profile import PolicyRow, Profile
+from stree_core.tree import Tree
 
 
-def staircase_figure(profile: Profile, table: RuntimeTable, cost: StepCost, marks: Marks) -> Figure:
-    """Draw the target's pass against tree tokens: measured points, the fit, an estimate's band."""
+def staircase_figure(
+    profile: Profile, table: RuntimeTable, cost: StepCost, marks: Marks
+) -> Figure | None:
+    """Draw the target's pass against tree tokens: measured points, the fit, an estimate's band.
+
+    None when no row of the profile has a batch size that was measured.
+    """
     shown = [row for row in panel_rows(profile.policy) if row.batch_size in cost.times]
+    if not shown:
+        return None
+    used = {row.batch_size: dict(_verify_curve(cost, row.batch_size)) for row in shown}
     rows = tuple(
         (
             str(point.batch_size),
             str(point.size),
             f"{point.ms:.4g}",
             f"{point.spread_ms:.2g}",
-            f"{cost.times[point.batch_size].verify.at(point.size):.4g}",
+            f"{used[point.batch_size][point.size]:.4g}",
         )
         for point in table.points
-        if point.term == "verify" and point.batch_size in {row.batch_size for row in shown}
+        if point.term == "verify" and point.batch_size in used
     )
     where = f"on {table.gpu_name}, {table.dtype}"
     lead = (
@@ -51,21 +60,12 @@ def staircase_figure(profile: Profile, table: RuntimeTable, cost: StepCost, mark
 
 
 def _staircase_panel(row: PolicyRow, table: RuntimeTable, cost: StepCost, marks: Marks) -> Panel:
-    batch_size, times = row.batch_size, cost.times[row.batch_size]
-    curve = [(float(times.verify.first + i), ms) for i, ms in enumerate(times.verify.ms)]
+    batch_size = row.batch_size
+    curve, band = _verify_curve(cost, batch_size), _verify_band(cost, batch_size)
     points = [p for p in table.points if p.term == "verify" and p.batch_size == batch_size]
-    one_token = times.one_token.at(1)
+    one_token = cost.step_ms(batch_size, Tree.chain(0))
     tops = [one_token, *(value for _, value in curve), *(point.ms for point in points)]
-    band = None
-    if cost.band is not None:
-        measured = cost.band.measured[batch_size].verify
-        sizes = [float(measured.first + i) for i in range(len(measured.ms))]
-        lower, upper = (
-            [(size, factor * value) for size, value in zip(sizes, measured.ms, strict=True)]
-            for factor in (cost.band.low, cost.band.high)
-        )
-        band = lower, upper
-        tops += [value for _, value in upper]
+    tops += [value for _, value in band[1]]
     spoken = "Estimated. " if marks.times else ""
     description = (
         f"{spoken}Batch size {batch_size}: the target’s pass takes {ms(curve[0][1])} ms for "
@@ -76,8 +76,7 @@ def _staircase_panel(row: PolicyRow, table: RuntimeTable, cost: StepCost, marks:
         "tokens in the pass (draft tokens + root)", [curve[-1][0]], ends_round=False
     )
     chart = Chart(sizes_axis, linear_axis("ms", tops), description)
-    if band is not None:
-        chart.band(*band, "band")
+    chart.band(*band, "band")
     chart.level(one_token, "off-line")
     chosen = row.tree.build()
     if chosen.num_nodes:
@@ -91,6 +90,24 @@ def _staircase_panel(row: PolicyRow, table: RuntimeTable, cost: StepCost, marks:
         f"one token: {about(ms(one_token), estimated=marks.times)} ms",
         chart.svg(),
     )
+
+
+def _verify_curve(cost: StepCost, batch_size: int) -> list[XY]:
+    """Return the time that prediction uses for every number of tokens."""
+    curve = cost.times[batch_size].verify
+    return [(float(curve.first + i), value) for i, value in enumerate(curve.ms)]
+
+
+def _verify_band(cost: StepCost, batch_size: int) -> tuple[list[XY], list[XY]]:
+    """Return between what an estimated curve may truly lie; nothing for a measured one."""
+    if cost.band is None:
+        return [], []
+    measured, factors = cost.band.measured[batch_size].verify, (cost.band.low, cost.band.high)
+    lower, upper = (
+        [(float(measured.first + i), factor * value) for i, value in enumerate(measured.ms)]
+        for factor in factors
+    )
+    return lower, upper
 
 
 def steps_figure(table: RuntimeTable) -> Figure | None:

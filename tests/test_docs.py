@@ -1,0 +1,139 @@
+"""The docs: pages that the code says, every key of a profile, links, and snippets that run.
+
+A fenced block of `sh` or `python` is run, in a folder that all blocks of a page share, unless the
+line above it is `<!-- not run: why -->`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import get_args
+
+import pytest
+from pydantic import BaseModel
+
+import stree_autotune
+import stree_core
+import stree_kernels
+from stree_core.profile import Profile
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("examples/*.md")])
+FENCE = re.compile(
+    r"(?:<!-- not run: (?P<why>[^\n]+) -->\n)?^```(?P<kind>sh|python)\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def generator() -> ModuleType:
+    """Return docs/generate.py, which is a script and no package's module."""
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["commands.md", "api.md"])
+def test_commands_flags_and_public_names_change_with_their_page_only(name: str) -> None:
+    written = (ROOT / "docs" / name).read_text().splitlines()
+    assert written == generator().pages()[name].splitlines(), "run `make docs`, look at the diff"
+
+
+@pytest.mark.parametrize("package", [stree_core, stree_autotune, stree_kernels])
+def test_every_public_name_is_there(package: ModuleType) -> None:
+    names = package.__all__
+    assert list(names) == sorted(names)
+    # Triton's kernels cannot be imported everywhere, and have tests of their own
+    modules = {path.stem for path in Path(package.__path__[0]).glob("*.py")}
+    for name in names:
+        assert (package is stree_kernels and name in modules) or getattr(package, name), name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = package.nothing
+
+
+def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Return the dotted name of every key that a file of this schema may have."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        for inner in _models_in(field.annotation):
+            yield from keys_of(inner, f"{prefix}{name}.")
+
+
+def _models_in(annotation: object) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models_in(argument)
+
+
+def test_every_key_of_a_profile_is_documented_and_nothing_else() -> None:
+    text = (ROOT / "docs" / "profile-format.md").read_text()
+    documented = re.findall(r"^\| `([a-z0-9_.]+)` \|", text, re.MULTILINE)
+    assert documented == list(dict.fromkeys(keys_of(Profile)))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith(("http://", "https://", "mailto:")):
+            assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if any(not f["why"] for f in FENCE.finditer(page.read_text()))],
+    ids=name_of,
+)
+def test_snippets_run(page: Path, tmp_path: Path) -> None:
+    tools = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "COLUMNS": "100"}
+    for fence in FENCE.finditer(page.read_text()):
+        if fence["why"]:
+            continue
+        shell = ["bash", "-euo", "pipefail", "-c"]
+        command = [*shell, fence["text"]] if fence["kind"] == "sh" else [sys.executable, "-"]
+        run = subprocess.run(
+            command,
+            input=None if fence["kind"] == "sh" else fence["text"],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert run.returncode == 0, f"{fence['text']}\n{run.stdout}{run.stderr}"
+
+
+def test_the_changelog_knows_the_version() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    version = re.search(r'^version = "(.+)"$', project, re.MULTILINE)
+    assert version is not None
+    assert f"\n## {version[1]}" in (ROOT / "CHANGELOG.md").read_text()
+    # one place: everything else asks the installed distribution
+    for package in (stree_core, stree_autotune, stree_kernels):
+        sources = Path(package.__path__[0]).glob("*.py")
+        assert not any(f'"{version[1]}"' in source.read_text() for source in sources)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_fences_say_what_they_hold(page: Path) -> None:
+    """A command outside a fence of `sh` would never be tried."""
+    for info, text in re.findall(r"^```([a-z]*)\n(.*?)^```$", page.read_text(), re.M | re.S):
+        first = text.lstrip().split("\n", maxsplit=1)[0]
+        is_command = first.startswith(("stree-tune ", "pip ", "make ", "python ", "$ "))
+        assert not (info in ("", "text", "bash", "shell", "console") and is_command), first
