@@ -6,22 +6,26 @@ line above it is `<!-- not run: why -->`.
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
+import typer
 from pydantic import BaseModel
 
 import stree_autotune
 import stree_core
 import stree_kernels
+from stree_autotune.cli import app
 from stree_core.profile import Profile
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,6 +89,30 @@ def test_every_key_of_a_profile_is_documented_and_nothing_else() -> None:
     assert documented == list(dict.fromkeys(keys_of(Profile)))
 
 
+def messages() -> str:
+    """Return every text of the packages, one a line, with … for what a message fills in."""
+    lines = []
+    for package in (stree_core, stree_autotune):
+        for path in sorted(Path(package.__path__[0]).glob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.JoinedStr):
+                    parts = (p.value if isinstance(p, ast.Constant) else "…" for p in node.values)
+                    lines.append("".join(map(str, parts)))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    lines.append(node.value)
+    return "\n".join(lines)
+
+
+def test_messages_in_the_docs_are_the_code_s() -> None:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    quoted = re.findall(r"^### (.+)$", text, re.MULTILINE)
+    assert len(quoted) > 5
+    known = messages()
+    for message in quoted:
+        pattern = r"[^\n]*".join(map(re.escape, re.split(r"…(?: …)*", message)))
+        assert re.search(pattern, known), message
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
@@ -119,6 +147,38 @@ def test_snippets_run(page: Path, tmp_path: Path) -> None:
         assert run.returncode == 0, f"{fence['text']}\n{run.stdout}{run.stderr}"
 
 
+def calls() -> Iterator[tuple[str, list[str]]]:
+    """Yield every call of stree-tune that is shown but not run, with where it stands."""
+    shown = [
+        (page, f["text"]) for page in PAGES for f in FENCE.finditer(page.read_text()) if f["why"]
+    ]
+    shown += [(script, script.read_text()) for script in sorted(ROOT.glob("examples/*.sh"))]
+    for page, text in shown:
+        for line in re.sub(r"\\\n", " ", text).split("\n"):
+            if re.match(r"\s*(exec )?stree-tune ", line):
+                yield name_of(page), shlex.split(line, comments=True)
+
+
+def test_shown_commands_and_their_flags_exist() -> None:
+    group: Any = typer.main.get_command(app)
+    checked = 0
+    for where, words in calls():
+        words = words[words.index("stree-tune") + 1 :]
+        command = group.commands[words[0]] if words[0][0] != "-" else group
+        known = {opt for parameter in command.params for opt in parameter.opts} | {"--help"}
+        flags = {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)}
+        assert flags <= known, (where, words, flags - known)
+        checked += 1
+    assert checked > 5
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("examples/*.sh")), ids=name_of)
+def test_examples_are_shell(script: Path) -> None:
+    subprocess.run(["bash", "-n", script], check=True)
+    assert os.access(script, os.X_OK)
+    assert f"]({script.name})" in (script.parent / "README.md").read_text()
+
+
 def test_the_changelog_knows_the_version() -> None:
     project = (ROOT / "pyproject.toml").read_text()
     version = re.search(r'^version = "(.+)"$', project, re.MULTILINE)
@@ -135,5 +195,5 @@ def test_fences_say_what_they_hold(page: Path) -> None:
     """A command outside a fence of `sh` would never be tried."""
     for info, text in re.findall(r"^```([a-z]*)\n(.*?)^```$", page.read_text(), re.M | re.S):
         first = text.lstrip().split("\n", maxsplit=1)[0]
-        is_command = first.startswith(("stree-tune ", "pip ", "make ", "python ", "$ "))
-        assert not (info in ("", "text", "bash", "shell", "console") and is_command), first
+        is_command = first.startswith(("stree-tune ", "pip ", "make ", "python "))
+        assert not (info in ("", "bash", "shell") and is_command), first
