@@ -11,12 +11,17 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 import venv
 from dataclasses import dataclass
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
+
+TEXT_WIDTH = 130
+HERE = "CHECKOUT"
+LINE_WIDTH = 150
 
 HEAD = """# A newcomer's session
 
@@ -40,7 +45,7 @@ PARTS = (
         "Install",
         "A wheel or a checkout, Python 3.11 or newer. The demo pair, its traces and the times of "
         "one GPU come along.",
-        ("pip install --quiet {root}", "stree-tune --help | head -8"),
+        (f"pip install {HERE}", "stree-tune --help | sed -n '/^Commands/,$p'"),
     ),
     Part(
         "Tune",
@@ -104,7 +109,9 @@ def main() -> None:
 
 def _part(part: Part, folder: Path) -> str:
     shown = "\n".join(_session(command, folder) for command in part.commands)
-    return f"## {part.title}\n\n{part.text}\n\n```console\n{shown}\n```\n"
+    return (
+        f"## {part.title}\n\n{textwrap.fill(part.text, TEXT_WIDTH)}\n\n```console\n{shown}\n```\n"
+    )
 
 
 def _session(command: str, folder: Path) -> str:
@@ -112,13 +119,7 @@ def _session(command: str, folder: Path) -> str:
     sys.stdout.write(f"$ {command}\n")
     sys.stdout.flush()
     run = subprocess.run(
-        [
-            "bash",
-            "-o",
-            "pipefail",
-            "-c",
-            command.format(root=ROOT) if "{root}" in command else command,
-        ],
+        ["bash", "-o", "pipefail", "-c", command.replace(HERE, str(ROOT))],
         cwd=folder / "session",
         env=_environment(folder),
         stdout=subprocess.PIPE,
@@ -127,10 +128,9 @@ def _session(command: str, folder: Path) -> str:
         check=False,
     )
     sys.stdout.write(run.stdout)
-    # head closes its pipe early
-    if run.returncode != 0 and "| head" not in command:
+    if run.returncode != 0:
         sys.exit(f"newcomer: {command} failed with exit code {run.returncode}")
-    lines = [f"$ {command.format(root='.') if '{root}' in command else command}"]
+    lines = [f"$ {command.replace(HERE, '.')}"]
     lines += [_cut(line) for line in run.stdout.rstrip().split("\n") if line.strip()]
     return "\n".join(lines)
 
@@ -139,16 +139,14 @@ def _environment(folder: Path) -> dict[str, str]:
     dropped = ("PYTHONPATH", "VIRTUAL_ENV", "PIP_REQUIRE_VIRTUALENV")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     path = f"{folder / 'venv' / 'bin'}:{kept['PATH']}"
-    constraint = {
-        "PIP_CONSTRAINT": str(ROOT / "constraints.txt"),
-        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-    }
-    return {**kept, **constraint, "PATH": path, "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
+    # what an index says about itself is of this machine alone
+    pip = {"PIP_CONSTRAINT": str(ROOT / "constraints.txt"), "PIP_QUIET": "2"}
+    return {**kept, **pip, "PATH": path, "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
 
 
 def _cut(line: str) -> str:
     line = re.sub(r"\x1b\[[0-9;]*m", "", line)
-    return line if len(line) <= 150 else f"{line[:149]}…"
+    return line if len(line) <= LINE_WIDTH else f"{line[: LINE_WIDTH - 1]}…"
 
 
 if __name__ == "__main__":
