@@ -62,6 +62,8 @@ def test_every_public_name_is_there(package: ModuleType) -> None:
     assert list(names) == sorted(names)
     # Triton's kernels cannot be imported everywhere, and have tests of their own
     modules = {path.stem for path in Path(package.__path__[0]).glob("*.py")}
+    references = {name for name in modules if name.endswith("_ref")}
+    assert references | {name.removesuffix("_ref") for name in references} <= {*names}
     for name in names:
         assert (package is stree_kernels and name in modules) or getattr(package, name), name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

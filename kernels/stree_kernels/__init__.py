@@ -9,6 +9,8 @@ import importlib
 from types import ModuleType
 
 __all__ = [
+    "commit_path",
+    "commit_path_ref",
     "experts",
     "experts_ref",
     "key_rows",
@@ -20,7 +22,11 @@ __all__ = [
     "residual_ref",
     "router",
     "rows",
+    "sampling",
+    "sampling_ref",
     "testing",
+    "top_tokens",
+    "top_tokens_ref",
     "tree_attention",
     "tree_attention_ref",
     "tree_conv",
