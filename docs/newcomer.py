@@ -68,6 +68,12 @@ PARTS = (
         ("stree-tune report demo.yaml stree-profile.yaml", "ls -s --block-size=K report.html"),
     ),
     Part(
+        "Export",
+        "The same verdicts as settings of a server. What a format cannot say is chosen anew and "
+        "said on stderr.",
+        ("stree-tune export demo.yaml --to vllm", "stree-tune export demo.yaml --to sglang"),
+    ),
+    Part(
         "Record a trace of your own prompts",
         "One JSON object a line, with `prompt`, `question` or `turns`. These are made up by the "
         "shell; yours come from your application.",

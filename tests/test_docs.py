@@ -181,6 +181,43 @@ def test_examples_are_shell(script: Path) -> None:
     assert f"]({script.name})" in (script.parent / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("script", "server", "profile", "words"),
+    [
+        ("serve_vllm", "vllm", "h200--demo-target--demo-draft--demo", "--speculative-config"),
+        ("serve_vllm", "vllm", "h200--demo-target--demo-draft--gsm8k", ""),
+        (
+            "serve_sglang",
+            "python",
+            "h200--demo-target--demo-draft--demo",
+            "--speculative-num-steps",
+        ),
+        ("serve_sglang", "python", "h200--demo-target--demo-draft--gsm8k", ""),
+    ],
+)
+def test_servers_start_with_what_a_profile_says(
+    script: str, server: str, profile: str, words: str, tmp_path: Path
+) -> None:
+    stand_in = tmp_path / server
+    stand_in.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    stand_in.chmod(0o755)
+    tools = Path(sys.executable).parent
+    run = subprocess.run(
+        [ROOT / "examples" / f"{script}.sh", profile, "org/target", "org/draft", "--port", "1"],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": f"{tmp_path}:{tools}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    given = run.stdout.split("\n")
+    assert "org/target" in given
+    assert given[-3:] == ["--port", "1", ""]
+    assert ("--speculative" in run.stdout) == bool(words)
+    assert not words or words in given
+
+
 def test_the_changelog_knows_the_version() -> None:
     project = (ROOT / "pyproject.toml").read_text()
     version = re.search(r'^version = "(.+)"$', project, re.MULTILINE)

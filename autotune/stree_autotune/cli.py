@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from stree_autotune import cli_flags as flags
-from stree_autotune.cli_deploy import register_deploy_verbs
 from stree_autotune import completion
+from stree_autotune.cli_deploy import register_deploy_verbs
 from stree_autotune.cli_live import register_live_verbs
 from stree_autotune.cli_report import register_report
 from stree_core.errors import ConfigError, NoFeasibleTree, StreeError

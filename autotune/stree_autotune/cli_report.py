@@ -35,6 +35,7 @@ def report(
         typer.Option("--output", "-o", metavar="FILE", help="Page to write."),
     ] = DEFAULT_REPORT,
     data: flags.Data = flags.DEFAULT_DATA_PATHS,
+    library: flags.Libraries = flags.NO_LIBRARIES,
     as_json: flags.AsJson = False,
     force: flags.Force = False,
 ) -> None:
@@ -44,8 +45,8 @@ def report(
 
     if output.exists() and not force and not is_report(output):
         raise ConfigError(f"{output} exists and is no stree report; pass --force or another -o")
-    library = Library.open(data)
-    sections = write_report([library.find_profile(name) for name in profiles], library, output)
+    searched = Library.open(flags.search_path(data, library))
+    sections = write_report([searched.find_profile(name) for name in profiles], searched, output)
     for section in sections:
         sys.stdout.write(f"{section.file_name}: {section.verdicts.headline}\n")
         for sentence in section.missing:
