@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 from stree_autotune.report_figure import Figure, Marks, Panel, about, ms, panel_rows
-from stree_autotune.runtime_table import RuntimeTable
+from stree_autotune.runtime_table import OFF, RuntimeTable
 from stree_autotune.step_cost import StepCost
 from stree_autotune.svg_chart import XY, Chart, linear_axis, log_axis
 from stree_core.profile import PolicyRow, Profile
 from stree_core.tree import Tree
+
+TWO_SIDED = 1.96
+"""Standard deviations on either side that hold 95 % of a normal law."""
 
 
 def staircase_figure(
@@ -41,8 +46,8 @@ def staircase_figure(
     legend = [("point", "measured"), ("curve", "used: never falling, straight between points")]
     if marks.times:
         lead += (
-            f" Times for {profile.gpu.name} are estimated from them; the band is what the truth is "
-            "taken to lie in."
+            f" Times for {profile.gpu.name} are estimated from them; the true ones lie in the "
+            "band with a probability of 95 %."
         )
         legend[1] = ("curve", f"estimated for {profile.gpu.name}")
         legend.append(("band", "estimate band"))
@@ -61,7 +66,8 @@ def staircase_figure(
 
 def _staircase_panel(row: PolicyRow, table: RuntimeTable, cost: StepCost, marks: Marks) -> Panel:
     batch_size = row.batch_size
-    curve, band = _verify_curve(cost, batch_size), _verify_band(cost, batch_size)
+    curve = _verify_curve(cost, batch_size)
+    band = _verify_band(cost, curve, marks)
     points = [p for p in table.points if p.term == "verify" and p.batch_size == batch_size]
     one_token = cost.step_ms(batch_size, Tree.chain(0))
     tops = [one_token, *(value for _, value in curve), *(point.ms for point in points)]
@@ -94,31 +100,29 @@ def _staircase_panel(row: PolicyRow, table: RuntimeTable, cost: StepCost, marks:
 
 def _verify_curve(cost: StepCost, batch_size: int) -> list[XY]:
     """Return the time that prediction uses for every number of tokens."""
-    curve = cost.times[batch_size].verify
+    curve = cost.times[batch_size].curves["verify"]
     return [(float(curve.first + i), value) for i, value in enumerate(curve.ms)]
 
 
-def _verify_band(cost: StepCost, batch_size: int) -> tuple[list[XY], list[XY]]:
-    """Return between what an estimated curve may truly lie; nothing for a measured one."""
-    if cost.band is None:
+def _verify_band(cost: StepCost, curve: list[XY], marks: Marks) -> tuple[list[XY], list[XY]]:
+    """Return between what an estimated curve truly lies with 95 %; nothing for a measured one."""
+    if not marks.times:
         return [], []
-    measured, factors = cost.band.measured[batch_size].verify, (cost.band.low, cost.band.high)
-    lower, upper = (
-        [(float(measured.first + i), factor * value) for i, value in enumerate(measured.ms)]
-        for factor in factors
-    )
-    return lower, upper
+    factor = math.exp(TWO_SIDED * math.hypot(cost.common, cost.spreads.verify))
+    return [(size, ms / factor) for size, ms in curve], [(size, ms * factor) for size, ms in curve]
 
 
 def steps_figure(table: RuntimeTable) -> Figure | None:
     """Draw whole measured steps against what the sum of the terms and its remainder say."""
-    if not table.steps:
-        return None
     measured_cost = StepCost.from_table(table)
+    built = {name: tree.build() for name, tree in table.trees.items()}
+    steps = [step for step in table.steps if step.tree != OFF and step.rule == "greedy"]
     pairs = [
-        (step, measured_cost.step_ms(step.batch_size, table.trees[step.tree].build()))
-        for step in table.steps
+        (step, measured_cost.step_ms(step.batch_size, built[step.tree], step.tokens_per_step))
+        for step in steps
     ]
+    if not pairs:
+        return None
     both = [value for step, predicted in pairs for value in (step.ms, predicted)]
     axis_x, axis_y = log_axis("measured ms", both), log_axis("predicted ms", both)
     worst = max(abs(predicted / step.ms - 1) for step, predicted in pairs)
