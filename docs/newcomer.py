@@ -57,9 +57,9 @@ PARTS = (
         "Read the verdict",
         "Off, at every batch size: this target is so small that a token costs a tenth of a "
         "millisecond, and the draft is not right often enough to earn its own time. The lines "
-        "below the table say what the best alternative would have done. At batch sizes 32 and 64 "
-        "it might be a little faster, but its interval includes no gain. On word problems like "
-        "those that the draft was trained on, the verdict is another:",
+        "below the table say what the best alternative would have done; where its interval reaches "
+        "above zero it might be faster, or not. On word problems like those that the draft was "
+        "trained on, the verdict is another:",
         ("stree-tune --gpu h200 --dataset demo -o demo.yaml",),
     ),
     Part(
