@@ -3,7 +3,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup tune test format lint types imports wheel aot gpu-test bench sanitize check
+.PHONY: setup tune test format lint types imports wheel aot docs newcomer screenshots gpu-test bench sanitize check
 
 setup: .venv/stamp
 
@@ -38,6 +38,18 @@ wheel: setup
 
 aot: setup
 	$(BIN)/python benchmarks/aot.py
+
+# The pages of docs that the code says: commands.md and api.md.
+docs: setup
+	$(BIN)/python docs/generate.py
+
+# A newcomer's session, run in a fresh environment and recorded; needs a package index.
+newcomer: setup
+	$(BIN)/python docs/newcomer.py
+
+# The pictures of the report in docs/images; needs Chromium and pngquant.
+screenshots: setup
+	$(BIN)/python tests/report_screenshots.py
 
 # The targets below need a GPU.
 gpu-test: setup

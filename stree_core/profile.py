@@ -221,14 +221,14 @@ class Profile(Strict):
         return self.policy[-1]
 
 
-def load_profile(path: Path) -> Profile:
+def load_profile(path: str | Path) -> Profile:
     """Read a profile; raise ConfigError when it is malformed."""
-    return load_yaml(path, Profile)
+    return load_yaml(Path(path), Profile)
 
 
-def save_profile(profile: Profile, path: Path) -> None:
+def save_profile(profile: Profile, path: str | Path) -> None:
     """Write a profile atomically."""
-    write_atomically(path, dump_yaml(profile))
+    write_atomically(Path(path), dump_yaml(profile))
 
 
 def require_writable(path: Path, *, force: bool, is_default: bool) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -24,30 +26,8 @@ from stree_core.profile import Profile, load_profile
 TOY = ("--target", "toy-target", "--draft", "toy-draft")
 QUICK = (*TOY, "--batch-size", "4", "--batch-size", "1", "--max-nodes", "8")
 
-FLAGS = {
-    "": "--acceptance-from --batch-size --context --data --dataset --draft --force --gpu --help "
-    "--json --library --max-nodes --measure --output --rule --seed --storage --target "
-    "--temperature --top-p --trials -o",
-    "analyze": "--acceptance-from --batch-size --context --data --dataset --draft --gpu --help "
-    "--json --library --max-nodes --plot --target",
-    "certify": "--data --help",
-    "decode": "--backend --chat --data --device --draft --dtype --help --json --library "
-    "--max-new-tokens "
-    "--min-p --mode --profile --prompt --repetition-penalty --rule --seed --target --temperature "
-    "--top-k --top-p -p",
-    "export": "--batch-size --data --draft --force --help --library --output --target --to -o",
-    "list": "--data --help --json --library",
-    "probe": "--backend --batch-size --context --data --device --draft --dtype --effort --force "
-    "--gpu --help --json --max-nodes --shapes --target",
-    "pull": "--data --force --help --json",
-    "push": "--data --force --help --json",
-    "show": "--data --help --json --library",
-    "trace": "--backend --batch-size --chat --data --dataset --device --draft --dtype --force "
-    "--help --json --limit --max-new-tokens --num-children --prompts --rows --rule --seed "
-    "--target --temperature --top-p",
-    "validate": "--backend --batch-size --chat --data --dataset --device --draft --dtype --help "
-    "--json --library --limit --max-new-tokens --output --profile --prompts --target --write -o -p",
-}
+SHIPPED = "h200--mamba2-2.7b--mamba2-130m--gsm8k"
+VERBS = ["", *typer.main.get_command(app).commands]  # type: ignore[attr-defined]
 
 
 class Outcome:
@@ -96,17 +76,7 @@ def terminal(
     return Terminal(tmp_path, monkeypatch, capsys)
 
 
-def test_the_flag_set_is_frozen() -> None:
-    group = typer.main.get_command(app)
-    found = {"": group, **group.commands}  # type: ignore[attr-defined]
-    opts = {
-        name: {opt for parameter in command.params for opt in parameter.opts if opt[0] == "-"}
-        for name, command in found.items()
-    }
-    assert opts == {name: set(text.split()) - {"--help"} for name, text in FLAGS.items()}
-
-
-@pytest.mark.parametrize("verb", FLAGS)
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_has_an_example(terminal: Terminal, verb: str) -> None:
     outcome = terminal(*([verb] if verb else []), "--help")
     assert outcome.code == 0
@@ -320,6 +290,87 @@ def test_only_our_default_output_is_replaced(terminal: Terminal) -> None:
     assert terminal(*arguments, "--force").code == 0
     assert load_profile(path).dataset == "gsm8k"
     assert terminal.files == ["stree-profile.yaml"]
+
+
+def test_report_writes_one_page(terminal: Terminal) -> None:
+    assert terminal("--gpu", "h200", "--dataset", "gsm8k", *QUICK).code == 0
+    outcome = terminal("report", "stree-profile.yaml", "--json")
+    assert outcome.code == 0
+    (profile,) = json.loads(outcome.lines[-1])["profiles"]
+    assert profile["missing"] == []
+    assert {"speed", "trees", "ranks", "runtime", "steps", "history"} == set(profile["figures"])
+    assert f"stree-profile.yaml: {profile['headline']}" in outcome.lines
+    assert terminal.files == ["report.html", "stree-profile.yaml"]
+    # a page of ours is replaced, anything else is not
+    assert terminal("report", "stree-profile.yaml").code == 0
+    page = terminal.folder / "report.html"
+    page.write_text("mine")
+    outcome = terminal("report", "stree-profile.yaml")
+    assert (outcome.code, page.read_text()) == (2, "mine")
+    assert "pass --force" in outcome.err
+    assert terminal("report", "stree-profile.yaml", "--force").code == 0
+    assert terminal("report", "nowhere").code == 2
+
+
+def test_every_verb_makes_json() -> None:
+    group = typer.main.get_command(app)
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        opts = {opt for parameter in command.params for opt in parameter.opts}
+        # an export is a document by itself
+        assert "--json" in opts or name == "export", name
+
+
+def test_a_shell_completes_verbs_flags_and_names(terminal: Terminal) -> None:
+    def offered(words: str) -> set[str]:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "_STREE_TUNE_COMPLETE": "complete_bash",
+            "COMP_WORDS": f"stree-tune {words}",
+            "COMP_CWORD": str(len(words.split(" "))),
+        }
+        script = "from stree_autotune.cli import main; main()"
+        command = [sys.executable, "-c", script]
+        run = subprocess.run(
+            command,
+            cwd=terminal.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return set(run.stdout.split())
+
+    assert "report" in offered("re")
+    assert offered("--gpu h") == {"h100", "h200"}
+    assert "h200--demo-target--demo-draft--demo" in offered("show h200")
+    assert "toy-target" in offered("--target toy")
+
+
+@pytest.mark.parametrize(
+    ("on_terminal", "no_color", "coloured"),
+    [(True, "", True), (True, "1", False), (False, "", False)],
+)
+def test_colour_is_for_terminals_that_want_it(
+    on_terminal: bool, no_color: str, coloured: bool
+) -> None:
+    dropped = ("NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE")
+    environment = {name: value for name, value in os.environ.items() if name not in dropped}
+    environment |= {"TERM": "xterm-256color", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment |= {"NO_COLOR": no_color} if no_color else {}
+    ours, theirs = pty.openpty() if on_terminal else os.pipe()
+    script = "from stree_autotune.cli import main; main()"
+    with open(theirs, "wb") as output:
+        subprocess.run(
+            [sys.executable, "-c", script, "show", SHIPPED],
+            stdout=output,
+            env=environment,
+            check=True,
+        )
+    text = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert ("\x1b[34m" in text) == coloured
+    assert "         1   tree" in re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
 def test_no_result_is_code_one(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Build the wheel, install it in a clean environment without torch, tune there.
+"""Build sdist and wheel, install in a clean environment without torch, tune and report there.
 
 Run as a script (`make wheel`); needs a package index for the dependencies of the tuning path.
 """
@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import tomllib
 import venv
@@ -25,6 +26,7 @@ TUNE_DEPENDENCIES = (
     "typer",
     "rich",
     "safetensors",
+    "jinja2",
 )
 NOT_SOURCE = shutil.ignore_patterns(
     ".*", "build", "dist", "*.egg-info", "__pycache__", "stree-data", "stree-profile.yaml"
@@ -37,20 +39,34 @@ def main() -> None:
         sys.exit("wheel: profiles/tuned holds no profile, so there is nothing to ship; tune first")
     with tempfile.TemporaryDirectory(prefix="stree-wheel-") as folder:
         scratch = Path(folder)
-        wheel = build(scratch)
+        sdist, wheel = build(scratch)
+        check_sdist(sdist)
         check_contents(wheel)
         binaries = install(wheel, scratch)
         try_out(binaries, scratch)
     sys.stdout.write("wheel ok\n")
 
 
-def build(scratch: Path) -> Path:
-    """Build the wheel from a copy, so that leftovers of earlier builds stay out of it."""
+def build(scratch: Path) -> tuple[Path, Path]:
+    """Build the sdist from a copy without leftovers of earlier builds, the wheel from the sdist."""
     source, out = scratch / "source", scratch / "dist"
     shutil.copytree(ROOT, source, ignore=NOT_SOURCE)
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, source)
-    (wheel,) = out.glob("*.whl")
-    return wheel
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source)
+    (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
+    return sdist, wheel
+
+
+def check_sdist(sdist: Path) -> None:
+    """Compare the sdist with the checkout: what is tracked, but for dot files, is in it."""
+    listed = run("git", "-C", ROOT, "ls-files", "-z").split("\0")
+    tracked = {name for name in listed if name and not name.startswith(".")}
+    with tarfile.open(sdist) as archive:
+        members = (member.name.partition("/")[2] for member in archive if member.isfile())
+        packed = set(members)
+    made = {"PKG-INFO", "setup.cfg"}
+    extra = {name for name in packed - tracked - made if ".egg-info/" not in name}
+    if tracked - packed or extra:
+        sys.exit(f"sdist: it lacks {sorted(tracked - packed)} and adds {sorted(extra)}")
 
 
 def check_contents(wheel: Path) -> None:
@@ -87,6 +103,9 @@ def try_out(binaries: Path, scratch: Path) -> None:
     shown = run(binaries / "stree-tune", "show", folder=folder)
     tuned = run(binaries / "stree-tune", "--gpu", "h100", "--dataset", "gsm8k", folder=folder)
     sys.stdout.write(tuned)
+    run(binaries / "stree-tune", "report", "stree-profile.yaml", folder=folder)
+    if "<svg" not in (folder / "report.html").read_text():
+        sys.exit("wheel: the report must have figures, it has none")
     title = tuned.splitlines()[0]
     if "h100 (estimated from h200)" not in title or not (folder / "stree-profile.yaml").is_file():
         sys.exit(f"wheel: tuning must print an estimate and write a profile, its title is {title}")

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from stree_autotune import cli_flags as flags
+from stree_autotune import completion
 from stree_autotune.cli_analyze import register_analyze
 from stree_autotune.cli_deploy import register_deploy_verbs
 from stree_autotune.cli_live import register_live_verbs
+from stree_autotune.cli_report import register_report
 from stree_core.errors import ConfigError, NoFeasibleTree, StreeError
 from stree_core.profile import load_profile, require_writable, save_profile
 
@@ -28,7 +30,6 @@ EXIT_BAD_INPUT = 2
 _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.mro()[1])
 
 app = typer.Typer(
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -116,7 +117,11 @@ def _tune(request: TuneRequest, output: Path, *, measure: bool, as_json: bool) -
 def show(
     profiles: Annotated[
         list[str],
-        typer.Argument(metavar="[PROFILE]...", help="Paths or names; all shipped ones by default."),
+        typer.Argument(
+            metavar="[PROFILE]...",
+            autocompletion=completion.profiles,
+            help="Paths or names; all shipped ones by default.",
+        ),
     ] = flags.NO_NAMES,
     data: flags.Data = flags.DEFAULT_DATA_PATHS,
     library: flags.Libraries = flags.NO_LIBRARIES,
@@ -159,6 +164,7 @@ def certify(
 register_live_verbs(app)
 register_analyze(app)
 register_deploy_verbs(app)
+register_report(app)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
+from stree_autotune import completion
 from stree_core.errors import ConfigError
 from stree_core.profile import Sampling
 from stree_core.tree import MAX_NODES
@@ -22,15 +23,33 @@ NO_NAMES: list[str] = []
 NO_LIBRARIES: list[str] = []
 
 # tuning
-Gpu = Annotated[str, typer.Option("--gpu", help="GPU by name: h100, h200, cpu, ...")]
+Gpu = Annotated[
+    str,
+    typer.Option("--gpu", autocompletion=completion.gpus, help="GPU by name: h100, h200, cpu, ..."),
+]
 Dataset = Annotated[
-    str, typer.Option("--dataset", help="Dataset by name: demo, gsm8k, human_eval, mt_bench, ...")
+    str,
+    typer.Option(
+        "--dataset",
+        autocompletion=completion.datasets,
+        help="Dataset by name: demo, gsm8k, human_eval, mt_bench, ...",
+    ),
 ]
 Target = Annotated[
-    str, typer.Option("--target", help="Target model: a name, a model folder or a hub id.")
+    str,
+    typer.Option(
+        "--target",
+        autocompletion=completion.models,
+        help="Target model: a name, a model folder or a hub id.",
+    ),
 ]
 Draft = Annotated[
-    str, typer.Option("--draft", help="Draft model: a name, a model folder or a hub id.")
+    str,
+    typer.Option(
+        "--draft",
+        autocompletion=completion.models,
+        help="Draft model: a name, a model folder or a hub id.",
+    ),
 ]
 Drafts = Annotated[
     str,

@@ -9,8 +9,9 @@ from pathlib import PurePosixPath
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from stree_core.profile import MeasuredBlock, PolicyRow, Profile, Source
+from stree_core.profile import MeasuredBlock, PolicyRow, Profile, Source, Verdict
 
 HEADERS = (
     "batch size",
@@ -24,6 +25,7 @@ HEADERS = (
     "within",
 )
 NARROWEST = 120
+COLOURS: dict[Verdict, str] = {"off": "dim", "chain": "blue", "tree": "green"}
 
 
 def result_console() -> Console:
@@ -35,7 +37,7 @@ def result_console() -> Console:
 
 def print_profile(profile: Profile, console: Console) -> None:
     """Print a profile: title, predictions by batch size, why, measurements, sources."""
-    console.print(title(profile))
+    console.print(title(profile), style="bold")
     console.print(_policy_table(profile.policy))
     for reason, rows in groupby(profile.policy, key=lambda row: row.reason):
         sizes = ", ".join(str(row.batch_size) for row in rows)
@@ -43,8 +45,8 @@ def print_profile(profile: Profile, console: Console) -> None:
     if profile.measured is not None:
         console.print(f"measured live on {profile.measured.gpu}, {profile.measured.date}:")
         console.print(_measured_table(profile.measured))
-    console.print(_source_line("times", profile.sources.runtime))
-    console.print(_source_line("acceptance", profile.sources.trace))
+    for kind, source in (("times", profile.sources.runtime), ("acceptance", profile.sources.trace)):
+        console.print(_source_line(kind, source))
     if profile.sources.certificate is None:
         console.print("certificate: none; make one with stree-tune certify and tune again")
     else:
@@ -81,7 +83,7 @@ def _policy_table(rows: tuple[PolicyRow, ...]) -> Table:
         interval = predicted.speedup_interval
         table.add_row(
             str(row.batch_size),
-            row.verdict,
+            Text(row.verdict, style=COLOURS[row.verdict]),
             str(tree.num_nodes),
             str(tree.depth),
             f"{predicted.tokens_per_step:.3f}",
@@ -114,6 +116,7 @@ def _table(headers: tuple[str, ...]) -> Table:
     return table
 
 
-def _source_line(kind: str, source: Source) -> str:
+def _source_line(kind: str, source: Source) -> Text:
+    status = Text(source.status, style="yellow" if source.status == "estimated" else "")
     note = f" ({source.note})" if source.note else ""
-    return f"{kind}: {source.status}, {source.name}{note}"
+    return Text(f"{kind}: ") + status + Text(f", {source.name}{note}")

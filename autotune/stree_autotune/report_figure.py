@@ -1,0 +1,101 @@
+"""A figure of the report: panels drawn as SVG, what they say in words, and the numbers behind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from stree_core.profile import PolicyRow, Profile
+
+MOST_PANELS = 9
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One drawing under its own heading."""
+
+    title: str
+    note: str
+    svg: Markup
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """Panels with a lead, a legend of (style, words), and a table of the same numbers.
+
+    estimated: True when what is drawn is not measured for this very pair and GPU. narrow: True when
+    it may stand beside another.
+    """
+
+    key: str
+    title: str
+    lead: str
+    panels: tuple[Panel, ...]
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    legend: tuple[tuple[str, str], ...] = ()
+    estimated: bool = False
+    narrow: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """Which of a profile's numbers are estimates."""
+
+    times: bool
+    tokens: bool
+
+    @classmethod
+    def of(cls, profile: Profile) -> Marks:
+        """Read the status of both sources."""
+        sources = profile.sources
+        return cls(sources.runtime.status == "estimated", sources.trace.status == "estimated")
+
+    @property
+    def speed(self) -> bool:
+        """True when tokens per second are estimates: they come from both sources."""
+        return self.times or self.tokens
+
+    @property
+    def spoken(self) -> str:
+        """What the description of a drawing of speeds starts with."""
+        return "Estimated. " if self.speed else ""
+
+
+def panel_rows(rows: tuple[PolicyRow, ...]) -> tuple[PolicyRow, ...]:
+    """Return the rows that get a panel of their own: all, or as many as fit, evenly spread."""
+    if len(rows) <= MOST_PANELS:
+        return rows
+    last = len(rows) - 1
+    chosen = {round(i * last / (MOST_PANELS - 1)) for i in range(MOST_PANELS)}
+    return tuple(rows[i] for i in sorted(chosen))
+
+
+def tree_words(num_nodes: int, depth: int) -> str:
+    """Return how a tree is called: off, chain of 4, 7 nodes, depth 2."""
+    if num_nodes == 0:
+        return "no draft tokens"
+    if num_nodes == depth:
+        return f"chain of {num_nodes}"
+    return f"tree of {num_nodes}, depth {depth}"
+
+
+def rate(value: float) -> str:
+    """Return tokens per second, without decimals from 100 on."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def ms(value: float) -> str:
+    """Return milliseconds with three digits."""
+    return f"{value:.3f}" if value < 10 else f"{value:.4g}"
+
+
+def about(text: str, *, estimated: bool) -> str:
+    """Return a number's text, marked when it is an estimate."""
+    return f"≈ {text}" if estimated else text
+
+
+def percent(share: float) -> str:
+    """Return a share as per cent, with a decimal only where it says something."""
+    return f"{100 * share:.0f} %" if share >= 0.0995 or share == 0 else f"{100 * share:.1f} %"

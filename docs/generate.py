@@ -1,0 +1,163 @@
+"""Write the pages of docs that the code itself says: every command and flag, every public name.
+
+Run as a script (`make docs`) after changing either; a test compares the pages with the code, so
+that no flag and no signature changes unseen.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+import stree_autotune
+import stree_core
+import stree_kernels
+from stree_autotune.cli import app
+
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
+KERNELS, AUTOTUNE, CORE = (
+    ROOT / folder for folder in ("kernels/stree_kernels", "autotune/stree_autotune", "stree_core")
+)
+
+COMMANDS_HEAD = """# Commands
+
+Every verb of `stree-tune` and every flag, as `--help` prints them. Written by `make docs`.
+
+Results go to stdout, logs and progress to stderr; colours appear on a terminal only, and not with
+`NO_COLOR`. `--json` makes the last line of stdout one JSON document. Exit codes: 0 done, 1 no
+result (one line says why), 2 bad input (one line says which rule, which value, what to do);
+anything else is a defect and prints a traceback. `stree-tune --install-completion` teaches your
+shell the verbs, the flags and the names that the library knows.
+"""
+API_HEAD = """# Python interface
+
+The public names; everything else may change without notice. Written by `make docs`.
+[decoding.md](decoding.md) shows how they work together.
+"""
+
+
+def main() -> None:
+    """Write both pages."""
+    for name, text in pages().items():
+        (DOCS / name).write_text(text)
+        sys.stdout.write(f"docs/{name}\n")
+
+
+def pages() -> dict[str, str]:
+    """Return the text of every generated page by file name."""
+    return {"commands.md": commands_page(), "api.md": api_page()}
+
+
+def commands_page() -> str:
+    """Return the page of commands and flags."""
+    group: Any = typer.main.get_command(app)
+    parts = [COMMANDS_HEAD, _command("stree-tune", group)]
+    parts += [_command(f"stree-tune {name}", group.commands[name]) for name in group.commands]
+    return "\n".join(parts)
+
+
+def _command(title: str, command: Any) -> str:
+    epilog = command.epilog.removeprefix("Example: ")
+    lines = [f"## {title}", "", " ".join(command.help.split()), "", f"    {epilog}", ""]
+    lines += ["| flag | default | meaning |", "| --- | --- | --- |"]
+    for parameter in command.params:
+        is_flag = parameter.opts[0].startswith("-")
+        name = ", ".join(parameter.opts) if is_flag else parameter.metavar
+        meaning = (parameter.help or "").replace("|", "\\|")
+        lines.append(f"| `{name}` | {_default(parameter)} | {meaning} |")
+    return "\n".join([*lines, ""])
+
+
+def _default(parameter: Any) -> str:
+    if parameter.required:
+        return "required"
+    shown = getattr(parameter, "show_default", None)
+    if isinstance(shown, str):
+        return shown
+    value = parameter.default
+    if value is None or getattr(parameter, "is_flag", False):
+        return ""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return str(value)
+
+
+def api_page() -> str:
+    """Return the page of public names and signatures."""
+    parts = [API_HEAD, f"## stree_core\n\n{_first_line(CORE / '__init__.py')}\n"]
+    for name in stree_core.__all__:
+        home = stree_core._HOME[name]
+        node = _definition(CORE / f"{home}.py", name)
+        parts += _entry(node) if node is not None else [f"- `{name}`: a constant of `{home}`."]
+    parts.append(f"\n## stree_autotune\n\n{_first_line(AUTOTUNE / '__init__.py')}")
+    for module in stree_autotune.__all__:
+        parts += _module("stree_autotune", AUTOTUNE / f"{module}.py")
+    parts.append(f"\n## stree_kernels\n\n{_first_line(KERNELS / '__init__.py')}")
+    for module in stree_kernels.__all__:
+        # a reference has the signatures of its kernel
+        if not module.endswith("_ref"):
+            parts += _module("stree_kernels", KERNELS / f"{module}.py")
+    return "\n".join(parts) + "\n"
+
+
+def _module(package: str, path: Path) -> Iterator[str]:
+    """Describe the public functions and classes of a module; of a kernel's the ops alone."""
+    reference = path.with_name(f"{path.stem}_ref.py")
+    yield f"\n### {package}.{path.stem}\n\n{_first_line(path)}\n"
+    for node in ast.parse(path.read_text()).body:
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
+            continue
+        if not reference.exists() or _definition(reference, node.name) is not None:
+            yield from _entry(node)
+
+
+def _entry(node: ast.FunctionDef | ast.ClassDef) -> Iterator[str]:
+    """Describe a function, or a class with its fields and methods."""
+    if isinstance(node, ast.FunctionDef):
+        yield f"- `{_signature(node)}`: {_summary(node)}"
+        return
+    fields = [ast.unparse(line) for line in node.body if isinstance(line, ast.AnnAssign)]
+    yield f"- `class {node.name}`: {_summary(node)}"
+    if fields:
+        yield f"  - fields: {', '.join(f'`{field}`' for field in fields)}"
+    for method in node.body:
+        if not isinstance(method, ast.FunctionDef):
+            continue
+        if method.name == "__init__":
+            yield f"  - `{_signature(method).replace('__init__', node.name, 1)}`"
+        elif not method.name.startswith("_"):
+            yield f"  - `{_signature(method)}`: {_summary(method)}"
+
+
+def _signature(node: ast.FunctionDef) -> str:
+    marks = {ast.unparse(mark).split(".")[-1] for mark in node.decorator_list}
+    returns = ast.unparse(node.returns) if node.returns is not None else "None"
+    if marks & {"property", "cached_property"}:
+        return f"{node.name}: {returns}"
+    return f"{node.name}({ast.unparse(node.args)}) -> {returns}"
+
+
+def _summary(node: ast.FunctionDef | ast.ClassDef | ast.Module) -> str:
+    return (ast.get_docstring(node) or "").split("\n", maxsplit=1)[0]
+
+
+def _first_line(path: Path) -> str:
+    return _summary(ast.parse(path.read_text()))
+
+
+def _definition(path: Path, name: str) -> ast.FunctionDef | ast.ClassDef | None:
+    """Return where a module defines a name, None for a constant."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == name:
+            return node
+    return None
+
+
+if __name__ == "__main__":
+    main()

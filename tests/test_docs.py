@@ -1,0 +1,238 @@
+"""The docs: pages that the code says, every key of a profile, links, and snippets that run.
+
+A fenced block of `sh` or `python` is run, in a folder that all blocks of a page share, unless the
+line above it is `<!-- not run: why -->`.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_args
+
+import pytest
+import typer
+from pydantic import BaseModel
+
+import stree_autotune
+import stree_core
+import stree_kernels
+from stree_autotune.cli import app
+from stree_core.profile import Profile
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("examples/*.md")])
+FENCE = re.compile(
+    r"(?:<!-- not run: (?P<why>[^\n]+) -->\n)?^```(?P<kind>sh|python)\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def generator() -> ModuleType:
+    """Return docs/generate.py, which is a script and no package's module."""
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["commands.md", "api.md"])
+def test_commands_flags_and_public_names_change_with_their_page_only(name: str) -> None:
+    written = (ROOT / "docs" / name).read_text().splitlines()
+    assert written == generator().pages()[name].splitlines(), "run `make docs`, look at the diff"
+
+
+@pytest.mark.parametrize("package", [stree_core, stree_autotune, stree_kernels])
+def test_every_public_name_is_there(package: ModuleType) -> None:
+    names = package.__all__
+    assert list(names) == sorted(names)
+    # Triton's kernels cannot be imported everywhere, and have tests of their own
+    modules = {path.stem for path in Path(package.__path__[0]).glob("*.py")}
+    references = {name for name in modules if name.endswith("_ref")}
+    assert references | {name.removesuffix("_ref") for name in references} <= {*names}
+    for name in names:
+        assert (package is stree_kernels and name in modules) or getattr(package, name), name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = package.nothing
+
+
+def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Return the dotted name of every key that a file of this schema may have."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        for inner in _models_in(field.annotation):
+            yield from keys_of(inner, f"{prefix}{name}.")
+
+
+def _models_in(annotation: object) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models_in(argument)
+
+
+def test_every_key_of_a_profile_is_documented_and_nothing_else() -> None:
+    text = (ROOT / "docs" / "profile-format.md").read_text()
+    documented = re.findall(r"^\| `([a-z0-9_.]+)` \|", text, re.MULTILINE)
+    assert documented == list(dict.fromkeys(keys_of(Profile)))
+
+
+def messages() -> str:
+    """Return every text of the packages, one a line, with … for what a message fills in."""
+    lines = []
+    for package in (stree_core, stree_autotune):
+        for path in sorted(Path(package.__path__[0]).glob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.JoinedStr):
+                    parts = (p.value if isinstance(p, ast.Constant) else "…" for p in node.values)
+                    lines.append("".join(map(str, parts)))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    lines.append(node.value)
+    return "\n".join(lines)
+
+
+def test_messages_in_the_docs_are_the_code_s() -> None:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    quoted = re.findall(r"^### (.+)$", text, re.MULTILINE)
+    assert len(quoted) > 5
+    known = messages()
+    for message in quoted:
+        pattern = r"[^\n]*".join(re.escape(part.strip()) for part in message.split("…"))
+        assert re.search(pattern, known), message
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith(("http://", "https://", "mailto:")):
+            assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if any(not f["why"] for f in FENCE.finditer(page.read_text()))],
+    ids=name_of,
+)
+def test_snippets_run(page: Path, tmp_path: Path) -> None:
+    tools = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "COLUMNS": "100"}
+    for fence in FENCE.finditer(page.read_text()):
+        if fence["why"]:
+            continue
+        shell = ["bash", "-euo", "pipefail", "-c"]
+        command = [*shell, fence["text"]] if fence["kind"] == "sh" else [sys.executable, "-"]
+        run = subprocess.run(
+            command,
+            input=None if fence["kind"] == "sh" else fence["text"],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert run.returncode == 0, f"{fence['text']}\n{run.stdout}{run.stderr}"
+
+
+def calls() -> Iterator[tuple[str, list[str]]]:
+    """Yield every call of stree-tune that is shown but not run, with where it stands."""
+    shown = [
+        (page, f["text"]) for page in PAGES for f in FENCE.finditer(page.read_text()) if f["why"]
+    ]
+    shown += [(script, script.read_text()) for script in sorted(ROOT.glob("examples/*.sh"))]
+    for page, text in shown:
+        for line in re.sub(r"\\\n", " ", text).split("\n"):
+            if re.match(r"\s*(exec )?stree-tune ", line):
+                yield name_of(page), shlex.split(line, comments=True)
+
+
+def test_shown_commands_and_their_flags_exist() -> None:
+    group: Any = typer.main.get_command(app)
+    checked = 0
+    for where, words in calls():
+        words = words[words.index("stree-tune") + 1 :]
+        command = group.commands[words[0]] if words[0][0] != "-" else group
+        known = {opt for parameter in command.params for opt in parameter.opts} | {"--help"}
+        flags = {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)}
+        assert flags <= known, (where, words, flags - known)
+        checked += 1
+    assert checked > 5
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("examples/*.sh")), ids=name_of)
+def test_examples_are_shell(script: Path) -> None:
+    subprocess.run(["bash", "-n", script], check=True)
+    assert os.access(script, os.X_OK)
+    assert f"]({script.name})" in (script.parent / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("script", "server", "profile", "words"),
+    [
+        ("serve_vllm", "vllm", "h200--demo-target--demo-draft--demo", "--speculative-config"),
+        ("serve_vllm", "vllm", "h200--demo-target--demo-draft--gsm8k", ""),
+        (
+            "serve_sglang",
+            "python",
+            "h200--demo-target--demo-draft--demo",
+            "--speculative-num-steps",
+        ),
+        ("serve_sglang", "python", "h200--demo-target--demo-draft--gsm8k", ""),
+    ],
+)
+def test_servers_start_with_what_a_profile_says(
+    script: str, server: str, profile: str, words: str, tmp_path: Path
+) -> None:
+    stand_in = tmp_path / server
+    stand_in.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    stand_in.chmod(0o755)
+    tools = Path(sys.executable).parent
+    run = subprocess.run(
+        [ROOT / "examples" / f"{script}.sh", profile, "org/target", "org/draft", "--port", "1"],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": f"{tmp_path}:{tools}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    given = run.stdout.split("\n")
+    assert "org/target" in given
+    assert given[-3:] == ["--port", "1", ""]
+    assert ("--speculative" in run.stdout) == bool(words)
+    assert not words or words in given
+
+
+def test_the_changelog_knows_the_version() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    version = re.search(r'^version = "(.+)"$', project, re.MULTILINE)
+    assert version is not None
+    assert f"\n## {version[1]}" in (ROOT / "CHANGELOG.md").read_text()
+    # one place: everything else asks the installed distribution
+    for package in (stree_core, stree_autotune, stree_kernels):
+        sources = Path(package.__path__[0]).glob("*.py")
+        assert not any(f'"{version[1]}"' in source.read_text() for source in sources)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_fences_say_what_they_hold(page: Path) -> None:
+    """A command outside a fence of `sh` would never be tried."""
+    for info, text in re.findall(r"^```([a-z]*)\n(.*?)^```$", page.read_text(), re.M | re.S):
+        first = text.lstrip().split("\n", maxsplit=1)[0]
+        is_command = first.startswith(("stree-tune ", "pip ", "make ", "python "))
+        assert not (info in ("", "bash", "shell") and is_command), first
