@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from stree_autotune.search import OFF, TreeSpace, Trial, search_batch
+from stree_autotune.search import Trial, search_batch
 from stree_autotune.step_cost import StepCost
 from stree_autotune.trace_file import Trace
 from stree_autotune.trace_walk import Slots, longest_paths, walk
+from stree_autotune.tree_space import OFF, TreeSpace
 from stree_core.errors import MissingMeasurement
 from stree_core.profile import PolicyRow, Profile
 from stree_core.tree import Tree
@@ -112,7 +113,9 @@ def rank_shares(trace: Trace, tree: Tree) -> Ranks:
 def trial_of(trace: Trace, cost: StepCost, batch_size: int, tree: Tree) -> Trial:
     """Return what is predicted of any tree."""
     tokens_per_step = walk(trace, tree).tokens_per_step
-    return Trial.at(batch_size, tree, tokens_per_step, cost.step_ms(batch_size, tree))
+    return Trial.at(
+        batch_size, tree, tokens_per_step, cost.step_ms(batch_size, tree, tokens_per_step)
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
