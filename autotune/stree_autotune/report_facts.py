@@ -149,7 +149,8 @@ class _Bootstrap:
     def _ms(self, batch_size: int, tree: Tree) -> NDArray[np.float64]:
         if tree not in self.starts:
             self.starts[tree] = self.weights_RP @ walk(self.slots, tree).starts_P
-        drawn = np.array([cost.step_ms(batch_size, tree) for cost in self.costs])
+        rate = self.slots.num_positions / float(self.starts[tree].mean())
+        drawn = np.array([cost.step_ms(batch_size, tree, rate) for cost in self.costs])
         times: NDArray[np.float64] = self.starts[tree] * np.resize(drawn, NUM_RESAMPLES)
         return times
 
