@@ -108,5 +108,5 @@ def open_named(name: str, device: str, data: Sequence[Path] = ()) -> tuple[Pair,
     """Return the pair "demo", with its own acceptance, or the shapes with their trace."""
     if name == "demo":
         return open_pair(PairRequest(*DEMO, (), Runtime(device))), None
-    trace = load_trace(Library.open(data).find_borrowed_trace(TRACE))
+    trace = load_trace(Library.open(data).find_trace_file(TRACE))
     return open_pair(PairRequest(*SHAPES, (), Runtime(device), shapes=True)), trace
