@@ -24,7 +24,12 @@ def draw(rows: Sequence[dict[str, Any]], device: str, path: Path) -> None:
     pairs = list(dict.fromkeys(row["pair"] for row in rows))
     batches = sorted({row["batch"] for row in rows})
     figure, axes = plt.subplots(
-        len(pairs), 1, figsize=(8, 2.9 * len(pairs)), sharex=True, squeeze=False
+        len(pairs),
+        1,
+        figsize=(8, 2.9 * len(pairs)),
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
     )
     for pair, axis in zip(pairs, axes[:, 0], strict=True):
         modes = list(dict.fromkeys(row["mode"] for row in rows if row["pair"] == pair))
@@ -47,9 +52,9 @@ def draw(rows: Sequence[dict[str, Any]], device: str, path: Path) -> None:
         axis.set_ylabel("predicted / live − 1")
         axis.set_title(f"{pair}, {device}", loc="left", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(ncols=len(batches), frameon=False, loc="upper right")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=len(batches), frameon=False, loc="outside lower center")
     figure.suptitle("Tokens per second: error of the prediction (bars: spread of live rounds)")
-    figure.tight_layout()
     metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
     figure.savefig(path, dpi=140, metadata=metadata)
     plt.close(figure)
