@@ -42,7 +42,8 @@ def test_shapes_are_left_out_of_the_roofline() -> None:
     rows = roofline_accuracy(tables, load_gpu_sheet(root / "gpus" / "h200.yaml"))
     shapes = {row.term: row for row in rows if row.left_out == "roofline, shape"}
     assert {"mamba2-2.7b", "mamba2-130m"} <= set(shapes)
-    assert all(0 < row.median < 0.5 for row in shapes.values())
+    # From models of milliseconds to one of microseconds and back: it is far off, and says so.
+    assert all(0 < row.median < 1 for row in shapes.values())
 
 
 def test_published_times_are_predicted_within_a_fifth(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,7 +217,7 @@ def traced_case(trace: Trace) -> object:
     """A pair of random weights that accepts what a trace says, and a cost of 2 ms a step."""
     model = tiny_model(2000)
     source = ModelSource(ModelRef(name="tiny", config_sha256="0" * 64), model.shape, None)
-    cost = SimpleNamespace(step_ms=lambda batch, tree: 2.0)
+    cost = SimpleNamespace(step_ms=lambda batch, tree, tokens_per_step: 2.0)
     pair = Pair(model, model, source, source, None)
     return prediction.Case("tiny", pair, trace, False, cost, 512)
 

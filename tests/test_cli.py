@@ -369,7 +369,7 @@ def test_colour_is_for_terminals_that_want_it(
         )
     text = os.read(ours, 1 << 16).decode()
     os.close(ours)
-    assert ("\x1b[34m" in text) == coloured
+    assert ("\x1b[32m" in text) == coloured
     assert "         1   tree" in re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 

@@ -26,7 +26,7 @@ import stree_autotune
 import stree_core
 import stree_kernels
 from stree_autotune.cli import app
-from stree_core.profile import Profile
+from stree_core.profile import Profile, load_profile, save_profile
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("examples/*.md")])
@@ -185,19 +185,23 @@ def test_examples_are_shell(script: Path) -> None:
     ("script", "server", "profile", "words"),
     [
         ("serve_vllm", "vllm", "h200--demo-target--demo-draft--demo", "--speculative-config"),
-        ("serve_vllm", "vllm", "h200--demo-target--demo-draft--gsm8k", ""),
+        ("serve_vllm", "vllm", "off.yaml", ""),
         (
             "serve_sglang",
             "python",
             "h200--demo-target--demo-draft--demo",
             "--speculative-num-steps",
         ),
-        ("serve_sglang", "python", "h200--demo-target--demo-draft--gsm8k", ""),
+        ("serve_sglang", "python", "off.yaml", ""),
     ],
 )
 def test_servers_start_with_what_a_profile_says(
     script: str, server: str, profile: str, words: str, tmp_path: Path
 ) -> None:
+    gsm8k = load_profile(ROOT / "profiles/tuned/h200--demo-target--demo-draft--gsm8k.yaml")
+    one_by_one = gsm8k.model_copy(update={"policy": gsm8k.policy[:1]})
+    assert one_by_one.policy[0].verdict == "off"
+    save_profile(one_by_one, tmp_path / "off.yaml")
     stand_in = tmp_path / server
     stand_in.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     stand_in.chmod(0o755)

@@ -194,14 +194,14 @@ def test_validate_follows_a_profiles_sampling(
     profile = load_profile(Path("stree-profile.yaml"))
     sampled = {"sampling": Sampling(rule="mss", temperature=0.7, top_p=0.9), "chat": True}
     save_profile(profile.model_copy(update=sampled), Path("sampled.yaml"))
-    few = ("--dataset", "toys", "--prompts", "prompts.jsonl", "--limit", "3", "--batch-size", "2")
+    few = ("--dataset", "toys", "--prompts", "prompts.jsonl", "--limit", "3", "--batch-size", "1")
     code, out, err = run("validate", "-p", "sampled.yaml", *few, "--max-new-tokens", "12", "--json")
     assert code == 0, err
-    assert "· 3 prompts of toys, mss-t0.7-p0.9 · batch size 2\n" in out
+    assert "· 3 prompts of toys, mss-t0.7-p0.9 · batch size 1\n" in out
     document = json.loads(out.splitlines()[-1])
     assert (document["sampling"], document["chat"]) == ("mss-t0.7-p0.9", False)
     assert all(row["texts_differing_from_off"] is None for row in document["rows"])
-    rates = [2e3 * row["live_tokens_per_step"] / row["live_step_ms"] for row in document["rows"]]
+    rates = [1e3 * row["live_tokens_per_step"] / row["live_step_ms"] for row in document["rows"]]
     assert rates == pytest.approx([row["live_tokens_per_s"] for row in document["rows"]])
     assert "these are plain prompts" in caplog.text
 

@@ -29,6 +29,9 @@ SHEETS = sorted((ROOT / "shapes").glob("*.yaml"))
 #
 # mamba-in-llama: Llama's own count less its even layers' attention, plus a Mamba2 in each: of 8b
 # 8 030 261 248 + 16 * (10 272 * 4096 + 6144 * 5 + 96 + 4096 + 4096 * 4096 - 41 943 040).
+#
+# mamba2-distilled-small: 2 layers of 2568 * 1024 + 1536 * 5 + 24 + 1024 + 1024 * 1024, MLPs of
+# 3 * 2048 * 1024 and two norms; embedding 128 256 * 1024, final norm 1024.
 NUM_PARAMETERS = {
     "granite-4-h-1b": 1_461_538_368,
     "mamba-in-llama-3b": 3_346_305_008,
@@ -36,6 +39,7 @@ NUM_PARAMETERS = {
     "mamba2-1.3b": 1_343_757_312,
     "mamba2-130m": 128_989_632,
     "mamba2-2.7b": 2_702_599_680,
+    "mamba2-distilled-small": 151_296_048,
     "nemotron-h-8b": 8_100_852_736,
 }
 # By the makers' own counts or by the sizes of their files.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from pathlib import Path
@@ -149,6 +150,7 @@ def show(
 def certify(
     traces: Annotated[list[str], typer.Argument(metavar="TRACE...", help="Paths or names.")],
     data: flags.Data = flags.DEFAULT_DATA_PATHS,
+    as_json: flags.AsJson = False,
 ) -> None:
     """Bound what any static tree can reach on traces; `trace` does it for those it records."""
     from stree_autotune.certificate import certificate_path
@@ -156,9 +158,13 @@ def certify(
     from stree_autotune.library import Library
 
     library = Library.open(data)
+    found: dict[str, list[float]] = {}
     for path in [library.find_trace_file(name) for name in traces]:
         certificate = certify_file(path, logger.info)
         sys.stdout.write(f"wrote {certificate_path(path)}\n{describe(certificate)}\n")
+        found[str(certificate_path(path))] = list(certificate.most_tokens_per_step)
+    if as_json:
+        sys.stdout.write(json.dumps({"most_tokens_per_step": found}) + "\n")
 
 
 register_live_verbs(app)
