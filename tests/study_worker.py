@@ -2,8 +2,10 @@
 
     python tests/study_worker.py STORAGE LOG [hang]
 
-It writes a line for every tree that it has evaluated; with `hang` it stops for ever in the middle
-of its second round, after a line for every tree that it has claimed.
+It writes a line for every tree that it has evaluated. With `hang` it stops for ever in the middle
+of its second round, after a line for every tree that it has claimed; without, it says that it is
+ready and begins when there is a file `go` beside its log, so that none has done all before another
+has started.
 """
 
 from __future__ import annotations
@@ -32,6 +34,10 @@ def main() -> None:
     study = StudyPlace(open_storage(storage), "shared", seed=len(log.name)).open(1)
     picks = best_picks(space, Candidates(1, COST, SearchSetting()))
     enqueue(study, space, [cell for _, cell in picks])
+    if not hangs:
+        log.write_text("ready\n")
+        while not log.with_name("go").exists():
+            time.sleep(0.01)
     with Worker(study, space, BUDGET, patience_s=PATIENCE_S) as worker:
         rounds = 0
         while True:

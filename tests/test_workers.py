@@ -114,6 +114,8 @@ def check_three_workers(storage: str, space: TreeSpace, folder: Path) -> None:
     try:
         wait_until(lambda: "claimed" in read(logs[2]))
         others = [start(storage, log) for log in logs[:2]]
+        wait_until(lambda: all("ready" in read(log) for log in logs[:2]))
+        (folder / "go").touch()
         wait_until(lambda: all("told" in read(log) for log in logs[:2]))
     finally:
         victim.kill()
