@@ -382,6 +382,13 @@ def test_no_result_is_code_one(terminal: Terminal, monkeypatch: pytest.MonkeyPat
     assert (outcome.code, outcome.err) == (1, "error: no tree fits\n")
 
 
+def test_sampling_is_not_timed_live(terminal: Terminal) -> None:
+    hot = ("--temperature", "1", "--rule", "naive", "--measure")
+    outcome = terminal("--gpu", "h200", "--dataset", "gsm8k", *QUICK, *hot)
+    assert outcome.code == 2
+    assert "--measure times greedy steps, got sampling naive-t1; leave" in outcome.err
+
+
 def test_show_prints_every_shipped_profile(terminal: Terminal) -> None:
     shipped = Library.open().profile_paths()
     assert shipped, "profiles/tuned holds no profile yet"

@@ -24,8 +24,14 @@ logger = logging.getLogger(__name__)
 def tune_live(request: TuneRequest) -> Profile:
     """Measure trees of every batch size, decide by what was measured, and return the profile.
 
-    Raises what `ask` raises, and ConfigError when this machine is not the one that is asked about.
+    Raises what `ask` raises, and ConfigError when this machine is not the one that is asked about,
+    or for sampling, whose steps are not timed live.
     """
+    if request.sampling.rule != "greedy":
+        raise ConfigError(
+            f"--measure times greedy steps, got sampling {request.sampling.label}; leave --measure "
+            "out, so that the rule's measured terms are used"
+        )
     question = ask(request)
     pair = open_question_pair(question)
     search = live_search(question, pair)
