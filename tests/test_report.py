@@ -215,7 +215,7 @@ def test_a_profile_alone_still_gives_a_report(tmp_path: Path) -> None:
     section = make_section(shipped(MEASURED), "p.yaml", "p", Library((tmp_path,)))
     assert [figure.key for figure in section.figures] == ["trees", "live"]
     assert len(section.missing) == 2
-    assert "Speculate with a chain of 3 to 9 draft tokens." in render([section])
+    assert "Speculate with a chain of 3 to 14 draft tokens." in render([section])
 
 
 def test_text_of_a_profile_is_no_markup() -> None:

@@ -32,7 +32,7 @@ from stree_autotune.trace_walk import (
 )
 from stree_core.tree import Tree
 
-MAX_DEPTH = 10
+MAX_DEPTH = 16
 """The deepest level that is searched."""
 
 ROUNDS = 7
