@@ -1,4 +1,4 @@
-"""What `aot.py` compiles: calls of every op as a model makes them, on tensors on the CPU."""
+"""What `aot.py` compiles: which sizes and dtypes of the calls in `aot_calls.py`."""
 
 from __future__ import annotations
 
@@ -7,40 +7,26 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
+from aot_calls import (
+    BF16,
+    FP16,
+    FP32,
+    attention,
+    conv,
+    end_of_step,
+    mlp,
+    moe,
+    projections,
+    row_steps,
+    sampled_step,
+    scan,
+    uniform_numbers,
+)
 
-from stree_kernels import (
-    commit_path,
-    experts,
-    key_rows,
-    linear,
-    residual,
-    sampling,
-    top_tokens,
-    tree_attention,
-    tree_conv,
-    tree_scan,
-    uniforms,
-)
-from stree_kernels.commit_path_ref import PathMemory, TreeTables
-from stree_kernels.key_rows_ref import KeyValues
-from stree_kernels.laws import GATED, Activation
-from stree_kernels.rows import (
-    MASK_MULTIPLE,
-    MAX_KEPT,
-    Gate,
-    Past,
-    Pending,
-    ScanHeads,
-    ScanRows,
-    gate_width,
-)
-from stree_kernels.unscaled import COLUMNS_PER_SUM, Residual, UnscaledRows
+from stree_kernels.laws import Activation
 
 Case = Callable[[], None]
 
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 LAYERS = ((64, 128), (64, 64))
 """Head dim and state dim of the shipped models: mamba2 and the demo pair."""
 
@@ -64,178 +50,6 @@ EXPERTS: tuple[tuple[int, int, int, Activation], ...] = (
     (4, 1040, 528, "geglu"),
 )
 """Chosen experts, hidden and inner size: Nemotron 3 Nano and Super, Granite 4 H Tiny and Small."""
-
-
-def scan(
-    tokens: int, head_dim: int, state_dim: int, *, dtype: torch.dtype = BF16,
-    state: torch.dtype = FP32, many: bool = False, commit: bool = True, gated: bool = True,
-) -> None:  # fmt: skip
-    """Run a scan of few or many programs."""
-    batch, heads, groups = (64 if many else 1), 16, 2
-    sections = (heads * head_dim, groups * state_dim, groups * state_dim, heads)
-    buffer = torch.empty(MAX_KEPT + 2 * tokens, batch, sum(sections), dtype=dtype).transpose(0, 1)
-    x, b, c, dt = buffer.split(sections, dim=-1)
-    all_rows = ScanRows(
-        x.unflatten(-1, (heads, head_dim)), dt, b.unflatten(-1, (groups, state_dim))
-    )
-    rows = ScanRows(*(tensor[:, MAX_KEPT:] for tensor in all_rows))
-    out = torch.empty(tokens, batch, heads, head_dim, dtype=dtype).transpose(0, 1)
-    num_sums = heads * head_dim // gate_width(head_dim, state_dim, dtype)
-    sums = torch.empty(tokens, batch, num_sums).transpose(0, 1)
-    tree_scan.tree_scan(
-        torch.empty(batch, heads, head_dim, state_dim, dtype=state), rows,
-        c[:, MAX_KEPT : MAX_KEPT + tokens].unflatten(-1, (groups, state_dim)),
-        make_mask(tokens), ScanHeads(*torch.empty(3, heads)), first=0,
-        dt_limit=(0.0, 1.0), out_BTHP=out,
-        gate=Gate(torch.empty_like(out), sums) if gated else None,
-        past=Past(all_rows, MAX_KEPT, pending(batch), commit),
-    )  # fmt: skip
-
-
-def conv(tokens: int, *, dtype: torch.dtype = BF16, commit: bool = True) -> None:
-    """Run a conv of width 4."""
-    channels, columns = 256, 272
-    rows = torch.empty(tokens, 1, columns, dtype=dtype).transpose(0, 1)
-    tree_conv.tree_conv(
-        torch.empty(1, channels, 3, dtype=dtype), rows, torch.empty(channels, 4, dtype=dtype),
-        torch.empty(channels, dtype=dtype), torch.zeros(tokens, 3, dtype=torch.int32), first=0,
-        num_tokens=tokens, out_BRE=torch.empty_like(rows), previous_BRE=rows if commit else None,
-        pending=pending(1) if commit else None,
-    )  # fmt: skip
-
-
-def projections(
-    num_rows: int, num_inner: int, num_columns: int, *, dtype: torch.dtype = BF16, groups: int = 1
-) -> None:
-    """Run what a model runs of projections: plain with a norm, gated MLP, fp32 logits, added."""
-    # The scan sums 64 columns at a time, two runs for each of 32 groups of 128.
-    num_sums = num_inner // COLUMNS_PER_SUM if groups == 1 else 2 * groups
-    sums = torch.empty(num_rows, num_sums)
-    rows = UnscaledRows(torch.empty(num_rows, num_inner, dtype=dtype), sums, groups, 1e-5)
-    weight = torch.empty(num_columns, num_inner, dtype=dtype)
-    out = torch.empty(num_rows, num_columns, dtype=dtype)
-    linear.linear(rows, weight, out)
-    linear.linear_activated(rows, weight, out[:, : num_columns // 2].contiguous(), "swiglu")
-    linear.linear(rows._replace(square_sums_MQ=None), weight, out.float())
-    sums_out = torch.empty(num_rows, num_columns // COLUMNS_PER_SUM)
-    linear.linear_add(rows, weight, Residual(out, out, sums_out), eps=1e-5)
-    if dtype != FP32:
-        linear.linear_add(rows, weight, Residual(out.float(), out, sums_out), eps=1e-5)
-
-
-def mlp(num_rows: int, hidden: int, inner: int, activation: Activation) -> None:
-    """Run both projections of a dense MLP in bf16, with a stream in fp32."""
-    values = torch.empty(num_rows, hidden, dtype=BF16)
-    sums = torch.empty(num_rows, hidden // COLUMNS_PER_SUM)
-    stream = Residual(values.float(), values, sums)
-    num_products = 2 * inner if activation in GATED else inner
-    out = torch.empty(num_rows, inner, dtype=BF16)
-    linear.linear_activated(
-        stream.rows(1e-5), torch.empty(num_products, hidden, dtype=BF16), out, activation
-    )
-    down = torch.empty(hidden, inner, dtype=BF16)
-    linear.linear_add(UnscaledRows(out, None, 1, 0.0), down, stream, eps=1e-5)
-
-
-def moe(
-    num_rows: int, num_chosen: int, hidden: int, inner: int, activation: Activation, *,
-    dtype: torch.dtype = BF16,
-) -> None:  # fmt: skip
-    """Run the experts of some rows, with an output in fp32."""
-    num_products = 2 * inner if activation in GATED else inner
-    choice = torch.zeros(num_rows, num_chosen, dtype=torch.int64)
-    experts.expert_mlps(
-        torch.empty(num_rows, hidden, dtype=dtype), choice, torch.empty(num_rows, num_chosen),
-        torch.empty(2, num_products, hidden, dtype=dtype),
-        torch.empty(2, hidden, inner, dtype=dtype), torch.empty(num_rows, hidden),
-        activation=activation,
-    )  # fmt: skip
-
-
-def row_steps(num_columns: int, *, dtype: torch.dtype = BF16) -> None:
-    """Run the row-wise steps between projections."""
-    values = torch.empty(2, num_columns, dtype=dtype)
-    stream = Residual(
-        values if dtype == FP32 else values.float(), values,
-        torch.empty(2, num_columns // COLUMNS_PER_SUM),
-    )  # fmt: skip
-    residual.start_residual(values, torch.zeros(2, dtype=torch.int64), stream)
-    residual.add_residual(values.float(), stream)
-    residual.scale_rows(stream.rows(1e-5), values[0].contiguous(), torch.empty_like(values))
-    residual.activate(
-        values, torch.empty_like(values[:, : num_columns // 2].contiguous()), "swiglu"
-    )
-
-
-def attention(tokens: int, group: int, head_dim: int, *, dtype: torch.dtype = BF16) -> None:
-    """Store keys and attend, `group` query heads for each of two kv heads."""
-    kv_heads, positions = 2, 256
-    heads = group * kv_heads
-    rows = KeyValues(*torch.empty(2, tokens, 1, kv_heads, head_dim, dtype=dtype))
-    cache = KeyValues(*torch.empty(2, 1, positions, kv_heads, head_dim, dtype=dtype))
-    q = torch.empty(tokens, 1, heads, head_dim, dtype=dtype)
-    counts = torch.zeros(1, dtype=torch.int32)
-    key_rows.store_keys(
-        torch.empty(tokens, 1, (heads + 2 * kv_heads) * head_dim, dtype=dtype),
-        torch.zeros(tokens, dtype=torch.int32), counts, torch.empty(head_dim // 2), first=0,
-        q_TBHD=q, rows=rows, cache=cache, previous=rows, pending=pending(1),
-    )  # fmt: skip
-    num_values = tree_attention.workspace_size(tokens, 1, heads, kv_heads, head_dim, dtype)
-    tree_attention.tree_attention(
-        q, cache, rows, make_mask(tokens), counts, first=0, scale=0.1,
-        out_TBHD=torch.empty_like(q), workspace=torch.empty(num_values),
-    )  # fmt: skip
-
-
-def uniform_numbers(num_columns: int) -> None:
-    """Fill two rows of numbers of each of three sequences."""
-    seeds, steps = torch.zeros(2, 3, dtype=torch.int64)
-    uniforms.fill_uniforms(seeds, steps, torch.empty(2, 3, num_columns), stream=0)
-
-
-def end_of_step(tokens: int, num_children: int) -> None:
-    """Find the likeliest tokens of every node, then commit a path of three slots."""
-    rows = torch.zeros(tokens, num_children, dtype=torch.int64)
-    chosen, logits = torch.zeros(tokens, 3, dtype=torch.int64), torch.empty(tokens, 3, 50288)
-    top_tokens.place_top_tokens(logits, rows, chosen)
-    tables = TreeTables(*torch.zeros(2, tokens, dtype=torch.int64))
-    memory = PathMemory(
-        torch.zeros(tokens, 4, dtype=torch.int64), pending(3), torch.zeros(3, dtype=torch.int32)
-    )
-    commit_path.commit_path(
-        torch.zeros(tokens + 1, 3, dtype=torch.int64), chosen, logits, tables,
-        torch.ones(3, dtype=torch.int32), torch.zeros(7, 3, dtype=torch.int64), [memory, memory],
-    )  # fmt: skip
-
-
-def sampled_step(tokens: int, num_inner: int, num_children: int) -> None:
-    """Draw children, sample after every node and try the children, for three slots."""
-
-    def scores(num_rows: int) -> Tensor:
-        return torch.empty(num_rows, 3, 50288)
-
-    def zeros(*sizes: int) -> Tensor:
-        return torch.zeros(*sizes, dtype=torch.int64)
-
-    heat, chosen, uniforms = torch.ones(3), zeros(tokens, 3), torch.empty(tokens, 3)
-    table = zeros(num_inner, num_children)
-    sampling.place_drawn_tokens(
-        scores(num_inner), heat, zeros(3), zeros(3), table, chosen, stream=3
-    )
-    sampling.sample_tokens(scores(tokens), heat, uniforms, chosen)
-    sampling.try_children(
-        scores(tokens), scores(num_inner), heat, zeros(num_inner), table, zeros(tokens, 3),
-        torch.empty(num_inner, 3, num_children), uniforms, chosen,
-    )  # fmt: skip
-
-
-def make_mask(tokens: int) -> Tensor:
-    return torch.ones(tokens, -(-tokens // MASK_MULTIPLE) * MASK_MULTIPLE, dtype=torch.bool)
-
-
-def pending(batch: int) -> Pending:
-    counts = torch.zeros(2, batch, dtype=torch.int32)
-    return Pending(torch.zeros(batch, 4, dtype=torch.int32), *counts)
 
 
 def quick_cases() -> Iterator[tuple[str, Case]]:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from report import RESULTS, Row, header, print_table, save, table
 from timing import copy_bandwidth
-from traced_pair import SHAPES, TRACE, accepted_by, numbered_prompt, open_named
+from traced_pair import SHAPES, TRACE, accepting, numbered_prompt, open_named
 
 from stree_autotune.live import open_prompts
 from stree_autotune.stepper import occupy
@@ -123,10 +123,9 @@ def decode(
 ) -> tuple[Run, float, float, float]:  # fmt: skip
     """Return a run, wall ms and device ms of a step, and ms of a forward pass of as many rows."""
     support = SamplingSupport("mss" if temperature else "greedy")
-    with accepted_by(trace):
-        engine = Engine(
-            pair.target, pair.draft, tree, EngineConfig(batch, CONTEXT, sampling=support)
-        )
+    if trace is not None:
+        support = accepting(trace, batch)
+    engine = Engine(pair.target, pair.draft, tree, EngineConfig(batch, CONTEXT, sampling=support))
     each = [SamplingParams(temperature, seed=index) for index in range(len(prompts))]
     stop = StopRule(NEW_TOKENS, () if trace is not None else pair.target.shape.eos_token_ids)
     generate(engine, prompts[:batch], dataclasses.replace(stop, max_new_tokens=16))

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from prediction_figure import draw
 from report import RESULTS, Row, header, markdown, read, save, table
-from traced_pair import DEMO, SHAPES, accepted_by, numbered_prompt, open_named
+from traced_pair import DEMO, SHAPES, accepting, numbered_prompt, open_named
 
 from stree_autotune.library import Library
 from stree_autotune.live import open_prompts
@@ -43,6 +43,7 @@ from stree_core.decode import generate
 from stree_core.engine import Engine, EngineConfig
 from stree_core.errors import MissingMeasurement
 from stree_core.pair import Pair, device_name, short_gpu_name
+from stree_core.rules import GREEDY
 from stree_core.session import Request
 from stree_core.stop import StopRule
 from stree_core.tree import Tree
@@ -170,12 +171,12 @@ def measure(case: Case, batch: int, options: argparse.Namespace) -> list[Row]:
     chosen = chosen_prompts(case, batch, options.prompts)
     requests = requests_of(case, chosen)
     trees = modes(case.trace, options.sizes)
-    config = EngineConfig(batch, case.context)
-    with accepted_by(None if case.accepts_by_itself else case.trace):
-        engines = {
-            mode: Engine(case.pair.target, case.pair.draft, tree, config)
-            for mode, tree in trees.items()
-        }
+    support = GREEDY if case.accepts_by_itself else accepting(case.trace, batch)
+    config = EngineConfig(batch, case.context, sampling=support)
+    engines = {
+        mode: Engine(case.pair.target, case.pair.draft, tree, config)
+        for mode, tree in trees.items()
+    }
     for engine in engines.values():
         generate(engine, [r.prompt for r in requests[:batch]], StopRule(WARM_UP_TOKENS))
     rounds = [

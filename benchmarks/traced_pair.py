@@ -7,8 +7,7 @@ as in the trace while every pass is computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,17 +16,15 @@ from torch import Tensor
 from stree_autotune.library import Library
 from stree_autotune.live import PairRequest, open_pair
 from stree_autotune.trace_file import Trace, load_trace
-from stree_core import step as step_module
 from stree_core.backend import Backend
 from stree_core.pair import Pair, Runtime
-from stree_core.rules import GreedyRule
+from stree_core.rules import GreedyRule, Rule, SamplingSupport
 from stree_core.sampling import SamplingParams
 from stree_core.tree_plan import TreePlan
 
 DEMO = ("demo-target", "demo-draft")
 SHAPES = ("mamba2-2.7b", "mamba2-130m")
 TRACE = "demo-target--demo-draft--gsm8k--greedy"
-MakeRules = Callable[..., list["TraceRule"]]
 
 
 class TraceRule(GreedyRule):
@@ -69,34 +66,16 @@ class TraceRule(GreedyRule):
         self._place_B.add_(count_B)
 
 
-def trace_rules(trace: Trace) -> MakeRules:
-    """Return what stands in for stree_core.rules.make_rules."""
+def accepting(trace: Trace, num_slots: int) -> SamplingSupport:
+    """Return the support of an engine whose steps accept what a trace says."""
 
-    def make(
-        support: object,
-        plans: Sequence[TreePlan],
-        num_slots: int,
-        vocab_size: int,
-        backend: Backend,
-    ) -> list[TraceRule]:
+    def make(plans: Sequence[TreePlan], backend: Backend) -> list[Rule]:
         device = plans[0].node_T1.device
         ranks_N = torch.from_numpy(trace.ranks.astype("int64")).to(device)
         place_B = torch.zeros(num_slots, dtype=torch.int64, device=device)
         return [TraceRule(plan, backend, trace, ranks_N, place_B) for plan in plans]
 
-    return make
-
-
-@contextmanager
-def accepted_by(trace: Trace | None) -> Iterator[None]:
-    """Make the engines that are made inside accept what a trace says; None changes nothing."""
-    make_rules = step_module.make_rules
-    if trace is not None:
-        step_module.make_rules = trace_rules(trace)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        step_module.make_rules = make_rules
+    return SamplingSupport(stand_in=make)
 
 
 def numbered_prompt(index: int) -> list[int]:
