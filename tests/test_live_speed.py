@@ -35,7 +35,7 @@ def prompts() -> list[list[int]]:
 def test_waves_decode_what_a_session_decodes(engine: Engine, prompts: list[list[int]]) -> None:
     run = generate(engine, prompts, STOP)
     done: list[int] = []
-    # Read before a wave and after each of its calls, of which the first does not count.
+    # Read before a wave and after each of its calls; none counts before the last one has joined.
     times = itertools.accumulate(itertools.repeat(SECONDS))
     requests = [Request(prompt, STOP) for prompt in prompts]
     live = live_speed(engine, requests, done.append, lambda: next(times))
@@ -43,12 +43,35 @@ def test_waves_decode_what_a_session_decodes(engine: Engine, prompts: list[list[
     assert done == [3, 6, 7]
     assert live.tokens_per_step == run.tokens_per_step
     waves = [run.generations[first : first + 3] for first in (0, 3, 6)]
-    assert live.num_calls == sum(max(g.num_steps for g in wave) - 1 for wave in waves)
+    assert live.num_calls == sum(wave[-1].num_steps - 1 for wave in waves)
     assert live.step_ms == pytest.approx(1e3 * SECONDS)
     assert live.tokens_per_s == pytest.approx(3 * run.tokens_per_step / SECONDS)
     both = joined([live, live])
     assert both.tokens_per_s == pytest.approx(live.tokens_per_s)
     assert len(both.generations) == 14
+
+
+def test_requests_of_a_wave_join_one_after_another(
+    engine: Engine, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    def noted(name: str) -> None:
+        method = getattr(engine, name)
+
+        def call(*arguments: object) -> object:
+            events.append(name)
+            return method(*arguments)
+
+        monkeypatch.setattr(engine, name, call)
+
+    noted("prefill")
+    noted("launch")
+    live_speed(engine, [Request(prompt, STOP) for prompt in prompts[:3]])
+    joined_at = [place for place, name in enumerate(events) if name == "prefill"]
+    between = [events[first:last].count("launch") for first, last in itertools.pairwise(joined_at)]
+    assert len(joined_at) == 3
+    assert min(between) > 0, "never in one step"
 
 
 def test_what_cannot_be_timed_or_run_is_refused(engine: Engine, prompts: list[list[int]]) -> None:

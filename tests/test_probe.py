@@ -71,8 +71,11 @@ def test_every_term_is_measured(pair: Pair, whole: RuntimeTable) -> None:
     sizes = {point.size for point in whole.points if point[:2] == ("verify", 2)}
     assert {2, 3, 8, 9, 12, 13} <= sizes
     assert {p.term for p in whole.points} == {
-        "verify", "draft", "draft_root", "target_store", "draft_store", "context",
+        "verify", "draft", "draft_rows", "draft_root", "target_store", "draft_store", "context",
     }  # fmt: skip
+    rows = {point.size: point.ms for point in whole.points if point[:2] == ("draft_rows", 2)}
+    assert rows.keys() == {3, 8, 13}
+    assert rows[3] == 0.0 < rows[8] < rows[13], "what is more than the fewest rows"
     timed = {(step.tree, step.rule) for step in whole.steps if step.batch_size == 1}
     assert {(name, "greedy") for name in step_trees(12)} <= timed
     assert {("off", "naive"), ("default-12", "mss"), ("chain-1", "mss_truncated")} <= timed

@@ -15,6 +15,7 @@ from stree_autotune.remainder import WholeStep, fit_remainder
 from stree_autotune.runtime_table import NoRoom, Point, RuntimeTable, Step
 from stree_autotune.step_cost import StepCost
 from stree_autotune.term_times import Load
+from stree_autotune.tree_shape import shape_of
 from stree_core.errors import MissingMeasurement
 from stree_core.tree import DEFAULT_TREE, Tree
 
@@ -30,6 +31,40 @@ def with_points(
     kept = [p for p in table.points if (p.term, p.batch_size) != (term, batch_size)]
     new = [Point(term, batch_size, size, time, 0.0) for size, time in ms.items()]  # type: ignore[arg-type]
     return table.model_copy(update={"points": (*kept, *new)})
+
+
+def rows_ms(rows: int) -> float:
+    """A staircase like a kernel's tiles."""
+    return 0.1 * (rows > 16) + 0.2 * (rows > 32)
+
+
+def all_rows_ms(tree: Tree) -> float:
+    """What the rows before them cost the passes of a tree."""
+    return sum(map(rows_ms, shape_of(tree).rows)) if tree.num_nodes else 0.0
+
+
+def with_rows() -> RuntimeTable:
+    """A table of a draft whose passes take longer with many rows before them."""
+    table = make_table()
+    points = [
+        p._replace(ms=p.ms + rows_ms(2 + p.size)) if p.term == "draft" else p for p in table.points
+    ]
+    built = {name: text.build() for name, text in table.trees.items()}
+    steps = [step._replace(ms=step.ms + all_rows_ms(built[step.tree])) for step in table.steps]
+    table = table.model_copy(update={"points": tuple(points), "steps": tuple(steps)})
+    measured = {rows: rows_ms(rows) for rows in (3, 16, 17, 32, 33, 65)}
+    for batch_size in table.batch_sizes:
+        table = with_points(table, "draft_rows", batch_size, measured)
+    return table
+
+
+WITH_ROWS = StepCost.from_table(with_rows())
+
+
+@pytest.mark.parametrize("tree", [*TREES.values(), RAGGED, Tree.chain(40)], ids=repr)
+def test_rows_before_a_level_cost_what_they_do(tree: Tree) -> None:
+    expected = step_ms(8, tree) + all_rows_ms(tree)
+    assert WITH_ROWS.step_ms(8, tree) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("tree", [Tree.chain(0), *TREES.values(), RAGGED], ids=repr)
@@ -198,11 +233,12 @@ def test_a_step_is_never_shorter_than_the_hosts_work() -> None:
 @settings(max_examples=150, deadline=None)
 def test_a_further_node_never_makes_a_step_cheaper(tree: Tree) -> None:
     children = {node: len(tree.children[node]) for node in range(tree.num_tokens)}
-    before = COST.step_ms(8, tree)
+    before = [cost.step_ms(8, tree) for cost in (COST, WITH_ROWS)]
     for node, count in children.items():
         path = tuple(tree.ranks[n] for n in tree.node_paths[node][1:])
         larger = Tree.from_paths([*tree.paths, (*path, count)])
-        assert COST.step_ms(8, larger) >= before - 1e-12
+        for cost, less in zip((COST, WITH_ROWS), before, strict=True):
+            assert cost.step_ms(8, larger) >= less - 1e-12
 
 
 def test_remainder_recovers_its_coefficients() -> None:

@@ -1,18 +1,22 @@
 """How fast an engine decodes with all of its slots at work: what a profile predicts.
 
-Prompts are decoded in waves of as many as there are slots. Only steps are timed, not prefill, and
-of a wave not its first call, in which no step ends. A slot whose text has ended computes on, so
-the time of a step is that of a full batch until the wave's end, and tokens per step count the steps
-of slots that have not ended: tokens/s = slots * tokens per step / step time. A server's rate is
-lower by its prefill and by the share of slots that wait for a request.
+Prompts are decoded in waves of as many as there are slots. Those of a wave join one after another,
+so that, as in a server, slots store their states in different steps. Steps are timed once all have
+joined, and prefill is not. A slot whose text has ended computes on, so the time of a step is that
+of a full batch until the wave's end, and tokens per step count the steps of slots that have not
+ended: tokens/s = slots * tokens per step / step time. A server's rate is lower by its prefill and
+by the share of slots that wait for a request.
 """
 
 from __future__ import annotations
 
+import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from stree_autotune.stepper import phases
 from stree_core.engine import Engine
 from stree_core.errors import ConfigError
 from stree_core.session import Request, Session
@@ -58,29 +62,36 @@ def live_speed(
     ConfigError when a request fails, or when all are too short for a step to be timed.
     """
     session = Session(engine)
+    places: list[int] = []
     generations: dict[int, Generation] = {}
     seconds, num_calls = 0.0, 0
     for first in range(0, len(requests), engine.config.num_slots):
-        for request in requests[first : first + engine.config.num_slots]:
-            session.submit(request)
+        size = min(engine.config.num_slots, len(requests) - first)
+        joining = deque(sorted(zip(phases(size), range(first, first + size), strict=True)))
+        num_tokens, eldest = 0.0, len(places)
         started = clock()
-        is_first = True
-        while session.busy:
-            num_before = session.num_steps
+        while joining or session.busy:
+            num_before, num_places = session.num_steps, len(places)
+            while joining and joining[0][0] <= num_tokens:
+                places.append(joining.popleft()[1])
+                session.submit(requests[places[-1]])
             for update in session.step():
                 if update.generation is not None:
-                    generations[update.request_id] = _served(update.generation)
+                    generations[places[update.request_id]] = _served(update.generation)
+                if update.request_id == eldest:
+                    num_tokens += math.inf if update.generation else len(update.tokens)
             ended = clock()
             # From end to end: what the host does between two calls hides behind the device's work.
-            if session.num_steps > num_before and not is_first:
+            # A call in which a request joins waits for the steps before, and brings none itself.
+            if session.num_steps > num_before and not joining and len(places) == num_places:
                 seconds += ended - started
                 num_calls += 1
-            started, is_first = ended, False
+            started = ended
         if progress is not None:
             progress(len(generations))
     if not num_calls:
         raise ConfigError("texts must be longer to time steps, all ended at once; ask for more")
-    ordered = tuple(generations[request_id] for request_id in sorted(generations))
+    ordered = tuple(generations[place] for place in sorted(generations))
     return LiveSpeed(ordered, engine.config.num_slots, seconds, num_calls)
 
 

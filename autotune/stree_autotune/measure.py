@@ -73,13 +73,13 @@ def _works(
 class TracedSteps:
     """Steps one engine with any of its trees for ever, on a GPU a step ahead of what it reads.
 
-    Slots go back to half their positions, and elsewhere in the trace, before positions run out.
+    Slots go from a quarter of their positions to three, then back and elsewhere in the trace.
     """
 
     def __init__(
         self, pair: Pair, trace: Trace, context: int, batch_size: int, trees: Sequence[Tree]
     ) -> None:
-        self._room = context // 2
+        self._start, self._room = context // 4, context // 2
         self.script = TraceScript(trace, batch_size, context, pair.device)
         support = SamplingSupport(stand_in=self.script.rules)
         config = EngineConfig(batch_size, context, sampling=support)
@@ -93,7 +93,7 @@ class TracedSteps:
         longest = self.engine.trees[which].depth + 1
         if self._left < longest:
             with torch.inference_mode():
-                occupy(self.engine.speculator, self._room)
+                occupy(self.engine.speculator, self._start)
                 self.script.restart()
             self._left = self._room - self.engine.depth - 1
         self._left -= longest

@@ -15,6 +15,7 @@ from stree_autotune.runtime_table import NoRoom, Point
 from stree_autotune.stepper import occupy
 from stree_autotune.term_times import PER_TOKENS
 from stree_autotune.timing import Timing, Work, captured, time_interleaved
+from stree_autotune.tree_shape import FEWEST_ROWS
 from stree_core.errors import NotEnoughMemory
 from stree_core.pair import Pair
 from stree_core.rules import GreedyRule
@@ -54,6 +55,9 @@ def _point(key: Key, timings: dict[tuple[str, int], Timing], context: int) -> Po
     """Turn one or two timings into a point; what one costs more than the other is at least 0."""
     term, batch_size, size = key
     found = timings[term, size]
+    if term == "draft_rows":
+        more = max(0.0, found.ms - timings[term, FEWEST_ROWS + 1].ms)
+        return Point(term, batch_size, size, more, found.spread_ms)
     if (f"{term} without", size) in timings:
         without = timings[f"{term} without", size]
         more = max(0.0, found.ms - without.ms)
@@ -83,10 +87,14 @@ class _Passes:
 
     def prepare(self, keys: Sequence[Key]) -> None:
         """Capture all passes, smallest first; what does not fit is noted in `missing`."""
-        passes = sorted(((term, size) for term, _, size in keys), key=lambda each: each[1])
+        asked = {(term, size) for term, _, size in keys}
+        if any(term == "draft_rows" for term, _ in asked):
+            # What the others are compared with, whether or not it is asked for.
+            asked.add(("draft_rows", FEWEST_ROWS + 1))
+        passes = sorted(asked, key=lambda each: (each[1], each[0]))
         while passes and self._shared is None:
             try:
-                self._shared = self._speculator(_covering(passes))
+                self._shared = self._speculator([_covering(passes), *_chains(passes)])
             except (NotEnoughMemory, torch.OutOfMemoryError):
                 self.missing.add(passes.pop())
                 free(self._pair.device)
@@ -109,6 +117,10 @@ class _Passes:
             level = self._rebound(even_tree(2 * size, size))
             draft = partial(level.draft_level, level.plan.levels[1])
             self._add(term, size, draft, middle, _FEW_KEPT)
+        elif term == "draft_rows":
+            chain = self._rebound(Tree.chain(size - 1))
+            last = partial(chain.draft_level, chain.plan.levels[-1])
+            self._add(term, size, last, middle, _FEW_KEPT)
         elif term == "context":
             verify = self._rebound(_verified(size)).verify
             few, many = _contexts(self._setting.context, size)
@@ -145,11 +157,13 @@ class _Passes:
         root = self._rebound(Tree.chain(1))
         return partial(root.draft_level, root.plan.levels[0])
 
-    def _speculator(self, tree: Tree) -> Speculator:
+    def _speculator(self, trees: Sequence[Tree]) -> Speculator:
+        """Return a speculator for the first tree, whose caches serve all of them."""
         pair, setting = self._pair, self._setting
-        plan = make_plan(tree, pair.target.conv_widths, pair.draft.conv_widths, pair.device)
-        (shared,) = make_speculators(
-            pair.target, pair.draft, [plan], setting.batch_size, setting.context
+        widths = (pair.target.conv_widths, pair.draft.conv_widths)
+        plans = [make_plan(tree, *widths, pair.device) for tree in trees]
+        shared, *_ = make_speculators(
+            pair.target, pair.draft, plans, setting.batch_size, setting.context
         )
         occupy(shared, setting.context // 2, _FEW_KEPT)
         return shared
@@ -170,10 +184,16 @@ def _contexts(context: int, size: int) -> tuple[int, int]:
 
 
 def _covering(passes: Sequence[tuple[str, int]]) -> Tree:
-    """Return a tree whose buffers hold every pass."""
+    """Return a tree whose buffers hold every pass but those that `_chains` are for."""
     num_nodes = max(2 * size if term == "draft" else max(size, 2) for term, size in passes)
     widest = max((size for term, size in passes if term == "draft"), default=1)
     return even_tree(num_nodes, max(2, widest, num_nodes // _TYPICAL_DEPTH))
+
+
+def _chains(passes: Sequence[tuple[str, int]]) -> list[Tree]:
+    """Return the chain with the most rows of a draft's block that a pass has, if any has them."""
+    most = max((size for term, size in passes if term == "draft_rows"), default=0)
+    return [Tree.chain(most - 1)] if most else []
 
 
 def _verified(size: int) -> Tree:

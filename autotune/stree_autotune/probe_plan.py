@@ -16,6 +16,7 @@ _VERIFY_SIZES = (
 """Both sides of every size at which tiles are filled up, and some in between."""
 
 _WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+_DRAFT_ROWS = (3, 8, 16, 17, 32, 33, 64, 65, 96, 128, 129, 192, 193, 256)
 _CONTEXT_SIZES = (1, 2, 5, 9, 17, 33, 65, 129, 256)
 _MOST_RULE_ROWS = 4096
 _TRIES_AT_MOST = 1024
@@ -130,6 +131,9 @@ def _pass_keys(config: ProbeConfig, batch_size: int, has_attention: bool) -> Ite
     widest = max(1, config.max_nodes // 2)
     for width in sorted({width for width in _WIDTHS if width <= widest} | {widest}):
         yield "draft", batch_size, width
+    if config.max_nodes > 1:
+        for rows in sorted({rows for rows in _DRAFT_ROWS if rows <= largest} | {largest}):
+            yield "draft_rows", batch_size, rows
     for term in ("draft_root", "target_store", "draft_store"):
         yield term, batch_size, 1
     if has_attention:

@@ -4,7 +4,10 @@
 
 - verify (size = tree tokens, root included): the target's pass with LM head and argmax.
 - draft_root (size 1): the draft's first pass; two rows, the root alone gets logits and a child.
-- draft (size = width): one draft pass over `width` nodes of a level, one child picked for each.
+- draft (size = width): one draft pass over `width` nodes of a level, one child picked for each;
+  the level is the first one below the root.
+- draft_rows (size = rows of the block up to the pass's last): what a draft pass further down costs
+  more, because it has more rows before it: predecessor, root, inner nodes of earlier levels.
 - target_store, draft_store (size 1): what the same pass costs more when every slot stores its
   state, which a slot does once its kept rows are full (stree_kernels.rows.MAX_KEPT).
 - context (size = tree tokens): what verify costs more for each 1024 committed tokens of a slot.
@@ -28,10 +31,10 @@ from stree_core.profile import ModelRef, Name, Sampling, Strict, TreeText
 from stree_core.tree import MAX_NODES
 
 Term = Literal[
-    "verify", "draft_root", "draft", "target_store", "draft_store", "context", "host"
+    "verify", "draft_root", "draft", "draft_rows", "target_store", "draft_store", "context", "host"
 ]  # fmt: skip
 UNSIZED: tuple[Term, ...] = ("draft_root", "target_store", "draft_store", "host")
-DIFFERENCES: tuple[Term, ...] = ("target_store", "draft_store", "context")
+DIFFERENCES: tuple[Term, ...] = ("draft_rows", "target_store", "draft_store", "context")
 """Terms that are what one pass takes longer than another, which may be nothing."""
 
 Work = Literal["branch", "sample", "sample_truncated", "draw", "draw_truncated", "try", "tries"]

@@ -1,7 +1,8 @@
 """Step cost: the time of one decoding step with any tree, from a runtime table.
 
     off:         whole steps, by batch size and rule
-    speculating: draft_root(B) + sum over levels below the root with children of draft(B, width)
+    speculating: draft_root(B) + sum over levels below the root with children of
+                     draft(B, width) + draft_rows(B, rows up to the level's last)
                  + verify(B, tokens) + store share * (target_store(B) + draft_store(B))
                  + what the rule adds (branching, laws, draws, tries) by rows of logits
                  + remainder(B, rule, depth, tokens); never shorter than the host's work
@@ -21,7 +22,7 @@ import numpy as np
 from stree_autotune.estimate import Estimate
 from stree_autotune.runtime_table import RuleKey, RuntimeTable
 from stree_autotune.term_times import PLAIN, Factors, Load, TermTimes, spreads, term_times
-from stree_autotune.tree_shape import TreeShape, shape_of
+from stree_autotune.tree_shape import FEWEST_ROWS, TreeShape, shape_of
 from stree_core.errors import MissingMeasurement
 from stree_core.tree import Tree
 
@@ -93,11 +94,19 @@ class StepCost:
         """Return the time of the quickest step of any tree with these nodes and levels; 0 is off.
 
         One node on every level is drafted from, and where the nodes are no chain one of them has
-        several children: more of either never takes less. Raises as `step_ms` does.
+        several children, and no level has rows before it: more of any never takes less. Raises as
+        `step_ms` does.
         """
-        bushy = num_nodes > depth
-        widths, branching = (1,) * (depth - 1), (1,) if bushy else ()
-        shape = TreeShape(num_nodes + 1, depth, widths, branching, depth, 2 if bushy else 1)
+        bushy, below = num_nodes > depth, max(0, depth - 1)
+        shape = TreeShape(
+            num_tokens=num_nodes + 1,
+            depth=depth,
+            widths=(1,) * below,
+            rows=(FEWEST_ROWS + 1,) * below,
+            branching=(1,) if bushy else (),
+            num_inner=depth,
+            most_children=2 if bushy else 1,
+        )
         return self._shape_ms(batch_size, shape if num_nodes else None, tokens_per_step)
 
     def _shape_ms(self, batch_size: int, shape: TreeShape | None, tokens_per_step: float) -> float:

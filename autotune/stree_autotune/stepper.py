@@ -21,13 +21,14 @@ from stree_kernels.rows import MAX_KEPT
 
 _ENDLESS = StopRule(1 << 40)
 _HOST_STEPS = 15
+_REACH = 128
+"""Positions that a slot goes on before and behind the middle."""
 
 
 def occupy(speculator: Speculator, num_tokens: int, num_kept: int | None = None) -> None:
     """Set every slot to hold `num_tokens`, the last step's path of two still pending.
 
-    Slots keep different numbers of rows, as in a running decoder, so that only some advance their
-    state; or all `num_kept`.
+    Slots keep different numbers of rows, as in a server, or all `num_kept`.
     """
     speculator.buffers.active_B.fill_(1)
     for cache in (speculator.target_cache, speculator.draft_cache):
@@ -35,22 +36,37 @@ def occupy(speculator: Speculator, num_tokens: int, num_kept: int | None = None)
             cache.committed_B.fill_(num_tokens)
             cache.pending.length_B.fill_(min(2, cache.pending.path_BL.shape[1]))
             kept_B = cache.pending.num_kept_B
-            spread_B = torch.arange(len(kept_B), device=kept_B.device) * 3 % (MAX_KEPT + 1)
-            kept_B.copy_(spread_B if num_kept is None else torch.full_like(kept_B, num_kept))
+            spread = phases(len(kept_B)) if num_kept is None else [num_kept] * len(kept_B)
+            kept_B.copy_(torch.tensor(spread))
+
+
+def phases(num_slots: int) -> list[int]:
+    """Return for each slot how many tokens it is apart from the first, so that few store at once.
+
+    In a server requests start at any time; slots that started together would all store their states
+    in the same steps, which takes less time.
+    """
+    return [3 * slot % (MAX_KEPT + 1) for slot in range(num_slots)]
 
 
 class SteadyEngine(Engine):
     """An engine whose slots are busy without a prompt, and whose positions never run out.
 
-    Where attention makes positions count, it goes back to half of them in time.
+    Where attention makes positions count, slots stay close to half of them.
     """
 
-    _left = 0
+    _ahead = 0
 
     def __init__(
         self, target: Model, draft: Model | None, trees: Sequence[Tree], config: EngineConfig
     ) -> None:
         super().__init__(target, draft, trees, config)
+        self._attends = target.shape.has_attention or (
+            draft is not None and draft.shape.has_attention
+        )
+        # Two steps more may be under way when it goes back.
+        room = config.num_positions // 2 - 2 * (self.depth + 1)
+        self._reach = min(_REACH, max(0, room))
         self._under_way: deque[int] = deque()
         self._emitted = [0] * len(trees)
         self._collected = [0] * len(trees)
@@ -73,8 +89,7 @@ class SteadyEngine(Engine):
 
     def launch(self, which: int = 0) -> None:
         """Start a step."""
-        self._left -= self.trees[which].depth + 1
-        if self._left < 0:
+        if self._ahead > 2 * self._reach:
             with torch.inference_mode():
                 self._go_back()
         super().launch(which)
@@ -84,17 +99,16 @@ class SteadyEngine(Engine):
         """Return what the oldest step did, and count its tokens for its tree."""
         result = super().collect()
         which = self._under_way.popleft()
-        self._emitted[which] += sum(map(len, result.tokens))
-        self._collected[which] += len(result.tokens)
+        counts = list(map(len, result.tokens))
+        self._emitted[which] += sum(counts)
+        self._collected[which] += len(counts)
+        self._ahead += max(counts) if self._attends else 0
         return result
 
     def _go_back(self) -> None:
-        start = self.config.num_positions // 2
-        occupy(self.speculator, start)
-        attends = self.target.shape.has_attention or (
-            self.draft is not None and self.draft.shape.has_attention
-        )
-        self._left = start - 2 * (self.depth + 1) if attends else 1 << 40
+        """Set all slots to as many positions before the middle as they may go beyond it."""
+        occupy(self.speculator, self.config.num_positions // 2 - self._reach)
+        self._ahead = 0
 
 
 class Stepper:

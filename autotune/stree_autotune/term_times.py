@@ -13,7 +13,7 @@ from stree_autotune.model_cost import MAX_KEPT
 from stree_autotune.remainder import Remainder, WholeStep, fit_remainder
 from stree_autotune.rule_times import RuleTimes
 from stree_autotune.runtime_table import OFF, NoRoom, Point, RuleKey, RuntimeTable, Step, Term
-from stree_autotune.tree_shape import TreeShape, shape_of
+from stree_autotune.tree_shape import FEWEST_ROWS, TreeShape, shape_of
 from stree_core.errors import MissingMeasurement
 
 PER_TOKENS = 1024
@@ -77,7 +77,7 @@ class Curve:
         last = self.first + len(self.ms) - 1
         covered = f"sizes {self.first} to {last}" if self.ms else "no size"
         # a level of w nodes with children needs a tree of at least 2 w nodes
-        max_nodes = size - 1 if self.term == "verify" else 2 * size
+        max_nodes = 2 * size if self.term == "draft" else size - 1
         more = f" --max-nodes {max_nodes}`" if self.ms and size > last else "`"
         remedy = self.remedy if not self.remedy.endswith("`") else self.remedy[:-1] + more
         return MissingMeasurement(
@@ -88,7 +88,10 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class TermTimes:
-    """All terms at one batch size; `remainders` and `off_steps` are by rule."""
+    """All terms at one batch size; `remainders` and `off_steps` are by rule.
+
+    The curve of `draft` is that of points without what their rows cost, `draft_rows`.
+    """
 
     batch_size: int
     curves: Mapping[Term, Curve]
@@ -113,6 +116,8 @@ class TermTimes:
         if shape.widths:
             at = self.curves["draft"].at
             drafts += sum([at(width) for width in shape.widths])
+            if self.curves["draft_rows"].ms:
+                drafts += sum([self.curves["draft_rows"].at(rows) for rows in shape.rows])
         verify = self.curves["verify"].at(shape.num_tokens) + share * self._optional("target_store")
         verify += self._context_ms(shape.num_tokens, load)
         rules = self.rules.step_ms(load.rule, self.batch_size, shape)
@@ -155,7 +160,7 @@ class TermTimes:
             # half the nodes on one level, one child below each, is the widest draft pass
             for size in (1, max_nodes // 2):
                 self.curves["draft"].at(size)
-        self.rules.step_ms(rule, self.batch_size, TreeShape(2, 1, (), (1,), 1, 1))
+        self.rules.step_ms(rule, self.batch_size, TreeShape(2, 1, (), (), (1,), 1, 1))
         self.fitted(rule)
 
     def _optional(self, term: Term) -> float:
@@ -219,6 +224,8 @@ def _at_batch_size(table: RuntimeTable, batch_size: int, rules: RuleTimes) -> Te
     no_room = [row for row in table.no_room if row.batch_size == batch_size]
     command = table.probe_command
     terms: tuple[Term, ...] = Term.__args__  # type: ignore[attr-defined]
+    rows = _curve("draft_rows", batch_size, points, no_room, command)
+    points = [_without_rows(point, rows) for point in points]
     curves = {term: _curve(term, batch_size, points, no_room, command) for term in terms}
     steps = [step for step in table.steps if step.batch_size == batch_size]
     off: dict[RuleKey, float] = {step.rule: step.ms for step in steps if step.tree == OFF}
@@ -237,6 +244,17 @@ def _at_batch_size(table: RuntimeTable, batch_size: int, rules: RuleTimes) -> Te
     if "mss_truncated" in remainders:
         remainders.setdefault("naive_truncated", remainders["mss_truncated"])
     return replace(bare, remainders=remainders)
+
+
+def _without_rows(point: Point, rows: Curve) -> Point:
+    """Return what a draft pass takes without rows before it; another point as it is.
+
+    It was timed right below the root.
+    """
+    if point.term != "draft" or not rows.ms:
+        return point
+    last = rows.first + len(rows.ms) - 1
+    return point._replace(ms=point.ms - rows.at(min(FEWEST_ROWS + point.size, last)))
 
 
 def _fitted(steps: Sequence[WholeStep], times: TermTimes, greedy: Remainder | None) -> Remainder:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import lru_cache
 from typing import NamedTuple
 
 from stree_core.tree import Tree
+
+FEWEST_ROWS = 2
+"""Rows of a draft's block before the first level below the root: the predecessor and the root."""
 
 
 class TreeShape(NamedTuple):
     """What the time of a step depends on.
 
     `widths`: inner nodes of every level below the root that has any; each is one draft pass.
+    `rows`: for each of these passes the rows of the draft's block up to its last one.
     `branching`: inner nodes of every level, root included, on which some node has several children.
     `num_inner`: all nodes with children, the root included; `most_children`: of one node.
     """
@@ -19,6 +24,7 @@ class TreeShape(NamedTuple):
     num_tokens: int
     depth: int
     widths: tuple[int, ...]
+    rows: tuple[int, ...]
     branching: tuple[int, ...]
     num_inner: int
     most_children: int
@@ -41,4 +47,6 @@ def shape_of(tree: Tree) -> TreeShape:
         inner[depth] += 1
         branching[depth] |= count > 1
     wide = tuple(width for width, several in zip(inner, branching, strict=True) if several)
-    return TreeShape(tree.num_tokens, tree.depth, tuple(inner[1:]), wide, sum(inner), max(children))
+    rows = tuple(FEWEST_ROWS + total for total in itertools.accumulate(inner[1:]))
+    most = max(children)
+    return TreeShape(tree.num_tokens, tree.depth, tuple(inner[1:]), rows, wide, sum(inner), most)
