@@ -102,7 +102,7 @@ def test_draws_spread_as_the_estimate_may_err() -> None:
     assert np.std(np.log(drawn)) == pytest.approx(expected, rel=0.1, abs=1e-4)
 
 
-def test_a_band_beyond_a_factor_of_three_is_refused() -> None:
+def test_a_band_beyond_the_limit_is_refused() -> None:
     path = shipped_root() / "runtime" / "h200--mamba2-2.7b--mamba2-130m.yaml"
     with pytest.raises(MissingMeasurement, match=r"within a factor of .*probe --gpu rtx3090"):
         estimate_table(load_runtime_table(path), sheet("h200"), sheet("rtx3090"))

@@ -74,6 +74,18 @@ def test_what_is_a_difference_may_cost_nothing() -> None:
     validate(content(points=points, rules=[["branch", 4, 0.0, 0.0]]), RuntimeTable, "table")
 
 
+@pytest.mark.parametrize(
+    ("weights", "pair"),
+    [
+        ("real", "--target demo-target --draft demo-draft"),
+        ("random", "--shapes demo-target,demo-draft"),
+    ],
+)
+def test_the_command_that_records_a_table(weights: str, pair: str) -> None:
+    table = make_table().model_copy(update={"weights": weights})
+    assert table.probe_command == f"stree-tune probe --gpu h200 {pair}"
+
+
 def test_the_rule_of_a_setting() -> None:
     settings = [
         Sampling(),

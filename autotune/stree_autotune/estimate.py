@@ -34,8 +34,8 @@ from stree_autotune.runtime_table import OFF, Point, RulePoint, RuntimeTable, St
 from stree_autotune.tree_shape import shape_of
 from stree_core.errors import MissingMeasurement
 
-WIDEST = math.log(3.0)
-"""The widest half band, as a logarithm: beyond a factor of three nothing is promised."""
+WIDEST = math.log(2.5)
+"""The widest half band, as a logarithm: beyond this factor nothing is promised."""
 
 _TWO_SIDED = 1.96
 
@@ -72,7 +72,7 @@ def estimate_table(
     """Carry `table`, measured on GPU `measured`, to GPU `wanted`.
 
     `others` are further tables of the measured GPU, dtype and backend to fit to. Raises
-    MissingMeasurement when the band would be wider than a factor of three either way.
+    MissingMeasurement when the band would be wider than a factor of 2.5 either way.
     """
     alike = [
         other

@@ -195,6 +195,8 @@ class RuntimeTable(Strict):
     @property
     def probe_command(self) -> str:
         """The command that records this table."""
+        if self.weights == "random":
+            return f"stree-tune probe --gpu {self.gpu} --shapes {self.target.name},{self.draft.name}"
         return probe_command(self.gpu, self.target.name, self.draft.name)
 
 

@@ -17,9 +17,9 @@ Key = TypeVar("Key", bound=Hashable)
 WALL_MS, FEWEST_WALL_CALLS = 15.0, 4
 """How long, and of how many calls, a measurement by wall time is at least on a GPU."""
 
-WALL_CYCLE = 17
-"""A slot that emits one token a step stores its state every 17 steps: fast steps are timed for a
-whole cycle, so that their mean is what is timed."""
+WALL_CYCLE, LONGEST_CYCLE_MS = 17, 100.0
+"""A slot that emits one token a step stores its state every 17 steps: steps are timed for whole
+cycles, so that their mean is what is timed, unless a cycle takes too long."""
 
 _DEVICE_MS, _MOST_DEVICE_CALLS = 2.0, 20
 _SETTLED_MS, _SLOW_CALL_MS = 1.0, 3.0
@@ -122,9 +122,9 @@ class _Rounds(Generic[Key]):
         ms = max(1e-3, self._measure(work, 2 if self._in_a_row else 1))
         if not self._in_a_row:
             return max(1, min(_MOST_DEVICE_CALLS, round(_DEVICE_MS / ms)))
-        if ms * WALL_CYCLE > WALL_MS:
-            return max(FEWEST_WALL_CALLS, min(WALL_CYCLE, round(2 * WALL_MS / ms)))
-        return WALL_CYCLE * round(WALL_MS / (ms * WALL_CYCLE))
+        if ms * WALL_CYCLE > LONGEST_CYCLE_MS:
+            return max(FEWEST_WALL_CALLS, round(2 * WALL_MS / ms))
+        return WALL_CYCLE * max(1, round(WALL_MS / (ms * WALL_CYCLE)))
 
     def _time(self, name: Key) -> float:
         work, calls = self._candidates[name], self._calls[name]
