@@ -230,7 +230,7 @@ def test_text_of_a_profile_is_no_markup() -> None:
 
 def test_headlines() -> None:
     assert Verdicts.of(shipped(ESTIMATED)).headline == (
-        "Speculate with a tree at batch size 64, not otherwise."
+        "Speculate with a tree at batch sizes 32 and 64, not otherwise."
     )
     assert Verdicts.of(shipped(BORROWED)).headline == (
         "Speculate with a tree at batch sizes 1, 2, 4, 8, 16 and 32, not otherwise."

@@ -195,9 +195,10 @@ class RuntimeTable(Strict):
     @property
     def probe_command(self) -> str:
         """The command that records this table."""
+        target, draft = self.target.name, self.draft.name
         if self.weights == "random":
-            return f"stree-tune probe --gpu {self.gpu} --shapes {self.target.name},{self.draft.name}"
-        return probe_command(self.gpu, self.target.name, self.draft.name)
+            return f"stree-tune probe --gpu {self.gpu} --shapes {target},{draft}"
+        return probe_command(self.gpu, target, draft)
 
 
 def rule_key(sampling: Sampling) -> RuleKey:
