@@ -19,11 +19,12 @@ from pathlib import Path
 import torch
 from report import RESULTS, Row, header, print_table, save, table
 from timing import copy_bandwidth
-from traced_pair import SHAPES, TRACE, accepting, numbered_prompt, open_named
+from traced_pair import SHAPES, TRACE, open_named, traced_config
 
 from stree_autotune.live import open_prompts
 from stree_autotune.stepper import occupy
 from stree_autotune.trace_file import Trace
+from stree_autotune.trace_rule import prompt_for
 from stree_core.decode import Run, generate
 from stree_core.engine import Engine, EngineConfig
 from stree_core.pair import Pair
@@ -112,7 +113,7 @@ def measure(
 
 def prompts_of(pair: Pair, trace: Trace | None, count: int) -> list[list[int]]:
     if trace is not None:
-        return [numbered_prompt(7 * index % trace.num_prompts) for index in range(count)]
+        return [prompt_for(7 * index % trace.num_prompts) for index in range(count)]
     texts = open_prompts("demo")
     return pair.encode([texts[index % len(texts)] for index in range(count)])
 
@@ -123,9 +124,10 @@ def decode(
 ) -> tuple[Run, float, float, float]:  # fmt: skip
     """Return a run, wall ms and device ms of a step, and ms of a forward pass of as many rows."""
     support = SamplingSupport("mss" if temperature else "greedy")
+    config = EngineConfig(batch, CONTEXT, sampling=support)
     if trace is not None:
-        support = accepting(trace, batch)
-    engine = Engine(pair.target, pair.draft, tree, EngineConfig(batch, CONTEXT, sampling=support))
+        config = traced_config(pair, trace, batch, CONTEXT)
+    engine = Engine(pair.target, pair.draft, tree, config)
     each = [SamplingParams(temperature, seed=index) for index in range(len(prompts))]
     stop = StopRule(NEW_TOKENS, () if trace is not None else pair.target.shape.eos_token_ids)
     generate(engine, prompts[:batch], dataclasses.replace(stop, max_new_tokens=16))

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from prediction_figure import draw
 from report import RESULTS, Row, header, markdown, read, save, table
-from traced_pair import DEMO, SHAPES, accepting, numbered_prompt, open_named
+from traced_pair import DEMO, SHAPES, open_named, traced_config
 
 from stree_autotune.library import Library
 from stree_autotune.live import open_prompts
@@ -38,12 +38,12 @@ from stree_autotune.live_speed import LiveSpeed, live_speed
 from stree_autotune.runtime_table import load_runtime_table
 from stree_autotune.step_cost import StepCost
 from stree_autotune.trace_file import Trace, load_trace
+from stree_autotune.trace_rule import prompt_for
 from stree_autotune.trace_walk import walk
 from stree_core.decode import generate
 from stree_core.engine import Engine, EngineConfig
 from stree_core.errors import MissingMeasurement
 from stree_core.pair import Pair, device_name, short_gpu_name
-from stree_core.rules import GREEDY
 from stree_core.session import Request
 from stree_core.stop import StopRule
 from stree_core.tree import Tree
@@ -171,8 +171,10 @@ def measure(case: Case, batch: int, options: argparse.Namespace) -> list[Row]:
     chosen = chosen_prompts(case, batch, options.prompts)
     requests = requests_of(case, chosen)
     trees = modes(case.trace, options.sizes)
-    support = GREEDY if case.accepts_by_itself else accepting(case.trace, batch)
-    config = EngineConfig(batch, case.context, sampling=support)
+    config = EngineConfig(batch, case.context)
+    if not case.accepts_by_itself:
+        # One script for all engines: they decode in turns.
+        config = traced_config(case.pair, case.trace, batch, case.context)
     engines = {
         mode: Engine(case.pair.target, case.pair.draft, tree, config)
         for mode, tree in trees.items()
@@ -198,7 +200,7 @@ def chosen_prompts(case: Case, batch: int, num_demo_prompts: int) -> list[int]:
 
 def typical_context(pair: Pair, trace: Trace, accepts_by_itself: bool) -> int:
     """Return twice the tokens that a slot has committed on average: slots are half full."""
-    prompts = [numbered_prompt(0)]
+    prompts = [prompt_for(0)]
     if accepts_by_itself:
         prompts = pair.encode(open_prompts("demo"))
     mean = statistics.fmean(map(len, prompts))
@@ -214,7 +216,7 @@ def requests_of(case: Case, chosen: Sequence[int]) -> list[Request]:
         return [Request(prompt, stop) for prompt in prompts]
     lengths = np.diff(case.trace.offsets).tolist()
     # The first token is none of the trace's positions.
-    return [Request(numbered_prompt(index), StopRule(lengths[index] + 1)) for index in chosen]
+    return [Request(prompt_for(index), StopRule(lengths[index] + 1)) for index in chosen]
 
 
 def make_row(

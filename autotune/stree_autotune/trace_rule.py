@@ -20,22 +20,29 @@ from torch import Tensor
 from stree_autotune.trace_file import Trace
 from stree_core.backend import Backend
 from stree_core.rules import GreedyRule, Rule
+from stree_core.sampling import SamplingParams
 from stree_core.tree_plan import DraftLevel, TreePlan
 
 
 class TraceScript:
     """A trace on the device and each slot's position in it, shared by the rules of an engine.
 
-    `room` is how many positions a slot may go on from where `restart` has put it.
+    A request begins at the prompt of the trace that its own prompt names (`prompt_for`), `restart`
+    puts all slots anywhere; `room` is how many positions a slot may go on from there.
     """
 
     def __init__(self, trace: Trace, num_slots: int, room: int, device: torch.device) -> None:
         ranks = np.minimum(trace.ranks.astype(np.int64), trace.meta.num_children)
         self._num_positions = len(ranks)
+        self._first_positions = trace.offsets.tolist()
         padded = np.resize(ranks, len(ranks) + room + 1)
         self.tokens_N = torch.from_numpy(padded).to(device)
         self.position_B = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self._rng = np.random.default_rng(0)
+
+    def start(self, slot: int, prompt: Sequence[int]) -> None:
+        """Put a slot where the prompt of the trace begins that `prompt` names."""
+        self.position_B[slot] = self._first_positions[prompt[0] - 1]
 
     def restart(self) -> None:
         """Put every slot at a position drawn at random."""
@@ -45,6 +52,11 @@ class TraceScript:
     def rules(self, plans: Sequence[TreePlan], backend: Backend) -> list[Rule]:
         """Return the rules of some trees."""
         return [TraceRule(plan, backend, self) for plan in plans]
+
+
+def prompt_for(index: int) -> list[int]:
+    """Return a prompt of four tokens that stands for prompt number `index` of a trace."""
+    return [index + 1, 2, 3, 4]
 
 
 class TraceRule(GreedyRule):
@@ -57,6 +69,10 @@ class TraceRule(GreedyRule):
         ranks = torch.tensor(plan.tree.ranks, device=script.position_B.device)
         self._unused_TB = ranks[:, None].repeat(1, len(script.position_B))
         self._nodes_TB = self._unused_TB[1:].clone()
+
+    def start(self, slot: int, params: SamplingParams, prompt: Sequence[int]) -> None:
+        """Begin where the prompt says."""
+        self._script.start(slot, prompt)
 
     def draw(self, level: DraftLevel, logits_WBV: Tensor, tokens_TB: Tensor) -> None:
         """Fill in every node's rank, all of them with the first level."""
