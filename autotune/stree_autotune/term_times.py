@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
+from stree_autotune.curve import Curve, make_curve, without_rows
 from stree_autotune.model_cost import MAX_KEPT
 from stree_autotune.remainder import Remainder, WholeStep, fit_remainder
 from stree_autotune.rule_times import RuleTimes
-from stree_autotune.runtime_table import OFF, NoRoom, Point, RuleKey, RuntimeTable, Step, Term
-from stree_autotune.tree_shape import FEWEST_ROWS, TreeShape, shape_of
+from stree_autotune.runtime_table import OFF, RuleKey, RuntimeTable, Step, Term
+from stree_autotune.tree_shape import TreeShape, shape_of
 from stree_core.errors import MissingMeasurement
 
 PER_TOKENS = 1024
@@ -54,36 +55,6 @@ class Load(NamedTuple):
         """
         rate = self.tokens_per_step
         return min(1.0, rate / (MAX_KEPT + (1 + rate) / 2))
-
-
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """Times (ms) of one term for every size from `first` on; what is not covered raises."""
-
-    term: str
-    batch_size: int
-    first: int
-    ms: tuple[float, ...]
-    remedy: str
-
-    def at(self, size: int) -> float:
-        """Return the time at `size`; raise MissingMeasurement outside the measured sizes."""
-        index = size - self.first
-        if not 0 <= index < len(self.ms):
-            raise self._missing(size)
-        return self.ms[index]
-
-    def _missing(self, size: int) -> MissingMeasurement:
-        last = self.first + len(self.ms) - 1
-        covered = f"sizes {self.first} to {last}" if self.ms else "no size"
-        # a level of w nodes with children needs a tree of at least 2 w nodes
-        max_nodes = 2 * size if self.term == "draft" else size - 1
-        more = f" --max-nodes {max_nodes}`" if self.ms and size > last else "`"
-        remedy = self.remedy if not self.remedy.endswith("`") else self.remedy[:-1] + more
-        return MissingMeasurement(
-            f"{self.term} at batch size {self.batch_size} is measured for {covered}, got size "
-            f"{size}; {remedy}"
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,9 +195,9 @@ def _at_batch_size(table: RuntimeTable, batch_size: int, rules: RuleTimes) -> Te
     no_room = [row for row in table.no_room if row.batch_size == batch_size]
     command = table.probe_command
     terms: tuple[Term, ...] = Term.__args__  # type: ignore[attr-defined]
-    rows = _curve("draft_rows", batch_size, points, no_room, command)
-    points = [_without_rows(point, rows) for point in points]
-    curves = {term: _curve(term, batch_size, points, no_room, command) for term in terms}
+    rows = make_curve("draft_rows", batch_size, points, no_room, command)
+    points = [without_rows(point, rows) for point in points]
+    curves = {term: make_curve(term, batch_size, points, no_room, command) for term in terms}
     steps = [step for step in table.steps if step.batch_size == batch_size]
     off: dict[RuleKey, float] = {step.rule: step.ms for step in steps if step.tree == OFF}
     for sampled, same in (("mss", "naive"), ("naive_truncated", "mss_truncated")):
@@ -244,17 +215,6 @@ def _at_batch_size(table: RuntimeTable, batch_size: int, rules: RuleTimes) -> Te
     if "mss_truncated" in remainders:
         remainders.setdefault("naive_truncated", remainders["mss_truncated"])
     return replace(bare, remainders=remainders)
-
-
-def _without_rows(point: Point, rows: Curve) -> Point:
-    """Return what a draft pass takes without rows before it; another point as it is.
-
-    It was timed right below the root.
-    """
-    if point.term != "draft" or not rows.ms:
-        return point
-    last = rows.first + len(rows.ms) - 1
-    return point._replace(ms=point.ms - rows.at(min(FEWEST_ROWS + point.size, last)))
 
 
 def _fitted(steps: Sequence[WholeStep], times: TermTimes, greedy: Remainder | None) -> Remainder:
@@ -284,22 +244,3 @@ def floors_of(times: TermTimes) -> tuple[float, float, float]:
     """
     draft = times.curves["draft"].ms
     return -times.curves["draft_root"].at(1), -draft[0] if draft else 0.0, 0.0
-
-
-def _curve(
-    term: Term, batch_size: int, points: Iterable[Point], no_room: Iterable[NoRoom], command: str
-) -> Curve:
-    """Make measured times monotone in size, straight between neighbouring measured sizes only."""
-    # most commands never predict, and scipy.optimize takes most of a second to import
-    from scipy.optimize import isotonic_regression
-
-    mine = sorted((point.size, point.ms) for point in points if point.term == term)
-    remedy = f"record it with `{command}`"
-    if any(row.name == term for row in no_room):
-        remedy = "larger sizes did not fit into the GPU's memory when it was probed"
-    if not mine:
-        return Curve(term, batch_size, 1, (), remedy)
-    sizes, times = zip(*mine, strict=True)
-    rising = isotonic_regression(times).x
-    dense = np.interp(np.arange(sizes[0], sizes[-1] + 1), sizes, rising)
-    return Curve(term, batch_size, sizes[0], tuple(dense.tolist()), remedy)
