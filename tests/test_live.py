@@ -72,6 +72,14 @@ def test_from_measurement_to_text(run: Runner) -> None:
     longer = load_runtime_table(Path("stree-data/runtime/cpu--tiny-target--tiny-draft.yaml"))
     assert longer.batch_sizes == (1, 2)
     assert longer.points[: len(table.points)] == table.points, "measured rows are kept"
+    path = Path("stree-data/runtime/cpu--tiny-target--tiny-draft.yaml")
+    whole = path.read_text()
+    path.write_text(whole.replace("held_bytes", "hold_bytes"))
+    code, _, err = run("probe", *PAIR, *more)
+    assert code == 2
+    assert "hold_bytes" in err
+    assert "--force" in err, "a table of another version does not stand in the way"
+    path.write_text(whole)
 
     record = ("trace", "--dataset", "toys", "--prompts", "prompts.jsonl", *PAIR)
     code, out, _ = run(*record, "--max-new-tokens", "30", "--json")

@@ -98,7 +98,10 @@ def _known_table(
     """
     if force or not path.exists():
         return None
-    known = load_runtime_table(path)
+    try:
+        known = load_runtime_table(path)
+    except ConfigError as err:
+        raise ConfigError(f"{err}, or pass --force to measure all of it again") from err
     missing = missing_stages(config, has_attention(pair), known)
     if not extends(known, pair, config) or not missing:
         raise ConfigError(f"{path} exists already; pass --force to measure all of it again")
