@@ -79,7 +79,8 @@ def live_speed(
                 if update.generation is not None:
                     generations[places[update.request_id]] = _served(update.generation)
                 if update.request_id == eldest:
-                    num_tokens += math.inf if update.generation else len(update.tokens)
+                    has_ended = update.generation is not None
+                    num_tokens += math.inf if has_ended else len(update.tokens)
             ended = clock()
             # From end to end: what the host does between two calls hides behind the device's work.
             # A call in which a request joins waits for the steps before, and brings none itself.

@@ -55,17 +55,20 @@ def _point(key: Key, timings: dict[tuple[str, int], Timing], context: int) -> Po
     """Turn one or two timings into a point; what one costs more than the other is at least 0."""
     term, batch_size, size = key
     found = timings[term, size]
-    if term == "draft_rows":
-        more = max(0.0, found.ms - timings[term, FEWEST_ROWS + 1].ms)
-        return Point(term, batch_size, size, more, found.spread_ms)
-    if (f"{term} without", size) in timings:
-        without = timings[f"{term} without", size]
-        more = max(0.0, found.ms - without.ms)
+    if _without(term, size) in timings:
+        more = max(0.0, found.ms - timings[_without(term, size)].ms)
         if term == "context":
             few, many = _contexts(context, size)
             more *= PER_TOKENS / (many - few)
         return Point(term, batch_size, size, more, found.spread_ms)
     return Point(term, batch_size, size, found.ms, found.spread_ms)
+
+
+def _without(term: str, size: int) -> tuple[str, int]:
+    """Return the name of the pass that a term is more than: for draft_rows that of fewest rows."""
+    if term == "draft_rows":
+        return term, FEWEST_ROWS + 1
+    return f"{term} without", size
 
 
 class _Passes:
@@ -87,11 +90,7 @@ class _Passes:
 
     def prepare(self, keys: Sequence[Key]) -> None:
         """Capture all passes, smallest first; what does not fit is noted in `missing`."""
-        asked = {(term, size) for term, _, size in keys}
-        if any(term == "draft_rows" for term, _ in asked):
-            # What the others are compared with, whether or not it is asked for.
-            asked.add(("draft_rows", FEWEST_ROWS + 1))
-        passes = sorted(asked, key=lambda each: (each[1], each[0]))
+        passes = sorted(((term, size) for term, _, size in keys), key=lambda each: each[1])
         while passes and self._shared is None:
             try:
                 self._shared = self._speculator([_covering(passes), *_chains(passes)])
@@ -118,21 +117,21 @@ class _Passes:
             draft = partial(level.draft_level, level.plan.levels[1])
             self._add(term, size, draft, middle, _FEW_KEPT)
         elif term == "draft_rows":
-            chain = self._rebound(Tree.chain(size - 1))
-            last = partial(chain.draft_level, chain.plan.levels[-1])
-            self._add(term, size, last, middle, _FEW_KEPT)
+            for rows in (FEWEST_ROWS + 1, size):
+                if (term, rows) not in self.works:
+                    self._add(term, rows, self._last_level(rows), middle, _FEW_KEPT)
         elif term == "context":
             verify = self._rebound(_verified(size)).verify
             few, many = _contexts(self._setting.context, size)
             self._add(term, size, verify, many, _FEW_KEPT)
-            self._add(f"{term} without", size, verify, few, _FEW_KEPT)
+            self._add(*_without(term, size), verify, few, _FEW_KEPT)
         else:
             of_target = term == "target_store"
             assert self._shared is not None
             tokens = min(_STORE_SIZE, self._shared.plan.tree.num_tokens)
             work = self._rebound(_verified(tokens)).verify if of_target else self._root()
             self._add(term, size, work, middle, MAX_KEPT)
-            self._add(f"{term} without", size, work, middle, _FEW_KEPT)
+            self._add(*_without(term, size), work, middle, _FEW_KEPT)
 
     def _add(
         self, name: str, size: int, work: Callable[[], object], tokens: int, kept: int
@@ -156,6 +155,11 @@ class _Passes:
     def _root(self) -> Callable[[], object]:
         root = self._rebound(Tree.chain(1))
         return partial(root.draft_level, root.plan.levels[0])
+
+    def _last_level(self, num_rows: int) -> Callable[[], object]:
+        """Return a draft pass of one node that is the last of `num_rows` rows."""
+        chain = self._rebound(Tree.chain(num_rows - 1))
+        return partial(chain.draft_level, chain.plan.levels[-1])
 
     def _speculator(self, trees: Sequence[Tree]) -> Speculator:
         """Return a speculator for the first tree, whose caches serve all of them."""

@@ -61,9 +61,7 @@ class SteadyEngine(Engine):
         self, target: Model, draft: Model | None, trees: Sequence[Tree], config: EngineConfig
     ) -> None:
         super().__init__(target, draft, trees, config)
-        self._attends = target.shape.has_attention or (
-            draft is not None and draft.shape.has_attention
-        )
+        self._attends = any(model.shape.has_attention for model in self._models())
         # Two steps more may be under way when it goes back.
         room = config.num_positions // 2 - 2 * (self.depth + 1)
         self._reach = min(_REACH, max(0, room))

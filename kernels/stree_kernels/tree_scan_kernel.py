@@ -125,7 +125,7 @@ def tree_scan_kernel(
     HEAD_DIM: tl.constexpr, STATE_DIM: tl.constexpr, BLOCK_P: tl.constexpr, COMMIT: tl.constexpr,
     PDL: tl.constexpr, BLOCK_T: tl.constexpr, ONE_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Commit accepted rows and score rows `first` to `num_rows` - 1; arguments as in `tree_scan`."""
+    """Commit accepted rows and score rows from `first` on; arguments as in `tree_scan`."""
     release_next(PDL)
     head = tl.program_id(1).to(tl.int64)
     sequence = tl.program_id(2).to(tl.int64)
