@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from strategies import trees
 from synthetic_data import TREES, make_table, step_ms
@@ -18,6 +19,7 @@ from stree_autotune.term_times import Load
 from stree_autotune.tree_shape import shape_of
 from stree_core.errors import MissingMeasurement
 from stree_core.tree import DEFAULT_TREE, Tree
+from stree_core.tree_plan import make_plan
 
 COST = StepCost.from_table(make_table())
 RAGGED = Tree.from_paths([[0], [1], [2], [0, 0], [0, 1], [2, 0], [0, 0, 0], [0, 0, 0, 0]])
@@ -59,6 +61,15 @@ def with_rows() -> RuntimeTable:
 
 
 WITH_ROWS = StepCost.from_table(with_rows())
+
+
+@given(tree=trees(max_nodes=40, min_nodes=1))
+@settings(max_examples=100, deadline=None)
+def test_rows_and_widths_are_those_of_the_draft_passes(tree: Tree) -> None:
+    levels = make_plan(tree, frozenset(), frozenset(), torch.device("cpu")).levels[1:]
+    shape = shape_of(tree)
+    assert shape.widths == tuple(len(level.nodes) for level in levels)
+    assert shape.rows == tuple(level.first + len(level.nodes) for level in levels)
 
 
 @pytest.mark.parametrize("tree", [*TREES.values(), RAGGED, Tree.chain(40)], ids=repr)
