@@ -41,7 +41,7 @@ from stree_autotune.trace_file import Trace, load_trace
 from stree_autotune.trace_rule import prompt_for
 from stree_autotune.trace_walk import walk
 from stree_core.decode import generate
-from stree_core.engine import Engine, EngineConfig
+from stree_core.engine import Engine, EngineConfig, needed_positions
 from stree_core.errors import MissingMeasurement
 from stree_core.pair import Pair, device_name, short_gpu_name
 from stree_core.session import Request
@@ -69,7 +69,6 @@ class Case:
     trace: Trace
     accepts_by_itself: bool
     cost: StepCost
-    context: int
 
 
 def main() -> None:
@@ -135,11 +134,12 @@ def open_case(name: str, device: str, data: Sequence[Path]) -> tuple[Case, dict[
         "runtime_table": library.label(path),
         "runtime_date": runtime.measured.date,
         "runtime_gpu": runtime.gpu_name,
+        "runtime_context": runtime.context,
         "trace": f"{trace.meta.dataset} of {trace.meta.target.name}, {trace.meta.dtype}",
         "acceptance": "its own" if accepts_by_itself else "taken from the trace",
         "num_prompts": trace.num_prompts,
     }
-    return Case(name, pair, trace, accepts_by_itself, cost, runtime.context), source
+    return Case(name, pair, trace, accepts_by_itself, cost), source
 
 
 def modes(trace: Trace, sizes: Sequence[int]) -> dict[str, Tree]:
@@ -171,10 +171,14 @@ def measure(case: Case, batch: int, options: argparse.Namespace) -> list[Row]:
     chosen = chosen_prompts(case, batch, options.prompts)
     requests = requests_of(case, chosen)
     trees = modes(case.trace, options.sizes)
-    config = EngineConfig(batch, case.context)
+    room = max(
+        needed_positions(len(request.prompt), request.stop.max_new_tokens, list(trees.values()))
+        for request in requests
+    )
+    config = EngineConfig(batch, room)
     if not case.accepts_by_itself:
         # One script for all engines: they decode in turns.
-        config = traced_config(case.pair, case.trace, batch, case.context)
+        config = traced_config(case.pair, case.trace, batch, room)
     engines = {
         mode: Engine(case.pair.target, case.pair.draft, tree, config)
         for mode, tree in trees.items()

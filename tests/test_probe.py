@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from tiny_models import save_pair
 
+from stree_autotune import probe as probe_module
 from stree_autotune import probe_passes, probe_rules, probe_steps
 from stree_autotune.library import Library
 from stree_autotune.model_cost import MAX_KEPT, model_cost
@@ -64,6 +66,23 @@ def whole(pair: Pair) -> RuntimeTable:
             patch.setattr(module, "time_interleaved", invented)
         *_, table = probe(pair, CONFIG)
     return table
+
+
+def test_a_prompt_is_read_right_before_models_are_timed(
+    pair: Pair, clockless: Callable[[Invent], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[str] = []
+
+    def noted(works: Mapping[Any, Work], *_: object, **__: object) -> dict[Any, Timing]:
+        log.append("time")
+        return invented(works)
+
+    clockless(noted)
+    monkeypatch.setattr(probe_module, "prompt_reader", lambda model: lambda: log.append("read"))
+    for _ in probe(pair, replace(CONFIG, batch_sizes=(1,), sampled=False)):
+        log.append("stage")
+    rules, passes, steps = ["time", "stage"], ["read", "time", "stage"], ["read", "time"] * 2
+    assert log == ["read", *rules, *passes, *steps, "stage"]
 
 
 def test_every_term_is_measured(pair: Pair, whole: RuntimeTable) -> None:

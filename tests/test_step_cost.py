@@ -12,18 +12,18 @@ from strategies import trees
 from synthetic_data import TREES, make_table, step_ms
 
 from stree_autotune.model_cost import MAX_KEPT
-from stree_autotune.remainder import WholeStep, fit_remainder
+from stree_autotune.remainder import Coefficients, Remainder, WholeStep, fit_remainder
 from stree_autotune.runtime_table import NoRoom, Point, RuntimeTable, Step
 from stree_autotune.step_cost import StepCost
 from stree_autotune.term_times import Load
-from stree_autotune.tree_shape import shape_of
+from stree_autotune.tree_shape import TreeShape, shape_of
 from stree_core.errors import MissingMeasurement
 from stree_core.tree import DEFAULT_TREE, Tree
 from stree_core.tree_plan import make_plan
 
 COST = StepCost.from_table(make_table())
 RAGGED = Tree.from_paths([[0], [1], [2], [0, 0], [0, 1], [2, 0], [0, 0, 0], [0, 0, 0, 0]])
-NO_FLOORS = (-1e9, -1e9, 0.0)
+NO_FLOORS = Coefficients(-1e9, -1e9, 0.0, 0.0)
 
 
 def with_points(
@@ -252,19 +252,36 @@ def test_a_further_node_never_makes_a_step_cheaper(tree: Tree) -> None:
             assert cost.step_ms(8, larger) >= less - 1e-12
 
 
+def shape(depth: int, num_tokens: int, *branching: int) -> TreeShape:
+    """Return a shape as far as the remainder sees it."""
+    return TreeShape(num_tokens, depth, (), (), branching, depth, 1 + len(branching))
+
+
 def test_remainder_recovers_its_coefficients() -> None:
-    shapes = [(1, 2), (2, 3), (4, 5), (8, 9), (4, 13), (2, 17), (3, 33)]
-    steps = [WholeStep(d, t, 2.0, 2.0 + 0.3 - 0.04 * d + 0.002 * t) for d, t in shapes]
-    found = fit_remainder(steps, (-1.0, -0.5, 0.0))
-    assert found.constant_ms == pytest.approx(0.3)
-    assert found.per_level_ms == pytest.approx(-0.04)
-    assert found.per_token_ms == pytest.approx(0.002)
+    shapes = [
+        *(shape(1, 2), shape(2, 3), shape(4, 5), shape(8, 9), shape(4, 13, 1)),
+        *(shape(2, 17, 1, 2), shape(3, 33, 1), shape(5, 20, 3)),
+    ]
+    wanted = Coefficients(0.3, -0.04, 0.002, 0.05)
+    steps = [WholeStep(s, 2.0, 2.0 + Remainder(wanted, 0.0).ms(s)) for s in shapes]
+    assert steps[0].ms == pytest.approx(2.0 + 0.3 - 0.04 + 0.004)
+    assert steps[5].ms == pytest.approx(2.0 + 0.3 - 0.08 + 0.034 + 0.05)
+    found = fit_remainder(steps, Coefficients(-1.0, -0.5))
+    assert found.coefficients == pytest.approx(wanted)
     assert found.fit_error == pytest.approx(0.0, abs=1e-9)
 
 
+def test_remainder_takes_siblings_alone_where_they_tell() -> None:
+    steps = [WholeStep(shape(d, d + 1), 1.0, 1.2) for d in (1, 2, 4, 6)]
+    steps += [WholeStep(shape(d, t, 1), 1.0, 1.5) for d, t in ((1, 9), (2, 5), (3, 17))]
+    found = fit_remainder(steps, NO_FLOORS).coefficients
+    assert found == pytest.approx(Coefficients(0.2, branching=0.3))
+
+
 def test_remainder_never_undoes_more_than_a_pass() -> None:
-    steps = [WholeStep(d, 9, 1.0 + d, 1.0) for d in (1, 2, 3, 4)]
-    assert fit_remainder(steps, (-0.1, -0.25, 0.0)).per_level_ms >= -0.25
+    steps = [WholeStep(shape(d, 9), 1.0 + d, 1.0) for d in (1, 2, 3, 4)]
+    found = fit_remainder(steps, Coefficients(-0.1, -0.25)).coefficients
+    assert found.per_level == pytest.approx(-0.25)
 
 
 def test_leave_one_out_error_against_plain_least_squares() -> None:
@@ -272,7 +289,8 @@ def test_leave_one_out_error_against_plain_least_squares() -> None:
     depths = np.array([1, 2, 3, 4, 6, 8])
     times = 5 + 0.5 * depths + rng.normal(0, 0.05, size=6)
     steps = [
-        WholeStep(int(d), int(d) + 1, 4.0, float(t)) for d, t in zip(depths, times, strict=True)
+        WholeStep(shape(int(d), int(d) + 1), 4.0, float(t))
+        for d, t in zip(depths, times, strict=True)
     ]
     errors = {}
     for powers in ((0,), (0, 1)):
@@ -290,8 +308,8 @@ def test_leave_one_out_error_against_plain_least_squares() -> None:
 
 
 def test_two_steps_fit_a_constant_alone() -> None:
-    found = fit_remainder([WholeStep(1, 2, 1.0, 1.5), WholeStep(2, 3, 2.0, 2.5)], NO_FLOORS)
-    assert (found.constant_ms, found.per_level_ms) == (pytest.approx(0.5), 0.0)
+    steps = [WholeStep(shape(1, 2), 1.0, 1.5), WholeStep(shape(2, 3), 2.0, 2.5)]
+    assert fit_remainder(steps, NO_FLOORS).coefficients == pytest.approx(Coefficients(0.5))
 
 
 def test_draws_follow_the_spread_and_the_seed() -> None:

@@ -1,11 +1,12 @@
-"""How fast an engine decodes with all of its slots at work: what a profile predicts.
+"""How fast an engine decodes with its slots at work: what a profile predicts.
 
 Prompts are decoded in waves of as many as there are slots. Those of a wave join one after another,
 so that, as in a server, slots store their states in different steps. Steps are timed once all have
-joined, and prefill is not. A slot whose text has ended computes on, so the time of a step is that
-of a full batch until the wave's end, and tokens per step count the steps of slots that have not
-ended: tokens/s = slots * tokens per step / step time. A server's rate is lower by its prefill and
-by the share of slots that wait for a request.
+joined and while at most a quarter of the slots is idle; prefill is not. A slot whose text has ended
+computes on, but stores no state, so with more of them a step would be shorter than a server's.
+Tokens per step count the steps of slots that have not ended: tokens/s = slots * tokens per step /
+step time. A server's rate is lower by its prefill and by the share of slots that wait for a
+request.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from stree_core.engine import Engine
 from stree_core.errors import ConfigError
 from stree_core.session import Request, Session
 from stree_core.stop import Generation
+
+MOST_IDLE = 0.25
+"""Share of the slots that may be idle while a step is timed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +68,7 @@ def live_speed(
     session = Session(engine)
     places: list[int] = []
     generations: dict[int, Generation] = {}
-    seconds, num_calls = 0.0, 0
+    calls: list[tuple[int, float]] = []
     for first in range(0, len(requests), engine.config.num_slots):
         size = min(engine.config.num_slots, len(requests) - first)
         joining = deque(sorted(zip(phases(size), range(first, first + size), strict=True)))
@@ -72,6 +76,7 @@ def live_speed(
         started = clock()
         while joining or session.busy:
             num_before, num_places = session.num_steps, len(places)
+            num_ended = len(generations)
             while joining and joining[0][0] <= num_tokens:
                 places.append(joining.popleft()[1])
                 session.submit(requests[places[-1]])
@@ -85,15 +90,22 @@ def live_speed(
             # From end to end: what the host does between two calls hides behind the device's work.
             # A call in which a request joins waits for the steps before, and brings none itself.
             if session.num_steps > num_before and not joining and len(places) == num_places:
-                seconds += ended - started
-                num_calls += 1
+                idle = engine.config.num_slots - (num_places - num_ended)
+                calls.append((idle, ended - started))
             started = ended
         if progress is not None:
             progress(len(generations))
-    if not num_calls:
+    if not calls:
         raise ConfigError("texts must be longer to time steps, all ended at once; ask for more")
     ordered = tuple(generations[place] for place in sorted(generations))
-    return LiveSpeed(ordered, engine.config.num_slots, seconds, num_calls)
+    timed = _with_slots_at_work(calls, engine.config.num_slots)
+    return LiveSpeed(ordered, engine.config.num_slots, sum(timed), len(timed))
+
+
+def _with_slots_at_work(calls: Sequence[tuple[int, float]], num_slots: int) -> list[float]:
+    """Return the seconds of calls with few idle slots; of those with fewest where all had many."""
+    limit = max(min(calls)[0], int(MOST_IDLE * num_slots))
+    return [seconds for idle, seconds in calls if idle <= limit]
 
 
 def joined(parts: Sequence[LiveSpeed]) -> LiveSpeed:

@@ -13,7 +13,7 @@ import torch
 
 from stree_autotune.corrected_cost import LiveStep
 from stree_autotune.probe_steps import free
-from stree_autotune.stepper import SteadyEngine, Stepper, occupy
+from stree_autotune.stepper import SteadyEngine, Stepper, occupy, prompt_reader
 from stree_autotune.timing import Effort, Work, time_interleaved
 from stree_autotune.trace_file import Trace
 from stree_autotune.trace_rule import TraceScript
@@ -48,6 +48,7 @@ def measure_steps(
     works: dict[Tree, Work] = {}
     for group in [[tree] for tree in distinct] if apart else [distinct]:
         works |= _works(pair, trace, context, batch_size, group)
+    prompt_reader(pair.target)()
     timings = time_interleaved(works, pair.device, effort, wall=True)
     works.clear()
     free(pair.device)

@@ -13,8 +13,8 @@ from stree_autotune.probe import BUDGETS, rounded
 from stree_autotune.probe_plan import ProbeConfig, even_tree
 from stree_autotune.probe_steps import StepSetting, free, time_steps
 from stree_autotune.runtime_table import OFF
-from stree_autotune.stepper import occupy
-from stree_autotune.timing import Effort, Work, captured, time_interleaved
+from stree_autotune.stepper import occupy, prompt_reader
+from stree_autotune.timing import Work, captured, time_interleaved
 from stree_core.model import Model
 from stree_core.rules import GreedyRule
 from stree_core.step import make_speculators
@@ -41,17 +41,18 @@ def probe_model(
     model: Model, config: ProbeConfig, progress: Callable[[str], None]
 ) -> Iterator[list[PassTime]]:
     """Time forward passes with LM head and argmax, batch size by batch size, and whole steps."""
-    effort = BUDGETS[config.effort].effort
+    effort, settle = BUDGETS[config.effort].effort, prompt_reader(model)
     for batch_size in config.batch_sizes:
-        rows = _passes(model, config, batch_size, effort)
-        setting = StepSetting(batch_size, config.context, effort, math.inf)
+        setting = StepSetting(batch_size, config.context, effort, math.inf, settle)
+        rows = _passes(model, config, setting)
         (step,) = time_steps(model, None, {OFF: Tree.chain(0)}, "greedy", setting).steps
         progress(f"batch size {batch_size}: one token {step.ms:.3f} ms")
         step_ms = rounded(step.ms)
         yield [row._replace(step_ms=step_ms) if row.num_tokens == 1 else row for row in rows]
 
 
-def _passes(model: Model, config: ProbeConfig, batch_size: int, effort: Effort) -> list[PassTime]:
+def _passes(model: Model, config: ProbeConfig, setting: StepSetting) -> list[PassTime]:
+    batch_size = setting.batch_size
     largest = config.max_nodes + 1
     sizes = sorted({size for size in PASS_SIZES if size <= largest})
     device = model.device
@@ -68,7 +69,8 @@ def _passes(model: Model, config: ProbeConfig, batch_size: int, effort: Effort) 
         for size, plan in plans.items():
             bound = dataclasses.replace(shared, plan=plan, rule=GreedyRule(plan, model.backend))
             candidates[size] = captured(bound.verify, device, pool)
-        timings = time_interleaved(candidates, device, effort)
+        setting.settle()
+        timings = time_interleaved(candidates, device, setting.effort)
     free(device)
     return [
         PassTime(batch_size, size, rounded(timing.ms), rounded(timing.spread_ms), None)

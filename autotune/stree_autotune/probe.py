@@ -27,6 +27,7 @@ from stree_autotune.runtime_table import (
     Step,
     TableMeasured,
 )
+from stree_autotune.stepper import prompt_reader
 from stree_autotune.timing import Effort
 from stree_core.errors import BackendUnavailable
 from stree_core.pair import Pair, device_name
@@ -78,10 +79,13 @@ def probe(
             [*known.points], [*known.rules], [*known.steps], [*known.no_room], {**known.trees}
         )
     stages = missing_stages(config, has_attention(pair), known)
+    settle = prompt_reader(pair.target)
+    # Takes its memory before anything is measured to fit.
+    settle()
     start, before = time.perf_counter(), _state(pair)
     for number, stage in enumerate(stages):
         until = _until(stages[number:], start + budget.seconds)
-        setting = StepSetting(stage.batch_size, config.context, budget.effort, until)
+        setting = StepSetting(stage.batch_size, config.context, budget.effort, until, settle)
         try:
             _measure(pair, config, stage, setting, found)
         except RuntimeError as err:

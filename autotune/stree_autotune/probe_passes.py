@@ -38,6 +38,7 @@ def time_passes(
     with torch.inference_mode():
         try:
             passes.prepare(keys)
+            setting.settle()
             timings = time_interleaved(
                 passes.works, pair.device, setting.effort, until=setting.until
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -34,12 +34,13 @@ class StepTimes(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepSetting:
-    """Slots, positions of each, how long to measure."""
+    """Slots, positions of each, how long to measure, and what runs right before it."""
 
     batch_size: int
     context: int
     effort: Effort
     until: float
+    settle: Callable[[], None]
 
 
 def time_steps(
@@ -89,6 +90,7 @@ def _time_group(
     works: dict[str, Work] = {
         tree: partial(stepper.step, which) for which, tree in enumerate(trees)
     }
+    setting.settle()
     timings = time_interleaved(works, target.device, setting.effort, wall=True, until=setting.until)
     host_ms = stepper.host_ms() if target.device.type == "cuda" else 0.0
     rows = [

@@ -11,7 +11,7 @@ import numpy as np
 
 from stree_autotune.curve import Curve, make_curve, without_rows
 from stree_autotune.model_cost import MAX_KEPT
-from stree_autotune.remainder import Remainder, WholeStep, fit_remainder
+from stree_autotune.remainder import Coefficients, Remainder, WholeStep, fit_remainder
 from stree_autotune.rule_times import RuleTimes
 from stree_autotune.runtime_table import OFF, RuleKey, RuntimeTable, Step, Term
 from stree_autotune.tree_shape import TreeShape, shape_of
@@ -102,8 +102,7 @@ class TermTimes:
         It is never shorter than what the host works for a step.
         """
         remainder = self.fitted(load.rule)
-        total = self.sum_ms(shape, load, factors)
-        total += remainder.ms(shape.depth, shape.num_tokens)
+        total = self.sum_ms(shape, load, factors) + remainder.ms(shape)
         return max(total * math.exp(steps_off * remainder.fit_error), self.host_ms)
 
     @property
@@ -186,7 +185,7 @@ def whole_steps(
         except MissingMeasurement:
             # A pass did not fit into memory, or the probe was stopped.
             continue
-        found.append((step, WholeStep(shape.depth, shape.num_tokens, sum_ms, step.ms)))
+        found.append((step, WholeStep(shape, sum_ms, step.ms)))
     return found
 
 
@@ -222,25 +221,16 @@ def _fitted(steps: Sequence[WholeStep], times: TermTimes, greedy: Remainder | No
     floors = floors_of(times)
     if greedy is None:
         return fit_remainder(steps, floors)
-    known = [
-        replace(row, sum_ms=row.sum_ms + greedy.ms(row.depth, row.num_tokens)) for row in steps
-    ]
-    mine = (greedy.constant_ms, greedy.per_level_ms, greedy.per_token_ms)
-    lower = tuple(floor - own for floor, own in zip(floors, mine, strict=True))
-    more = fit_remainder(known, (lower[0], lower[1], lower[2]))
-    return Remainder(
-        greedy.constant_ms + more.constant_ms,
-        greedy.per_level_ms + more.per_level_ms,
-        greedy.per_token_ms + more.per_token_ms,
-        more.fit_error,
-    )
+    known = [replace(row, sum_ms=row.sum_ms + greedy.ms(row.shape)) for row in steps]
+    more = fit_remainder(known, floors.minus(greedy.coefficients))
+    return Remainder(greedy.coefficients.plus(more.coefficients), more.fit_error)
 
 
-def floors_of(times: TermTimes) -> tuple[float, float, float]:
+def floors_of(times: TermTimes) -> Coefficients:
     """Return how far each coefficient of the remainder may go below zero.
 
     A level costs at least nothing with its draft pass, the constant at most undoes the draft's root
-    pass, and further tokens never pay.
+    pass, and further tokens and siblings never pay.
     """
     draft = times.curves["draft"].ms
-    return -times.curves["draft_root"].at(1), -draft[0] if draft else 0.0, 0.0
+    return Coefficients(-times.curves["draft_root"].at(1), -draft[0] if draft else 0.0)

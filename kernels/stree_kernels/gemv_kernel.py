@@ -132,14 +132,14 @@ def gemv_kernel(
 def launch_gemv(
     config: GemvConfig, rows: UnscaledRows, weight: Tensor, out: Tensor,
     *, activation: Activation | None = None, residual: Residual | None = None,
-) -> None:  # fmt: skip
-    """Run the kernel on one row; `out` is the stream of a residual."""
+) -> object:  # fmt: skip
+    """Run the kernel on one row and return it; `out` is the stream of a residual."""
     values, sums, num_groups, eps = rows
     num_sums = 0 if sums is None else sums.shape[1]
     out_values, out_sums, per_sum = residual_buffers(residual)
     assert len(values) == 1
     assert config.block_n % per_sum == 0
-    gemv_kernel[(triton.cdiv(len(weight), config.block_n),)](
+    return gemv_kernel[(triton.cdiv(len(weight), config.block_n),)](
         values, sums, weight, out, out_values, out_sums, out.shape[1], eps,
         INNER=values.shape[1], GROUPS=num_groups if num_sums else 1, SUMS=num_sums,
         GATED=activation in GATED, ACTIVATION=activation, PER_SUM=per_sum, BLOCK_N=config.block_n,

@@ -16,6 +16,7 @@ from stree_kernels.laws import GATED, Activation
 from stree_kernels.linear_kernel import LinearConfig, launch_linear
 from stree_kernels.residual import activate, add_residual, scale_rows
 from stree_kernels.rows import FLOATS, require_dtypes, require_packed
+from stree_kernels.shared_memory import prefer_cache
 from stree_kernels.unscaled import Residual, UnscaledRows, check_residual, check_rows
 
 GROUP_MULTIPLE = 32
@@ -24,7 +25,8 @@ MAX_COLUMNS = 8192
 MAX_WEIGHT_ROWS = 16384
 """The largest weight that the tensor cores' kernel takes: beyond it cuBLAS is as fast."""
 NARROW = 2048
-"""A weight of fewer columns ends so soon that our kernel's early start tells with more rows too."""
+"""A weight of fewer columns ends so soon that our kernel's early start tells with more rows too,
+and that more cache for its loads does not pay for taking it from the neighbours."""
 
 # Never autotuned: the order of additions, and with it the tokens, depends on the config. Chosen
 # from times on an H200 (docs/kernels.md).
@@ -121,9 +123,11 @@ def launch(
 ) -> None:  # fmt: skip
     """Run the kernel that `config` is of; `out` is the stream of a residual."""
     if isinstance(config, GemvConfig):
-        launch_gemv(config, rows, weight, out, activation=activation, residual=residual)
+        kernel = launch_gemv(config, rows, weight, out, activation=activation, residual=residual)
     else:
-        launch_linear(config, rows, weight, out, activation=activation, residual=residual)
+        kernel = launch_linear(config, rows, weight, out, activation=activation, residual=residual)
+    if weight.shape[1] >= NARROW:
+        prefer_cache(kernel, weight.device)
 
 
 def _scaled(rows: UnscaledRows) -> UnscaledRows:

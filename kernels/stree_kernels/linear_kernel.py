@@ -204,8 +204,8 @@ def linear_kernel(
 def launch_linear(
     config: LinearConfig, rows: UnscaledRows, weight: Tensor, out: Tensor,
     *, activation: Activation | None = None, residual: Residual | None = None,
-) -> None:  # fmt: skip
-    """Run the kernel on at most 16 rows; `out` is the stream of a residual."""
+) -> object:  # fmt: skip
+    """Run the kernel on at most 16 rows and return it; `out` is the stream of a residual."""
     values, sums, num_groups, eps = rows
     num_rows, num_inner = values.shape
     num_sums = 0 if sums is None else sums.shape[1]
@@ -214,7 +214,7 @@ def launch_linear(
     block_q = max(1, SUMS_PER_THREAD * config.num_warps * 32 // block_m)
     out_values, out_sums, per_sum = residual_buffers(residual)
     assert config.block_n % per_sum == 0
-    linear_kernel[(triton.cdiv(len(weight), config.block_n),)](
+    return linear_kernel[(triton.cdiv(len(weight), config.block_n),)](
         values, sums, weight, out, out_values, out_sums,
         num_rows, out.shape[1], eps, out.stride(0),
         INNER=num_inner, GROUPS=num_groups if num_sums else 1, SUMS=num_sums,

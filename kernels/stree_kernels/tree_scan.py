@@ -28,6 +28,7 @@ from stree_kernels.rows import (
     gate_width,
     strides,
 )
+from stree_kernels.shared_memory import prefer_shared
 from stree_kernels.token_scan import token_scan_kernel
 from stree_kernels.tree_scan_kernel import tree_scan_kernel
 
@@ -70,7 +71,7 @@ TOKEN_CONFIGS = (ScanConfig(1, 256, 1, 4, None), ScanConfig(1, 256, 1, 4, 128))
 # Triton 3.7 cannot lay out this kernel's product for the tensor cores of compute capability 10.0;
 # two warps do not take those.
 NEWEST_TOKEN_CONFIG = ScanConfig(1, 256, 1, 2, None)
-FEW_PROGRAMS = 400
+FEW_PROGRAMS, FEW_AT_ONCE = 400, 3
 """About three on each multiprocessor of an H200: fewer gain nothing from a fourth."""
 
 
@@ -109,10 +110,8 @@ def tree_scan(
     check_scan(state_BHPN, rows, c_BTGN, mask_RR, heads, out_BTHP, gate, past)
     check_cover(num_rows, rows.x_BRXP.shape[1], *mask_RR.shape)
     grid = (head_dim // block_p, num_heads, batch)
-    config = pick_config(
-        num_rows, state_dim, c_BTGN.dtype, grid[0] * num_heads * batch,
-        pdl.capability(state_BHPN.device),
-    )  # fmt: skip
+    num_programs, device = grid[0] * num_heads * batch, state_BHPN.device
+    config = pick_config(num_rows, state_dim, c_BTGN.dtype, num_programs, pdl.capability(device))
     z, sums = gate or (None, None)
     skip = heads.d_H if heads.d_H.ndim == 2 else heads.d_H[:, None].expand(-1, head_dim)
     pointers = (
@@ -127,18 +126,19 @@ def tree_scan(
         "HEADS_PER_B": num_heads // rows.b_BRGN.shape[2],
         "HEADS_PER_C": num_heads // c_BTGN.shape[2],
         "HEAD_DIM": head_dim, "STATE_DIM": state_dim, "BLOCK_P": block_p, "COMMIT": past.commit,
-        "num_warps": config.num_warps, "num_stages": 1, **launch_options(state_BHPN.device),
+        "num_warps": config.num_warps, "num_stages": 1, **launch_options(device),
     }  # fmt: skip
     if config.max_registers is not None:
         meta["maxnreg"] = config.max_registers
     if num_rows == 1:
-        token_scan_kernel[grid](*pointers, *limits, *steps, **meta)
-        return
-    steps += strides((c_BTGN, out_BTHP, z, sums), 1)
-    tree_scan_kernel[grid](
-        *pointers, mask_RR, *limits, first, num_rows, *steps, mask_RR.stride(0),
-        BLOCK_T=config.block_rows, ONE_TILE=num_rows <= config.block_rows, **meta,
-    )  # fmt: skip
+        kernel = token_scan_kernel[grid](*pointers, *limits, *steps, **meta)
+    else:
+        steps += strides((c_BTGN, out_BTHP, z, sums), 1)
+        kernel = tree_scan_kernel[grid](
+            *pointers, mask_RR, *limits, first, num_rows, *steps, mask_RR.stride(0),
+            BLOCK_T=config.block_rows, ONE_TILE=num_rows <= config.block_rows, **meta,
+        )  # fmt: skip
+    prefer_shared(kernel, device, None if num_programs > FEW_PROGRAMS else FEW_AT_ONCE)
 
 
 def _check(

@@ -1,0 +1,68 @@
+"""How a multiprocessor's memory is split between L1 cache and shared memory while a kernel runs.
+
+A kernel that says nothing runs with the split that it finds: its time then depends on what ran
+before it, another engine's kernels among them. One that streams a weight through registers wants
+cache, where its loads are under way; one that keeps tiles wants shared memory for all programs that
+a multiprocessor could run at once. Programs of neighbours overlap only where the split suits both.
+Source: CUDA driver API, CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+
+from stree_kernels.pdl import capability
+
+MEASURED_CAPABILITY = 90
+"""What is preferred is known from there alone; elsewhere the driver decides."""
+
+_PREFERRED_CARVEOUT = 9
+_REGISTERS, _RESERVED_BYTES = 1 << 16, 1024
+_preferred: dict[int, int] = {}
+
+
+def prefer_cache(kernel: Any, device: torch.device) -> None:
+    """Let later launches of a compiled kernel find as much cache as its own shared memory allows.
+
+    `kernel` is what a launch returned; nothing happens where kernels are interpreted.
+    """
+    if capability(device) == MEASURED_CAPABILITY:
+        _prefer(kernel.function, 0)
+
+
+def prefer_shared(kernel: Any, device: torch.device, most_programs: int | None = None) -> None:
+    """Let later launches find shared memory for as many programs as registers allow.
+
+    `most_programs` is how many a multiprocessor gets at most, where that is known to be fewer.
+    `kernel` is what a launch returned; nothing happens where kernels are interpreted.
+    """
+    if capability(device) != MEASURED_CAPABILITY:
+        return
+    threads = 32 * kernel.metadata.num_warps
+    programs = max(1, _REGISTERS // (max(1, kernel.n_regs) * threads))
+    needed = min(programs, most_programs or programs) * (kernel.metadata.shared + _RESERVED_BYTES)
+    _prefer(kernel.function, min(100, -(-100 * needed // _shared_bytes(device))))
+
+
+def _prefer(function: int, percent: int) -> None:
+    """Set the share of shared memory that a function prefers, unless it does already."""
+    if _preferred.get(function) == percent:
+        return
+    code = _driver().cuFuncSetAttribute(ctypes.c_void_p(function), _PREFERRED_CARVEOUT, percent)
+    if code:
+        raise RuntimeError(f"CUDA driver error {code} while preferring {percent} % shared memory")
+    _preferred[function] = percent
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+@functools.cache
+def _shared_bytes(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor)
