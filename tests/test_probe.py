@@ -85,12 +85,26 @@ def test_a_prompt_is_read_right_before_models_are_timed(
     assert log == ["read", *rules, *passes, *steps, "stage"]
 
 
+def test_a_longer_path_is_measured_by_the_token(
+    pair: Pair, clockless: Callable[[Invent], None]
+) -> None:
+    def by_path(works: Mapping[Any, Work], *_: object, **__: object) -> dict[Any, Timing]:
+        longer = {("target_path", 1): 0.6, ("draft_path", 1): 0.3}
+        return {name: Timing(1.0 + longer.get(name, 0.0), 0.0) for name in works}
+
+    clockless(by_path)
+    *_, table = probe(pair, replace(CONFIG, batch_sizes=(1,), sampled=False))
+    ms = {point.term: point.ms for point in table.points}
+    assert (ms["target_path"], ms["draft_path"]) == (pytest.approx(0.1), pytest.approx(0.05))
+
+
 def test_every_term_is_measured(pair: Pair, whole: RuntimeTable) -> None:
     assert not missing_stages(CONFIG, has_attention=True, known=whole)
     sizes = {point.size for point in whole.points if point[:2] == ("verify", 2)}
     assert {2, 3, 8, 9, 12, 13} <= sizes
     assert {p.term for p in whole.points} == {
-        "verify", "draft", "draft_rows", "draft_root", "target_store", "draft_store", "context",
+        "verify", "draft", "draft_rows", "draft_root", "target_store", "draft_store", "target_path",
+        "draft_path", "context",
     }  # fmt: skip
     rows = {point.size: point.ms for point in whole.points if point[:2] == ("draft_rows", 2)}
     assert rows.keys() == {3, 8, 13}

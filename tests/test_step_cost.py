@@ -13,9 +13,9 @@ from synthetic_data import TREES, make_table, step_ms
 
 from stree_autotune.model_cost import MAX_KEPT
 from stree_autotune.remainder import Coefficients, Remainder, WholeStep, fit_remainder
-from stree_autotune.runtime_table import NoRoom, Point, RuntimeTable, Step
+from stree_autotune.runtime_table import TIMED_PATH, NoRoom, Point, RuntimeTable, Step
 from stree_autotune.step_cost import StepCost
-from stree_autotune.term_times import Load
+from stree_autotune.term_times import PLAIN, Load
 from stree_autotune.tree_shape import TreeShape, shape_of
 from stree_core.errors import MissingMeasurement
 from stree_core.tree import DEFAULT_TREE, Tree
@@ -220,6 +220,19 @@ def test_storing_costs_by_how_often_it_happens() -> None:
     shares = [Load(tokens_per_step=rate).store_share for rate in (1.0, 4.0)]
     assert fast - slow == pytest.approx((1.7 + 0.34) * (shares[1] - shares[0]))
     assert cost.step_ms(8, DEFAULT_TREE) == cost.step_ms(8, DEFAULT_TREE, 3.0), "half the depth"
+
+
+def test_accepted_tokens_cost_in_every_pass_of_the_next_step() -> None:
+    table = with_points(make_table(), "target_path", 8, {1: 0.03})
+    table = with_points(table, "draft_path", 8, {1: 0.01})
+    cost = StepCost.from_table(table)
+    for depth in (1, 5):
+        slow, fast = (cost.step_ms(8, Tree.chain(depth), rate) for rate in (1.5, 4.0))
+        assert fast - slow == pytest.approx(2.5 * (0.03 + depth * 0.01))
+    times, shape = cost.times[8], shape_of(Tree.chain(3))
+    at_timed = times.sum_ms(shape, Load(tokens_per_step=TIMED_PATH), PLAIN)
+    plain = StepCost.from_table(make_table()).times[8]
+    assert at_timed == pytest.approx(plain.sum_ms(shape, Load(), PLAIN)), "as it was timed"
 
 
 def test_context_costs_by_what_is_committed() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from stree_autotune.probe_plan import Key, even_tree
 from stree_autotune.probe_steps import StepSetting, free
-from stree_autotune.runtime_table import NoRoom, Point
+from stree_autotune.runtime_table import TIMED_PATH, NoRoom, Point
 from stree_autotune.stepper import occupy
 from stree_autotune.term_times import PER_TOKENS
 from stree_autotune.timing import Timing, Work, captured, time_interleaved
@@ -26,7 +26,8 @@ from stree_kernels.rows import MAX_KEPT
 
 _FEW_KEPT = 5
 _TYPICAL_DEPTH = 8
-_STORE_SIZE = 16
+_FEW_TOKENS = 16
+_LONG_PATH, _PATH_ROWS = 8, 4
 _SHORT_CONTEXT = 32
 
 
@@ -61,6 +62,8 @@ def _point(key: Key, timings: dict[tuple[str, int], Timing], context: int) -> Po
         if term == "context":
             few, many = _contexts(context, size)
             more *= PER_TOKENS / (many - few)
+        elif term in ("target_path", "draft_path"):
+            more /= _LONG_PATH - TIMED_PATH
         return Point(term, batch_size, size, more, found.spread_ms)
     return Point(term, batch_size, size, found.ms, found.spread_ms)
 
@@ -126,18 +129,20 @@ class _Passes:
             few, many = _contexts(self._setting.context, size)
             self._add(term, size, verify, many, _FEW_KEPT)
             self._add(*_without(term, size), verify, few, _FEW_KEPT)
+        elif term in ("target_path", "draft_path"):
+            work = self._few_verified() if term == "target_path" else self._last_level(_PATH_ROWS)
+            self._add(term, size, work, middle, _FEW_KEPT, _LONG_PATH)
+            self._add(*_without(term, size), work, middle, _FEW_KEPT)
         else:
-            of_target = term == "target_store"
-            assert self._shared is not None
-            tokens = min(_STORE_SIZE, self._shared.plan.tree.num_tokens)
-            work = self._rebound(_verified(tokens)).verify if of_target else self._root()
+            work = self._few_verified() if term == "target_store" else self._root()
             self._add(term, size, work, middle, MAX_KEPT)
             self._add(*_without(term, size), work, middle, _FEW_KEPT)
 
     def _add(
-        self, name: str, size: int, work: Callable[[], object], tokens: int, kept: int
-    ) -> None:
-        """Capture a pass that finds every slot with so many tokens and kept rows.
+        self, name: str, size: int, work: Callable[[], object], tokens: int, kept: int,
+        accepted: int = TIMED_PATH,
+    ) -> None:  # fmt: skip
+        """Capture a pass that finds every slot with so many tokens, kept and accepted rows.
 
         Setting these is part of the graph: it takes as long in every pass, next to nothing.
         """
@@ -148,10 +153,17 @@ class _Passes:
             for each in cache:
                 assert each is not None
                 each.pending.num_kept_B.fill_(kept)
+                each.pending.length_B.fill_(accepted)
                 each.committed_B.fill_(tokens)
             work()
 
         self.works[name, size] = captured(run, self._pair.device, self._pool)
+
+    def _few_verified(self) -> Callable[[], object]:
+        """Return a verify pass of a few tokens."""
+        assert self._shared is not None
+        tokens = min(_FEW_TOKENS, self._shared.plan.tree.num_tokens)
+        return self._rebound(_verified(tokens)).verify
 
     def _root(self) -> Callable[[], object]:
         root = self._rebound(Tree.chain(1))
@@ -196,8 +208,10 @@ def _covering(passes: Sequence[tuple[str, int]]) -> Tree:
 
 
 def _chains(passes: Sequence[tuple[str, int]]) -> list[Tree]:
-    """Return the chain with the most rows of a draft's block that a pass has, if any has them."""
+    """Return a chain with the most rows of a draft's block, and of a path, that a pass has."""
     most = max((size for term, size in passes if term == "draft_rows"), default=0)
+    if any(term in ("target_path", "draft_path") for term, _ in passes):
+        most = max(most, _LONG_PATH)
     return [Tree.chain(most - 1)] if most else []
 
 

@@ -18,6 +18,7 @@ _VERIFY_SIZES = (
 _WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _DRAFT_ROWS = (3, 8, 16, 17, 32, 33, 64, 65, 96, 128, 129, 192, 193, 256)
 _CONTEXT_SIZES = (1, 2, 5, 9, 17, 33, 65, 129, 256)
+_COMBS = ((5, 3), (8, 2), (8, 7))
 _MOST_RULE_ROWS = 4096
 _TRIES_AT_MOST = 1024
 
@@ -95,6 +96,7 @@ def step_trees(max_nodes: int) -> dict[str, Tree]:
     trees["default-12"] = DEFAULT_TREE
     shapes = ((7, 4), (8, 3), (16, 4), (24, 3), (32, 8), (48, 6), (64, 16), (128, 16), (255, 32))
     trees |= {f"even-{n}x{width}": even_tree(n, width) for n, width in shapes}
+    trees |= {f"comb-{depth}x{width}": comb_tree(depth, width) for depth, width in _COMBS}
     return {name: tree for name, tree in trees.items() if tree.num_nodes <= max_nodes}
 
 
@@ -102,6 +104,11 @@ def even_tree(num_nodes: int, width: int) -> Tree:
     """Return a tree of chains side by side: `width` children of the root, one below each other."""
     paths = [(i % width, *[0] * (i // width)) for i in range(num_nodes)]
     return Tree.from_paths(paths)
+
+
+def comb_tree(depth: int, width: int) -> Tree:
+    """Return a chain of first choices with `width` - 1 siblings of every node."""
+    return Tree.from_paths([(*[0] * level, i) for level in range(depth) for i in range(width)])
 
 
 def sampled_trees(max_nodes: int) -> list[str]:
@@ -134,7 +141,7 @@ def _pass_keys(config: ProbeConfig, batch_size: int, has_attention: bool) -> Ite
     if config.max_nodes > 1:
         for rows in sorted({rows for rows in _DRAFT_ROWS if rows <= largest} | {largest}):
             yield "draft_rows", batch_size, rows
-    for term in ("draft_root", "target_store", "draft_store"):
+    for term in ("draft_root", "target_store", "draft_store", "target_path", "draft_path"):
         yield term, batch_size, 1
     if has_attention:
         for size in sorted({s for s in _CONTEXT_SIZES if s <= largest} | {largest}):

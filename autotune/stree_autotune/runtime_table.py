@@ -10,6 +10,8 @@
   more, because it has more rows before it: predecessor, root, inner nodes of earlier levels.
 - target_store, draft_store (size 1): what the same pass costs more when every slot stores its
   state, which a slot does once its kept rows are full (stree_kernels.rows.MAX_KEPT).
+- target_path, draft_path (size 1): what a verify and a draft pass cost more for each token that the
+  step before accepted, beyond TIMED_PATH: every pass begins with their rows.
 - context (size = tree tokens): what verify costs more for each 1024 committed tokens of a slot.
 - host (size 1): what the host itself works for a step.
 
@@ -31,11 +33,19 @@ from stree_core.profile import ModelRef, Name, Sampling, Strict, TreeText
 from stree_core.tree import MAX_NODES
 
 Term = Literal[
-    "verify", "draft_root", "draft", "draft_rows", "target_store", "draft_store", "context", "host"
+    "verify", "draft_root", "draft", "draft_rows", "target_store", "draft_store", "target_path",
+    "draft_path", "context", "host",
 ]  # fmt: skip
-UNSIZED: tuple[Term, ...] = ("draft_root", "target_store", "draft_store", "host")
-DIFFERENCES: tuple[Term, ...] = ("draft_rows", "target_store", "draft_store", "context")
+UNSIZED: tuple[Term, ...] = (
+    "draft_root", "target_store", "draft_store", "target_path", "draft_path", "host",
+)  # fmt: skip
+DIFFERENCES: tuple[Term, ...] = (
+    "draft_rows", "target_store", "draft_store", "target_path", "draft_path", "context",
+)  # fmt: skip
 """Terms that are what one pass takes longer than another, which may be nothing."""
+
+TIMED_PATH = 2
+"""Tokens that the step before a timed pass accepted, the bonus token among them."""
 
 Work = Literal["branch", "sample", "sample_truncated", "draw", "draw_truncated", "try", "tries"]
 """branch: SEVERAL children of a node instead of one. sample: the target's token by its law. draw:

@@ -4,6 +4,7 @@
     speculating: draft_root(B) + sum over levels below the root with children of
                      draft(B, width) + draft_rows(B, rows up to the level's last)
                  + verify(B, tokens) + store share * (target_store(B) + draft_store(B))
+                 + (tokens per step - 2) * (target_path(B) + depth * draft_path(B))
                  + what the rule adds (branching, laws, draws, tries) by rows of logits
                  + remainder(B, rule, depth, tokens); never shorter than the host's work
 

@@ -36,7 +36,9 @@ def occupy(speculator: Speculator, num_tokens: int, num_kept: int | None = None)
     for cache in (speculator.target_cache, speculator.draft_cache):
         if cache is not None:
             cache.committed_B.fill_(num_tokens)
-            cache.pending.length_B.fill_(min(2, cache.pending.path_BL.shape[1]))
+            capacity = cache.pending.path_BL.shape[1]
+            cache.pending.length_B.fill_(min(2, capacity))
+            cache.pending.path_BL.copy_(torch.arange(capacity)[None])
             kept_B = cache.pending.num_kept_B
             spread = phases(len(kept_B)) if num_kept is None else [num_kept] * len(kept_B)
             kept_B.copy_(torch.tensor(spread))

@@ -13,7 +13,7 @@ from stree_autotune.curve import Curve, make_curve, without_rows
 from stree_autotune.model_cost import MAX_KEPT
 from stree_autotune.remainder import Coefficients, Remainder, WholeStep, fit_remainder
 from stree_autotune.rule_times import RuleTimes
-from stree_autotune.runtime_table import OFF, RuleKey, RuntimeTable, Step, Term
+from stree_autotune.runtime_table import OFF, TIMED_PATH, RuleKey, RuntimeTable, Step, Term
 from stree_autotune.tree_shape import TreeShape, shape_of
 from stree_core.errors import MissingMeasurement
 
@@ -82,14 +82,16 @@ class TermTimes:
 
     def sum_ms(self, shape: TreeShape, load: Load, factors: Factors) -> float:
         """Return the sum of the terms of a speculative step, without the remainder."""
-        share = load.store_share
+        share, more_accepted = load.store_share, load.tokens_per_step - TIMED_PATH
         drafts = self.curves["draft_root"].at(1) + share * self._optional("draft_store")
+        drafts += more_accepted * self._optional("draft_path") * (1 + len(shape.widths))
         if shape.widths:
             at = self.curves["draft"].at
             drafts += sum([at(width) for width in shape.widths])
             if self.curves["draft_rows"].ms:
                 drafts += sum([self.curves["draft_rows"].at(rows) for rows in shape.rows])
         verify = self.curves["verify"].at(shape.num_tokens) + share * self._optional("target_store")
+        verify += more_accepted * self._optional("target_path")
         verify += self._context_ms(shape.num_tokens, load)
         rules = self.rules.step_ms(load.rule, self.batch_size, shape)
         return verify * factors.verify + drafts * factors.draft + rules * factors.rules
