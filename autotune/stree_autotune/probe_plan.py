@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 from stree_autotune.runtime_table import OFF, RuleKey, RuntimeTable, Work
-from stree_core.tree import DEFAULT_TREE, Tree
+from stree_core.tree import DEFAULT_TREE, MAX_NODES, Tree
 
 _VERIFY_SIZES = (
     *(2, 3, 4, 5, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 47, 48, 49, 63, 64, 65),
     *(80, 96, 97, 112, 127, 128, 129, 160, 192, 193, 224, 240, 256),
 )
-"""Both sides of every size at which tiles are filled up, and some in between."""
+"""Both sides of every size at which a slot's tiles are filled up, and some in between."""
+
+_PRODUCT_ROWS, _CLOSEST = 128, 4
+"""Rows of all slots in a tile of a matrix product, and tokens between sizes timed for its sake."""
 
 _WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _DRAFT_ROWS = (3, 8, 16, 17, 32, 33, 64, 65, 96, 128, 129, 192, 193, 256)
@@ -133,7 +136,8 @@ def _stages(config: ProbeConfig, has_attention: bool) -> Iterator[Stage]:
 
 def _pass_keys(config: ProbeConfig, batch_size: int, has_attention: bool) -> Iterator[Key]:
     largest = config.max_nodes + 1
-    for size in sorted({size for size in _VERIFY_SIZES if size <= largest} | {largest}):
+    sizes = {*_VERIFY_SIZES, *_product_edges(batch_size)}
+    for size in sorted({size for size in sizes if size <= largest} | {largest}):
         yield "verify", batch_size, size
     widest = max(1, config.max_nodes // 2)
     for width in sorted({width for width in _WIDTHS if width <= widest} | {widest}):
@@ -146,6 +150,13 @@ def _pass_keys(config: ProbeConfig, batch_size: int, has_attention: bool) -> Ite
     if has_attention:
         for size in sorted({s for s in _CONTEXT_SIZES if s <= largest} | {largest}):
             yield "context", batch_size, size
+
+
+def _product_edges(batch_size: int) -> Iterator[int]:
+    """Yield both sides of sizes at which all slots' rows together fill a product's tiles."""
+    period = max(_CLOSEST, _PRODUCT_ROWS // batch_size)
+    for full in range(period, MAX_NODES + 1, period):
+        yield from (full, full + 1)
 
 
 def _rule_keys(config: ProbeConfig) -> Iterator[Key]:

@@ -14,7 +14,7 @@ import torch
 Work = Callable[[], object]
 Key = TypeVar("Key", bound=Hashable)
 
-WALL_MS, FEWEST_WALL_CALLS = 15.0, 4
+WALL_MS, FEWEST_WALL_CALLS = 15.0, 2
 """How long, and of how many calls, a measurement by wall time is at least on a GPU."""
 
 WALL_CYCLE, LONGEST_CYCLE_MS = 17, 100.0
@@ -22,7 +22,7 @@ WALL_CYCLE, LONGEST_CYCLE_MS = 17, 100.0
 cycles, so that their mean is what is timed, unless a cycle takes too long."""
 
 _DEVICE_MS, _MOST_DEVICE_CALLS = 2.0, 20
-_SETTLED_MS, _SLOW_CALL_MS = 1.0, 3.0
+_SETTLED_MS, _SLOW_CALL_MS, _SETTLING_CALLS = 1.0, 3.0, 4
 _SLOW, _NOISY = 1.03, 0.02
 
 
@@ -139,7 +139,7 @@ class _Rounds(Generic[Key]):
         ms = self._rounds[0][name] if self._rounds else 0.0
         if self._in_a_row:
             # A call brings the result of the one before, which is another candidate's at first.
-            return 2 if ms > _SLOW_CALL_MS else FEWEST_WALL_CALLS
+            return 2 if ms > _SLOW_CALL_MS else _SETTLING_CALLS
         return int(ms < _SETTLED_MS)
 
     def _waiting(self, number: int) -> list[Key]:
