@@ -34,7 +34,7 @@ from traced_pair import DEMO, SHAPES, open_named, traced_config
 from stree_autotune.library import Library
 from stree_autotune.live import open_prompts
 from stree_autotune.live_rows import error_summary
-from stree_autotune.live_speed import LiveSpeed, live_speed
+from stree_autotune.live_speed import LiveSpeed, live_speed, typical_context
 from stree_autotune.runtime_table import load_runtime_table
 from stree_autotune.step_cost import StepCost
 from stree_autotune.trace_file import Trace, load_trace
@@ -129,7 +129,8 @@ def open_case(name: str, device: str, data: Sequence[Path]) -> tuple[Case, dict[
     if path is None:
         raise MissingMeasurement(f"no runtime table of {names} is there for {gpu}; probe it")
     runtime = load_runtime_table(path)
-    cost = StepCost.from_table(runtime, context=typical_context(pair, trace, accepts_by_itself))
+    prompts = pair.encode(open_prompts("demo")) if accepts_by_itself else [prompt_for(0)]
+    cost = StepCost.from_table(runtime, context=typical_context(prompts, trace))
     source = {
         "runtime_table": library.label(path),
         "runtime_date": runtime.measured.date,
@@ -200,15 +201,6 @@ def chosen_prompts(case: Case, batch: int, num_demo_prompts: int) -> list[int]:
     wanted = num_demo_prompts if case.accepts_by_itself else max(FEWEST_PROMPTS, batch)
     lengths = np.diff(case.trace.offsets)
     return np.flatnonzero(lengths > 0)[:wanted].tolist()
-
-
-def typical_context(pair: Pair, trace: Trace, accepts_by_itself: bool) -> int:
-    """Return twice the tokens that a slot has committed on average: slots are half full."""
-    prompts = [prompt_for(0)]
-    if accepts_by_itself:
-        prompts = pair.encode(open_prompts("demo"))
-    mean = statistics.fmean(map(len, prompts))
-    return round(2 * mean + trace.num_positions / trace.num_prompts)
 
 
 def requests_of(case: Case, chosen: Sequence[int]) -> list[Request]:

@@ -12,12 +12,14 @@ request.
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from stree_autotune.stepper import phases
+from stree_autotune.trace_file import Trace
 from stree_core.engine import Engine
 from stree_core.errors import ConfigError
 from stree_core.session import Request, Session
@@ -52,6 +54,15 @@ class LiveSpeed:
     def tokens_per_s(self) -> float:
         """Tokens per second of all slots together."""
         return 1e3 * self.num_slots * self.tokens_per_step / self.step_ms
+
+
+def typical_context(prompts: Sequence[Sequence[int]], trace: Trace) -> int:
+    """Return the context at which a half full slot holds what one holds on average with a trace.
+
+    That is a prompt, and half of a text that the trace recorded.
+    """
+    text = trace.num_positions / max(1, trace.num_prompts)
+    return round(2 * statistics.fmean(map(len, prompts)) + text)
 
 
 def live_speed(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,6 +30,9 @@ _FEW_TOKENS = 16
 _LONG_PATH, _PATH_ROWS = 8, 4
 _SHORT_CONTEXT = 32
 
+_Name = tuple[str, int]
+"""A term and a size, or what such a term is compared with."""
+
 
 def time_passes(
     pair: Pair, keys: Sequence[Key], setting: StepSetting
@@ -44,43 +47,46 @@ def time_passes(
                 passes.works, pair.device, setting.effort, until=setting.until
             )
         finally:
-            missing = passes.missing
+            missing, differences = passes.missing, passes.differences
             passes.close()
             free(pair.device)
     measured = [key for key in keys if (key[0], key[2]) not in missing]
-    points = [_point(key, timings, setting.context) for key in measured]
+    points = [_point(key, timings, differences) for key in measured]
     no_room = [NoRoom(term, setting.batch_size, size) for term, size in sorted(missing)]
     return points, no_room
 
 
-def _point(key: Key, timings: dict[tuple[str, int], Timing], context: int) -> Point:
-    """Turn one or two timings into a point; what one costs more than the other is at least 0."""
+def _point(
+    key: Key, timings: Mapping[_Name, Timing], differences: Mapping[_Name, tuple[_Name, float]]
+) -> Point:
+    """Turn a timing into a point, or what it is more than another's, which is at least 0."""
     term, batch_size, size = key
     found = timings[term, size]
-    if _without(term, size) in timings:
-        more = max(0.0, found.ms - timings[_without(term, size)].ms)
-        if term == "context":
-            few, many = _contexts(context, size)
-            more *= PER_TOKENS / (many - few)
-        elif term in ("target_path", "draft_path"):
-            more /= _LONG_PATH - TIMED_PATH
-        return Point(term, batch_size, size, more, found.spread_ms)
-    return Point(term, batch_size, size, found.ms, found.spread_ms)
+    ms = found.ms
+    if (term, size) in differences:
+        less, scale = differences[term, size]
+        ms = max(0.0, ms - timings[less].ms) * scale
+    return Point(term, batch_size, size, ms, found.spread_ms)
 
 
-def _without(term: str, size: int) -> tuple[str, int]:
-    """Return the name of the pass that a term is more than: for draft_rows that of fewest rows."""
-    if term == "draft_rows":
-        return term, FEWEST_ROWS + 1
-    return f"{term} without", size
+class _State(NamedTuple):
+    """What a pass finds in every slot: committed tokens, kept rows, tokens accepted last."""
+
+    committed: int
+    kept: int = _FEW_KEPT
+    accepted: int = TIMED_PATH
 
 
 class _Passes:
-    """Captured passes on one set of caches."""
+    """Captured passes on one set of caches.
+
+    `differences` are terms that are what their pass takes longer than another, times a number.
+    """
 
     def __init__(self, pair: Pair, setting: StepSetting) -> None:
-        self.works: dict[tuple[str, int], Work] = {}
-        self.missing: set[tuple[str, int]] = set()
+        self.works: dict[_Name, Work] = {}
+        self.missing: set[_Name] = set()
+        self.differences: dict[_Name, tuple[_Name, float]] = {}
         self._pair = pair
         self._setting = setting
         on_gpu = pair.device.type == "cuda"
@@ -111,40 +117,46 @@ class _Passes:
                 free(self._pair.device)
 
     def _prepare(self, term: str, size: int) -> None:
-        middle = self._setting.context // 2
+        name, usual = (term, size), _State(self._setting.context // 2)
         if term == "verify":
-            self._add(term, size, self._rebound(_verified(size)).verify, middle, _FEW_KEPT)
+            self._add(name, self._rebound(_verified(size)).verify, usual)
         elif term == "draft_root":
-            self._add(term, size, self._root(), middle, _FEW_KEPT)
+            self._add(name, self._root(), usual)
         elif term == "draft":
             level = self._rebound(even_tree(2 * size, size))
-            draft = partial(level.draft_level, level.plan.levels[1])
-            self._add(term, size, draft, middle, _FEW_KEPT)
+            self._add(name, partial(level.draft_level, level.plan.levels[1]), usual)
         elif term == "draft_rows":
-            for rows in (FEWEST_ROWS + 1, size):
-                if (term, rows) not in self.works:
-                    self._add(term, rows, self._last_level(rows), middle, _FEW_KEPT)
+            fewest = term, FEWEST_ROWS + 1
+            for each in (fewest, name):
+                if each not in self.works:
+                    self._add(each, self._last_level(each[1]), usual)
+            self.differences[name] = fewest, 1.0
         elif term == "context":
-            verify = self._rebound(_verified(size)).verify
             few, many = _contexts(self._setting.context, size)
-            self._add(term, size, verify, many, _FEW_KEPT)
-            self._add(*_without(term, size), verify, few, _FEW_KEPT)
+            verify = self._rebound(_verified(size)).verify
+            less, more = (usual._replace(committed=tokens) for tokens in (few, many))
+            self._add_difference(name, verify, more, less, PER_TOKENS / (many - few))
         elif term in ("target_path", "draft_path"):
             work = self._few_verified() if term == "target_path" else self._last_level(_PATH_ROWS)
-            self._add(term, size, work, middle, _FEW_KEPT, _LONG_PATH)
-            self._add(*_without(term, size), work, middle, _FEW_KEPT)
+            more = usual._replace(accepted=_LONG_PATH)
+            self._add_difference(name, work, more, usual, 1 / (_LONG_PATH - TIMED_PATH))
         else:
             work = self._few_verified() if term == "target_store" else self._root()
-            self._add(term, size, work, middle, MAX_KEPT)
-            self._add(*_without(term, size), work, middle, _FEW_KEPT)
+            self._add_difference(name, work, usual._replace(kept=MAX_KEPT), usual, 1.0)
 
-    def _add(
-        self, name: str, size: int, work: Callable[[], object], tokens: int, kept: int,
-        accepted: int = TIMED_PATH,
-    ) -> None:  # fmt: skip
-        """Capture a pass that finds every slot with so many tokens, kept and accepted rows.
+    def _add_difference(
+        self, name: _Name, work: Callable[[], object], state: _State, less: _State, scale: float
+    ) -> None:
+        """Capture a pass in two states, for what it takes longer in the first."""
+        without = f"{name[0]} without", name[1]
+        self._add(name, work, state)
+        self._add(without, work, less)
+        self.differences[name] = without, scale
 
-        Setting these is part of the graph: it takes as long in every pass, next to nothing.
+    def _add(self, name: _Name, work: Callable[[], object], state: _State) -> None:
+        """Capture a pass that finds every slot in this state.
+
+        Setting it is part of the graph: it takes as long in every pass, next to nothing.
         """
         assert self._shared is not None
         cache = [self._shared.target_cache, self._shared.draft_cache]
@@ -152,12 +164,12 @@ class _Passes:
         def run() -> None:
             for each in cache:
                 assert each is not None
-                each.pending.num_kept_B.fill_(kept)
-                each.pending.length_B.fill_(accepted)
-                each.committed_B.fill_(tokens)
+                each.pending.num_kept_B.fill_(state.kept)
+                each.pending.length_B.fill_(state.accepted)
+                each.committed_B.fill_(state.committed)
             work()
 
-        self.works[name, size] = captured(run, self._pair.device, self._pool)
+        self.works[name] = captured(run, self._pair.device, self._pool)
 
     def _few_verified(self) -> Callable[[], object]:
         """Return a verify pass of a few tokens."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import operator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,8 +33,9 @@ class Coefficients(NamedTuple):
         return Coefficients(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-# Simplest first; a later set is taken only when it predicts left-out steps better.
-_SETS = ((0,), (0, 1), (0, 2), (0, 3), (0, 1, 2), (0, 1, 3), (0, 2, 3), (0, 1, 2, 3))
+# The constant and any others, simplest first; a later set is taken only when it predicts left-out
+# steps better.
+_SETS = [(0, *more) for size in range(4) for more in itertools.combinations((1, 2, 3), size)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +56,8 @@ class Remainder:
 
     def ms(self, shape: TreeShape) -> float:
         """Return the remainder of a step with a tree of this shape."""
-        constant, per_level, per_token, branching = self.coefficients
-        ms = constant + per_level * shape.depth + per_token * shape.num_tokens
-        return ms + branching if shape.branching else ms
+        terms: Iterator[float] = map(operator.mul, self.coefficients, _features(shape))
+        return sum(terms)
 
 
 def fit_remainder(steps: Sequence[WholeStep], floors_ms: Coefficients) -> Remainder:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from stree_autotune.runtime_table import TIMED_PATH
 from stree_core.engine import Engine, EngineConfig
 from stree_core.errors import NonFiniteLogits
 from stree_core.model import Model
@@ -28,7 +29,7 @@ _REACH = 128
 
 
 def occupy(speculator: Speculator, num_tokens: int, num_kept: int | None = None) -> None:
-    """Set every slot to hold `num_tokens`, the last step's path of two still pending.
+    """Set every slot to hold `num_tokens`, the last step's path of TIMED_PATH still pending.
 
     Slots keep different numbers of rows, as in a server, or all `num_kept`.
     """
@@ -37,7 +38,7 @@ def occupy(speculator: Speculator, num_tokens: int, num_kept: int | None = None)
         if cache is not None:
             cache.committed_B.fill_(num_tokens)
             capacity = cache.pending.path_BL.shape[1]
-            cache.pending.length_B.fill_(min(2, capacity))
+            cache.pending.length_B.fill_(min(TIMED_PATH, capacity))
             cache.pending.path_BL.copy_(torch.arange(capacity)[None])
             kept_B = cache.pending.num_kept_B
             spread = phases(len(kept_B)) if num_kept is None else [num_kept] * len(kept_B)

@@ -18,7 +18,7 @@ from stree_autotune.live import (
     print_json,
 )
 from stree_autotune.live_rows import Heading, Row, print_rows, with_measured
-from stree_autotune.live_speed import LiveSpeed, joined, live_speed
+from stree_autotune.live_speed import LiveSpeed, joined, live_speed, typical_context
 from stree_autotune.probe import probe
 from stree_autotune.probe_plan import ProbeConfig
 from stree_autotune.progress import ProgressBar
@@ -193,15 +193,9 @@ def _stage(
             runs[tree] = _decode(setting, requests, tree)
             progress(len(runs))
     rule = rule_key(setting.trace.meta.sampling)
-    cost = StepCost.from_table(table, rule, _typical_context(setting))
+    prompts = [request.prompt for request in setting.requests]
+    cost = StepCost.from_table(table, rule, typical_context(prompts, setting.trace))
     return _Stage(table, cost, runs)
-
-
-def _typical_context(setting: _Setting) -> int:
-    """Return twice the tokens that a slot has committed on average: slots are half full."""
-    prompt = statistics.fmean(len(request.prompt) for request in setting.requests)
-    output = setting.trace.num_positions / max(1, setting.trace.num_prompts)
-    return round(2 * prompt + output)
 
 
 def _fixed_modes(profile: Profile, setting: _Setting) -> dict[str, Tree]:
