@@ -4,9 +4,8 @@
     python benchmarks/decode.py --table FILE
 
 The demo pair decodes its own prompts with its real acceptance, greedily and at temperature 1 (MSS).
-The shapes mamba2-2.7b and mamba2-130m accept what a trace says (traced_pair.py). `host_share` is
-the part of a step's wall time that the device does not work: 1 minus the time of the same captured
-steps back to back.
+Pairs of shapes accept what a trace says (traced_pair.py). `host_share` is the part of a step's wall
+time that the device does not work: 1 minus the time of the same captured steps back to back.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 from report import RESULTS, Row, header, print_table, save, table
 from timing import copy_bandwidth
-from traced_pair import SHAPES, TRACE, open_named, traced_config
+from traced_pair import PAIRS, TRACE, open_named, traced_config
 
 from stree_autotune.live import open_prompts
 from stree_autotune.stepper import occupy
@@ -68,8 +67,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time decoding")
-    choices = ["demo", SHAPES[0]]
-    parser.add_argument("--pairs", nargs="+", choices=choices, default=choices)
+    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=PAIRS[:2])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--prompts", type=int, default=3, help="prompts for each slot")
     parser.add_argument("--output", type=Path, default=RESULTS / "decode-h200.json")

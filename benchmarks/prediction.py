@@ -1,16 +1,16 @@
 """Predict how fast trees decode, then decode with them.
 
-    python benchmarks/prediction.py [--pairs demo mamba2-2.7b] [--batches 1 8 32] [--data DIR]
-                                    [--output FILE]
+    python benchmarks/prediction.py [--pairs demo mamba2-2.7b mamba-in-llama-8b]
+                                    [--batches 1 8 32] [--data DIR] [--output FILE]
     python benchmarks/prediction.py --table FILE [--figure FILE]
 
 Predictions come from what tuning reads: the pair's runtime table of this machine's device and a
 trace, through StepCost and walk. The live side decodes the prompts of that trace and times its
 steps with all slots at work (stree_autotune.live_speed), in several rounds of all modes in turns.
 The demo pair decodes its own prompts; the trace is the one that ships, recorded at another time and
-batch size. The shapes mamba2-2.7b and mamba2-130m accept what a trace says (traced_pair.py), so
-their tokens per step check the counting alone. Trees are grown from the shares of the trace's ranks
-and are none of those that the probe times. `--table` prints a result file and draws it.
+batch size. Pairs of shapes accept what a trace says (traced_pair.py), so that their tokens per step
+check the counting alone. Trees are grown from the shares of the trace's ranks and are none of those
+that the probe times. `--table` prints a result file and draws it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from prediction_figure import draw
 from report import RESULTS, Row, header, markdown, read, save, table
-from traced_pair import DEMO, SHAPES, open_named, traced_config
+from traced_pair import DEMO, PAIRS, open_named, traced_config
 
 from stree_autotune.library import Library
 from stree_autotune.live import open_prompts
@@ -102,8 +102,7 @@ def give_back() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Predict and time decoding")
-    choices = ["demo", SHAPES[0]]
-    parser.add_argument("--pairs", nargs="+", choices=choices, default=choices)
+    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=PAIRS)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), help="nodes of trees")
     parser.add_argument("--prompts", type=int, default=DEMO_PROMPTS, help="of the demo pair")

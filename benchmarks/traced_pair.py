@@ -1,7 +1,7 @@
-"""The two pairs that are decoded: the demo pair, and shapes whose acceptance a trace decides.
+"""The pairs that are decoded: the demo pair, and shapes whose acceptance a trace decides.
 
-The shapes mamba2-2.7b and mamba2-130m have random weights: their steps accept as many tokens as in
-a recorded trace (stree_autotune.trace_rule), while every pass is computed.
+The shapes have random weights: their steps accept as many tokens as in a recorded trace
+(stree_autotune.trace_rule), while every pass is computed.
 """
 
 from __future__ import annotations
@@ -18,18 +18,21 @@ from stree_core.pair import Pair, Runtime
 from stree_core.rules import SamplingSupport
 
 DEMO = ("demo-target", "demo-draft")
-SHAPES = ("mamba2-2.7b", "mamba2-130m")
+DRAFTS = {"mamba2-2.7b": "mamba2-130m", "mamba-in-llama-8b": "mamba2-distilled-small"}
+"""The draft's shape for each target's."""
+
+PAIRS = ("demo", *DRAFTS)
 TRACE = "demo-target--demo-draft--gsm8k--greedy"
 ROOM = 1 << 14
 """Positions that a slot may go on in the trace: a text's, and timed steps behind its end."""
 
 
 def open_named(name: str, device: str, data: Sequence[Path] = ()) -> tuple[Pair, Trace | None]:
-    """Return the pair "demo", with its own acceptance, or the shapes with their trace."""
+    """Return the pair "demo", with its own acceptance, or a target's shapes with their trace."""
     if name == "demo":
         return open_pair(PairRequest(*DEMO, (), Runtime(device))), None
     trace = load_trace(Library.open(data).find_trace_file(TRACE))
-    return open_pair(PairRequest(*SHAPES, (), Runtime(device), shapes=True)), trace
+    return open_pair(PairRequest(name, DRAFTS[name], (), Runtime(device), shapes=True)), trace
 
 
 def traced_config(pair: Pair, trace: Trace, num_slots: int, context: int) -> EngineConfig:

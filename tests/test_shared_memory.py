@@ -12,7 +12,10 @@ from stree_kernels import shared_memory
 from stree_kernels.shared_memory import prefer_cache, prefer_shared
 
 DEVICE = torch.device("cuda", 0)
-H200_SHARED_BYTES = 233472
+H200_SHARED_BYTES, H200_MULTIPROCESSORS = 233472, 132
+H200 = SimpleNamespace(
+    shared_memory_per_multiprocessor=H200_SHARED_BYTES, multi_processor_count=H200_MULTIPROCESSORS
+)
 
 
 class Driver:
@@ -42,7 +45,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
 def installed(driver: Driver, monkeypatch: pytest.MonkeyPatch, capability: int) -> Driver:
     monkeypatch.setattr(shared_memory, "capability", lambda device: capability)
     monkeypatch.setattr(shared_memory, "_driver", lambda: driver)
-    monkeypatch.setattr(shared_memory, "_shared_bytes", lambda device: H200_SHARED_BYTES)
+    monkeypatch.setattr(shared_memory, "_properties", lambda device: H200)
     monkeypatch.setattr(shared_memory, "_preferred", {})
     return driver
 
@@ -53,25 +56,26 @@ def test_a_streaming_kernel_leaves_all_to_the_cache(driver: Driver) -> None:
 
 
 @pytest.mark.parametrize(
-    ("registers", "most", "programs"), [(128, None, 4), (255, None, 2), (128, 3, 3), (128, 9, 4)]
+    ("registers", "programs", "at_once"),
+    [(128, 1, 1), (128, 132, 1), (128, 133, 2), (128, 9999, 4), (255, 264, 2), (255, 265, 2)],
 )
 def test_a_kernel_of_tiles_gets_room_for_its_programs(
-    driver: Driver, registers: int, most: int | None, programs: int
+    driver: Driver, registers: int, programs: int, at_once: int
 ) -> None:
-    prefer_shared(kernel(32768, registers), DEVICE, most)
+    prefer_shared(kernel(32768, registers), DEVICE, programs)
     ((_, percent),) = driver.told
-    needed = programs * (32768 + 1024)
+    needed = at_once * (32768 + 1024)
     assert (percent - 1) * H200_SHARED_BYTES < 100 * needed <= percent * H200_SHARED_BYTES
 
 
 def test_more_than_all_is_all(driver: Driver) -> None:
-    prefer_shared(kernel(100_000, 64), DEVICE)
+    prefer_shared(kernel(100_000, 64), DEVICE, 9999)
     assert driver.told == [(1, 100)]
 
 
 def test_the_driver_is_told_what_is_new(driver: Driver) -> None:
-    for most in (3, 3, None, 3):
-        prefer_shared(kernel(16384), DEVICE, most)
+    for programs in (300, 300, 500, 300):
+        prefer_shared(kernel(16384), DEVICE, programs)
     prefer_cache(kernel(0, function=2), DEVICE)
     functions = [function for function, _ in driver.told]
     assert functions == [1, 1, 1, 2]
@@ -82,7 +86,7 @@ def test_elsewhere_the_driver_decides(monkeypatch: pytest.MonkeyPatch, capabilit
     driver = installed(Driver(), monkeypatch, capability)
     # Where kernels are interpreted a launch returns nothing.
     prefer_cache(None, DEVICE)
-    prefer_shared(None, DEVICE)
+    prefer_shared(None, DEVICE, 1)
     assert not driver.told
 
 

@@ -46,12 +46,11 @@ class Timing:
 def captured(work: Work, device: torch.device, pool: Any = None) -> Work:
     """Return `work` as one CUDA graph replay; on the CPU return it as it is.
 
-    `work` runs twice first, so that compilation and allocation stay out of the graph.
+    `work` runs once first, so that compilation and allocation stay out of the graph.
     """
     if device.type != "cuda":
         return work
-    for _ in range(2):
-        work()
+    work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):

@@ -34,18 +34,21 @@ def prefer_cache(kernel: Any, device: torch.device) -> None:
         _prefer(kernel.function, 0)
 
 
-def prefer_shared(kernel: Any, device: torch.device, most_programs: int | None = None) -> None:
-    """Let later launches find shared memory for as many programs as registers allow.
+def prefer_shared(kernel: Any, device: torch.device, num_programs: int) -> None:
+    """Let later launches of `num_programs` find shared memory for a multiprocessor's part of them.
 
-    `most_programs` is how many a multiprocessor gets at most, where that is known to be fewer.
+    That is for no more than its registers allow at once: what remains is cache.
     `kernel` is what a launch returned; nothing happens where kernels are interpreted.
     """
     if capability(device) != MEASURED_CAPABILITY:
         return
     threads = 32 * kernel.metadata.num_warps
-    programs = max(1, _REGISTERS // (max(1, kernel.n_regs) * threads))
-    needed = min(programs, most_programs or programs) * (kernel.metadata.shared + _RESERVED_BYTES)
-    _prefer(kernel.function, min(100, -(-100 * needed // _shared_bytes(device))))
+    by_registers = max(1, _REGISTERS // (max(1, kernel.n_regs) * threads))
+    properties = _properties(device)
+    at_once = min(by_registers, -(-num_programs // properties.multi_processor_count))
+    needed = at_once * (kernel.metadata.shared + _RESERVED_BYTES)
+    percent = -(-100 * needed // properties.shared_memory_per_multiprocessor)
+    _prefer(kernel.function, min(100, percent))
 
 
 def _prefer(function: int, percent: int) -> None:
@@ -64,5 +67,5 @@ def _driver() -> ctypes.CDLL:
 
 
 @functools.cache
-def _shared_bytes(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor)
+def _properties(device: torch.device) -> Any:
+    return torch.cuda.get_device_properties(device)

@@ -71,8 +71,8 @@ TOKEN_CONFIGS = (ScanConfig(1, 256, 1, 4, None), ScanConfig(1, 256, 1, 4, 128))
 # Triton 3.7 cannot lay out this kernel's product for the tensor cores of compute capability 10.0;
 # two warps do not take those.
 NEWEST_TOKEN_CONFIG = ScanConfig(1, 256, 1, 2, None)
-FEW_PROGRAMS, FEW_AT_ONCE = 400, 3
-"""About three on each multiprocessor of an H200: fewer gain nothing from a fourth."""
+FEW_PROGRAMS = 400
+"""About three on each multiprocessor of an H200: fewer gain nothing from room for a fourth."""
 
 
 def pick_config(
@@ -138,7 +138,7 @@ def tree_scan(
             *pointers, mask_RR, *limits, first, num_rows, *steps, mask_RR.stride(0),
             BLOCK_T=config.block_rows, ONE_TILE=num_rows <= config.block_rows, **meta,
         )  # fmt: skip
-    prefer_shared(kernel, device, None if num_programs > FEW_PROGRAMS else FEW_AT_ONCE)
+    prefer_shared(kernel, device, num_programs)
 
 
 def _check(
