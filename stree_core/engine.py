@@ -190,7 +190,8 @@ class Engine:
     @torch.inference_mode()
     def release(self, slot: int) -> None:
         """Make a slot inactive: it still computes, but no longer advances."""
-        self._speculators[0].buffers.active_B[slot] = 0
+        # Assigning a number would wait for the step under way.
+        self._speculators[0].buffers.active_B[slot].zero_()
 
     def needed_bytes(self) -> int:
         """Return what all caches will take: their sizes, summed up without memory behind them."""

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from stree_core.engine import Engine
 from stree_core.errors import ConfigError, StreeError
@@ -30,8 +31,7 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
 
-@dataclass(frozen=True, slots=True)
-class Update:
+class Update(NamedTuple):
     """New tokens of a request; `generation` is all of it, once it has ended."""
 
     request_id: int

@@ -32,9 +32,9 @@ class StepResult:
 
     def since(self, epochs: Sequence[int]) -> StepResult:
         """Return the result without slots that another request has taken over."""
-        same = [mine == now for mine, now in zip(self.epochs, epochs, strict=True)]
-        if all(same):
+        if self.epochs == tuple(epochs):
             return self
+        same = [mine == now for mine, now in zip(self.epochs, epochs, strict=True)]
         tokens = [own if keep else [] for own, keep in zip(self.tokens, same, strict=True)]
         healthy = [own or not keep for own, keep in zip(self.healthy, same, strict=True)]
         return StepResult(tokens, self.last_nodes, healthy, self.epochs)

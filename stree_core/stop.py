@@ -42,13 +42,16 @@ class StopRule:
         decode: Callable[[list[int]], str] | None = None,
     ) -> tuple[list[int], Finish | None]:
         """Return the tokens to keep after those `before`, and why that ends it, if it does."""
-        kept: list[int] = []
-        for token in tokens[: self.max_new_tokens - len(before)]:
-            kept.append(token)
+        kept = list(tokens[: self.max_new_tokens - len(before)])
+        for count, token in enumerate(kept, 1) if self.eos_token_ids or self.strings else ():
             if token in self.eos_token_ids:
-                return kept, "eos"
-            if self.strings and decode is not None and self._completes([*before, *kept], decode):
-                return kept, "string"
+                return kept[:count], "eos"
+            if (
+                self.strings
+                and decode is not None
+                and self._completes([*before, *kept[:count]], decode)
+            ):
+                return kept[:count], "string"
         return kept, "length" if len(before) + len(kept) >= self.max_new_tokens else None
 
     def _completes(self, tokens: list[int], decode: Callable[[list[int]], str]) -> bool:

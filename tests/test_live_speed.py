@@ -17,7 +17,7 @@ from stree_core.session import Request
 from stree_core.stop import Generation, StopRule
 from stree_core.tree import Tree
 
-STOP = StopRule(12, (0,))
+STOP = StopRule(30, (0,))
 SECONDS = 0.25
 
 

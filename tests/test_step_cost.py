@@ -12,7 +12,14 @@ from strategies import trees
 from synthetic_data import TREES, make_table, step_ms
 
 from stree_autotune.model_cost import MAX_KEPT
-from stree_autotune.remainder import Coefficients, Remainder, WholeStep, fit_remainder
+from stree_autotune.remainder import (
+    DOUBT,
+    NEAR,
+    Coefficients,
+    Missed,
+    WholeStep,
+    fit_remainder,
+)
 from stree_autotune.runtime_table import TIMED_PATH, NoRoom, Point, RuntimeTable, Step
 from stree_autotune.step_cost import StepCost
 from stree_autotune.term_times import PLAIN, Load
@@ -23,7 +30,7 @@ from stree_core.tree_plan import make_plan
 
 COST = StepCost.from_table(make_table())
 RAGGED = Tree.from_paths([[0], [1], [2], [0, 0], [0, 1], [2, 0], [0, 0, 0], [0, 0, 0, 0]])
-NO_FLOORS = Coefficients(-1e9, -1e9, 0.0, 0.0)
+NO_FLOORS = Coefficients(-1e3, -1e3, -1e3)
 
 
 def with_points(
@@ -265,64 +272,81 @@ def test_a_further_node_never_makes_a_step_cheaper(tree: Tree) -> None:
             assert cost.step_ms(8, larger) >= less - 1e-12
 
 
-def shape(depth: int, num_tokens: int, *branching: int) -> TreeShape:
+def shape(depth: int, num_tokens: int) -> TreeShape:
     """Return a shape as far as the remainder sees it."""
-    return TreeShape(num_tokens, depth, (), (), branching, depth, 1 + len(branching))
+    return TreeShape(num_tokens, depth, (), (), (), depth, 1)
+
+
+def whole(shape: TreeShape, sum_ms: float, ms: float) -> WholeStep:
+    return WholeStep(shape, sum_ms, 1.0, ms)
 
 
 def test_remainder_recovers_its_coefficients() -> None:
     shapes = [
-        *(shape(1, 2), shape(2, 3), shape(4, 5), shape(8, 9), shape(4, 13, 1)),
-        *(shape(2, 17, 1, 2), shape(3, 33, 1), shape(5, 20, 3)),
+        *(shape(1, 2), shape(2, 3), shape(4, 5), shape(8, 9), shape(4, 13)),
+        *(shape(2, 17), shape(3, 33), shape(5, 20)),
     ]
-    wanted = Coefficients(0.3, -0.04, 0.002, 0.05)
-    steps = [WholeStep(s, 2.0, 2.0 + Remainder(wanted, 0.0).ms(s)) for s in shapes]
+    wanted = Coefficients(0.3, -0.04, 0.002)
+    steps = [whole(s, 2.0, 2.0 + wanted.ms(s)) for s in shapes]
     assert steps[0].ms == pytest.approx(2.0 + 0.3 - 0.04 + 0.004)
-    assert steps[5].ms == pytest.approx(2.0 + 0.3 - 0.08 + 0.034 + 0.05)
+    assert steps[5].ms == pytest.approx(2.0 + 0.3 - 0.08 + 0.034)
     found = fit_remainder(steps, Coefficients(-1.0, -0.5))
     assert found.coefficients == pytest.approx(wanted)
     assert found.fit_error == pytest.approx(0.0, abs=1e-9)
+    assert found.missed.factor(17) == pytest.approx(1.0)
 
 
-def test_remainder_takes_siblings_alone_where_they_tell() -> None:
-    steps = [WholeStep(shape(d, d + 1), 1.0, 1.2) for d in (1, 2, 4, 6)]
-    steps += [WholeStep(shape(d, t, 1), 1.0, 1.5) for d, t in ((1, 9), (2, 5), (3, 17))]
-    found = fit_remainder(steps, NO_FLOORS).coefficients
-    assert found == pytest.approx(Coefficients(0.2, branching=0.3))
+def test_steps_with_as_many_tokens_share_what_the_remainder_misses() -> None:
+    missed = Missed(np.log([9, 9, 64]), np.array([0.1, 0.2, -0.4]))
+    # Two of three count fully, and a part of one that missed nothing.
+    assert missed.factor(9) == pytest.approx(1 + 0.3 / (2 + DOUBT))
+    assert missed.factor(24) == pytest.approx(1.0, abs=1e-3), "far from all"
+    one = math.exp(-0.5 * (math.log(10 / 9) / NEAR) ** 2)
+    assert missed.factor(10) == pytest.approx(1 + 0.3 * one / (2 * one + DOUBT))
+
+
+def test_verify_inside_steps_is_what_these_show_and_still_rises() -> None:
+    table = make_table()
+    slow = [
+        step._replace(ms=step.ms + 0.5) if step.tree == "wide" and step.batch_size == 8 else step
+        for step in table.steps
+    ]
+    times = StepCost.from_table(table.model_copy(update={"steps": tuple(slow)})).times[8]
+    assert times.verify.at(17) > times.curves["verify"].at(17) + 0.05
+    assert times.verify.at(64) >= times.verify.at(17), "times rise with tokens"
+    assert list(times.verify.ms) == sorted(times.verify.ms)
+    untouched = StepCost.from_table(table).times[8]
+    assert untouched.verify.ms == pytest.approx(untouched.curves["verify"].ms)
 
 
 def test_remainder_never_undoes_more_than_a_pass() -> None:
-    steps = [WholeStep(shape(d, 9), 1.0 + d, 1.0) for d in (1, 2, 3, 4)]
+    steps = [whole(shape(d, 9), 1.0 + d, 1.0) for d in (1, 2, 3, 4)]
     found = fit_remainder(steps, Coefficients(-0.1, -0.25)).coefficients
     assert found.per_level == pytest.approx(-0.25)
 
 
 def test_leave_one_out_error_against_plain_least_squares() -> None:
     rng = np.random.default_rng(3)
-    depths = np.array([1, 2, 3, 4, 6, 8])
-    times = 5 + 0.5 * depths + rng.normal(0, 0.05, size=6)
-    steps = [
-        WholeStep(shape(int(d), int(d) + 1), 4.0, float(t))
-        for d, t in zip(depths, times, strict=True)
-    ]
-    errors = {}
-    for powers in ((0,), (0, 1)):
-        design = np.stack([depths**p for p in powers], axis=1) / times[:, None]
-        wanted = (times - 4.0) / times
-        missed = []
-        for i in range(6):
-            rest = np.arange(6) != i
-            solution, *_ = np.linalg.lstsq(design[rest], wanted[rest], rcond=None)
-            missed.append(design[i] @ solution - wanted[i])
-        errors[powers] = math.sqrt(np.mean(np.square(missed)))
+    # So far apart in tokens that none tells of another what the remainder misses.
+    sizes = np.array([(1, 2), (2, 80), (3, 5), (4, 33), (6, 13), (8, 200)])
+    times = 5 + sizes @ (0.5, 0.01) + rng.normal(0, 0.05, size=6)
+    steps = [whole(shape(*size), 4.0, t) for size, t in zip(sizes.tolist(), times, strict=True)]
+    design = np.column_stack([np.ones(6), sizes]) / times[:, None]
+    wanted = (times - 4.0) / times
+    missed = []
+    for i in range(6):
+        rest = np.arange(6) != i
+        solution, *_ = np.linalg.lstsq(design[rest], wanted[rest], rcond=None)
+        missed.append(design[i] @ solution - wanted[i])
     found = fit_remainder(steps, NO_FLOORS)
-    assert found.fit_error == pytest.approx(errors[0, 1], rel=1e-6)
-    assert errors[0, 1] < errors[0,]
+    assert found.left_out == pytest.approx(missed, rel=1e-4, abs=1e-6)
+    assert found.fit_error == pytest.approx(math.sqrt(np.mean(np.square(missed))), rel=1e-4)
 
 
-def test_two_steps_fit_a_constant_alone() -> None:
-    steps = [WholeStep(shape(1, 2), 1.0, 1.5), WholeStep(shape(2, 3), 2.0, 2.5)]
-    assert fit_remainder(steps, NO_FLOORS).coefficients == pytest.approx(Coefficients(0.5))
+def test_two_steps_fit_both() -> None:
+    steps = [whole(shape(1, 2), 1.0, 1.5), whole(shape(2, 3), 2.0, 2.5)]
+    found = fit_remainder(steps, NO_FLOORS).coefficients
+    assert [found.ms(step.shape) for step in steps] == pytest.approx([0.5, 0.5])
 
 
 def test_draws_follow_the_spread_and_the_seed() -> None:

@@ -8,18 +8,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from stree_autotune.gpu_sheet import GpuSheet
-from stree_autotune.remainder import WholeStep, leave_one_out
 from stree_autotune.roofline import Sample, fit, log_errors, samples_of
 from stree_autotune.runtime_table import OFF, Point, RuntimeTable
 from stree_autotune.step_cost import StepCost
-from stree_autotune.term_times import TermTimes, floors_of, whole_steps
 
 PASSES = ("verify", "draft", "draft_root")
 
@@ -56,7 +53,7 @@ def accuracy(table: RuntimeTable) -> list[Accuracy]:
     inner = table.batch_sizes[1:-1]
     if inner:
         rows += _steps_without_batch_size(table, cost, inner)
-    errors = [error for times in cost.times.values() for error in _without_step(times, table)]
+    errors = [error for times in cost.times.values() for error in times.left_out]
     if errors:
         rows.append(Accuracy.of("whole step", "speculating", errors))
     return rows
@@ -112,15 +109,3 @@ def _steps_without_batch_size(
                 kind = "off" if step.tree == OFF else "speculating"
                 errors[kind].append(predicted / step.ms - 1)
     return [Accuracy.of("batch size", kind, found) for kind, found in errors.items() if found]
-
-
-def _without_step(times: TermTimes, table: RuntimeTable) -> list[float]:
-    steps = [
-        step
-        for step in table.steps
-        if step.batch_size == times.batch_size and step.rule == "greedy"
-    ]
-    whole: list[WholeStep] = [row for _, row in whole_steps(times, steps, table)]
-    if len(whole) < 2 or not math.isfinite(times.fitted("greedy").fit_error):
-        return []
-    return leave_one_out(whole, floors_of(times))

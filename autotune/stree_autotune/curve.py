@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 
@@ -28,6 +29,12 @@ class Curve:
         if not 0 <= index < len(self.ms):
             raise self._missing(size)
         return self.ms[index]
+
+    def scaled(self, factor: Callable[[int], float]) -> Curve:
+        """Return the times multiplied by a factor of their size, rising as before."""
+        last = self.first + len(self.ms)
+        ms = [ms * factor(size) for size, ms in zip(range(self.first, last), self.ms, strict=True)]
+        return replace(self, ms=tuple(accumulate(ms, max)))
 
     def _missing(self, size: int) -> MissingMeasurement:
         last = self.first + len(self.ms) - 1

@@ -1,10 +1,16 @@
-"""The remainder: what whole steps cost beyond the sum of their separately measured terms."""
+"""The remainder: what whole steps cost beyond the sum of their separately measured terms.
+
+    remainder = constant + depth * per level + tokens * per token
+    verify inside steps = verify(tokens) * (1 + what steps with nearly as many tokens still miss)
+
+A pass that keeps the tensor cores busy runs slower among others than by itself, and by how much
+depends on how its tokens fill the kernels' tiles: steps with as many tokens share it.
+"""
 
 from __future__ import annotations
 
-import itertools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,14 +21,16 @@ from stree_autotune.tree_shape import TreeShape
 
 Floats = NDArray[np.float64]
 
+NEAR, DOUBT = 0.1, 0.3
+"""Standard deviation of log tokens by which steps count as near, and steps that missed nothing."""
+
 
 class Coefficients(NamedTuple):
-    """What the remainder is made of, in ms: `branching` counts once, where a node has siblings."""
+    """What the remainder is made of, in ms."""
 
     constant: float = 0.0
     per_level: float = 0.0
     per_token: float = 0.0
-    branching: float = 0.0
 
     def minus(self, other: Coefficients) -> Coefficients:
         """Return the differences."""
@@ -32,100 +40,79 @@ class Coefficients(NamedTuple):
         """Return the sums."""
         return Coefficients(*(a + b for a, b in zip(self, other, strict=True)))
 
-
-# The constant and any others, simplest first; a later set is taken only when it predicts left-out
-# steps better.
-_SETS = [(0, *more) for size in range(4) for more in itertools.combinations((1, 2, 3), size)]
+    def ms(self, shape: TreeShape) -> float:
+        """Return the sum for a step with a tree of this shape."""
+        return sum(map(operator.mul, self, _features(shape)), 0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class WholeStep:
-    """One measured step: its shape, the sum of its terms, and its own time (ms)."""
+    """One measured step: its shape, the sum of its terms, verify alone, and its own time (ms)."""
 
     shape: TreeShape
     sum_ms: float
+    verify_ms: float
     ms: float
 
 
 @dataclass(frozen=True, slots=True)
+class Missed:
+    """What steps took beyond the remainder, relative to verify, by their tokens."""
+
+    log_tokens_S: Floats
+    share_S: Floats
+
+    def factor(self, num_tokens: int) -> float:
+        """Return what verify is multiplied by: 1 and the mean share of steps near these tokens."""
+        distance_S = (self.log_tokens_S - np.log(num_tokens)) / NEAR
+        weight_S = np.exp(-0.5 * np.square(distance_S))
+        return 1 + float(weight_S @ self.share_S / (weight_S.sum() + DOUBT))
+
+
+@dataclass(frozen=True, slots=True)
 class Remainder:
-    """Accept, commit, host, launches: a sum over what `Coefficients` name."""
+    """Accept, commit, host, launches; `left_out` are the errors of steps predicted from others."""
 
     coefficients: Coefficients
-    fit_error: float
+    missed: Missed
+    left_out: tuple[float, ...]
 
-    def ms(self, shape: TreeShape) -> float:
-        """Return the remainder of a step with a tree of this shape."""
-        terms: Iterator[float] = map(operator.mul, self.coefficients, _features(shape))
-        return sum(terms)
+    @property
+    def fit_error(self) -> float:
+        """Root mean square of the relative errors of left-out steps."""
+        return float(np.sqrt(np.mean(np.square(self.left_out))))
 
 
 def fit_remainder(steps: Sequence[WholeStep], floors_ms: Coefficients) -> Remainder:
-    """Fit the remainder to whole steps by least squares of the relative error.
+    """Fit the remainder to whole steps by least squares of the relative error; needs two.
 
     `floors_ms` bounds the coefficients from below: passes inside one graph can cost less than the
     same passes alone, so a coefficient may be negative, but never so far that a deeper tree gets
-    cheaper. Non-negative least squares runs on what lies above the floors. Of the sets of
-    coefficients that hold the constant the one with the smallest leave-one-out error (root mean
-    square, relative to the step) wins; that is `fit_error`. Needs two steps.
+    cheaper. Non-negative least squares runs on what lies above the floors.
     """
-    chosen, errors = _best_set(steps, floors_ms)
-    return Remainder(_solve(steps, floors_ms, chosen), _root_mean_square(errors))
+    errors = []
+    for index, left_out in enumerate(steps):
+        coefficients, missed = _fit([*steps[:index], *steps[index + 1 :]], floors_ms)
+        more = missed.factor(left_out.shape.num_tokens) - 1
+        terms_ms = left_out.sum_ms + more * left_out.verify_ms
+        errors.append((terms_ms + coefficients.ms(left_out.shape)) / left_out.ms - 1)
+    return Remainder(*_fit(steps, floors_ms), tuple(errors))
 
 
-def leave_one_out(steps: Sequence[WholeStep], floors_ms: Coefficients) -> list[float]:
-    """Return the relative error of each step when it is predicted from the others."""
-    return _best_set(steps, floors_ms)[1]
-
-
-def _best_set(
-    steps: Sequence[WholeStep], floors_ms: Coefficients
-) -> tuple[tuple[int, ...], list[float]]:
-    """Return which coefficients predict left-out steps best, and their errors."""
-    best: tuple[tuple[int, ...], list[float]] | None = None
-    for chosen in _SETS:
-        if len(steps) <= len(chosen):
-            continue
-        errors = _leave_one_out(steps, floors_ms, chosen)
-        # a further coefficient must earn its place, or noise decides
-        if best is None or _root_mean_square(errors) < 0.9 * _root_mean_square(best[1]):
-            best = (chosen, errors)
-    assert best is not None
-    return best
-
-
-def _root_mean_square(errors: Sequence[float]) -> float:
-    return float(np.sqrt(np.mean(np.square(errors))))
-
-
-def _features(shape: TreeShape) -> tuple[float, ...]:
-    """Return what each coefficient is multiplied by."""
-    return 1.0, float(shape.depth), float(shape.num_tokens), float(bool(shape.branching))
-
-
-def _solve(
-    steps: Sequence[WholeStep], floors_ms: Coefficients, chosen: tuple[int, ...]
-) -> Coefficients:
-    """Return the coefficients; those that are not chosen are 0."""
+def _fit(steps: Sequence[WholeStep], floors_ms: Coefficients) -> tuple[Coefficients, Missed]:
     # scipy.optimize takes most of a second to import, and most commands never fit
     from scipy.optimize import nnls
 
-    features: Floats = np.array([_features(step.shape) for step in steps])[:, chosen]
-    floors = np.array(floors_ms)[list(chosen)]
-    times = np.array([step.ms for step in steps])
-    residual = times - np.array([step.sum_ms for step in steps]) - features @ floors
-    above, _ = nnls(features / times[:, None], residual / times)
-    values = np.zeros(len(floors_ms))
-    values[list(chosen)] = above + floors
-    return Coefficients(*values.tolist())
+    features_SC: Floats = np.array([_features(step.shape) for step in steps])
+    ms_S = np.array([step.ms for step in steps])
+    rest_S = ms_S - np.array([step.sum_ms for step in steps])
+    above_C, _ = nnls(features_SC / ms_S[:, None], (rest_S - features_SC @ floors_ms) / ms_S)
+    coefficients_C = above_C + floors_ms
+    share_S = (rest_S - features_SC @ coefficients_C) / np.array([step.verify_ms for step in steps])
+    tokens_S = np.array([step.shape.num_tokens for step in steps])
+    return Coefficients(*coefficients_C.tolist()), Missed(np.log(tokens_S), share_S)
 
 
-def _leave_one_out(
-    steps: Sequence[WholeStep], floors_ms: Coefficients, chosen: tuple[int, ...]
-) -> list[float]:
-    errors = []
-    for index, left_out in enumerate(steps):
-        rest = [*steps[:index], *steps[index + 1 :]]
-        found = Remainder(_solve(rest, floors_ms, chosen), 0.0)
-        errors.append((left_out.sum_ms + found.ms(left_out.shape)) / left_out.ms - 1)
-    return errors
+def _features(shape: TreeShape) -> tuple[float, float, float]:
+    """Return what each coefficient is multiplied by."""
+    return 1.0, float(shape.depth), float(shape.num_tokens)

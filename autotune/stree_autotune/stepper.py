@@ -67,12 +67,14 @@ def _nothing() -> None:
 
 
 def phases(num_slots: int) -> list[int]:
-    """Return for each slot how many tokens it is apart from the first, so that few store at once.
+    """Return for each slot how many tokens it is apart from the first, spread evenly and ascending.
 
     In a server requests start at any time; slots that started together would all store their states
-    in the same steps, which takes less time.
+    in the same steps, which takes less time. Whoever joins in this order gets slots in this order,
+    so that the same slots store together here and there: those whose programs share a
+    multiprocessor take longer.
     """
-    return [3 * slot % (MAX_KEPT + 1) for slot in range(num_slots)]
+    return [(MAX_KEPT + 1) * slot // num_slots for slot in range(num_slots)]
 
 
 class SteadyEngine(Engine):
@@ -108,14 +110,14 @@ class SteadyEngine(Engine):
     ) -> int:
         """Take a slot without running its prompt."""
         self.speculator.rule.start(slot, params or SamplingParams(), prompt)
-        self._go_back()
+        occupy(self.speculator, self._first)
+        self._ahead = 0
         return 0
 
     def launch(self, which: int = 0) -> None:
         """Start a step."""
         if self._ahead > 2 * self._reach:
-            with torch.inference_mode():
-                self._go_back()
+            self._go_back()
         super().launch(which)
         self._under_way.append(which)
 
@@ -129,9 +131,16 @@ class SteadyEngine(Engine):
         self._ahead += max(counts) if self._attends else 0
         return result
 
+    @property
+    def _first(self) -> int:
+        """As many positions before the middle as slots may go beyond it."""
+        return self.config.num_positions // 2 - self._reach
+
+    @torch.inference_mode()
     def _go_back(self) -> None:
-        """Set all slots to as many positions before the middle as they may go beyond it."""
-        occupy(self.speculator, self.config.num_positions // 2 - self._reach)
+        """Set all slots to the first position, without waiting for the steps under way."""
+        for cache in self._caches():
+            cache.committed_B.fill_(self._first)
         self._ahead = 0
 
 

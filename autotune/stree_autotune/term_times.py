@@ -61,11 +61,13 @@ class Load(NamedTuple):
 class TermTimes:
     """All terms at one batch size; `remainders` and `off_steps` are by rule.
 
-    The curve of `draft` is that of points without what their rows cost, `draft_rows`.
+    The curve of `draft` is that of points without what their rows cost, `draft_rows`; `verify` is
+    what verify takes inside whole steps.
     """
 
     batch_size: int
     curves: Mapping[Term, Curve]
+    verify: Curve
     rules: RuleTimes
     off_steps: Mapping[RuleKey, float]
     remainders: Mapping[RuleKey, Remainder]
@@ -90,7 +92,7 @@ class TermTimes:
             drafts += sum([at(width) for width in shape.widths])
             if self.curves["draft_rows"].ms:
                 drafts += sum([self.curves["draft_rows"].at(rows) for rows in shape.rows])
-        verify = self.curves["verify"].at(shape.num_tokens) + share * self._optional("target_store")
+        verify = self.verify.at(shape.num_tokens) + share * self._optional("target_store")
         verify += more_accepted * self._optional("target_path")
         verify += self._context_ms(shape.num_tokens, load)
         rules = self.rules.step_ms(load.rule, self.batch_size, shape)
@@ -104,13 +106,19 @@ class TermTimes:
         It is never shorter than what the host works for a step.
         """
         remainder = self.fitted(load.rule)
-        total = self.sum_ms(shape, load, factors) + remainder.ms(shape)
+        total = self.sum_ms(shape, load, factors) + remainder.coefficients.ms(shape)
         return max(total * math.exp(steps_off * remainder.fit_error), self.host_ms)
 
     @property
     def host_ms(self) -> float:
         """What the host works for a step, 0 where it was not measured."""
         return self._optional("host")
+
+    @property
+    def left_out(self) -> tuple[float, ...]:
+        """Relative errors of greedy steps, each predicted from the others."""
+        greedy = self.remainders.get("greedy")
+        return greedy.left_out if greedy is not None else ()
 
     def fitted(self, rule: RuleKey) -> Remainder:
         """Return a rule's remainder, greedy's for one without steps of its own.
@@ -172,9 +180,7 @@ def spreads(table: RuntimeTable) -> Factors:
     return Factors(*(min(0.5, float(np.median(values or [0.0]))) for values in relative.values()))
 
 
-def whole_steps(
-    times: TermTimes, steps: Sequence[Step], table: RuntimeTable
-) -> list[tuple[Step, WholeStep]]:
+def _whole_steps(times: TermTimes, steps: Sequence[Step], table: RuntimeTable) -> list[WholeStep]:
     """Return speculative steps beside the sums of their terms, where these were measured."""
     found = []
     for step in steps:
@@ -187,7 +193,7 @@ def whole_steps(
         except MissingMeasurement:
             # A pass did not fit into memory, or the probe was stopped.
             continue
-        found.append((step, WholeStep(shape, sum_ms, step.ms)))
+        found.append(WholeStep(shape, sum_ms, times.verify.at(shape.num_tokens), step.ms))
     return found
 
 
@@ -205,34 +211,38 @@ def _at_batch_size(table: RuntimeTable, batch_size: int, rules: RuleTimes) -> Te
         # Without a tree the two choose alike.
         if sampled not in off and same in off:
             off[sampled] = off[same]  # type: ignore[index]
-    bare = TermTimes(batch_size, curves, rules, off, {}, command)
+    times = TermTimes(batch_size, curves, curves["verify"], rules, off, {}, command)
     remainders: dict[RuleKey, Remainder] = {}
     for rule in sorted({step.rule for step in steps}, key=lambda rule: rule != "greedy"):
-        whole = whole_steps(bare, [step for step in steps if step.rule == rule], table)
-        free = [row for _, row in whole if row.ms > _HOST_BOUND * bare.host_ms]
-        used = free if len(free) > 1 else [row for _, row in whole]
+        whole = _whole_steps(times, [step for step in steps if step.rule == rule], table)
+        free = [row for row in whole if row.ms > _HOST_BOUND * times.host_ms]
+        used = free if len(free) > 1 else whole
         if len(used) > 1:
-            remainders[rule] = _fitted(used, bare, remainders.get("greedy"))
+            remainders[rule] = _fitted(used, times, remainders.get("greedy"))
+        if rule == "greedy" and rule in remainders:
+            # The others' steps have fewer trees, so they are compared with verify as these show it.
+            times = replace(times, verify=times.verify.scaled(remainders[rule].missed.factor))
     if "mss_truncated" in remainders:
         remainders.setdefault("naive_truncated", remainders["mss_truncated"])
-    return replace(bare, remainders=remainders)
+    return replace(times, remainders=remainders)
 
 
 def _fitted(steps: Sequence[WholeStep], times: TermTimes, greedy: Remainder | None) -> Remainder:
     """Fit a remainder; one of a sampling rule is greedy's and what its steps differ by."""
-    floors = floors_of(times)
+    floors = _floors_of(times)
     if greedy is None:
         return fit_remainder(steps, floors)
-    known = [replace(row, sum_ms=row.sum_ms + greedy.ms(row.shape)) for row in steps]
-    more = fit_remainder(known, floors.minus(greedy.coefficients))
-    return Remainder(greedy.coefficients.plus(more.coefficients), more.fit_error)
+    shared = greedy.coefficients
+    known = [replace(row, sum_ms=row.sum_ms + shared.ms(row.shape)) for row in steps]
+    more = fit_remainder(known, floors.minus(shared))
+    return replace(more, coefficients=shared.plus(more.coefficients))
 
 
-def floors_of(times: TermTimes) -> Coefficients:
+def _floors_of(times: TermTimes) -> Coefficients:
     """Return how far each coefficient of the remainder may go below zero.
 
     A level costs at least nothing with its draft pass, the constant at most undoes the draft's root
-    pass, and further tokens and siblings never pay.
+    pass, and further tokens never pay.
     """
     draft = times.curves["draft"].ms
     return Coefficients(-times.curves["draft_root"].at(1), -draft[0] if draft else 0.0)
