@@ -10,7 +10,8 @@ steps with all slots at work (stree_autotune.live_speed), in several rounds of a
 The demo pair decodes its own prompts; the trace is the one that ships, recorded at another time and
 batch size. Pairs of shapes accept what a trace says (traced_pair.py), so that their tokens per step
 check the counting alone. Trees are grown from the shares of the trace's ranks and are none of those
-that the probe times. `--table` prints a result file and draws it.
+that the probe times. Rows of other pairs that FILE has are kept. `--table` prints a result file and
+draws it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from prediction_figure import draw
-from report import RESULTS, Row, header, markdown, read, save, table
+from report import RESULTS, Row, command_line, header, markdown, read, save, table
 from traced_pair import DEMO, PAIRS, open_named, traced_config
 
 from stree_autotune.library import Library
@@ -85,13 +86,22 @@ def main() -> None:
         for batch in options.batches:
             rows += measure(case, batch, options)
             # After every block of rows: a run that is cut short keeps what it has.
-            save(options.output, head, rows)
+            save_beside(options.output, head, rows)
             give_back()
         del case
         give_back()
         print(f"{name}: {time.perf_counter() - start:.0f} s")
     print(table(shown(rows), SHOWN), end="")
     print(summary(rows))
+
+
+def save_beside(path: Path, head: dict[str, Any], rows: Sequence[Row]) -> None:
+    """Write rows beside those that a result file has of other pairs, each pair with its source."""
+    known = read(path) if path.exists() else {"sources": {}, "rows": []}
+    mine = {row["pair"] for row in rows}
+    both = [row for row in known["rows"] if row["pair"] not in mine] + list(rows)
+    both.sort(key=lambda row: PAIRS.index(row["pair"]))
+    save(path, head | {"sources": known["sources"] | head["sources"]}, both)
 
 
 def give_back() -> None:
@@ -138,6 +148,7 @@ def open_case(name: str, device: str, data: Sequence[Path]) -> tuple[Case, dict[
         "trace": f"{trace.meta.dataset} of {trace.meta.target.name}, {trace.meta.dtype}",
         "acceptance": "its own" if accepts_by_itself else "taken from the trace",
         "num_prompts": trace.num_prompts,
+        "command": command_line(),
     }
     return Case(name, pair, trace, accepts_by_itself, cost), source
 

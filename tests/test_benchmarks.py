@@ -265,3 +265,17 @@ def test_errors_are_summed_up_by_pair(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "| b | 1 | off | 103 | 100 | +3.0% |" in capsys.readouterr().out
     assert "batch 1" in figure.read_text()
     assert "Date" not in figure.read_text()
+
+
+def test_rows_of_other_pairs_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    for pair, speed in (("mamba2-2.7b", 1.0), ("demo", 2.0), ("mamba2-2.7b", 3.0)):
+        head = report.header({}, "none") | {"sources": {pair: {"speed": speed}}}
+        prediction.save_beside(path, head, [{"pair": pair, "speed": speed}])
+    document = report.read(path)
+    assert [tuple(row.values()) for row in document["rows"]] == [
+        ("demo", 2.0),
+        ("mamba2-2.7b", 3.0),
+    ]
+    assert document["sources"]["demo"]["speed"] == 2.0
+    assert document["sources"]["mamba2-2.7b"]["speed"] == 3.0
