@@ -2,6 +2,7 @@
 
     python benchmarks/prediction.py [--pairs demo mamba2-2.7b mamba-in-llama-8b]
                                     [--batches 1 8 32] [--data DIR] [--output FILE]
+    python benchmarks/prediction.py --again FILE [--data DIR]
     python benchmarks/prediction.py --table FILE [--figure FILE]
 
 Predictions come from what tuning reads: the pair's runtime table of this machine's device and a
@@ -10,8 +11,8 @@ steps with all slots at work (stree_autotune.live_speed), in several rounds of a
 The demo pair decodes its own prompts; the trace is the one that ships, recorded at another time and
 batch size. Pairs of shapes accept what a trace says (traced_pair.py), so that their tokens per step
 check the counting alone. Trees are grown from the shares of the trace's ranks and are none of those
-that the probe times. Rows of other pairs that FILE has are kept. `--table` prints a result file and
-draws it.
+that the probe times. Rows of other pairs that FILE has are kept. `--again` predicts a file's rows
+with the model as it is now and runs nothing; `--table` prints it and draws it.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ import numpy as np
 import torch
 from prediction_figure import draw
 from report import RESULTS, Row, command_line, header, markdown, read, save, table
-from traced_pair import DEMO, PAIRS, open_named, traced_config
+from traced_pair import DEMO, DRAFTS, PAIRS, open_named, traced_config
 
 from stree_autotune.library import Library
 from stree_autotune.live import open_prompts
 from stree_autotune.live_rows import error_summary
 from stree_autotune.live_speed import LiveSpeed, live_speed, typical_context
+from stree_autotune.provenance import git_sha, utc_now
 from stree_autotune.runtime_table import load_runtime_table
 from stree_autotune.step_cost import StepCost
 from stree_autotune.trace_file import Trace, load_trace
@@ -76,6 +78,10 @@ def main() -> None:
     options = parse()
     if options.table is not None:
         show(options.table, options.figure)
+        return
+    if options.again is not None:
+        document = predicted_again(read(options.again), options.data)
+        save(options.again, document, document.pop("rows"))
         return
     head = header({}, "none, speeds only")
     rows: list[Row] = []
@@ -120,6 +126,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--data", type=Path, nargs="*", default=[], help="own tables and traces")
     parser.add_argument("--output", type=Path, default=RESULTS / "prediction-h200.json")
+    parser.add_argument("--again", type=Path, help="predict the rows of this result file and stop")
     parser.add_argument("--table", type=Path, help="print this result file as Markdown and stop")
     parser.add_argument("--figure", type=Path, help="with --table: draw it, .svg or .png")
     return parser.parse_args()
@@ -127,30 +134,65 @@ def parse() -> argparse.Namespace:
 
 def open_case(name: str, device: str, data: Sequence[Path]) -> tuple[Case, dict[str, Any]]:
     """Return a pair with what predicts it, and where the predictions come from."""
-    library = Library.open(data)
     pair, trace = open_named(name, device, data)
     accepts_by_itself = trace is None
-    if trace is None:
-        trace = load_trace(library.find_trace(*DEMO, "demo"))
     gpu = short_gpu_name(device_name(pair.device), pair.device)
-    names = (pair.target_ref.name, pair.draft_ref.name)
-    path = library.measured_runtime(gpu, *names)
-    if path is None:
-        raise MissingMeasurement(f"no runtime table of {names} is there for {gpu}; probe it")
-    runtime = load_runtime_table(path)
+    if trace is None:
+        trace = demo_trace(data)
     prompts = pair.encode(open_prompts("demo")) if accepts_by_itself else [prompt_for(0)]
-    cost = StepCost.from_table(runtime, context=typical_context(prompts, trace))
+    context = typical_context(prompts, trace)
+    path, cost = open_cost(name, gpu, context, data)
+    runtime = load_runtime_table(path)
     source = {
-        "runtime_table": library.label(path),
+        "runtime_table": Library.open(data).label(path),
         "runtime_date": runtime.measured.date,
         "runtime_gpu": runtime.gpu_name,
         "runtime_context": runtime.context,
+        "context": context,
         "trace": f"{trace.meta.dataset} of {trace.meta.target.name}, {trace.meta.dtype}",
         "acceptance": "its own" if accepts_by_itself else "taken from the trace",
         "num_prompts": trace.num_prompts,
         "command": command_line(),
     }
     return Case(name, pair, trace, accepts_by_itself, cost), source
+
+
+def demo_trace(data: Sequence[Path]) -> Trace:
+    """Return what the demo pair accepted of its own prompts."""
+    return load_trace(Library.open(data).find_trace(*DEMO, "demo"))
+
+
+def open_cost(name: str, gpu: str, context: int, data: Sequence[Path]) -> tuple[Path, StepCost]:
+    """Return a pair's runtime table and the cost that it gives at a context."""
+    names = DEMO if name == "demo" else (name, DRAFTS[name])
+    path = Library.open(data).measured_runtime(gpu, *names)
+    if path is None:
+        raise MissingMeasurement(f"no runtime table of {names} is there for {gpu}; probe it")
+    return path, StepCost.from_table(load_runtime_table(path), context=context)
+
+
+def predicted_again(document: dict[str, Any], data: Sequence[Path]) -> dict[str, Any]:
+    """Return a result file with what its tables and the model as it is now predict."""
+    gpu = short_gpu_name(document["gpu"], torch.device("cuda"))
+    rows = []
+    for name, source in document["sources"].items():
+        _, cost = open_cost(name, gpu, source["context"], data)
+        for row in (row for row in document["rows"] if row["pair"] == name):
+            tree = Tree.from_paths(row["tree"])
+            tokens_per_step = row["predicted_tokens_per_step"]
+            rows.append(row | predicted(cost, row["batch"], tree, tokens_per_step))
+    rows.sort(key=lambda row: PAIRS.index(row["pair"]))
+    return document | {"rows": rows, "predicted": {"git_sha": git_sha(), "date": utc_now()}}
+
+
+def predicted(cost: StepCost, batch: int, tree: Tree, tokens_per_step: float) -> Row:
+    """Return what a row says of the prediction."""
+    step_ms = cost.step_ms(batch, tree, tokens_per_step)
+    return {
+        "predicted_tokens_per_s": round(1e3 * batch * tokens_per_step / step_ms, 1),
+        "predicted_tokens_per_step": round(tokens_per_step, 4),
+        "predicted_step_ms": round(step_ms, 4),
+    }
 
 
 def modes(trace: Trace, sizes: Sequence[int]) -> dict[str, Tree]:
@@ -230,7 +272,6 @@ def make_row(
     speeds: Sequence[LiveSpeed],
 ) -> Row:  # fmt: skip
     tokens_per_step = walk(case.trace, tree, np.array(chosen)).tokens_per_step
-    step_ms = case.cost.step_ms(batch, tree, tokens_per_step)
     rates = [speed.tokens_per_s for speed in speeds]
     rate = statistics.median(rates)
     return {
@@ -238,11 +279,9 @@ def make_row(
         "batch": batch,
         "mode": mode,
         "tree": [list(path) for path in tree.paths],
-        "predicted_tokens_per_s": round(1e3 * batch * tokens_per_step / step_ms, 1),
+        **predicted(case.cost, batch, tree, tokens_per_step),
         "live_tokens_per_s": round(rate, 1),
-        "predicted_tokens_per_step": round(tokens_per_step, 4),
         "live_tokens_per_step": round(speeds[0].tokens_per_step, 4),
-        "predicted_step_ms": round(step_ms, 4),
         "live_step_ms": round(statistics.median(speed.step_ms for speed in speeds), 4),
         "num_prompts": len(chosen),
         "timed_steps": sum(speed.num_calls for speed in speeds),
@@ -285,7 +324,10 @@ def show(path: Path, figure: Path | None) -> None:
     """Print a result file as Markdown, and draw it where asked."""
     document = read(path)
     rows = document["rows"]
-    text = markdown(document | {"rows": shown(rows)}, SHOWN, lambda row: True)
+    sources = document.get("sources", {}).values()
+    commands = " && ".join(dict.fromkeys(source["command"] for source in sources))
+    facts = document | {"rows": shown(rows), "command": commands or document["command"]}
+    text = markdown(facts, SHOWN, lambda row: True)
     print(text + "\n" + summary(rows))
     if figure is not None:
         draw(rows, document["gpu"], figure)

@@ -30,7 +30,7 @@ from stree_core.tree_plan import make_plan
 
 COST = StepCost.from_table(make_table())
 RAGGED = Tree.from_paths([[0], [1], [2], [0, 0], [0, 1], [2, 0], [0, 0, 0], [0, 0, 0, 0]])
-NO_FLOORS = Coefficients(-1e3, -1e3, -1e3)
+NO_FLOORS = Coefficients(-1e9, -1e9, 0.0, 0.0)
 
 
 def with_points(
@@ -272,9 +272,9 @@ def test_a_further_node_never_makes_a_step_cheaper(tree: Tree) -> None:
             assert cost.step_ms(8, larger) >= less - 1e-12
 
 
-def shape(depth: int, num_tokens: int) -> TreeShape:
+def shape(depth: int, num_tokens: int, *branching: int) -> TreeShape:
     """Return a shape as far as the remainder sees it."""
-    return TreeShape(num_tokens, depth, (), (), (), depth, 1)
+    return TreeShape(num_tokens, depth, (), (), branching, depth, 1 + len(branching))
 
 
 def whole(shape: TreeShape, sum_ms: float, ms: float) -> WholeStep:
@@ -283,17 +283,25 @@ def whole(shape: TreeShape, sum_ms: float, ms: float) -> WholeStep:
 
 def test_remainder_recovers_its_coefficients() -> None:
     shapes = [
-        *(shape(1, 2), shape(2, 3), shape(4, 5), shape(8, 9), shape(4, 13)),
-        *(shape(2, 17), shape(3, 33), shape(5, 20)),
+        *(shape(1, 2), shape(2, 3), shape(4, 5), shape(8, 9), shape(4, 13, 1)),
+        *(shape(2, 17, 1, 2), shape(3, 33, 1), shape(5, 20, 3)),
     ]
-    wanted = Coefficients(0.3, -0.04, 0.002)
+    wanted = Coefficients(0.3, -0.04, 0.002, 0.05)
     steps = [whole(s, 2.0, 2.0 + wanted.ms(s)) for s in shapes]
     assert steps[0].ms == pytest.approx(2.0 + 0.3 - 0.04 + 0.004)
-    assert steps[5].ms == pytest.approx(2.0 + 0.3 - 0.08 + 0.034)
-    found = fit_remainder(steps, Coefficients(-1.0, -0.5))
+    assert steps[5].ms == pytest.approx(2.0 + 0.3 - 0.08 + 0.034 + 0.05)
+    found = fit_remainder(steps, Coefficients(-1.0, -0.5), by_tokens=True)
     assert found.coefficients == pytest.approx(wanted)
     assert found.fit_error == pytest.approx(0.0, abs=1e-9)
+    assert found.missed is not None
     assert found.missed.factor(17) == pytest.approx(1.0)
+
+
+def test_remainder_takes_siblings_alone_where_they_tell() -> None:
+    steps = [whole(shape(d, d + 1), 1.0, 1.2) for d in (1, 2, 4, 6)]
+    steps += [whole(shape(d, t, 1), 1.0, 1.5) for d, t in ((1, 9), (2, 5), (3, 17))]
+    found = fit_remainder(steps, NO_FLOORS).coefficients
+    assert found == pytest.approx(Coefficients(0.2, branching=0.3))
 
 
 def test_steps_with_as_many_tokens_share_what_the_remainder_misses() -> None:
@@ -327,26 +335,36 @@ def test_remainder_never_undoes_more_than_a_pass() -> None:
 
 def test_leave_one_out_error_against_plain_least_squares() -> None:
     rng = np.random.default_rng(3)
-    # So far apart in tokens that none tells of another what the remainder misses.
-    sizes = np.array([(1, 2), (2, 80), (3, 5), (4, 33), (6, 13), (8, 200)])
-    times = 5 + sizes @ (0.5, 0.01) + rng.normal(0, 0.05, size=6)
-    steps = [whole(shape(*size), 4.0, t) for size, t in zip(sizes.tolist(), times, strict=True)]
-    design = np.column_stack([np.ones(6), sizes]) / times[:, None]
-    wanted = (times - 4.0) / times
-    missed = []
-    for i in range(6):
-        rest = np.arange(6) != i
-        solution, *_ = np.linalg.lstsq(design[rest], wanted[rest], rcond=None)
-        missed.append(design[i] @ solution - wanted[i])
+    depths = np.array([1, 2, 3, 4, 6, 8])
+    times = 5 + 0.5 * depths + rng.normal(0, 0.05, size=6)
+    steps = [
+        whole(shape(int(d), int(d) + 1), 4.0, float(t)) for d, t in zip(depths, times, strict=True)
+    ]
+    errors = {}
+    for powers in ((0,), (0, 1)):
+        design = np.stack([depths**p for p in powers], axis=1) / times[:, None]
+        wanted = (times - 4.0) / times
+        missed = []
+        for i in range(6):
+            rest = np.arange(6) != i
+            solution, *_ = np.linalg.lstsq(design[rest], wanted[rest], rcond=None)
+            missed.append(design[i] @ solution - wanted[i])
+        errors[powers] = math.sqrt(np.mean(np.square(missed)))
     found = fit_remainder(steps, NO_FLOORS)
-    assert found.left_out == pytest.approx(missed, rel=1e-4, abs=1e-6)
-    assert found.fit_error == pytest.approx(math.sqrt(np.mean(np.square(missed))), rel=1e-4)
+    assert found.fit_error == pytest.approx(errors[0, 1], rel=1e-6)
+    assert errors[0, 1] < errors[0,]
 
 
-def test_two_steps_fit_both() -> None:
+def test_a_left_out_step_is_told_by_those_with_as_many_tokens() -> None:
+    slow = [whole(shape(d, 33), 2.0, 2.8) for d in (1, 2, 3, 4)]
+    steps = [*slow, *(whole(shape(d, t), 2.0, 2.1) for d, t in ((1, 2), (2, 9), (3, 16), (4, 64)))]
+    alone, near = (fit_remainder(steps, Coefficients(), by_tokens=told) for told in (False, True))
+    assert near.fit_error < 0.7 * alone.fit_error
+
+
+def test_two_steps_fit_a_constant_alone() -> None:
     steps = [whole(shape(1, 2), 1.0, 1.5), whole(shape(2, 3), 2.0, 2.5)]
-    found = fit_remainder(steps, NO_FLOORS).coefficients
-    assert [found.ms(step.shape) for step in steps] == pytest.approx([0.5, 0.5])
+    assert fit_remainder(steps, NO_FLOORS).coefficients == pytest.approx(Coefficients(0.5))
 
 
 def test_draws_follow_the_spread_and_the_seed() -> None:

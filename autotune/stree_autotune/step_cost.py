@@ -6,7 +6,7 @@
                  + verify(B, tokens) + store share * (target_store(B) + draft_store(B))
                  + (tokens per step - 2) * (target_path(B) + depth * draft_path(B))
                  + what the rule adds (branching, laws, draws, tries) by rows of logits
-                 + remainder(B, rule, depth, tokens); never shorter than the host's work
+                 + remainder(B, rule, depth, tokens, siblings); never shorter than the host's work
 
 The width of a level is its number of nodes with children: only those are drafted from.
 """

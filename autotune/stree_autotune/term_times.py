@@ -220,8 +220,10 @@ def _at_batch_size(table: RuntimeTable, batch_size: int, rules: RuleTimes) -> Te
         if len(used) > 1:
             remainders[rule] = _fitted(used, times, remainders.get("greedy"))
         if rule == "greedy" and rule in remainders:
-            # The others' steps have fewer trees, so they are compared with verify as these show it.
-            times = replace(times, verify=times.verify.scaled(remainders[rule].missed.factor))
+            # Few trees are timed with the others, which are compared with verify as these show it.
+            missed = remainders[rule].missed
+            assert missed is not None
+            times = replace(times, verify=times.verify.scaled(missed.factor))
     if "mss_truncated" in remainders:
         remainders.setdefault("naive_truncated", remainders["mss_truncated"])
     return replace(times, remainders=remainders)
@@ -231,7 +233,7 @@ def _fitted(steps: Sequence[WholeStep], times: TermTimes, greedy: Remainder | No
     """Fit a remainder; one of a sampling rule is greedy's and what its steps differ by."""
     floors = _floors_of(times)
     if greedy is None:
-        return fit_remainder(steps, floors)
+        return fit_remainder(steps, floors, by_tokens=True)
     shared = greedy.coefficients
     known = [replace(row, sum_ms=row.sum_ms + shared.ms(row.shape)) for row in steps]
     more = fit_remainder(known, floors.minus(shared))
@@ -242,7 +244,7 @@ def _floors_of(times: TermTimes) -> Coefficients:
     """Return how far each coefficient of the remainder may go below zero.
 
     A level costs at least nothing with its draft pass, the constant at most undoes the draft's root
-    pass, and further tokens never pay.
+    pass, and further tokens and siblings never pay.
     """
     draft = times.curves["draft"].ms
     return Coefficients(-times.curves["draft_root"].at(1), -draft[0] if draft else 0.0)
