@@ -24,7 +24,7 @@ from stree_autotune.runtime_table import (
     save_runtime_table,
 )
 from stree_autotune.step_cost import StepCost
-from stree_autotune.timing import Effort, Timing, Work, time_interleaved
+from stree_autotune.timing import WALL_CYCLE, Effort, Timing, Work, time_interleaved
 from stree_core.errors import BackendUnavailable
 from stree_core.model_source import folder_source
 from stree_core.pair import Pair, Runtime, load_pair
@@ -257,6 +257,20 @@ def test_rounds_in_which_all_is_slow_do_not_count(monkeypatch: pytest.MonkeyPatc
     found = time_interleaved(works, CPU, Effort(5, 20, 0.0))
     assert [timing.ms for timing in found.values()] == pytest.approx([10.0] * 3)
     assert max(timing.spread_ms for timing in found.values()) < 0.01
+
+
+def test_a_short_step_recovers_from_a_long_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    seconds = {"long": 0.05, "short": 0.002, "shorter": 0.001}
+    works = {name: clock.work(name, lambda _, own=own: own) for name, own in seconds.items()}  # type: ignore[misc]
+    # By wall time nothing asks for a device.
+    found = time_interleaved(works, torch.device("cuda"), Effort(3, 3, 0.0), wall=True)
+    assert {name: timing.ms for name, timing in found.items()} == pytest.approx(
+        {name: 1e3 * own for name, own in seconds.items()}
+    )
+    runs = [(name, len(list(calls))) for name, calls in itertools.groupby(clock.log)]
+    assert [name for name, _ in runs[2:]] == 3 * ["shorter", "short", "long"]
+    assert runs[5] == runs[8] == ("shorter", 100 + WALL_CYCLE), "100 ms behind the long one"
 
 
 def test_a_deadline_leaves_the_fewest_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
