@@ -45,7 +45,7 @@ class Budget:
 
 BUDGETS = {
     "quick": Budget(55.0, Effort(3, 12, 0.05)),
-    "full": Budget(340.0, Effort(7, 60, 0.5)),
+    "full": Budget(330.0, Effort(5, 60, 0.5)),
 }
 
 
