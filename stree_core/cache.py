@@ -9,6 +9,7 @@ the accepted rows of the previous step's set while it fills its own.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,56 +19,33 @@ from stree_kernels.key_rows_ref import KeyValues
 from stree_kernels.rows import MAX_KEPT, Pending, ScanRows, advance_pending
 
 
+class RowSet(NamedTuple):
+    """Views of one set's rows, made once: `start` is its first among the rows after the conv.
+
+    Rows enter the conv with dt behind its channels, and leave it so; the scan reads parts of them.
+    """
+
+    start: int
+    conv_inputs_BRE: Tensor
+    conv_outputs_BRE: Tensor
+    scan_rows: ScanRows
+    c_BRGN: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Mamba2Cache:
     """One Mamba2 mixer: committed states, per set the projected rows, and the conv's rows.
 
-    `rows_RBE` begins with the MAX_KEPT kept rows; the rows of both sets follow.
+    `rows_RBE` begins with the MAX_KEPT kept rows; the rows of both sets follow. `sets` and
+    `all_rows` are views.
     """
 
-    shape: Mamba2Shape
     conv_BCK: Tensor
     ssm_BHPN: Tensor
     proj_RB: tuple[Tensor, Tensor]
     rows_RBE: Tensor
-
-    def start(self, which: int) -> int:
-        """Return the first row of a set after the conv."""
-        return MAX_KEPT + which * len(self.proj_RB[0])
-
-    def conv_inputs_BRE(self, which: int) -> Tensor:
-        """Return the rows that enter the conv, dt behind its channels."""
-        inputs_RBE: Tensor = self.proj_RB[which][..., self.shape.inner_dim :]
-        return inputs_RBE.transpose(0, 1)
-
-    def conv_outputs_BRE(self, which: int) -> Tensor:
-        """Return the rows that leave the conv."""
-        rows_RBE: Tensor = self.rows_RBE[self.start(which) :][: len(self.proj_RB[0])]
-        return rows_RBE.transpose(0, 1)
-
-    def scan_rows(self, which: int) -> ScanRows:
-        """Return the rows that enter the scan."""
-        return self._scan_rows(self.conv_outputs_BRE(which))
-
-    def all_rows(self) -> ScanRows:
-        """Return the kept rows and those of both sets."""
-        return self._scan_rows(self.rows_RBE.transpose(0, 1))
-
-    def c_BRGN(self, which: int) -> Tensor:
-        """Return C of every row."""
-        s = self.shape
-        *_, c, _ = self.conv_outputs_BRE(which).split((*s.conv_sections, s.num_heads), dim=-1)
-        c_BRGN: Tensor = c.unflatten(-1, (s.num_c_groups, s.state_dim))
-        return c_BRGN
-
-    def _scan_rows(self, rows_BRE: Tensor) -> ScanRows:
-        s = self.shape
-        x, b, _, dt = rows_BRE.split((*s.conv_sections, s.num_heads), dim=-1)
-        return ScanRows(
-            x.unflatten(-1, (s.num_x_heads, s.head_dim)),
-            dt,
-            b.unflatten(-1, (s.num_b_groups, s.state_dim)),
-        )
+    sets: tuple[RowSet, RowSet]
+    all_rows: ScanRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +115,9 @@ class Cache:
                 mine.ssm_BHPN[slot] = theirs.ssm_BHPN[0]
                 mine.proj_RB[here][0, slot] = theirs.proj_RB[there][0, 0]
                 mine.rows_RBE[:MAX_KEPT, slot] = theirs.rows_RBE[:MAX_KEPT, 0]
-                mine.rows_RBE[mine.start(here), slot] = theirs.rows_RBE[theirs.start(there), 0]
+                mine.rows_RBE[mine.sets[here].start, slot] = theirs.rows_RBE[
+                    theirs.sets[there].start, 0
+                ]
             elif isinstance(mine, AttentionCache) and isinstance(theirs, AttentionCache):
                 num = min(mine.committed.key.shape[1], theirs.committed.key.shape[1])
                 for to, source in zip(mine.committed, theirs.committed, strict=True):
@@ -186,12 +166,38 @@ def _mamba2_cache(
     def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.zeros(*shape, dtype=dtype, device=device)
 
+    proj_RB = (zeros(rows, slots, m.proj_dim), zeros(rows, slots, m.proj_dim))
+    rows_RBE = zeros(MAX_KEPT + 2 * rows, slots, m.conv_dim + m.num_heads)
+    first, second = (_row_set(m, proj_RB[which], rows_RBE, which) for which in (0, 1))
     return Mamba2Cache(
-        m,
         zeros(slots, m.conv_dim, m.conv_width - 1),
         zeros(slots, m.num_heads, m.head_dim, m.state_dim, dtype=state_dtype),
-        (zeros(rows, slots, m.proj_dim), zeros(rows, slots, m.proj_dim)),
-        zeros(MAX_KEPT + 2 * rows, slots, m.conv_dim + m.num_heads),
+        proj_RB,
+        rows_RBE,
+        (first, second),
+        _scan_rows(m, rows_RBE.transpose(0, 1)),
+    )
+
+
+def _row_set(m: Mamba2Shape, proj_RBX: Tensor, rows_RBE: Tensor, which: int) -> RowSet:
+    start = MAX_KEPT + which * len(proj_RBX)
+    outputs_BRE = rows_RBE[start : start + len(proj_RBX)].transpose(0, 1)
+    *_, c, _ = outputs_BRE.split((*m.conv_sections, m.num_heads), dim=-1)
+    return RowSet(
+        start,
+        proj_RBX[..., m.inner_dim :].transpose(0, 1),
+        outputs_BRE,
+        _scan_rows(m, outputs_BRE),
+        c.unflatten(-1, (m.num_c_groups, m.state_dim)),
+    )
+
+
+def _scan_rows(m: Mamba2Shape, rows_BRE: Tensor) -> ScanRows:
+    x, b, _, dt = rows_BRE.split((*m.conv_sections, m.num_heads), dim=-1)
+    return ScanRows(
+        x.unflatten(-1, (m.num_x_heads, m.head_dim)),
+        dt,
+        b.unflatten(-1, (m.num_b_groups, m.state_dim)),
     )
 
 

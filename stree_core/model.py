@@ -137,7 +137,8 @@ class Model:
         """Return a part's output before its last projection, and that; None where there is none."""
         if isinstance(weights, Mamba2Weights):
             assert isinstance(layer, Mamba2Cache)
-            return self._mamba2(rows, weights, layer, this), weights.out_proj
+            assert isinstance(mixer, Mamba2Shape)
+            return self._mamba2(rows, weights, mixer, layer, this), weights.out_proj
         if isinstance(weights, AttentionWeights):
             assert isinstance(layer, AttentionCache)
             assert isinstance(mixer, AttentionShape)
@@ -199,17 +200,17 @@ class Model:
         return UnscaledRows(out_MD, None, 1, 0.0)
 
     def _mamba2(
-        self, rows: UnscaledRows, w: Mamba2Weights, layer: Mamba2Cache, this: Pass
+        self, rows: UnscaledRows, w: Mamba2Weights, m: Mamba2Shape, layer: Mamba2Cache, this: Pass
     ) -> UnscaledRows:
-        m, now = layer.shape, this.cache.current
-        before = 1 - now
-        proj_TB = layer.proj_RB[now][this.first : this.end]
+        current = this.cache.current
+        now, before = layer.sets[current], layer.sets[1 - current]
+        proj_TB = layer.proj_RB[current][this.first : this.end]
         self.backend.linear(rows, w.in_proj, proj_TB.flatten(0, 1))
         self.backend.tree_conv(
-            layer.conv_BCK, layer.conv_inputs_BRE(now), w.conv_CW, w.conv_bias_C,
+            layer.conv_BCK, now.conv_inputs_BRE, w.conv_CW, w.conv_bias_C,
             this.block.ancestors_RK[m.conv_width], first=this.first, num_tokens=this.num_tokens,
-            out_BRE=layer.conv_outputs_BRE(now),
-            previous_BRE=layer.conv_inputs_BRE(before) if this.commit else None,
+            out_BRE=now.conv_outputs_BRE,
+            previous_BRE=before.conv_inputs_BRE if this.commit else None,
             pending=this.pending,
         )  # fmt: skip
         y_TBHP = proj_TB.new_empty(*proj_TB.shape[:2], m.num_heads, m.head_dim)
@@ -218,11 +219,11 @@ class Model:
         sums_TBQ = proj_TB.new_empty(*proj_TB.shape[:2], num_sums, dtype=wide)
         z_TBHP = proj_TB[..., : m.inner_dim].unflatten(-1, (m.num_heads, m.head_dim))
         self.backend.tree_scan(
-            layer.ssm_BHPN, layer.scan_rows(now), layer.c_BRGN(now)[:, this.first : this.end],
+            layer.ssm_BHPN, now.scan_rows, now.c_BRGN[:, this.first : this.end],
             this.block.mask_RR, w.heads, first=this.first, dt_limit=m.dt_limit,
             out_BTHP=y_TBHP.transpose(0, 1),
             gate=Gate(z_TBHP.transpose(0, 1), sums_TBQ.transpose(0, 1)),
-            past=Past(layer.all_rows(), layer.start(before), this.cache.pending, this.commit),
+            past=Past(layer.all_rows, before.start, this.cache.pending, this.commit),
         )  # fmt: skip
         gated_MX = y_TBHP.view(len(rows.values_MK), -1)
         if not m.norm_groups:
