@@ -309,6 +309,8 @@ def test_steps_with_as_many_tokens_share_what_the_remainder_misses() -> None:
     # Two of three count fully, and a part of one that missed nothing.
     assert missed.factor(9) == pytest.approx(1 + 0.3 / (2 + DOUBT))
     assert missed.factor(24) == pytest.approx(1.0, abs=1e-3), "far from all"
+    absurd = Missed(np.log([9, 64]), np.array([-4.0, 9.0]))
+    assert (absurd.factor(9), absurd.factor(64)) == (0.5, 2.0)
     one = math.exp(-0.5 * (math.log(10 / 9) / NEAR) ** 2)
     assert missed.factor(10) == pytest.approx(1 + 0.3 * one / (2 * one + DOUBT))
 

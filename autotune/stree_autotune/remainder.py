@@ -25,6 +25,9 @@ Floats = NDArray[np.float64]
 NEAR, DOUBT = 0.1, 0.3
 """Standard deviation of log tokens by which steps count as near, and steps that missed nothing."""
 
+LEAST, MOST = 0.5, 2.0
+"""What verify inside steps takes of verify alone, where a busy machine says something absurd."""
+
 
 class Coefficients(NamedTuple):
     """What the remainder is made of, in ms: `branching` counts once, where a node has siblings."""
@@ -74,7 +77,8 @@ class Missed:
         """Return what verify is multiplied by: 1 and the mean share of steps near these tokens."""
         distance_S = (self.log_tokens_S - np.log(num_tokens)) / NEAR
         weight_S = np.exp(-0.5 * np.square(distance_S))
-        return 1 + float(weight_S @ self.share_S / (weight_S.sum() + DOUBT))
+        share = float(weight_S @ self.share_S / (weight_S.sum() + DOUBT))
+        return min(MOST, max(LEAST, 1 + share))
 
 
 @dataclass(frozen=True, slots=True)
