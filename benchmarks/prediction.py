@@ -29,16 +29,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from prediction_figure import draw
-from report import RESULTS, Row, command_line, header, markdown, read, save, table
+from prediction_table import SHOWN, show, shown, summary
+from report import RESULTS, Row, command_line, header, read, save, table
 from traced_pair import DEMO, DRAFTS, PAIRS, open_named, traced_config
 
 from stree_autotune.library import Library
 from stree_autotune.live import open_prompts
-from stree_autotune.live_rows import error_summary
 from stree_autotune.live_speed import LiveSpeed, live_speed, typical_context
 from stree_autotune.provenance import git_sha, utc_now
-from stree_autotune.runtime_table import load_runtime_table
+from stree_autotune.runtime_table import RuntimeTable, load_runtime_table
 from stree_autotune.step_cost import StepCost
 from stree_autotune.trace_file import Trace, load_trace
 from stree_autotune.trace_rule import prompt_for
@@ -57,10 +56,6 @@ DEEPEST = 8
 DEMO_PROMPTS = 64
 FEWEST_PROMPTS = 4
 WARM_UP_TOKENS = 16
-SHOWN = (
-    "pair", "batch", "mode", "predicted tokens/s", "live tokens/s", "error", "predicted step ms",
-    "live step ms", "predicted tokens/step", "live tokens/step",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +136,10 @@ def open_case(name: str, device: str, data: Sequence[Path]) -> tuple[Case, dict[
         trace = demo_trace(data)
     prompts = pair.encode(open_prompts("demo")) if accepts_by_itself else [prompt_for(0)]
     context = typical_context(prompts, trace)
-    path, cost = open_cost(name, gpu, context, data)
-    runtime = load_runtime_table(path)
+    label, runtime = find_table(name, gpu, data)
+    cost = StepCost.from_table(runtime, context=context)
     source = {
-        "runtime_table": Library.open(data).label(path),
+        "runtime_table": label,
         "runtime_date": runtime.measured.date,
         "runtime_gpu": runtime.gpu_name,
         "runtime_context": runtime.context,
@@ -162,13 +157,14 @@ def demo_trace(data: Sequence[Path]) -> Trace:
     return load_trace(Library.open(data).find_trace(*DEMO, "demo"))
 
 
-def open_cost(name: str, gpu: str, context: int, data: Sequence[Path]) -> tuple[Path, StepCost]:
-    """Return a pair's runtime table and the cost that it gives at a context."""
+def find_table(name: str, gpu: str, data: Sequence[Path]) -> tuple[str, RuntimeTable]:
+    """Return a pair's runtime table, and the name to record it under."""
+    library = Library.open(data)
     names = DEMO if name == "demo" else (name, DRAFTS[name])
-    path = Library.open(data).measured_runtime(gpu, *names)
+    path = library.measured_runtime(gpu, *names)
     if path is None:
         raise MissingMeasurement(f"no runtime table of {names} is there for {gpu}; probe it")
-    return path, StepCost.from_table(load_runtime_table(path), context=context)
+    return library.label(path), load_runtime_table(path)
 
 
 def predicted_again(document: dict[str, Any], data: Sequence[Path]) -> dict[str, Any]:
@@ -176,7 +172,8 @@ def predicted_again(document: dict[str, Any], data: Sequence[Path]) -> dict[str,
     gpu = short_gpu_name(document["gpu"], torch.device("cuda"))
     rows = []
     for name, source in document["sources"].items():
-        _, cost = open_cost(name, gpu, source["context"], data)
+        _, runtime = find_table(name, gpu, data)
+        cost = StepCost.from_table(runtime, context=source["context"])
         for row in (row for row in document["rows"] if row["pair"] == name):
             tree = Tree.from_paths(row["tree"])
             tokens_per_step = row["predicted_tokens_per_step"]
@@ -287,50 +284,6 @@ def make_row(
         "timed_steps": sum(speed.num_calls for speed in speeds),
         "live_spread": round(statistics.pstdev(rates) / rate, 4),
     }
-
-
-def errors(rows: Sequence[Row], quantity: str) -> list[float]:
-    """Return the relative errors of the predictions of a quantity."""
-    return [row[f"predicted_{quantity}"] / row[f"live_{quantity}"] - 1 for row in rows]
-
-
-def summary(rows: Sequence[Row]) -> str:
-    """Return the errors of all rows, and of each pair."""
-    lines = []
-    names = list(dict.fromkeys(row["pair"] for row in rows))
-    for name in (*names, None) if len(names) > 1 else names:
-        own = [row for row in rows if name in (None, row["pair"])]
-        lines += [
-            f"{name or 'all'}, {len(own)} configurations: "
-            f"tokens/s {error_summary(errors(own, 'tokens_per_s'))}; "
-            f"tokens/step {error_summary(errors(own, 'tokens_per_step'))}"
-        ]
-    return "\n\n".join(lines)
-
-
-def shown(rows: Sequence[Row]) -> list[Row]:
-    """Return rows as a reader's table has them."""
-    quantities = ("tokens_per_s", "step_ms", "tokens_per_step")
-    return [
-        {name: row[name] for name in ("pair", "batch", "mode")}
-        | {f"{side} {name.replace('_per_', '/').replace('_', ' ')}": row[f"{side}_{name}"]
-           for name in quantities for side in ("predicted", "live")}
-        | {"error": f"{error:+.1%}", "spread": row["live_spread"]}
-        for row, error in zip(rows, errors(rows, "tokens_per_s"), strict=True)
-    ]  # fmt: skip
-
-
-def show(path: Path, figure: Path | None) -> None:
-    """Print a result file as Markdown, and draw it where asked."""
-    document = read(path)
-    rows = document["rows"]
-    sources = document.get("sources", {}).values()
-    commands = " && ".join(dict.fromkeys(source["command"] for source in sources))
-    facts = document | {"rows": shown(rows), "command": commands or document["command"]}
-    text = markdown(facts, SHOWN, lambda row: True)
-    print(text + "\n" + summary(rows))
-    if figure is not None:
-        draw(rows, document["gpu"], figure)
 
 
 if __name__ == "__main__":
