@@ -26,7 +26,7 @@ _SETTLED_MS, _SLOW_CALL_MS, _SETTLING_CALLS = 1.0, 3.0, 4
 
 _HEAVIER, _RECOVERY_MS = 2.0, 100.0
 """A step that follows one so many times as long runs by itself for so long first: the first tree
-behind the largest came out 3 % slow (8B shape, 32 slots, H200), as if the clock had to recover."""
+behind the largest came out 4 % slow (8B shape, 32 slots, H200), as if the clock had to recover."""
 
 _SLOW, _NOISY = 1.03, 0.02
 
