@@ -23,7 +23,7 @@ from stree_autotune.trials import enqueue, text_of
 from stree_autotune.workers import Evaluated, Worker
 
 BUDGET = 14
-PATIENCE_S = 1.5
+PATIENCE_S = 4.0
 ROUND = 3
 COST = FakeCost()
 

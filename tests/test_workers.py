@@ -205,6 +205,66 @@ def test_a_result_that_comes_too_late_is_dropped(
     assert sorted(one.tokens_per_s for one in evaluated(study)) == [2.0, 3.0]
 
 
+def test_a_tree_that_changes_hands_leaves_no_room_for_another(
+    space: TreeSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    place = StudyPlace(open_storage(str(tmp_path / "hands.journal")), "hands")
+    study = place.open(1)
+    enqueue(study, space, [])
+    (lost,) = Worker(study, space, 1).claim(1)
+    watched = place.open(1)
+    with Worker(watched, space, 1) as heir, Worker(place.open(1), space, 1) as other:
+        assert heir.claim(1) == []
+        meanwhile = []
+
+        def between(name: str) -> None:
+            original = getattr(watched, name)
+
+            def call(*args: object, **options: object) -> None:
+                meanwhile.append(other.claim(1))
+                original(*args, **options)
+                meanwhile.append(other.claim(1))
+
+            monkeypatch.setattr(watched, name, call)
+
+        between("add_trial")
+        between("tell")
+        now = PATIENCE_S + 1
+        (own,) = heir.claim(1)
+        assert own.tree == lost.tree
+        assert meanwhile == [[]] * 4
+
+
+def test_of_two_heirs_one_gives_way(
+    space: TreeSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    place = StudyPlace(open_storage(str(tmp_path / "heirs.journal")), "heirs")
+    study = place.open(1)
+    enqueue(study, space, [])
+    (lost,) = Worker(study, space, 1).claim(1)
+    slow = place.open(1)
+    with Worker(slow, space, 1) as late, Worker(place.open(1), space, 1) as early:
+        assert late.claim(1) == early.claim(1) == []
+        inherited = []
+        add_trial = slow.add_trial
+
+        def overtaken(trial: optuna.trial.FrozenTrial) -> None:
+            add_trial(trial)
+            inherited.extend(early.claim(1))
+
+        monkeypatch.setattr(slow, "add_trial", overtaken)
+        now = PATIENCE_S + 1
+        assert late.claim(1) == []
+    assert [claim.tree for claim in inherited] == [lost.tree]
+    states = [trial.state for trial in study.get_trials()]
+    assert states.count(TrialState.RUNNING) == 1
+    assert states.count(TrialState.FAIL) == 2
+
+
 def test_a_tree_is_evaluated_once(space: TreeSpace) -> None:
     study = StudyPlace(seed=3).open(1)
     for _ in range(2):

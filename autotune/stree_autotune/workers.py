@@ -107,7 +107,7 @@ class Worker:
             # trial, as they look after they have written; the older trial stays.
             trials = self._trials()
             rejected += 1
-            older = [other for other in trials if other.number < trial.number]
+            older = [other for other in trials if _rank(other) < trial.number]
             if _is_taken(trial.number, tree, trials) or not self._has_room(older):
                 self._study.tell(trial, state=TrialState.FAIL)
             elif excess > 0:
@@ -149,7 +149,12 @@ class Worker:
         return self._study.get_trials(deepcopy=False, states=states)
 
     def _has_room(self, trials: list[FrozenTrial]) -> bool:
-        counted = [t for t in trials if t.state == TrialState.RUNNING or STEP_MS in t.user_attrs]
+        # A trial and its heir are both there for a moment, and stand for one tree.
+        counted = {
+            _rank(trial)
+            for trial in trials
+            if trial.state == TrialState.RUNNING or STEP_MS in trial.user_attrs
+        }
         return len(counted) < self._budget
 
     def _others(self) -> list[FrozenTrial]:
@@ -166,7 +171,7 @@ class Worker:
             before, since = self._last_seen.get(trial.number, (None, now))
             if trial.number not in self._last_seen or before != pulse:
                 self._last_seen[trial.number] = (pulse, now)
-            elif now - since > self._patience_s and self._give_up(trial):
+            elif now - since > self._patience_s:
                 claims += self._inherit(trial)
         return claims
 
@@ -180,15 +185,16 @@ class Worker:
         return True
 
     def _inherit(self, dead: FrozenTrial) -> list[Claim]:
-        """Claim the tree of a trial that was given up; queue it again if it had none yet."""
+        """Give up a trial and claim its tree; queue it again if it had none yet."""
         if TREE not in dead.user_attrs:
             queued = dead.system_attrs.get("fixed_params")
-            if queued is not None:
+            if self._give_up(dead) and queued is not None:
                 exact = {key: dead.user_attrs[key] for key in (EXACT,) if key in dead.user_attrs}
                 self._study.enqueue_trial(queued, user_attrs=exact)
             return []
         text = dead.user_attrs[TREE]
-        attrs = {WORKER: self._name, TREE: text, EXACT: text, HEIR_OF: dead.number}
+        attrs = {WORKER: self._name, TREE: text, EXACT: text, HEIR_OF: _rank(dead)}
+        # The heir comes first: without either, others would find room, or the tree untaken.
         self._study.add_trial(
             optuna.create_trial(
                 state=TrialState.RUNNING,
@@ -197,11 +203,19 @@ class Worker:
                 user_attrs=attrs,
             )
         )
-        (own,) = (t for t in self._trials() if t.user_attrs.get(HEIR_OF) == dead.number)
+        (own,) = (trial for trial in self._trials() if attrs.items() <= trial.user_attrs.items())
         trial = optuna.Trial(self._study, own._trial_id)
+        if not self._give_up(dead):
+            self._study.tell(trial, state=TrialState.FAIL)
+            return []
         tree = tree_from_text(text)
         trial.set_constraint("memory", self._excess(tree))
         return [Claim(trial, tree)]
+
+
+def _rank(trial: FrozenTrial) -> int:
+    """Return the number by which trials give way to each other: heirs have the first owner's."""
+    return int(trial.user_attrs.get(HEIR_OF, trial.number))
 
 
 def _is_taken(number: int, tree: Tree, trials: list[FrozenTrial]) -> bool:
@@ -209,7 +223,7 @@ def _is_taken(number: int, tree: Tree, trials: list[FrozenTrial]) -> bool:
     text = text_of(tree)
     return any(
         other.user_attrs.get(TREE) == text
-        and (other.state == TrialState.COMPLETE or other.number < number)
+        and (other.state == TrialState.COMPLETE or _rank(other) < number)
         for other in trials
         if other.number != number
     )
