@@ -82,7 +82,7 @@ def test_from_measurement_to_text(run: Runner) -> None:
     path.write_text(whole)
 
     record = ("trace", "--dataset", "toys", "--prompts", "prompts.jsonl", *PAIR)
-    code, out, _ = run(*record, "--max-new-tokens", "30", "--json")
+    code, out, _ = run(*record, "--max-new-tokens", "12", "--json")
     assert code == 0
     assert json.loads(out.splitlines()[-1])["rank0_share"] > 0
     assert "unreliable" in out
@@ -96,7 +96,7 @@ def test_from_measurement_to_text(run: Runner) -> None:
     profile = load_profile(Path("stree-profile.yaml"))
     assert not profile.estimated
 
-    live = ("--dataset", "toys", "--prompts", "prompts.jsonl", "--max-new-tokens", "30")
+    live = ("--dataset", "toys", "--prompts", "prompts.jsonl", "--max-new-tokens", "12")
     code, out, err = run("validate", *live, "--dtype", "float64", "--write", "--json")
     assert code == 0, err
     assert out.startswith("tiny-target + tiny-draft on ")
