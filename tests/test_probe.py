@@ -18,6 +18,7 @@ from stree_autotune.library import Library
 from stree_autotune.model_cost import MAX_KEPT, model_cost
 from stree_autotune.probe import BUDGETS, Budget, extends, has_attention, probe
 from stree_autotune.probe_plan import ProbeConfig, measured_keys, missing_stages, step_trees
+from stree_autotune.probe_steps import StepSetting
 from stree_autotune.runtime_table import (
     RuntimeTable,
     load_runtime_table,
@@ -25,9 +26,11 @@ from stree_autotune.runtime_table import (
 )
 from stree_autotune.step_cost import StepCost
 from stree_autotune.timing import WALL_CYCLE, Effort, Timing, Work, time_interleaved
+from stree_core.cache import Mamba2Cache
 from stree_core.errors import BackendUnavailable
 from stree_core.model_source import folder_source
 from stree_core.pair import Pair, Runtime, load_pair
+from stree_core.step import Speculator
 from stree_core.tree import DEFAULT_TREE, Tree
 from stree_kernels import rows as kernel_rows
 
@@ -98,6 +101,38 @@ def test_a_longer_path_is_measured_by_the_token(
     assert (ms["target_path"], ms["draft_path"]) == (pytest.approx(0.1), pytest.approx(0.05))
 
 
+def test_so_many_slots_store_their_states(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Speculator] = []
+    make = probe_passes.make_speculators
+
+    def noted(*args: Any) -> list[Speculator]:
+        made.extend(make(*args))
+        return made
+
+    stored: dict[Any, list[int]] = {}
+
+    def look(works: Mapping[Any, Work], *_: object, **__: object) -> dict[Any, Timing]:
+        for name, work in works.items():
+            cache = made[0].draft_cache if "draft" in name[0] else made[0].target_cache
+            assert cache is not None
+            (layer, *_) = (each for each in cache.layers if isinstance(each, Mamba2Cache))
+            layer.ssm_BHPN.fill_(1.0)
+            work()
+            changed_B = (layer.ssm_BHPN != 1.0).flatten(1).any(1)
+            stored[name] = changed_B.nonzero().flatten().tolist()
+        return invented(works)
+
+    monkeypatch.setattr(probe_passes, "make_speculators", noted)
+    monkeypatch.setattr(probe_passes, "time_interleaved", look)
+    keys = [(term, 16, size) for term in ("target_store", "draft_store") for size in (1, 2, 16)]
+    probe_passes.time_passes(pair, keys, StepSetting(16, 64, Effort(1, 1, 0.0), 0.0, lambda: None))
+    for term in ("target_store", "draft_store"):
+        assert stored[f"{term} without", 2] == []
+        assert stored[term, 1] == [0]
+        assert stored[term, 2] == [0, 8], "spread evenly"
+        assert stored[term, 16] == list(range(16))
+
+
 def test_every_term_is_measured(pair: Pair, whole: RuntimeTable) -> None:
     assert not missing_stages(CONFIG, has_attention=True, known=whole)
     sizes = {point.size for point in whole.points if point[:2] == ("verify", 2)}
@@ -106,6 +141,7 @@ def test_every_term_is_measured(pair: Pair, whole: RuntimeTable) -> None:
         "verify", "draft", "draft_rows", "draft_root", "target_store", "draft_store", "target_path",
         "draft_path", "context",
     }  # fmt: skip
+    assert {p.size for p in whole.points if p[:2] == ("draft_store", 2)} == {1, 2}
     rows = {point.size: point.ms for point in whole.points if point[:2] == ("draft_rows", 2)}
     assert rows.keys() == {3, 8, 13}
     assert rows[3] == 0.0 < rows[8] < rows[13], "what is more than the fewest rows"

@@ -220,13 +220,30 @@ def test_the_share_of_steps_that_store(tokens: int) -> None:
 
 
 def test_storing_costs_by_how_often_it_happens() -> None:
-    table = with_points(make_table(), "target_store", 8, {1: 1.7})
-    table = with_points(table, "draft_store", 8, {1: 0.34})
+    table = with_points(make_table(), "target_store", 8, {8: 1.7})
+    table = with_points(table, "draft_store", 8, {8: 0.34})
     cost = StepCost.from_table(table)
     slow, fast = cost.step_ms(8, DEFAULT_TREE, 1.0), cost.step_ms(8, DEFAULT_TREE, 4.0)
     shares = [Load(tokens_per_step=rate).store_share for rate in (1.0, 4.0)]
     assert fast - slow == pytest.approx((1.7 + 0.34) * (shares[1] - shares[0]))
     assert cost.step_ms(8, DEFAULT_TREE) == cost.step_ms(8, DEFAULT_TREE, 3.0), "half the depth"
+
+
+def test_the_first_slot_that_stores_may_cost_most() -> None:
+    table = with_points(make_table(), "target_store", 8, {1: 0.6, 8: 2.0})
+    cost, plain = StepCost.from_table(table), StepCost.from_table(make_table())
+    times, shape = (c.times[8] for c in (cost, plain)), shape_of(DEFAULT_TREE)
+    steps, without = times
+    for rate in (1.0, 2.5, 6.0):
+        load = Load(tokens_per_step=rate)
+        storing = 8 * load.store_share
+        expected = 0.6 * storing if storing < 1 else 0.6 + 0.2 * (storing - 1)
+        more = steps.sum_ms(shape, load, PLAIN) - without.sum_ms(shape, load, PLAIN)
+        assert more == pytest.approx(expected)
+    every = Load(tokens_per_step=60.0)
+    assert every.store_share == 1
+    more = steps.sum_ms(shape, every, PLAIN) - without.sum_ms(shape, every, PLAIN)
+    assert more == pytest.approx(2.0)
 
 
 def test_accepted_tokens_cost_in_every_pass_of_the_next_step() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from stree_autotune.probe_plan import Key, even_tree
 from stree_autotune.probe_steps import StepSetting, free
-from stree_autotune.runtime_table import TIMED_PATH, NoRoom, Point
+from stree_autotune.runtime_table import STORES, TIMED_PATH, NoRoom, Point
 from stree_autotune.stepper import occupy
 from stree_autotune.term_times import PER_TOKENS
 from stree_autotune.timing import Timing, Work, captured, time_interleaved
@@ -70,11 +70,14 @@ def _point(
 
 
 class _State(NamedTuple):
-    """What a pass finds in every slot: committed tokens, kept rows, tokens accepted last."""
+    """What a pass finds: committed tokens and tokens accepted last of every slot.
+
+    `storing` slots, spread evenly, have so many kept rows that they store their states.
+    """
 
     committed: int
-    kept: int = _FEW_KEPT
     accepted: int = TIMED_PATH
+    storing: int = 0
 
 
 class _Passes:
@@ -142,7 +145,7 @@ class _Passes:
             self._add_difference(name, work, more, usual, 1 / (_LONG_PATH - TIMED_PATH))
         else:
             work = self._few_verified() if term == "target_store" else self._root()
-            self._add_difference(name, work, usual._replace(kept=MAX_KEPT), usual, 1.0)
+            self._add_difference(name, work, usual._replace(storing=size), usual, 1.0)
 
     def _add_difference(
         self, name: _Name, work: Callable[[], object], state: _State, less: _State, scale: float
@@ -160,11 +163,12 @@ class _Passes:
         """
         assert self._shared is not None
         cache = [self._shared.target_cache, self._shared.draft_cache]
+        kept_B = _kept_rows(self._setting.batch_size, state.storing).to(self._pair.device)
 
         def run() -> None:
             for each in cache:
                 assert each is not None
-                each.pending.num_kept_B.fill_(state.kept)
+                each.pending.num_kept_B.copy_(kept_B)
                 each.pending.length_B.fill_(state.accepted)
                 each.committed_B.fill_(state.committed)
             work()
@@ -206,6 +210,14 @@ class _Passes:
         return dataclasses.replace(self._shared, plan=plan, rule=rule)
 
 
+def _kept_rows(num_slots: int, num_storing: int) -> torch.Tensor:
+    """Return the kept rows [B] (int32) of slots of which some, spread evenly, store."""
+    kept_B = torch.full((num_slots,), _FEW_KEPT, dtype=torch.int32)
+    for number in range(num_storing):
+        kept_B[number * num_slots // num_storing] = MAX_KEPT
+    return kept_B
+
+
 def _contexts(context: int, size: int) -> tuple[int, int]:
     """Return few and many committed tokens, between which the cost of context is measured."""
     few = min(_SHORT_CONTEXT, context // 4)
@@ -214,7 +226,8 @@ def _contexts(context: int, size: int) -> tuple[int, int]:
 
 def _covering(passes: Sequence[tuple[str, int]]) -> Tree:
     """Return a tree whose buffers hold every pass but those that `_chains` are for."""
-    num_nodes = max(2 * size if term == "draft" else max(size, 2) for term, size in passes)
+    sizes = [(term, 1 if term in STORES else size) for term, size in passes]
+    num_nodes = max(2 * size if term == "draft" else max(size, 2) for term, size in sizes)
     widest = max((size for term, size in passes if term == "draft"), default=1)
     return even_tree(num_nodes, max(2, widest, num_nodes // _TYPICAL_DEPTH))
 

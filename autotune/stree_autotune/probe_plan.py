@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
-from stree_autotune.runtime_table import OFF, RuleKey, RuntimeTable, Work
+from stree_autotune.runtime_table import OFF, STORES, RuleKey, RuntimeTable, Work
 from stree_core.tree import DEFAULT_TREE, MAX_NODES, Tree
 
 _VERIFY_SIZES = (
@@ -21,6 +21,9 @@ _PRODUCT_ROWS, _CLOSEST = 128, 4
 _WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _DRAFT_ROWS = (3, 8, 16, 17, 32, 33, 64, 65, 96, 128, 129, 192, 193, 256)
 _CONTEXT_SIZES = (1, 2, 5, 9, 17, 33, 65, 129, 256)
+_SHARE_STORING = 8
+"""With two accepted tokens about one slot in so many stores its state in a step."""
+
 _COMBS = ((5, 3), (8, 2), (8, 7))
 _MOST_RULE_ROWS = 4096
 _TRIES_AT_MOST = 1024
@@ -145,8 +148,11 @@ def _pass_keys(config: ProbeConfig, batch_size: int, has_attention: bool) -> Ite
     if config.max_nodes > 1:
         for rows in sorted({rows for rows in _DRAFT_ROWS if rows <= largest} | {largest}):
             yield "draft_rows", batch_size, rows
-    for term in ("draft_root", "target_store", "draft_store", "target_path", "draft_path"):
+    for term in ("draft_root", "target_path", "draft_path"):
         yield term, batch_size, 1
+    for term in STORES:
+        for storing in sorted({1, max(1, batch_size // _SHARE_STORING), batch_size}):
+            yield term, batch_size, storing
     if has_attention:
         for size in sorted({s for s in _CONTEXT_SIZES if s <= largest} | {largest}):
             yield "context", batch_size, size

@@ -8,8 +8,9 @@
   the level is the first one below the root.
 - draft_rows (size = rows of the block up to the pass's last): what a draft pass further down costs
   more, because it has more rows before it: predecessor, root, inner nodes of earlier levels.
-- target_store, draft_store (size 1): what the same pass costs more when every slot stores its
-  state, which a slot does once its kept rows are full (stree_kernels.rows.MAX_KEPT).
+- target_store, draft_store (size = slots): what a pass costs more when so many slots store their
+  states, which a slot does once its kept rows are full (stree_kernels.rows.MAX_KEPT). The largest
+  size is the batch size.
 - target_path, draft_path (size 1): what a verify and a draft pass cost more for each token that the
   step before accepted, beyond TIMED_PATH: every pass begins with their rows.
 - context (size = tree tokens): what verify costs more for each 1024 committed tokens of a slot.
@@ -30,15 +31,13 @@ from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt, model_vali
 from stree_core.errors import ConfigError
 from stree_core.files import dump_yaml, load_yaml, write_atomically
 from stree_core.profile import ModelRef, Name, Sampling, Strict, TreeText
-from stree_core.tree import MAX_NODES
 
 Term = Literal[
     "verify", "draft_root", "draft", "draft_rows", "target_store", "draft_store", "target_path",
     "draft_path", "context", "host",
 ]  # fmt: skip
-UNSIZED: tuple[Term, ...] = (
-    "draft_root", "target_store", "draft_store", "target_path", "draft_path", "host",
-)  # fmt: skip
+UNSIZED: tuple[Term, ...] = ("draft_root", "target_path", "draft_path", "host")
+STORES: tuple[Term, ...] = ("target_store", "draft_store")
 DIFFERENCES: tuple[Term, ...] = (
     "draft_rows", "target_store", "draft_store", "target_path", "draft_path", "context",
 )  # fmt: skip
@@ -61,7 +60,8 @@ RuleKey = Literal["greedy", "naive", "naive_truncated", "mss", "mss_truncated"]
 OFF = "off"
 """The tree without nodes among the trees of whole steps."""
 
-Size = Annotated[int, Field(ge=1, le=MAX_NODES + 1)]
+LARGEST_SIZE = 1 << 16
+Size = Annotated[int, Field(ge=1, le=LARGEST_SIZE)]
 NonNegativeMs = Annotated[FiniteFloat, Field(ge=0)]
 PositiveMs = Annotated[FiniteFloat, Field(gt=0)]
 
@@ -176,6 +176,12 @@ class RuntimeTable(Strict):
             if point.ms == 0 and point.term not in DIFFERENCES:
                 raise ValueError(f"a time is above 0 ms, but {list(point[:3])} has 0")
             _once(seen, "point", point[:3])
+        for term, batch_size, size in seen:
+            if term in STORES and (term, batch_size, batch_size) not in seen:
+                raise ValueError(
+                    f"{term} at batch size {batch_size} has a point with all {batch_size} slots, "
+                    f"but there is one of size {size} without it; probe again"
+                )
         for rule in self.rules:
             _once(seen, "point of a rule", rule[:2])
         return self

@@ -3,12 +3,13 @@
     off:         whole steps, by batch size and rule
     speculating: draft_root(B) + sum over levels below the root with children of
                      draft(B, width) + draft_rows(B, rows up to the level's last)
-                 + verify(B, tokens) + store share * (target_store(B) + draft_store(B))
+                 + verify(B, tokens) + target_store(B, storing) + draft_store(B, storing)
                  + (tokens per step - 2) * (target_path(B) + depth * draft_path(B))
                  + what the rule adds (branching, laws, draws, tries) by rows of logits
                  + remainder(B, rule, depth, tokens, siblings); never shorter than the host's work
 
-The width of a level is its number of nodes with children: only those are drafted from.
+The width of a level is its number of nodes with children: only those are drafted from. `storing` is
+the mean number of slots that store their states in a step.
 """
 
 from __future__ import annotations

@@ -13,7 +13,16 @@ from stree_autotune.curve import Curve, make_curve, without_rows
 from stree_autotune.model_cost import MAX_KEPT
 from stree_autotune.remainder import Coefficients, Remainder, WholeStep, fit_remainder
 from stree_autotune.rule_times import RuleTimes
-from stree_autotune.runtime_table import OFF, TIMED_PATH, RuleKey, RuntimeTable, Step, Term
+from stree_autotune.runtime_table import (
+    OFF,
+    STORES,
+    TIMED_PATH,
+    Point,
+    RuleKey,
+    RuntimeTable,
+    Step,
+    Term,
+)
 from stree_autotune.tree_shape import TreeShape, shape_of
 from stree_core.errors import MissingMeasurement
 
@@ -84,15 +93,15 @@ class TermTimes:
 
     def sum_ms(self, shape: TreeShape, load: Load, factors: Factors) -> float:
         """Return the sum of the terms of a speculative step, without the remainder."""
-        share, more_accepted = load.store_share, load.tokens_per_step - TIMED_PATH
-        drafts = self.curves["draft_root"].at(1) + share * self._optional("draft_store")
+        more_accepted = load.tokens_per_step - TIMED_PATH
+        drafts = self.curves["draft_root"].at(1) + self._stored_ms("draft_store", load)
         drafts += more_accepted * self._optional("draft_path") * (1 + len(shape.widths))
         if shape.widths:
             at = self.curves["draft"].at
             drafts += sum([at(width) for width in shape.widths])
             if self.curves["draft_rows"].ms:
                 drafts += sum([self.curves["draft_rows"].at(rows) for rows in shape.rows])
-        verify = self.verify.at(shape.num_tokens) + share * self._optional("target_store")
+        verify = self.verify.at(shape.num_tokens) + self._stored_ms("target_store", load)
         verify += more_accepted * self._optional("target_path")
         verify += self._context_ms(shape.num_tokens, load)
         rules = self.rules.step_ms(load.rule, self.batch_size, shape)
@@ -146,6 +155,15 @@ class TermTimes:
     def _optional(self, term: Term) -> float:
         ms = self.curves[term].ms
         return ms[0] if ms else 0.0
+
+    def _stored_ms(self, term: Term, load: Load) -> float:
+        """Return what storing costs with the mean number of slots that do in a step."""
+        curve = self.curves[term]
+        if not curve.ms:
+            return 0.0
+        whole, share = divmod(self.batch_size * load.store_share, 1)
+        few, more = curve.at(int(whole)), curve.at(min(int(whole) + 1, self.batch_size))
+        return few + share * (more - few)
 
     def _context_ms(self, num_tokens: int, load: Load) -> float:
         curve = self.curves["context"]
@@ -204,6 +222,8 @@ def _at_batch_size(table: RuntimeTable, batch_size: int, rules: RuleTimes) -> Te
     terms: tuple[Term, ...] = Term.__args__  # type: ignore[attr-defined]
     rows = make_curve("draft_rows", batch_size, points, no_room, command)
     points = [without_rows(point, rows) for point in points]
+    stored = {point.term for point in points} & set(STORES)
+    points += [Point(term, batch_size, 0, 0.0, 0.0) for term in stored]
     curves = {term: make_curve(term, batch_size, points, no_room, command) for term in terms}
     steps = [step for step in table.steps if step.batch_size == batch_size]
     off: dict[RuleKey, float] = {step.rule: step.ms for step in steps if step.tree == OFF}

@@ -184,14 +184,15 @@ def strides(tensors: Iterable[Tensor | None], dim: int) -> list[int]:
 def require_packed(what: str, tensors: Iterable[Tensor], num_dims: int) -> None:
     """Raise ValueError unless the last `num_dims` dimensions lie in memory without gaps."""
     for tensor in tensors:
+        shape, steps = tensor.shape, tensor.stride()
         expected = 1
-        for dim in range(tensor.ndim - 1, tensor.ndim - 1 - num_dims, -1):
-            if tensor.shape[dim] != 1 and tensor.stride(dim) != expected:
+        for size, step in zip(shape[: -num_dims - 1 : -1], steps[::-1], strict=False):
+            if size != 1 and step != expected:
                 raise ValueError(
-                    f"{what} lies without gaps, got strides {tensor.stride()} for "
-                    f"{tuple(tensor.shape)}; pass a contiguous buffer"
+                    f"{what} lies without gaps, got strides {steps} for {tuple(shape)}; "
+                    "pass a contiguous buffer"
                 )
-            expected *= tensor.shape[dim]
+            expected *= size
 
 
 def require_dtypes(what: str, tensors: Iterable[Tensor], allowed: Sequence[torch.dtype]) -> None:
