@@ -60,13 +60,17 @@ WARM_UP_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A pair, the trace that says what it accepts, and whether it does so by itself."""
+    """A pair, the trace that says what it accepts, and whether it does so by itself.
+
+    `positions` are those of a slot in the runtime table that `cost` is of.
+    """
 
     name: str
     pair: Pair
     trace: Trace
     accepts_by_itself: bool
     cost: StepCost
+    positions: int
 
 
 def main() -> None:
@@ -149,7 +153,7 @@ def open_case(name: str, device: str, data: Sequence[Path]) -> tuple[Case, dict[
         "num_prompts": trace.num_prompts,
         "command": command_line(),
     }
-    return Case(name, pair, trace, accepts_by_itself, cost), source
+    return Case(name, pair, trace, accepts_by_itself, cost, runtime.context), source
 
 
 def demo_trace(data: Sequence[Path]) -> Trace:
@@ -221,10 +225,12 @@ def measure(case: Case, batch: int, options: argparse.Namespace) -> list[Row]:
     chosen = chosen_prompts(case, batch, options.prompts)
     requests = requests_of(case, chosen)
     trees = modes(case.trace, options.sizes)
-    room = max(
+    needed = [
         needed_positions(len(request.prompt), request.stop.max_new_tokens, list(trees.values()))
         for request in requests
-    )
+    ]
+    # Kernels cut their work by the positions that a slot has, filled or not.
+    room = max(case.positions, *needed)
     config = EngineConfig(batch, room)
     if not case.accepts_by_itself:
         # One script for all engines: they decode in turns.
