@@ -219,7 +219,7 @@ def traced_case(trace: Trace) -> object:
     source = ModelSource(ModelRef(name="tiny", config_sha256="0" * 64), model.shape, None)
     cost = SimpleNamespace(step_ms=lambda batch, tree, tokens_per_step: 2.0)
     pair = Pair(model, model, source, source, None)
-    return prediction.Case("tiny", pair, trace, False, cost)
+    return prediction.Case("tiny", pair, trace, False, cost, 64)
 
 
 def test_decoding_by_a_trace_takes_the_steps_of_its_walk() -> None:
