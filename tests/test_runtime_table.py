@@ -75,6 +75,12 @@ def test_what_is_a_difference_may_cost_nothing() -> None:
     validate(content(points=points, rules=[["branch", 4, 0.0, 0.0]]), RuntimeTable, "table")
 
 
+def test_all_slots_that_store_may_not_fit() -> None:
+    points = [["target_store", 8, 1, 0.1, 0.0]]
+    few = content(points=points, no_room=[["target_store", 8, 8]])
+    validate(few, RuntimeTable, "table")
+
+
 @pytest.mark.parametrize(
     ("weights", "pair"),
     [

@@ -103,7 +103,7 @@ class _Passes:
 
     def prepare(self, keys: Sequence[Key]) -> None:
         """Capture all passes, smallest first; what does not fit is noted in `missing`."""
-        passes = sorted(((term, size) for term, _, size in keys), key=lambda each: each[1])
+        passes = sorted(((term, size) for term, _, size in keys), key=_rows_needed)
         while passes and self._shared is None:
             try:
                 self._shared = self._speculator([_covering(passes), *_chains(passes)])
@@ -224,10 +224,17 @@ def _contexts(context: int, size: int) -> tuple[int, int]:
     return few, max(few + 1, context - size)
 
 
+def _rows_needed(each: tuple[str, int]) -> int:
+    """Return the nodes of a tree whose buffers hold a pass."""
+    term, size = each
+    if term in STORES:
+        return 2
+    return 2 * size if term == "draft" else max(size, 2)
+
+
 def _covering(passes: Sequence[tuple[str, int]]) -> Tree:
     """Return a tree whose buffers hold every pass but those that `_chains` are for."""
-    sizes = [(term, 1 if term in STORES else size) for term, size in passes]
-    num_nodes = max(2 * size if term == "draft" else max(size, 2) for term, size in sizes)
+    num_nodes = max(map(_rows_needed, passes))
     widest = max((size for term, size in passes if term == "draft"), default=1)
     return even_tree(num_nodes, max(2, widest, num_nodes // _TYPICAL_DEPTH))
 

@@ -176,8 +176,9 @@ class RuntimeTable(Strict):
             if point.ms == 0 and point.term not in DIFFERENCES:
                 raise ValueError(f"a time is above 0 ms, but {list(point[:3])} has 0")
             _once(seen, "point", point[:3])
+        known = seen | {tuple(row) for row in self.no_room}
         for term, batch_size, size in seen:
-            if term in STORES and (term, batch_size, batch_size) not in seen:
+            if term in STORES and (term, batch_size, batch_size) not in known:
                 raise ValueError(
                     f"{term} at batch size {batch_size} has a point with all {batch_size} slots, "
                     f"but there is one of size {size} without it; probe again"
