@@ -189,8 +189,7 @@ def _ratio(tokens: Sequence[int], steps: Sequence[int]) -> tuple[float, float]:
     return float(ratio), float(error)
 
 
-@pytest.mark.parametrize("temperature", [0.6, 1.0])
-@pytest.mark.parametrize("rule", ["naive", "mss"])
+@pytest.mark.parametrize(("rule", "temperature"), [("naive", 0.6), ("mss", 1.0)])
 def test_a_sampled_trace_predicts_live_tokens_per_step(
     pair: Pair, rule: RuleName, temperature: float
 ) -> None:
