@@ -43,15 +43,13 @@ class StopRule:
     ) -> tuple[list[int], Finish | None]:
         """Return the tokens to keep after those `before`, and why that ends it, if it does."""
         kept = list(tokens[: self.max_new_tokens - len(before)])
-        for count, token in enumerate(kept, 1) if self.eos_token_ids or self.strings else ():
-            if token in self.eos_token_ids:
-                return kept[:count], "eos"
-            if (
-                self.strings
-                and decode is not None
-                and self._completes([*before, *kept[:count]], decode)
-            ):
-                return kept[:count], "string"
+        decode = decode if self.strings else None
+        if self.eos_token_ids or decode is not None:
+            for count, token in enumerate(kept, 1):
+                if token in self.eos_token_ids:
+                    return kept[:count], "eos"
+                if decode is not None and self._completes([*before, *kept[:count]], decode):
+                    return kept[:count], "string"
         return kept, "length" if len(before) + len(kept) >= self.max_new_tokens else None
 
     def _completes(self, tokens: list[int], decode: Callable[[list[int]], str]) -> bool:

@@ -44,6 +44,8 @@ def test_round_trip_and_name(tmp_path: Path) -> None:
         (content(points=[["verify", 1, 4, 1.0]]), "points.0"),
         (content(points=[["verify", 1, 4, 1.0, 0.0, 0.0]]), "points.0"),
         (content(points=[["prefill", 1, 4, 1.0, 0.0]]), "points.0"),
+        (content(points=[["verify", 1, 257, 1.0, 0.0]]), "verify has size 256 at most"),
+        (content(points=[["draft_store", 8, 9, 1.0, 0.0]]), "draft_store has size 8 at most"),
         (content(points=[["verify", 1, 1 << 17, 1.0, 0.0]]), "points.0"),
         (content(points=[["verify", 0, 4, 1.0, 0.0]]), "points.0"),
         (content(points=[["verify", 1, 4, -1.0, 0.0]]), "points.0"),

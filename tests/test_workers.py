@@ -176,24 +176,40 @@ def found(space: TreeSpace, tree: Tree, rate: float) -> Evaluated:
     return Evaluated(tree, space.tokens_per_step(tree), 1.0, 0.0, rate)
 
 
+class Clock:
+    """What `time.monotonic` says, until it is moved on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+@pytest.fixture
+def place(space: TreeSpace, tmp_path: Path) -> StudyPlace:
+    place = StudyPlace(open_storage(str(tmp_path / "shared.journal")), "shared")
+    enqueue(place.open(1), space, [])
+    return place
+
+
+def pulseless(place: StudyPlace, space: TreeSpace, budget: int) -> Worker:
+    """Return a worker that others take for dead: it is never entered, so it has no pulse."""
+    return Worker(place.open(1), space, budget)
+
+
 def test_a_result_that_comes_too_late_is_dropped(
-    space: TreeSpace,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    space: TreeSpace, place: StudyPlace, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    now = 0.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    place = StudyPlace(open_storage(str(tmp_path / "late.journal")), "late")
-    study = place.open(1)
-    enqueue(study, space, [])
-    slow = Worker(study, space, 2)
+    slow = pulseless(place, space, 2)
     with Worker(place.open(1), space, 2) as fast:
-        # Never entered, so without a pulse.
         (kept,) = slow.claim(1)
         (own,) = fast.claim(2)
         assert fast.claim(1) == []
-        now = PATIENCE_S + 1
+        clock.now = PATIENCE_S + 1
         (retried,) = fast.claim(1)
         assert retried.tree == kept.tree
         slow.tell(kept, found(space, kept.tree, 1.0))
@@ -202,18 +218,13 @@ def test_a_result_that_comes_too_late_is_dropped(
         fast.tell(own, found(space, own.tree, 3.0))
         assert fast.claim(1) == []
         assert not fast.wait()
-    assert sorted(one.tokens_per_s for one in evaluated(study)) == [2.0, 3.0]
+    assert sorted(one.tokens_per_s for one in evaluated(place.open(1))) == [2.0, 3.0]
 
 
 def test_a_tree_that_changes_hands_leaves_no_room_for_another(
-    space: TreeSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    space: TreeSpace, place: StudyPlace, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = 0.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    place = StudyPlace(open_storage(str(tmp_path / "hands.journal")), "hands")
-    study = place.open(1)
-    enqueue(study, space, [])
-    (lost,) = Worker(study, space, 1).claim(1)
+    (lost,) = pulseless(place, space, 1).claim(1)
     watched = place.open(1)
     with Worker(watched, space, 1) as heir, Worker(place.open(1), space, 1) as other:
         assert heir.claim(1) == []
@@ -231,21 +242,16 @@ def test_a_tree_that_changes_hands_leaves_no_room_for_another(
 
         between("add_trial")
         between("tell")
-        now = PATIENCE_S + 1
+        clock.now = PATIENCE_S + 1
         (own,) = heir.claim(1)
         assert own.tree == lost.tree
         assert meanwhile == [[]] * 4
 
 
 def test_of_two_heirs_one_gives_way(
-    space: TreeSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    space: TreeSpace, place: StudyPlace, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = 0.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    place = StudyPlace(open_storage(str(tmp_path / "heirs.journal")), "heirs")
-    study = place.open(1)
-    enqueue(study, space, [])
-    (lost,) = Worker(study, space, 1).claim(1)
+    (lost,) = pulseless(place, space, 1).claim(1)
     slow = place.open(1)
     with Worker(slow, space, 1) as late, Worker(place.open(1), space, 1) as early:
         assert late.claim(1) == early.claim(1) == []
@@ -257,10 +263,10 @@ def test_of_two_heirs_one_gives_way(
             inherited.extend(early.claim(1))
 
         monkeypatch.setattr(slow, "add_trial", overtaken)
-        now = PATIENCE_S + 1
+        clock.now = PATIENCE_S + 1
         assert late.claim(1) == []
     assert [claim.tree for claim in inherited] == [lost.tree]
-    states = [trial.state for trial in study.get_trials()]
+    states = [trial.state for trial in place.open(1).get_trials()]
     assert states.count(TrialState.RUNNING) == 1
     assert states.count(TrialState.FAIL) == 2
 

@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from stree_autotune.runtime_table import NoRoom, Point, Term
+from stree_autotune.runtime_table import STORES, NoRoom, Point, Term
 from stree_autotune.tree_shape import FEWEST_ROWS
 from stree_core.errors import MissingMeasurement
 
@@ -62,6 +62,9 @@ def make_curve(
         remedy = "larger sizes did not fit into the GPU's memory when it was probed"
     if not mine:
         return Curve(term, batch_size, 1, (), remedy)
+    if term in STORES:
+        # No slot that stores adds nothing.
+        mine.insert(0, (0, 0.0))
     sizes, times = zip(*mine, strict=True)
     rising = isotonic_regression(times).x
     dense = np.interp(np.arange(sizes[0], sizes[-1] + 1), sizes, rising)

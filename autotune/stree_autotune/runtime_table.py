@@ -31,6 +31,7 @@ from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt, model_vali
 from stree_core.errors import ConfigError
 from stree_core.files import dump_yaml, load_yaml, write_atomically
 from stree_core.profile import ModelRef, Name, Sampling, Strict, TreeText
+from stree_core.tree import MAX_NODES
 
 Term = Literal[
     "verify", "draft_root", "draft", "draft_rows", "target_store", "draft_store", "target_path",
@@ -60,8 +61,8 @@ RuleKey = Literal["greedy", "naive", "naive_truncated", "mss", "mss_truncated"]
 OFF = "off"
 """The tree without nodes among the trees of whole steps."""
 
-LARGEST_SIZE = 1 << 16
-Size = Annotated[int, Field(ge=1, le=LARGEST_SIZE)]
+MOST_SLOTS = 1 << 16
+Size = Annotated[int, Field(ge=1, le=MOST_SLOTS)]
 NonNegativeMs = Annotated[FiniteFloat, Field(ge=0)]
 PositiveMs = Annotated[FiniteFloat, Field(gt=0)]
 
@@ -171,8 +172,11 @@ class RuntimeTable(Strict):
     def _points_are_usable(self) -> RuntimeTable:
         seen: set[tuple[object, ...]] = set()
         for point in self.points:
-            if point.term in UNSIZED and point.size != 1:
-                raise ValueError(f"{point.term} has size 1, but a point has size {point.size}")
+            largest = _largest_size(point)
+            if point.size > largest:
+                raise ValueError(
+                    f"{point.term} has size {largest} at most, but a point has size {point.size}"
+                )
             if point.ms == 0 and point.term not in DIFFERENCES:
                 raise ValueError(f"a time is above 0 ms, but {list(point[:3])} has 0")
             _once(seen, "point", point[:3])
@@ -249,6 +253,12 @@ def save_runtime_table(table: RuntimeTable, path: Path) -> None:
             f"{path} could not be written ({err.strerror}), what was there is as it was; free some "
             "space or name another folder with --data"
         ) from err
+
+
+def _largest_size(point: Point) -> int:
+    if point.term in STORES:
+        return point.batch_size
+    return 1 if point.term in UNSIZED else MAX_NODES + 1
 
 
 def _once(seen: set[tuple[object, ...]], what: str, key: tuple[object, ...]) -> None:

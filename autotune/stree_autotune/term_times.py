@@ -13,16 +13,7 @@ from stree_autotune.curve import Curve, make_curve, without_rows
 from stree_autotune.model_cost import MAX_KEPT
 from stree_autotune.remainder import Coefficients, Remainder, WholeStep, fit_remainder
 from stree_autotune.rule_times import RuleTimes
-from stree_autotune.runtime_table import (
-    OFF,
-    STORES,
-    TIMED_PATH,
-    Point,
-    RuleKey,
-    RuntimeTable,
-    Step,
-    Term,
-)
+from stree_autotune.runtime_table import OFF, TIMED_PATH, RuleKey, RuntimeTable, Step, Term
 from stree_autotune.tree_shape import TreeShape, shape_of
 from stree_core.errors import MissingMeasurement
 
@@ -222,8 +213,6 @@ def _at_batch_size(table: RuntimeTable, batch_size: int, rules: RuleTimes) -> Te
     terms: tuple[Term, ...] = Term.__args__  # type: ignore[attr-defined]
     rows = make_curve("draft_rows", batch_size, points, no_room, command)
     points = [without_rows(point, rows) for point in points]
-    stored = {point.term for point in points} & set(STORES)
-    points += [Point(term, batch_size, 0, 0.0, 0.0) for term in stored]
     curves = {term: make_curve(term, batch_size, points, no_room, command) for term in terms}
     steps = [step for step in table.steps if step.batch_size == batch_size]
     off: dict[RuleKey, float] = {step.rule: step.ms for step in steps if step.tree == OFF}
