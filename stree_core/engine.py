@@ -5,7 +5,9 @@ Shape letters: B slots, L path capacity.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -241,11 +243,12 @@ class Engine:
         plain = [self._plain(speculator) for speculator in self._speculators]
         if self.target.device.type != "cuda" or not self.config.use_graph:
             return plain
+        # What the libraries allocate with their first calls must not be a graph's. Kernels that no
+        # step has run yet are loaded within a capture.
+        for _ in range(_WARM_UP_STEPS):
+            plain[0]()
         pool = torch.cuda.graph_pool_handle()
-        captured = [
-            self._captured(speculator, run, pool)
-            for speculator, run in zip(self._speculators, plain, strict=True)
-        ]
+        captured = [self._captured(speculator, pool) for speculator in self._speculators]
         for cache in self._caches():
             cache.reset()
         return captured
@@ -257,15 +260,10 @@ class Engine:
 
         return run
 
-    def _captured(
-        self, speculator: Speculator, plain: Callable[[], None], pool: Any
-    ) -> Callable[[], None]:
-        for _ in range(_WARM_UP_STEPS):
-            plain()
+    def _captured(self, speculator: Speculator, pool: Any) -> Callable[[], None]:
         graphs = {}
         for _ in range(2):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with _capture(pool, self.target.device) as graph:
                 self._step(speculator)
             graphs[speculator.target_cache.current] = graph
             self._flip()
@@ -285,3 +283,25 @@ class Engine:
     def _flip(self) -> None:
         for cache in self._caches():
             cache.flip()
+
+
+@contextmanager
+def _capture(pool: Any, device: torch.device) -> Iterator[torch.cuda.CUDAGraph]:
+    """Record what is launched into a graph, as torch.cuda.graph does, but free nothing before.
+
+    That takes longer than to capture a step.
+    """
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize(device)
+    with torch.cuda.stream(_capture_stream(device)):
+        graph.capture_begin(pool=pool, capture_error_mode="relaxed")
+        try:
+            yield graph
+        finally:
+            graph.capture_end()
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the one stream of all captures: cuBLAS keeps a workspace for each."""
+    return torch.cuda.Stream(device)

@@ -22,6 +22,7 @@ from torch import Tensor
 from stree_kernels.key_rows_ref import KeyValues
 from stree_kernels.pdl import launch_options, wait_for_previous
 from stree_kernels.rows import FLOATS, Pending, check_cover, require_dtypes, require_packed
+from stree_kernels.shared_memory import prefer_as_neighbours
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 MAX_POSITIONS = 1 << 20
@@ -179,7 +180,7 @@ def store_keys(
     num_row_programs = num_tokens * num_slots * num_blocks
     num_pieces = 0 if path is None else triton.cdiv(path.shape[1], BLOCK_PATH)
     num_programs = num_row_programs + num_pieces * num_slots * num_kv_heads
-    _key_rows_kernel[(num_programs,)](
+    kernel = _key_rows_kernel[(num_programs,)](
         qkv_TBX, depth_R, committed_B, inv_freq_X, q_TBHD, *rows, *cache, prev_key, prev_value,
         path, length, first, num_slots, num_row_programs, cache.key.shape[1],
         qkv_TBX.stride(0 if num_slots == 1 else 1), 0 if path is None else path.stride(0),
@@ -187,6 +188,7 @@ def store_keys(
         NUM_ANGLES=len(inv_freq_X), BLOCK_H=block_heads, BLOCK_L=BLOCK_PATH, num_warps=NUM_WARPS,
         num_stages=1, **launch_options(qkv_TBX.device),
     )  # fmt: skip
+    prefer_as_neighbours(kernel, qkv_TBX.device, num_tokens * num_slots)
 
 
 def _check(

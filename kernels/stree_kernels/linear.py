@@ -16,7 +16,7 @@ from stree_kernels.laws import GATED, Activation
 from stree_kernels.linear_kernel import LinearConfig, launch_linear
 from stree_kernels.residual import activate, add_residual, scale_rows
 from stree_kernels.rows import FLOATS, require_dtypes, require_packed
-from stree_kernels.shared_memory import prefer_cache
+from stree_kernels.shared_memory import prefer_as_neighbours, prefer_cache
 from stree_kernels.unscaled import Residual, UnscaledRows, check_residual, check_rows
 
 GROUP_MULTIPLE = 32
@@ -128,6 +128,8 @@ def launch(
         kernel = launch_linear(config, rows, weight, out, activation=activation, residual=residual)
     if weight.shape[1] >= NARROW:
         prefer_cache(kernel, weight.device)
+    else:
+        prefer_as_neighbours(kernel, weight.device, len(out))
 
 
 def _scaled(rows: UnscaledRows) -> UnscaledRows:

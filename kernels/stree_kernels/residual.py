@@ -20,6 +20,7 @@ from stree_kernels.laws import GATED, Activation
 from stree_kernels.linear_parts import gate, scale_factor, square_relu
 from stree_kernels.pdl import launch_options, wait_for_previous
 from stree_kernels.rows import FLOATS, require_dtypes, require_packed
+from stree_kernels.shared_memory import prefer_as_neighbours
 from stree_kernels.unscaled import (
     COLUMNS_PER_SUM,
     Residual,
@@ -183,11 +184,12 @@ def start_residual(
     require_packed("the embedding", (embed_VD,), 2)
     require_packed("tokens", (tokens_M,), 1)
     _check_shape("the residual stream", stream, (len(tokens_M), embed_VD.shape[1]))
-    _start_residual_kernel[_grid(stream)](
+    kernel = _start_residual_kernel[_grid(stream)](
         embed_VD, tokens_M, stream, None if values.dtype == stream.dtype else values, sums,
         stream.shape[1], float(scale), BLOCK_D=BLOCK, PER_SUM=COLUMNS_PER_SUM, num_warps=NUM_WARPS,
         **launch_options(stream.device),
     )  # fmt: skip
+    prefer_as_neighbours(kernel, stream.device, len(stream))
 
 
 def add_residual(
@@ -215,12 +217,13 @@ def add_residual(
     scaled_MD, _, _, scaled_eps = scaled or (None, None, 1, 0.0)
     if scaled_MD is not None:
         _check_shape("the scaled rows", scaled_MD, tuple(stream.shape))
-    _add_residual_kernel[len(stream), triton.cdiv(stream.shape[1], block)](
+    kernel = _add_residual_kernel[len(stream), triton.cdiv(stream.shape[1], block)](
         product_MD, norm_sums, stream, None if values.dtype == stream.dtype else values, sums,
         scaled_MD, stream.shape[1], norm_columns, num_norm_sums, eps, scaled_eps, BLOCK_D=block,
         BLOCK_Q=triton.next_power_of_2(num_norm_sums), PER_SUM=COLUMNS_PER_SUM,
         num_warps=NUM_WARPS if scaled is None else 2 * NUM_WARPS, **launch_options(stream.device),
     )  # fmt: skip
+    prefer_as_neighbours(kernel, stream.device, len(stream))
 
 
 def scale_rows(rows: UnscaledRows, weight_K: Tensor | None, out_MK: Tensor) -> None:
@@ -239,12 +242,13 @@ def scale_rows(rows: UnscaledRows, weight_K: Tensor | None, out_MK: Tensor) -> N
         _check_shape("the norm's weight", weight_K, (values.shape[1],))
     group_columns = values.shape[1] // num_groups
     group_sums = 0 if sums is None else sums.shape[1] // num_groups
-    _scale_rows_kernel[len(values), num_groups](
+    kernel = _scale_rows_kernel[len(values), num_groups](
         values, sums, weight_K, out_MK, group_columns, group_sums, eps, out_MK.stride(0),
         BLOCK_K=min(BLOCK, triton.next_power_of_2(group_columns)),
         BLOCK_Q=triton.next_power_of_2(max(1, group_sums)), num_warps=NUM_WARPS,
         **launch_options(values.device),
     )  # fmt: skip
+    prefer_as_neighbours(kernel, values.device, len(values))
 
 
 def activate(inputs_MX: Tensor, out_MF: Tensor, activation: Activation) -> None:
@@ -258,10 +262,11 @@ def activate(inputs_MX: Tensor, out_MF: Tensor, activation: Activation) -> None:
     require_packed("a row of the output", (out_MF,), 1)
     num_columns = out_MF.shape[1]
     _check_shape("the activation's inputs", inputs_MX, (len(out_MF), num_columns * (1 + gated)))
-    _activate_kernel[_grid(out_MF)](
+    kernel = _activate_kernel[_grid(out_MF)](
         inputs_MX, out_MF, num_columns, out_MF.stride(0), BLOCK_F=BLOCK, GATED=gated,
         ACTIVATION=activation, num_warps=NUM_WARPS, **launch_options(out_MF.device),
     )  # fmt: skip
+    prefer_as_neighbours(kernel, out_MF.device, len(out_MF))
 
 
 def _grid(rows: Tensor) -> tuple[int, int]:

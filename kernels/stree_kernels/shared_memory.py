@@ -20,6 +20,8 @@ from stree_kernels.pdl import capability
 MEASURED_CAPABILITY = 90
 """What is preferred is known from there alone; elsewhere the driver decides."""
 
+NEIGHBOURS_PERCENT = 58
+"""What a multiprocessor full of the scan's programs takes on an H200: 132 of 228 KiB."""
 _PREFERRED_CARVEOUT = 9
 _REGISTERS, _RESERVED_BYTES = 1 << 16, 1024
 _preferred: dict[int, int] = {}
@@ -49,6 +51,16 @@ def prefer_shared(kernel: Any, device: torch.device, num_programs: int) -> None:
     needed = at_once * (kernel.metadata.shared + _RESERVED_BYTES)
     percent = -(-100 * needed // properties.shared_memory_per_multiprocessor)
     _prefer(kernel.function, min(100, percent))
+
+
+def prefer_as_neighbours(kernel: Any, device: torch.device, num_rows: int) -> None:
+    """Let later launches of a kernel on `num_rows` find the split of those before and after it.
+
+    It needs little of either. One row streams through every projection, which want cache; with more
+    rows the neighbours keep tiles.
+    """
+    if capability(device) == MEASURED_CAPABILITY:
+        _prefer(kernel.function, 0 if num_rows == 1 else NEIGHBOURS_PERCENT)
 
 
 def _prefer(function: int, percent: int) -> None:

@@ -22,6 +22,7 @@ from stree_kernels import pdl
 from stree_kernels.key_rows_ref import KeyValues
 from stree_kernels.pdl import launch_options
 from stree_kernels.rows import FLOATS, check_cover, require_dtypes, require_packed
+from stree_kernels.shared_memory import prefer_as_neighbours
 from stree_kernels.tree_attention_kernel import merge_kernel, tree_attention_kernel
 
 MAX_ROWS = 256
@@ -134,18 +135,20 @@ def tree_attention(
     is_small = pdl.capability(q_TBHD.device) in SMALL_MEMORY
     num_stages = min(config.num_stages, MAX_STAGES_THERE) if is_small else config.num_stages
     grid = (triton.cdiv(num_tokens * group, config.block_queries), num_shares, num_pairs)
-    tree_attention_kernel[grid](
+    kernel = tree_attention_kernel[grid](
         q_TBHD, *cache, *rows, mask_RR, committed_B, out_TBHD, workspace, scale * math.log2(math.e),
         first, num_tokens, num_slots, num_positions, num_shares, mask_RR.stride(0),
         NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_Q=config.block_queries,
         BLOCK_K=config.block_keys, NUM_STAGES=num_stages, ONE_SHARE=one_share,
         num_warps=config.num_warps, **options,
     )  # fmt: skip
+    prefer_as_neighbours(kernel, q_TBHD.device, num_tokens * num_slots)
     if not one_share:
-        merge_kernel[(num_places,)](
+        kernel = merge_kernel[(num_places,)](
             workspace, out_TBHD, num_shares, HEAD_DIM=head_dim,
             BLOCK_N=triton.next_power_of_2(num_shares), num_warps=4, **options,
         )  # fmt: skip
+        prefer_as_neighbours(kernel, q_TBHD.device, num_tokens * num_slots)
 
 
 def _check(

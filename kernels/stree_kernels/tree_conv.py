@@ -29,6 +29,7 @@ from stree_kernels.rows import (
     require_packed,
     strides,
 )
+from stree_kernels.shared_memory import prefer_as_neighbours
 
 WIDTHS = (2, 3, 4)
 
@@ -171,12 +172,13 @@ def tree_conv(
     config = pick_config(num_tokens)
     row_size = inputs_BRE.shape[2]
     grid = (triton.cdiv(row_size, config.block_channels), batch)
-    _tree_conv_kernel[grid](
+    kernel = _tree_conv_kernel[grid](
         state_BCK, inputs_BRE, weight_CW, bias_C, ancestors_RK, out_BRE, prev, path, length,
         num_channels, row_size, first, num_rows, *steps, NUM_COLUMNS=num_columns,
         BLOCK_C=config.block_channels, BLOCK_T=config.block_rows, num_warps=config.num_warps,
         num_stages=1, **launch_options(inputs_BRE.device),
     )  # fmt: skip
+    prefer_as_neighbours(kernel, inputs_BRE.device, batch * num_tokens)
 
 
 def _check(
