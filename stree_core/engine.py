@@ -5,9 +5,7 @@ Shape letters: B slots, L path capacity.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from stree_core.cache import Cache
+from stree_core.capture import capture
 from stree_core.errors import ConfigError, NonFiniteLogits
 from stree_core.memory import explain_oom, require_memory
 from stree_core.model import Model
@@ -263,7 +262,7 @@ class Engine:
     def _captured(self, speculator: Speculator, pool: Any) -> Callable[[], None]:
         graphs = {}
         for _ in range(2):
-            with _capture(pool, self.target.device) as graph:
+            with capture(self.target.device, pool) as graph:
                 self._step(speculator)
             graphs[speculator.target_cache.current] = graph
             self._flip()
@@ -283,25 +282,3 @@ class Engine:
     def _flip(self) -> None:
         for cache in self._caches():
             cache.flip()
-
-
-@contextmanager
-def _capture(pool: Any, device: torch.device) -> Iterator[torch.cuda.CUDAGraph]:
-    """Record what is launched into a graph, as torch.cuda.graph does, but free nothing before.
-
-    That takes longer than to capture a step.
-    """
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize(device)
-    with torch.cuda.stream(_capture_stream(device)):
-        graph.capture_begin(pool=pool, capture_error_mode="relaxed")
-        try:
-            yield graph
-        finally:
-            graph.capture_end()
-
-
-@functools.cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the one stream of all captures: cuBLAS keeps a workspace for each."""
-    return torch.cuda.Stream(device)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stree_core.cache import Cache, CacheSize
+from stree_core.capture import capture
 from stree_core.model import Model
 from stree_core.row_block import make_block
 
@@ -116,10 +117,8 @@ class _Chain:
         """
         for _ in range(_WARM_UP_PASSES):
             self._run()
-        torch.cuda.synchronize()
         for _ in range(2):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with capture(self._model.device, pool) as graph:
                 hidden_R1D = self._run()
             self._replays[self._cache.current] = _replay(graph, hidden_R1D)
             self._cache.flip()

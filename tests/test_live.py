@@ -35,7 +35,8 @@ def run(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Runner:
     monkeypatch.chdir(folder)
-    monkeypatch.setitem(BUDGETS, "quick", Budget(1.0, Effort(2, 2, 0.0)))
+    for effort in BUDGETS:
+        monkeypatch.setitem(BUDGETS, effort, Budget(1.0, Effort(2, 2, 0.0)))
     return Runner(monkeypatch, capsys)
 
 
@@ -54,7 +55,7 @@ class Runner:
 
 def test_from_measurement_to_text(run: Runner) -> None:
     small = ("--batch-size", "1", "--max-nodes", "16", "--context", "128")
-    assert run("probe", *PAIR, *small, "--effort", "quick")[0] == 0
+    assert run("probe", *PAIR, *small)[0] == 0
     table = load_runtime_table(Path("stree-data/runtime/cpu--tiny-target--tiny-draft.yaml"))
     assert table.weights == "real"
     assert {"verify", "draft_root", "draft", "target_store"} <= {p.term for p in table.points}
@@ -72,6 +73,7 @@ def test_from_measurement_to_text(run: Runner) -> None:
     longer = load_runtime_table(Path("stree-data/runtime/cpu--tiny-target--tiny-draft.yaml"))
     assert longer.batch_sizes == (1, 2)
     assert longer.points[: len(table.points)] == table.points, "measured rows are kept"
+    assert {s.rule for s in longer.steps if s.batch_size == 2} == {"greedy"}, "a few steps"
     path = Path("stree-data/runtime/cpu--tiny-target--tiny-draft.yaml")
     whole = path.read_text()
     path.write_text(whole.replace("held_bytes", "hold_bytes"))

@@ -155,6 +155,34 @@ def test_every_term_is_measured(pair: Pair, whole: RuntimeTable) -> None:
         assert cost.step_ms(2, Tree.chain(0)) > 0
 
 
+@pytest.mark.parametrize("max_nodes", [2, 12, 64, 255])
+def test_few_steps_are_some_of_all(max_nodes: int) -> None:
+    few = ProbeConfig("h200", max_nodes=max_nodes, few_steps=True)
+    keys, all_keys = (
+        {(stage.kind, *key) for stage in missing_stages(config, True, None) for key in stage.keys}
+        for config in (few, replace(few, few_steps=False))
+    )
+    assert keys < all_keys
+    assert {kind for kind, *_ in all_keys - keys} == {"steps"}
+    for batch_size in few.batch_sizes:
+        timed = {key[2] for key in keys if key[:2] == ("steps", batch_size)}
+        assert {"off", "chain-1", "chain-2"} <= timed, "a remainder needs two"
+
+
+def test_few_steps_predict_every_rule(whole: RuntimeTable) -> None:
+    config = replace(CONFIG, few_steps=True)
+    names = {
+        key[1] for s in missing_stages(config, False, None) for key in s.keys if s.kind == "steps"
+    }
+    steps = [s for s in whole.steps if s.rule == "greedy" and s.tree in names]
+    assert len(steps) < len(whole.steps)
+    table = whole.model_copy(update={"steps": tuple(steps)})
+    for rule in ("greedy", "naive", "naive_truncated", "mss", "mss_truncated"):
+        cost = StepCost.from_table(table, rule)  # type: ignore[arg-type]
+        cost.require([1, 2], 12)
+        assert cost.step_ms(1, DEFAULT_TREE) > cost.step_ms(1, Tree.chain(0)) > 0
+
+
 @pytest.mark.parametrize("killed_at", [0, 1, 3, 9, 12])
 def test_a_killed_probe_goes_on_where_it_was(
     pair: Pair, whole: RuntimeTable, clockless: Any, killed_at: int, tmp_path: Path

@@ -69,6 +69,7 @@ def probe(
         batch_sizes=tuple(sorted(set(batch_size))),
         max_nodes=max_nodes,
         effort=effort,
+        few_steps=effort == "quick",
     )
     runtime = Runtime(device, dtype, backend)
     request = PairRequest(*names, tuple(data), runtime, shapes=bool(shapes))

@@ -25,6 +25,12 @@ _SLOTS_PER_STORING = 8
 """With two accepted tokens about one slot in so many stores its state in a step."""
 
 _COMBS = ((5, 3), (8, 2), (8, 7))
+_NOT_AMONG_FEW = frozenset(
+    ("chain-3", "chain-6", "default-12", "even-7x4", "even-16x4", "even-24x3", "even-48x6")
+    + ("comb-8x2", "comb-8x7")
+)
+"""Trees whose whole steps are not among a few."""
+
 _MOST_RULE_ROWS = 4096
 _TRIES_AT_MOST = 1024
 
@@ -38,7 +44,8 @@ Key = tuple[Any, ...]
 class ProbeConfig:
     """What to measure: `max_nodes` bounds the trees, `context` the positions of a slot.
 
-    Without `sampled` greedy decoding alone is measured.
+    Without `sampled` greedy decoding alone is measured. With `few_steps` so are whole steps, and
+    those of half of the trees.
     """
 
     gpu: str
@@ -47,6 +54,7 @@ class ProbeConfig:
     max_nodes: int = 64
     effort: str = "quick"
     sampled: bool = True
+    few_steps: bool = False
 
 
 class Stage(NamedTuple):
@@ -130,9 +138,10 @@ def _stages(config: ProbeConfig, has_attention: bool) -> Iterator[Stage]:
     for batch_size in sizes:
         passes = _pass_keys(config, batch_size, has_attention)
         yield Stage("passes", batch_size, tuple(passes))
-        trees = step_trees(config.max_nodes)
+        few = config.few_steps
+        trees = [n for n in step_trees(config.max_nodes) if not few or n not in _NOT_AMONG_FEW]
         yield Stage("steps", batch_size, tuple((batch_size, name, "greedy") for name in trees))
-        for rule in SAMPLED if config.sampled else ():
+        for rule in SAMPLED if config.sampled and not few else ():
             names = sampled_trees(config.max_nodes)
             yield Stage("steps", batch_size, tuple((batch_size, name, rule) for name in names))
 

@@ -11,6 +11,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from stree_core.capture import capture
+
 Work = Callable[[], object]
 Key = TypeVar("Key", bound=Hashable)
 
@@ -56,9 +58,7 @@ def captured(work: Work, device: torch.device, pool: Any = None) -> Work:
     if device.type != "cuda":
         return work
     work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with capture(device, pool) as graph:
         work()
 
     def replay(_keep_alive: Work = work) -> None:
