@@ -55,7 +55,7 @@ PARTS = (
     ),
     Part(
         "Read the verdict",
-        "Off, but for the two largest batch sizes: this target is so small that a token costs a "
+        "Off, but for batch size 32: this target is so small that a token costs a "
         "tenth of a millisecond, and the draft is not right often enough to earn its own time. The "
         "lines below the table say what the best alternative would have done; where its interval "
         "reaches above zero it might be faster, or not. On word problems like those that the draft "

@@ -48,7 +48,7 @@ def probe(
     batch_size: flags.BatchSizes = flags.DEFAULT_BATCH_SIZES,
     max_nodes: flags.MaxNodes = 64,
     effort: Annotated[
-        Literal["quick", "full"], typer.Option("--effort", help="How many sizes and repeats.")
+        Literal["quick", "full"], typer.Option("--effort", help="How many whole steps and repeats.")
     ] = "full",
     backend: flags.Backend = "auto",
     device: flags.Device = "auto",

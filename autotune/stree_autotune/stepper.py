@@ -48,8 +48,8 @@ def occupy(speculator: Speculator, num_tokens: int, num_kept: int | None = None)
 def prompt_reader(model: Model) -> Callable[[], None]:
     """Return what consumes a short prompt, as servers do all the time; nothing on the CPU.
 
-    On an H200 captured steps took 1 to 4 % longer after another capture, whoever made it, until
-    a prompt was consumed: what is timed right behind captures is slower than it will be in use.
+    What ran before can change what captured steps take by some percent (docs/log.md): so they are
+    timed behind what they follow in use.
     """
     if model.device.type != "cuda":
         return _nothing
