@@ -199,9 +199,8 @@ def test_servers_start_with_what_a_profile_says(
     script: str, server: str, profile: str, words: str, tmp_path: Path
 ) -> None:
     gsm8k = load_profile(ROOT / "profiles/tuned/h200--demo-target--demo-draft--gsm8k.yaml")
-    one_by_one = gsm8k.model_copy(update={"policy": gsm8k.policy[:1]})
-    assert one_by_one.policy[0].verdict == "off"
-    save_profile(one_by_one, tmp_path / "off.yaml")
+    off = next(row for row in gsm8k.policy if row.verdict == "off")
+    save_profile(gsm8k.model_copy(update={"policy": (off,)}), tmp_path / "off.yaml")
     stand_in = tmp_path / server
     stand_in.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     stand_in.chmod(0o755)

@@ -123,11 +123,10 @@ def tree_attention(
     group = num_heads // num_kv_heads
     config = pick_config(num_tokens * group, head_dim, q_TBHD.dtype)
     num_pairs = num_slots * num_kv_heads
-    num_shares = pick_shares(config, num_tokens * group, num_pairs)
     # A cache of this size has no more tiles.
     max_tiles = triton.cdiv(num_positions, config.block_keys)
     max_tiles += triton.cdiv(first + num_tokens, config.block_keys)
-    num_shares = min(num_shares, max_tiles)
+    num_shares = min(max_tiles, pick_shares(config, num_tokens * group, num_pairs))
     num_places = num_tokens * num_slots * num_heads
     one_share = num_shares == 1
     _check_workspace(workspace, 0 if one_share else num_shares * num_places * (head_dim + 2))
