@@ -26,10 +26,9 @@ _SLOTS_PER_STORING = 8
 
 _COMBS = ((5, 3), (8, 2), (8, 7))
 _NOT_AMONG_FEW = frozenset(
-    ("chain-3", "chain-6", "default-12", "even-7x4", "even-16x4", "even-24x3", "even-48x6")
-    + ("comb-8x2", "comb-8x7")
+    "chain-3 chain-6 default-12 even-7x4 even-16x4 even-24x3 even-48x6 comb-8x2 comb-8x7".split()
 )
-"""Trees whose whole steps are not among a few."""
+"""Trees that `few_steps` leaves out."""
 
 _MOST_RULE_ROWS = 4096
 _TRIES_AT_MOST = 1024
@@ -44,8 +43,8 @@ Key = tuple[Any, ...]
 class ProbeConfig:
     """What to measure: `max_nodes` bounds the trees, `context` the positions of a slot.
 
-    Without `sampled` greedy decoding alone is measured. With `few_steps` so are whole steps, and
-    those of half of the trees.
+    Without `sampled` greedy decoding alone is measured. With `few_steps` whole steps are those of
+    greedy decoding with half of the trees.
     """
 
     gpu: str

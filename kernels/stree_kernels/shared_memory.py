@@ -56,8 +56,8 @@ def prefer_shared(kernel: Any, device: torch.device, num_programs: int) -> None:
 def prefer_as_neighbours(kernel: Any, device: torch.device, num_rows: int) -> None:
     """Let later launches of a kernel on `num_rows` find the split of those before and after it.
 
-    It needs little of either. One row streams through every projection, which want cache; with more
-    rows the neighbours keep tiles.
+    It needs little of either. With one row every neighbour streams; with more the scan keeps tiles.
+    Nothing happens where kernels are interpreted.
     """
     if capability(device) == MEASURED_CAPABILITY:
         _prefer(kernel.function, 0 if num_rows == 1 else NEIGHBOURS_PERCENT)
