@@ -25,10 +25,11 @@ _SLOTS_PER_STORING = 8
 """With two accepted tokens about one slot in so many stores its state in a step."""
 
 _COMBS = ((5, 3), (8, 2), (8, 7))
-_NOT_AMONG_FEW = frozenset(
-    "chain-3 chain-6 default-12 even-7x4 even-16x4 even-24x3 even-48x6 comb-8x2 comb-8x7".split()
-)
-"""Trees that `few_steps` leaves out."""
+_FEW = {
+    OFF, "chain-1", "chain-2", "chain-4", "chain-8", "even-8x3", "even-32x8", "even-64x16",
+    "even-128x16", "even-255x32", "comb-5x3",
+}  # fmt: skip
+"""Trees that a few whole steps are of."""
 
 _MOST_RULE_ROWS = 4096
 _TRIES_AT_MOST = 1024
@@ -138,7 +139,7 @@ def _stages(config: ProbeConfig, has_attention: bool) -> Iterator[Stage]:
         passes = _pass_keys(config, batch_size, has_attention)
         yield Stage("passes", batch_size, tuple(passes))
         few = config.few_steps
-        trees = [n for n in step_trees(config.max_nodes) if not few or n not in _NOT_AMONG_FEW]
+        trees = [name for name in step_trees(config.max_nodes) if not few or name in _FEW]
         yield Stage("steps", batch_size, tuple((batch_size, name, "greedy") for name in trees))
         for rule in SAMPLED if config.sampled and not few else ():
             names = sampled_trees(config.max_nodes)
