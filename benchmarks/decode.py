@@ -22,6 +22,7 @@ from traced_pair import PAIRS, TRACE, open_named, traced_config
 
 from stree_autotune.live import open_prompts
 from stree_autotune.stepper import occupy
+from stree_autotune.timing import captured
 from stree_autotune.trace_file import Trace
 from stree_autotune.trace_rule import prompt_for
 from stree_core.decode import Run, generate
@@ -159,7 +160,7 @@ def forward_ms(engine: Engine) -> float:
     return sum(times) / len(times)
 
 
-def captured_forward(engine: Engine) -> Callable[[], None]:
+def captured_forward(engine: Engine) -> Callable[[], object]:
     """Return one target pass with the LM head, captured; it leaves the rows that are kept alone."""
     speculator = engine.speculator
 
@@ -171,16 +172,10 @@ def captured_forward(engine: Engine) -> Callable[[], None]:
         speculator.target.logits(hidden)
 
     with torch.inference_mode():
-        for _ in range(2):
-            work()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            work()
-    return graph.replay
+        return captured(work, speculator.target.device)
 
 
-def timed(work: Callable[[], None], before: Callable[[], None] = lambda: None) -> float:
+def timed(work: Callable[[], object], before: Callable[[], None] = lambda: None) -> float:
     """Return the device's ms for one call, many back to back: the median of five rounds.
 
     `before` runs before each round.

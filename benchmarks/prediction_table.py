@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from prediction_figure import draw
-from report import Row, markdown, read
+from report import Row, markdown, read, table
 
 from stree_autotune.live_rows import error_summary
 
 SHOWN = (
     "pair", "batch", "mode", "predicted tokens/s", "live tokens/s", "error", "predicted step ms",
     "live step ms", "predicted tokens/step", "live tokens/step",
+)  # fmt: skip
+
+BY_BATCH = (
+    "pair", "batch", "off: error", "speculating: mean error", "median", "worst",
+    "tokens/step: worst", "predicted fastest", "behind the fastest",
 )  # fmt: skip
 
 
@@ -35,6 +42,29 @@ def summary(rows: Sequence[Row]) -> str:
     return "\n\n".join(lines)
 
 
+def by_batch(rows: Sequence[Row]) -> list[Row]:
+    """Return for each pair and batch size its errors, and what the mode predicted fastest is."""
+    found = []
+    for (pair, batch), group in itertools.groupby(rows, lambda row: (row["pair"], row["batch"])):
+        own = list(group)
+        speeds, steps = errors(own, "tokens_per_s"), errors(own, "tokens_per_step")
+        off, speculating = (
+            [error for row, error in zip(own, speeds, strict=True) if bool(row["tree"]) is draws]
+            for draws in (False, True)
+        )
+        chosen = max(own, key=lambda row: row["predicted_tokens_per_s"])
+        fastest = max(row["live_tokens_per_s"] for row in own)
+        values = (
+            pair, batch, *(f"{statistics.fmean(part):+.1%}" if part else None
+                           for part in (off, speculating)),
+            f"{statistics.median(map(abs, speeds)):.1%}", f"{max(map(abs, speeds)):.1%}",
+            f"{max(map(abs, steps)):.1%}", chosen["mode"],
+            f"{1 - chosen['live_tokens_per_s'] / fastest:.1%}",
+        )  # fmt: skip
+        found.append(dict(zip(BY_BATCH, values, strict=True)))
+    return found
+
+
 def shown(rows: Sequence[Row]) -> list[Row]:
     """Return rows as a reader's table has them."""
     quantities = ("tokens_per_s", "step_ms", "tokens_per_step")
@@ -55,6 +85,6 @@ def show(path: Path, figure: Path | None) -> None:
     commands = " && ".join(dict.fromkeys(source["command"] for source in sources))
     facts = document | {"rows": shown(rows), "command": commands or document["command"]}
     text = markdown(facts, SHOWN, lambda row: True)
-    print(text + "\n" + summary(rows))
+    print("\n".join((text, table(by_batch(rows), BY_BATCH), summary(rows))))
     if figure is not None:
         draw(rows, document["gpu"], figure)

@@ -1,7 +1,8 @@
-"""Record device work into a CUDA graph, in a fraction of the time that torch.cuda.graph takes.
+"""Record device work into a CUDA graph, memory left where it is.
 
-That one gives all spare memory back to the device before every capture, which the work around it
-then has to ask for again: of an engine with 16 trees that was a third of the time to start.
+torch.cuda.graph gives all spare memory back to the device before every capture, which the work
+around it then has to ask for again: a quarter of the time in which an engine with 17 trees started
+(docs/log.md).
 """
 
 from __future__ import annotations

@@ -262,7 +262,9 @@ def test_errors_are_summed_up_by_pair(tmp_path: Path, capsys: pytest.CaptureFixt
     report.save(tmp_path / "p.json", report.header({}, "none"), rows)
     figure = tmp_path / "p.svg"
     prediction.show(tmp_path / "p.json", figure)
-    assert "| b | 1 | off | 103 | 100 | +3.0% |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| b | 1 | off | 103 | 100 | +3.0% |" in printed
+    assert "| a | 1 | -1.5% | - | 2.5% | 4.0% | 0.0% | off | 0.0% |" in printed
     assert "batch 1" in figure.read_text()
     assert "Date" not in figure.read_text()
 

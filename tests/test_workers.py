@@ -21,7 +21,7 @@ from synthetic import latent_trace
 from stree_autotune.study import StudyPlace, open_storage
 from stree_autotune.tree_space import OFF, TreeSpace
 from stree_autotune.trials import enqueue, enqueue_tree, text_of
-from stree_autotune.workers import PATIENCE_S, TREE, Evaluated, Worker, evaluated
+from stree_autotune.workers import PATIENCE_S, TREE, Claim, Evaluated, Worker, evaluated
 from stree_core.tree import Tree
 
 SCRIPT = Path(__file__).with_name("study_worker.py")
@@ -201,6 +201,13 @@ def pulseless(place: StudyPlace, space: TreeSpace, budget: int) -> Worker:
     return Worker(place.open(1), space, budget)
 
 
+@pytest.fixture
+def lost(place: StudyPlace, space: TreeSpace) -> Claim:
+    """A tree that a dead worker was given."""
+    (claim,) = pulseless(place, space, 1).claim(1)
+    return claim
+
+
 def test_a_result_that_comes_too_late_is_dropped(
     space: TreeSpace, place: StudyPlace, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -222,9 +229,8 @@ def test_a_result_that_comes_too_late_is_dropped(
 
 
 def test_a_tree_that_changes_hands_leaves_no_room_for_another(
-    space: TreeSpace, place: StudyPlace, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    space: TreeSpace, place: StudyPlace, lost: Claim, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (lost,) = pulseless(place, space, 1).claim(1)
     watched = place.open(1)
     with Worker(watched, space, 1) as heir, Worker(place.open(1), space, 1) as other:
         assert heir.claim(1) == []
@@ -249,9 +255,8 @@ def test_a_tree_that_changes_hands_leaves_no_room_for_another(
 
 
 def test_of_two_heirs_one_gives_way(
-    space: TreeSpace, place: StudyPlace, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    space: TreeSpace, place: StudyPlace, lost: Claim, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (lost,) = pulseless(place, space, 1).claim(1)
     slow = place.open(1)
     with Worker(slow, space, 1) as late, Worker(place.open(1), space, 1) as early:
         assert late.claim(1) == early.claim(1) == []
