@@ -8,23 +8,27 @@ Shape letters: N rows (nodes of a tree, or of a level), B slots, V vocabulary.
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from stree_core.errors import ConfigError
+from stree_core.given import LIMIT, real_number, shown, whole_number
 
-LEAST_FACTOR = 1e-6
+LEAST_FACTOR, MOST_FACTOR = 1e-6, 1e6
 """What scores may be divided by without leaving fp32's range."""
+
+_REAL = ("temperature", "top_p", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one request samples. 0 is off for `top_k` and `min_p`, 1 for `top_p` and the penalty.
 
-    Raises ConfigError when a value is outside its range.
+    Numbers may be numpy's or torch's. Raises ConfigError when a value is none, or is outside its
+    range.
     """
 
     temperature: float = 0.0
@@ -35,24 +39,23 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        cold = 0 < self.temperature < LEAST_FACTOR
+        for field in dataclasses.fields(self):
+            read = real_number if field.name in _REAL else whole_number
+            object.__setattr__(self, field.name, read(field.name, getattr(self, field.name)))
+        factors = f"from {LEAST_FACTOR:g} to {MOST_FACTOR:g}"
+        warm = LEAST_FACTOR <= self.temperature <= MOST_FACTOR
+        penalty = self.repetition_penalty
         checks = (
-            ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more"),
-            ("temperature", self.temperature, not cold, f"0 or at least {LEAST_FACTOR:g}"),
+            ("temperature", self.temperature, self.temperature == 0 or warm, f"0 or {factors}"),
             ("top_k", self.top_k, 0 <= self.top_k < 1 << 31, "0 or more and below 2^31"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
-            (
-                "repetition_penalty",
-                self.repetition_penalty,
-                LEAST_FACTOR <= self.repetition_penalty < math.inf,
-                f"at least {LEAST_FACTOR:g}",
-            ),
-            ("seed", self.seed, 0 <= self.seed < 1 << 63, "0 or more and below 2^63"),
+            ("repetition_penalty", penalty, LEAST_FACTOR <= penalty <= MOST_FACTOR, factors),
+            ("seed", self.seed, 0 <= self.seed < LIMIT, "0 or more and below 2^63"),
         )
         for name, value, holds, rule in checks:
             if not holds:
-                raise ConfigError(f"{name} must be {rule}, got {value}; change it")
+                raise ConfigError(f"{name} must be {rule}, got {shown(value)}; change it")
 
     @property
     def truncates(self) -> bool:

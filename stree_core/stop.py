@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from stree_core.errors import ConfigError
+from stree_core.given import LIMIT, shown, token_ids, whole_number
+
+Decode = Callable[[list[int]], str]
+"""Turns token ids into text."""
 
 Finish = Literal["eos", "length", "string", "cancelled", "error"]
 """Why an output ended: an end token, its limit, a stop string, the caller, a fault."""
@@ -19,27 +24,30 @@ _CONTEXT_TOKENS = 8
 class StopRule:
     """When a sequence ends: at an end token, which is kept, after `max_new_tokens`, or with text.
 
-    The token that completes one of `strings` is the last one kept. Raises ConfigError when
-    `max_new_tokens` is below 1 or a string is empty.
+    The token that completes one of `strings` is the last one kept. Integers may be numpy's or
+    torch's. Raises ConfigError on all that has another meaning: one token id or one string in
+    place of several, no text, a limit below 1.
     """
 
     max_new_tokens: int
     eos_token_ids: Collection[int] = ()
-    strings: Sequence[str] = ()
+    strings: Collection[str] = ()
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
+        limit = whole_number("max_new_tokens", self.max_new_tokens)
+        if not 1 <= limit < LIMIT:
             raise ConfigError(
-                f"max_new_tokens must be at least 1, got {self.max_new_tokens}; raise it"
+                f"max_new_tokens must be at least 1 and below 2^63, got {shown(limit)}; change it"
             )
-        if not all(self.strings):
-            raise ConfigError("a stop string holds some text, got an empty one; leave it out")
+        object.__setattr__(self, "max_new_tokens", limit)
+        object.__setattr__(self, "eos_token_ids", _end_tokens(self.eos_token_ids))
+        object.__setattr__(self, "strings", _strings(self.strings))
 
     def cut(
         self,
         tokens: Sequence[int],
         before: Sequence[int],
-        decode: Callable[[list[int]], str] | None = None,
+        decode: Decode | None = None,
     ) -> tuple[list[int], Finish | None]:
         """Return the tokens to keep after those `before`, and why that ends it, if it does."""
         kept = list(tokens[: self.max_new_tokens - len(before)])
@@ -52,11 +60,56 @@ class StopRule:
                     return kept[:count], "string"
         return kept, "length" if len(before) + len(kept) >= self.max_new_tokens else None
 
-    def _completes(self, tokens: list[int], decode: Callable[[list[int]], str]) -> bool:
+    def _completes(self, tokens: list[int], decode: Decode) -> bool:
         """Return whether the last token completes a stop string; a character has up to 4 bytes."""
         window = 4 * max(map(len, self.strings)) + _CONTEXT_TOKENS
         text = decode(tokens[-window:])
         return any(string in text for string in self.strings)
+
+
+def careful(decode: Decode) -> Decode:
+    """Return a decoder that raises ConfigError, whatever is wrong with `decode`; not interrupts."""
+
+    def checked(tokens: list[int]) -> str:
+        try:
+            text = decode(tokens)
+        except Exception as err:
+            # It is the caller's code, and what it raises is about the tokens that it was given.
+            reason = " ".join(traceback.format_exception_only(err)[-1].split())
+            raise ConfigError(f"a decoder must not fail, it raised {reason}; mend it") from err
+        if not isinstance(text, str):
+            raise ConfigError(f"a decoder must return text, got {shown(text)}; return a str")
+        return text
+
+    return checked
+
+
+def _end_tokens(given: object) -> tuple[int, ...]:
+    if isinstance(given, int):
+        raise ConfigError(
+            f"eos_token_ids must be a list of token ids, got {shown(given)}; pass ({shown(given)},)"
+        )
+    tokens = token_ids("eos_token_ids", given)
+    if tokens and min(tokens) < 0:
+        raise ConfigError(
+            f"eos_token_ids must be 0 or more, got {shown(min(tokens))}; leave out what never comes"
+        )
+    return tokens
+
+
+def _strings(given: object) -> tuple[str, ...]:
+    if isinstance(given, str):
+        raise ConfigError(
+            f"strings are a list of texts, got one text, {shown(given)}; put it into a list"
+        )
+    if not isinstance(given, Collection):
+        raise ConfigError(f"strings are a list of texts, got {shown(given)}; pass a list")
+    for string in given:
+        if not isinstance(string, str):
+            raise ConfigError(f"a stop string must be text, got {shown(string)}; pass a str")
+        if not string:
+            raise ConfigError("a stop string holds some text, got an empty one; leave it out")
+    return tuple(given)
 
 
 @dataclass(slots=True)
