@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stree_core.cache import Cache
 from stree_core.capture import capture
+from stree_core.engine_checks import known_prompt, require_draft, require_tree
 from stree_core.errors import ConfigError, NonFiniteLogits
 from stree_core.memory import explain_oom, require_memory
 from stree_core.model import Model
@@ -67,13 +68,10 @@ class Engine:
         config: EngineConfig | None = None,
     ) -> None:
         self.trees = (trees,) if isinstance(trees, Tree) else tuple(trees)
-        speculates = any(tree.num_nodes for tree in self.trees)
-        if speculates and draft is None:
-            most = max(tree.num_nodes for tree in self.trees)
-            raise ConfigError(f"a tree of {most} nodes needs a draft model, got none; pass a draft")
+        require_draft(target, draft, self.trees)
         self.config = config or EngineConfig()
         self.target = target
-        self.draft = draft if speculates else None
+        self.draft = draft if any(tree.num_nodes for tree in self.trees) else None
         widths = self.draft.conv_widths if self.draft else frozenset()
         self._plans = [
             make_plan(tree, target.conv_widths, widths, target.device) for tree in self.trees
@@ -133,8 +131,7 @@ class Engine:
         """
         params = params or SamplingParams()
         self.config.sampling.require(params)
-        if not prompt:
-            raise ConfigError("a prompt must hold at least one token, got none; write something")
+        prompt = known_prompt(prompt, self.target)
         self.require_fits(len(prompt), 1)
         with explain_oom(f"a prompt of {len(prompt)} tokens", None, self.target.device):
             return self._prefill(slot, prompt, params)
@@ -162,11 +159,12 @@ class Engine:
     @torch.inference_mode()
     def launch(self, which: int = 0) -> None:
         """Start a step of all slots with tree number `which`, without waiting for it."""
-        speculates = self.trees[which].num_nodes > 0
+        number = require_tree(which, len(self.trees))
+        speculates = self.trees[number].num_nodes > 0
         if speculates and self._draft_is_behind:
             self._catch_up()
         self._draft_is_behind |= self.draft is not None and not speculates
-        self._steps[which]()
+        self._steps[number]()
         self._results.keep(tuple(self._epochs))
 
     def collect(self) -> StepResult:
