@@ -46,7 +46,7 @@ from stree_core.decode import generate
 from stree_core.engine import Engine, EngineConfig, needed_positions
 from stree_core.errors import MissingMeasurement
 from stree_core.pair import Pair, device_name, short_gpu_name
-from stree_core.session import Request
+from stree_core.request import Request
 from stree_core.stop import StopRule
 from stree_core.tree import Tree
 

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from stree_core.pair import Pair, Runtime, load_pair, require_profile_fits
     from stree_core.policy import Policy, policy_of
     from stree_core.profile import Profile, load_profile, save_profile
+    from stree_core.request import Request, Update
     from stree_core.rules import SamplingSupport
     from stree_core.sampling import SamplingParams
-    from stree_core.session import Request, Session, Update
+    from stree_core.session import Session
     from stree_core.stop import Generation, StopRule
     from stree_core.tree import DEFAULT_TREE, Tree
 
@@ -31,7 +32,7 @@ _HOME = {
     "Pair": "pair",
     "Policy": "policy",
     "Profile": "profile",
-    "Request": "session",
+    "Request": "request",
     "Run": "decode",
     "Runtime": "pair",
     "SamplingParams": "sampling",
@@ -39,7 +40,7 @@ _HOME = {
     "Session": "session",
     "StopRule": "stop",
     "Tree": "tree",
-    "Update": "session",
+    "Update": "request",
     "find_source": "model_source",
     "generate": "decode",
     "load_pair": "pair",

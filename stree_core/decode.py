@@ -9,11 +9,11 @@ from typing import TypeVar
 
 from stree_core.engine import Engine
 from stree_core.errors import ConfigError
+from stree_core.request import Request
 from stree_core.sampling import SamplingParams
-from stree_core.session import Request, Session
-from stree_core.stop import Generation, StopRule
+from stree_core.session import Session
+from stree_core.stop import Decode, Generation, StopRule
 
-Decode = Callable[[list[int]], str]
 Setting = TypeVar("Setting", StopRule, SamplingParams)
 
 
@@ -65,22 +65,23 @@ def generate(
     called with the number of finished prompts. `decode` turns tokens into text, which stop strings
     need. Raises ConfigError on a prompt that cannot be served.
     """
-    session = Session(engine, decode=decode)
     stops = _of_each(prompts, stop, "stop")
     settings = _of_each(prompts, sampling or SamplingParams(), "sampling")
-    for prompt, ends, params in zip(prompts, stops, settings, strict=True):
-        session.submit(Request(prompt, ends, params))
+    requests = [Request(*asked) for asked in zip(prompts, stops, settings, strict=True)]
     ended: dict[int, Generation] = {}
-    start = time.perf_counter()
-    while session.busy:
-        for update in session.step():
-            if update.generation is None:
-                continue
-            _require_served(update.generation)
-            ended[update.request_id] = update.generation
-            if progress is not None:
-                progress(len(ended))
-    seconds = time.perf_counter() - start
+    with Session(engine, decode=decode) as session:
+        for request in requests:
+            session.submit(request)
+        start = time.perf_counter()
+        while session.busy:
+            for update in session.step():
+                if update.generation is None:
+                    continue
+                _require_served(update.generation)
+                ended[update.request_id] = update.generation
+                if progress is not None:
+                    progress(len(ended))
+        seconds = time.perf_counter() - start
     generations = tuple(ended[request_id] for request_id in range(len(prompts)))
     return Run(generations, seconds - session.prefill_seconds, session.num_steps)
 
@@ -92,14 +93,18 @@ def stream(
     sampling: SamplingParams | None = None,
     decode: Decode | None = None,
 ) -> Iterator[list[int]]:
-    """Decode one prompt, yielding the kept tokens of prefill and of every step."""
-    session = Session(engine, decode=decode)
-    session.submit(Request(prompt, stop, sampling or SamplingParams()))
-    while session.busy:
-        for update in session.step():
-            if update.generation is not None:
-                _require_served(update.generation)
-            yield update.tokens
+    """Decode one prompt, yielding the kept tokens of prefill and of every step.
+
+    The engine is busy until the iterator has ended or is closed or forgotten.
+    """
+    request = Request(prompt, stop, sampling or SamplingParams())
+    with Session(engine, decode=decode) as session:
+        session.submit(request)
+        while session.busy:
+            for update in session.step():
+                if update.generation is not None:
+                    _require_served(update.generation)
+                yield update.tokens
 
 
 def _require_served(generation: Generation) -> None:

@@ -18,6 +18,7 @@ from stree_core.engine_checks import known_prompt, require_draft, require_tree
 from stree_core.errors import ConfigError, NonFiniteLogits
 from stree_core.memory import explain_oom, require_memory
 from stree_core.model import Model
+from stree_core.ownership import Ownership
 from stree_core.prefill import Prefill, prefill_cache
 from stree_core.rules import GREEDY, SamplingSupport
 from stree_core.sampling import SamplingParams
@@ -56,8 +57,8 @@ class Engine:
 
     A step is `draft -> verify -> accept -> commit` of stree_core.step. On CUDA it is captured once
     per tree and row set; on the CPU it runs as it stands. `launch` does not wait for it, `collect`
-    does, so that the host may read one step late. Raises ConfigError when a tree needs a draft and
-    there is none, NotEnoughMemory when the caches do not fit.
+    does, so that the host may read one step late. Raises ConfigError when a tree needs a draft with
+    the target's tokens and there is none; NotEnoughMemory when the caches do not fit.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Engine:
         self.trees = (trees,) if isinstance(trees, Tree) else tuple(trees)
         require_draft(target, draft, self.trees)
         self.config = config or EngineConfig()
+        self.ownership = Ownership()
         self.target = target
         self.draft = draft if any(tree.num_nodes for tree in self.trees) else None
         widths = self.draft.conv_widths if self.draft else frozenset()
@@ -105,6 +107,11 @@ class Engine:
         return self._speculators[0]
 
     @property
+    def num_under_way(self) -> int:
+        """Steps that were launched and not collected."""
+        return len(self._results)
+
+    @property
     def cache_bytes(self) -> int:
         """Bytes of device memory in states, keys, values and row buffers."""
         caches = [*(prefill.cache for prefill in self._prefills.values()), *self._caches()]
@@ -125,9 +132,9 @@ class Engine:
     ) -> int:
         """Consume a prompt into `slot`, make it active and return the first token.
 
-        Raises ConfigError when the prompt is empty, leaves no position for output, or asks for
-        sampling that the engine was not made for; NonFiniteLogits when the target breaks down;
-        NotEnoughMemory when the device has none left. The slot stays inactive then.
+        The slot stays inactive when this raises: ConfigError for a prompt that is empty, holds an
+        unknown token or leaves no position for output, and for sampling that the engine was not
+        made for; NonFiniteLogits; NotEnoughMemory.
         """
         params = params or SamplingParams()
         self.config.sampling.require(params)
@@ -151,35 +158,36 @@ class Engine:
             )
         buffers = speculator.buffers
         buffers.tokens_RB[:2, slot] = torch.tensor([prompt[-1], first], device=self.target.device)
-        buffers.active_B[slot] = 1
         self._history[slot] = [*prompt, first]
         self._epochs[slot] += 1
+        buffers.active_B[slot] = 1
         return first
 
     @torch.inference_mode()
     def launch(self, which: int = 0) -> None:
-        """Start a step of all slots with tree number `which`, without waiting for it."""
+        """Start a step of all slots with tree number `which`, without waiting for it.
+
+        Raises ConfigError when there is no such tree; any other exception leaves slots undefined.
+        """
         number = require_tree(which, len(self.trees))
         speculates = self.trees[number].num_nodes > 0
-        if speculates and self._draft_is_behind:
-            self._catch_up()
-        self._draft_is_behind |= self.draft is not None and not speculates
-        self._steps[number]()
-        self._results.keep(tuple(self._epochs))
+        with explain_oom("a step", None, self.target.device):
+            if speculates and self._draft_is_behind:
+                self._catch_up()
+            self._draft_is_behind |= self.draft is not None and not speculates
+            self._steps[number]()
+            self._results.keep(tuple(self._epochs))
 
     def collect(self) -> StepResult:
-        """Wait for the oldest step that has not been collected, and return what it did.
-
-        Of a slot that was prefilled since that step was launched nothing is returned.
-        """
+        """Wait for the oldest step not collected; return what it did in slots still the same."""
         result = self._results.next(self._epochs)
         for history, tokens in zip(self._history, result.tokens, strict=True):
             history += tokens
         return result
 
-    def wait(self) -> None:
-        """Wait for all steps that were launched; what they did is collected as ever."""
-        self._results.gather()
+    def wait(self, num_steps: int | None = None) -> None:
+        """Wait for all steps not collected, or the oldest ones; an interrupt loses nothing."""
+        self._results.gather(num_steps)
 
     def step(self, which: int = 0) -> StepResult:
         """Run one step and wait for it."""
@@ -191,6 +199,15 @@ class Engine:
         """Make a slot inactive: it still computes, but no longer advances."""
         # Assigning a number would wait for the step under way.
         self._speculators[0].buffers.active_B[slot].zero_()
+
+    def clear(self) -> None:
+        """Make all slots inactive, and forget the steps that nobody has collected."""
+        for slot in range(self.config.num_slots):
+            self.release(slot)
+        self._results.drop()
+        for cache in self._caches():
+            cache.current = 0
+        self._draft_is_behind = False
 
     def needed_bytes(self) -> int:
         """Return what all caches will take: their sizes, summed up without memory behind them."""

@@ -51,6 +51,9 @@ class ResultQueue:
         self._on_the_way: deque[tuple[Tensor, torch.cuda.Event | None, tuple[int, ...]]] = deque()
         self.waiting: deque[StepResult] = deque()
 
+    def __len__(self) -> int:
+        return len(self.waiting) + len(self._on_the_way)
+
     def keep(self, epochs: tuple[int, ...]) -> None:
         """Copy the result of the step that was just started, without waiting for it."""
         copy = self._free.pop() if self._free else self._new_copy()
@@ -61,25 +64,34 @@ class ResultQueue:
             event.record()
         self._on_the_way.append((copy, event, epochs))
 
-    def gather(self) -> None:
-        """Wait for all steps that were started."""
-        while self._on_the_way:
+    def gather(self, num_steps: int | None = None) -> None:
+        """Wait for all steps that were started, or for the oldest of those not collected.
+
+        An interrupt while it waits loses nothing.
+        """
+        while self._on_the_way and (num_steps is None or len(self.waiting) < num_steps):
             self.waiting.append(self._arrived())
+            self._free.append(self._on_the_way.popleft()[0])
+
+    def drop(self) -> None:
+        """Wait for all steps that were started, and forget what they did."""
+        self.gather()
+        self.waiting.clear()
 
     def next(self, epochs: Sequence[int]) -> StepResult:
         """Return the oldest result, of slots that nobody has taken over."""
-        result = self.waiting.popleft() if self.waiting else self._arrived()
-        return result.since(epochs)
+        self.gather(1)
+        return self.waiting.popleft().since(epochs)
 
     def _new_copy(self) -> Tensor:
         return torch.empty(self._source.shape, dtype=self._source.dtype, pin_memory=self._on_gpu)
 
     def _arrived(self) -> StepResult:
-        copy, event, epochs = self._on_the_way.popleft()
+        """Wait for the oldest step that is still on its way and read its copy."""
+        copy, event, epochs = self._on_the_way[0]
         if event is not None:
             event.synchronize()
         rows = copy.tolist()
-        self._free.append(copy)
         columns = zip(*rows[FIRST_TOKEN:], strict=True)
         tokens = [list(column[:n]) for n, column in zip(rows[COUNT], columns, strict=True)]
         return StepResult(tokens, rows[LAST_NODE], [bool(flag) for flag in rows[HEALTHY]], epochs)

@@ -13,7 +13,7 @@ from stree_autotune.stepper import phases
 from stree_core.decode import generate
 from stree_core.engine import Engine, EngineConfig
 from stree_core.errors import ConfigError
-from stree_core.session import Request
+from stree_core.request import Request
 from stree_core.stop import Generation, StopRule
 from stree_core.tree import Tree
 

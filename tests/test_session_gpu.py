@@ -18,9 +18,10 @@ from stree_core.errors import NotEnoughMemory
 from stree_core.model import Model
 from stree_core.model_source import find_source
 from stree_core.pair import Pair, Runtime, load_pair
+from stree_core.request import Request
 from stree_core.rules import SamplingSupport
 from stree_core.sampling import SamplingParams
-from stree_core.session import Request, Session
+from stree_core.session import Session
 from stree_core.stop import StopRule
 from stree_core.tree import DEFAULT_TREE, Tree
 

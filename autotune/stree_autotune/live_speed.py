@@ -22,7 +22,8 @@ from stree_autotune.stepper import phases
 from stree_autotune.trace_file import Trace
 from stree_core.engine import Engine
 from stree_core.errors import ConfigError
-from stree_core.session import Request, Session
+from stree_core.request import Request
+from stree_core.session import Session
 from stree_core.stop import Generation
 
 MOST_IDLE = 0.25
@@ -76,36 +77,36 @@ def live_speed(
     `progress` is called with the number of requests of the waves that have ended. Raises
     ConfigError when a request fails, or when all are too short for a step to be timed.
     """
-    session = Session(engine)
     places: list[int] = []
     generations: dict[int, Generation] = {}
     calls: list[tuple[int, float]] = []
-    for first in range(0, len(requests), engine.config.num_slots):
-        size = min(engine.config.num_slots, len(requests) - first)
-        joining = deque(sorted(zip(phases(size), range(first, first + size), strict=True)))
-        num_tokens, eldest = 0.0, len(places)
-        started = clock()
-        while joining or session.busy:
-            num_before, num_places = session.num_steps, len(places)
-            num_ended = len(generations)
-            while joining and joining[0][0] <= num_tokens:
-                places.append(joining.popleft()[1])
-                session.submit(requests[places[-1]])
-            for update in session.step():
-                if update.generation is not None:
-                    generations[places[update.request_id]] = _served(update.generation)
-                if update.request_id == eldest:
-                    has_ended = update.generation is not None
-                    num_tokens += math.inf if has_ended else len(update.tokens)
-            ended = clock()
-            # From end to end: what the host does between two calls hides behind the device's work.
-            # A call in which a request joins waits for the steps before, and brings none itself.
-            if session.num_steps > num_before and not joining and len(places) == num_places:
-                idle = engine.config.num_slots - (num_places - num_ended)
-                calls.append((idle, ended - started))
-            started = ended
-        if progress is not None:
-            progress(len(generations))
+    with Session(engine) as session:
+        for first in range(0, len(requests), engine.config.num_slots):
+            size = min(engine.config.num_slots, len(requests) - first)
+            joining = deque(sorted(zip(phases(size), range(first, first + size), strict=True)))
+            num_tokens, eldest = 0.0, len(places)
+            started = clock()
+            while joining or session.busy:
+                num_before, num_places = session.num_steps, len(places)
+                num_ended = len(generations)
+                while joining and joining[0][0] <= num_tokens:
+                    places.append(joining.popleft()[1])
+                    session.submit(requests[places[-1]])
+                for update in session.step():
+                    if update.generation is not None:
+                        generations[places[update.request_id]] = _served(update.generation)
+                    if update.request_id == eldest:
+                        has_ended = update.generation is not None
+                        num_tokens += math.inf if has_ended else len(update.tokens)
+                ended = clock()
+                # From end to end: what the host does between two calls hides behind the device's
+                # work. A call in which a request joins waits for the steps before, and brings none.
+                if session.num_steps > num_before and not joining and len(places) == num_places:
+                    idle = engine.config.num_slots - (num_places - num_ended)
+                    calls.append((idle, ended - started))
+                started = ended
+            if progress is not None:
+                progress(len(generations))
     if not calls:
         raise ConfigError("texts must be longer to time steps, all ended at once; ask for more")
     ordered = tuple(generations[place] for place in sorted(generations))

@@ -13,8 +13,9 @@ from stree_core.engine import Engine, EngineConfig
 from stree_core.errors import NonFiniteLogits
 from stree_core.model import Model
 from stree_core.prefill import Prefill
+from stree_core.request import Request
 from stree_core.sampling import SamplingParams
-from stree_core.session import Request, Session
+from stree_core.session import Session
 from stree_core.step import Speculator
 from stree_core.step_result import StepResult
 from stree_core.stop import StopRule

@@ -33,9 +33,9 @@ from stree_core.engine import Engine, EngineConfig
 from stree_core.files import write_atomically
 from stree_core.pair import Pair, device_name, short_gpu_name
 from stree_core.profile import Profile, load_profile, save_profile
+from stree_core.request import Request
 from stree_core.rules import SamplingSupport
 from stree_core.sampling import SamplingParams
-from stree_core.session import Request
 from stree_core.stop import StopRule
 from stree_core.tree import DEFAULT_TREE, Tree
 
