@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from math import inf
-
 from stree_core.config_keys import (
     Config,
     attention_of,
+    dt_limit,
     grouped_mamba2,
     language_model,
-    number,
     refuse,
     require_layers,
 )
@@ -19,13 +17,11 @@ from stree_kernels.laws import RouterLaw
 
 LETTERS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
 """Layers in `hybrid_override_pattern`, which older configs have."""
-LEAST_TIME_STEP = 0.001
-"""Of `time_step_min`, where a config is silent, as in transformers."""
 OLD_KINDS = {"mamba": "linear_attention", "attention": "full_attention"}
 
 
 def nemotron_h(config: Config) -> ModelShape:
-    """`NemotronHForCausalLM`; its time steps have a least value, and its heads no positions."""
+    """`NemotronHForCausalLM`; its attention has no positions."""
     refuse(
         config, mamba_hidden_act="silu", mlp_hidden_act="relu2", use_bias=False, mlp_bias=False,
         mamba_proj_bias=False, attention_bias=False,
@@ -70,8 +66,7 @@ def _parts(config: Config, kind: str, prefix: str) -> tuple[Part, ...]:
             state_dim=config["ssm_state_size"],
             conv_width=config["conv_kernel"],
             conv_bias=config.get("use_conv_bias", True),
-            # transformers clamps so in its chunk path, and not at all in its one-token path.
-            limit=(number(config.get("time_step_min", LEAST_TIME_STEP)), inf),
+            limit=dt_limit(config.get("time_step_limit")),
             norm_eps=_eps(config),
         )
         return (mamba2_part(mixer, width, prefix),)

@@ -6,15 +6,13 @@ its weights are then kept once per use.
 
 from __future__ import annotations
 
-from math import inf
-
 from stree_core.config_keys import (
     Config,
     Unsupported,
     attention_of,
+    dt_limit,
     grouped_mamba2,
     language_model,
-    number,
     refuse,
     require_layers,
     rope_of,
@@ -28,7 +26,7 @@ MIXER_EPS = 1e-5
 
 
 def zamba2(config: Config) -> ModelShape:
-    """`Zamba2ForCausalLM`; its time steps have a least value."""
+    """`Zamba2ForCausalLM`."""
     refuse(config, add_bias_linear=False, use_long_context=False)
     width, mixer = config["hidden_size"], _mixer(config)
     kinds = config["layers_block_type"]
@@ -63,8 +61,7 @@ def _mixer(config: Config) -> Mamba2Shape:
         num_groups=config["mamba_ngroups"],
         state_dim=config["mamba_d_state"],
         conv_width=config["mamba_d_conv"],
-        # transformers clamps so in its chunk path, and not at all in its one-token path.
-        limit=(number(config["time_step_min"]), inf),
+        limit=dt_limit(config.get("time_step_limit")),
         norm_eps=MIXER_EPS,
     )
 

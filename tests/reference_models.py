@@ -1,7 +1,9 @@
-"""Native Mamba2 and Mamba-in-Llama in plain torch, one token after another, from the formulas.
+"""Models in plain torch, one token after another, from the formulas.
 
-Independent of the product: Mamba-2 (arXiv:2405.21060) sec. 7 as a recurrence, Llama attention with
-rotary positions, and the key names of the published checkpoints. All in float64.
+Independent of the product: Mamba-2 (arXiv:2405.21060) sec. 7 as a recurrence, time steps clamped to
+the run-time limit in every pass, attention with rotary positions or none, and the key names of the
+published checkpoints. All in float64. Nemotron-H and Zamba2 mixers are here because transformers
+takes another limit for them, and the native formats because transformers does not read them.
 
 Shape letters: T tokens, D hidden size, H heads, P head dim, N state dim, W conv width.
 """
@@ -18,13 +20,23 @@ from torch.nn import functional
 Weights = dict[str, Tensor]
 Config = dict[str, Any]
 
+UNLIMITED = (0.0, math.inf)
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
     runs = x.unflatten(-1, (groups, -1))
     return (runs / (runs.square().mean(-1, keepdim=True) + eps).sqrt()).flatten(-2) * weight
 
 
-def mamba2(x_TD: Tensor, w: Weights, sizes: dict[str, int]) -> Tensor:
+def time_steps(x_TD: Tensor, w: Weights) -> Tensor:
+    """Time steps [T, H] of a mixer before they are clamped."""
+    dt = x_TD @ w["in_proj.weight"].T[:, -len(w["dt_bias"]) :]
+    return functional.softplus(dt + w["dt_bias"])
+
+
+def mamba2(
+    x_TD: Tensor, w: Weights, sizes: dict[str, int], limit: tuple[float, float] = UNLIMITED
+) -> Tensor:
     """Run one mixer; `sizes`: heads, head_dim, state_dim, xb_heads (x and B), c_heads."""
     heads, head_dim, state_dim = sizes["heads"], sizes["head_dim"], sizes["state_dim"]
     inner, shared = heads * head_dim, sizes["xb_heads"]
@@ -43,7 +55,7 @@ def mamba2(x_TD: Tensor, w: Weights, sizes: dict[str, int]) -> Tensor:
         x_HP = x.view(-1, head_dim).repeat_interleave(heads // sizes["x_heads"], 0)
         b_HN = b.view(-1, state_dim).repeat_interleave(heads // shared, 0)
         c_HN = c.view(-1, state_dim).repeat_interleave(heads // sizes["c_heads"], 0)
-        step = functional.softplus(dt + w["dt_bias"])
+        step = functional.softplus(dt + w["dt_bias"]).clamp(*limit)
         grown = (step[:, None] * x_HP)[:, :, None] * b_HN[:, None]
         state = (step * decay).exp()[:, None, None] * state + grown
         y = (state * c_HN[:, None]).sum(2) + w["D"][:, None] * x_HP
@@ -74,9 +86,11 @@ def frequencies(config: Config, head_dim: int) -> list[float]:
 def attention(x_TD: Tensor, w: Weights, config: Config) -> Tensor:
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     head_dim = config["head_dim"]
-    angles = torch.arange(len(x_TD), dtype=torch.float64)[:, None] * torch.tensor(
-        frequencies(config, head_dim), dtype=torch.float64
-    )
+    angles = torch.zeros(len(x_TD), head_dim // 2, dtype=torch.float64)
+    if "rope_theta" in config:
+        angles = torch.arange(len(x_TD), dtype=torch.float64)[:, None] * torch.tensor(
+            frequencies(config, head_dim), dtype=torch.float64
+        )
 
     def project(name: str, count: int) -> Tensor:
         return (x_TD @ w[f"{name}_proj.weight"].T).view(-1, count, head_dim)
@@ -107,11 +121,12 @@ def native_logits(weights: Weights, config: Config, tokens: Tensor) -> Tensor:
         "state_dim": ssm["d_state"], "xb_heads": groups, "c_heads": groups,
     }  # fmt: skip
     sizes["x_heads"] = sizes["heads"]
+    limit = ssm.get("dt_limit", UNLIMITED)
     x = weights["backbone.embedding.weight"][tokens]
     for index in range(config["n_layer"]):
         layer = below(weights, f"backbone.layers.{index}.")
         normed = rms_norm(x, layer["norm.weight"], 1e-5)
-        x = x + mamba2(normed, below(layer, "mixer."), sizes)
+        x = x + mamba2(normed, below(layer, "mixer."), sizes, limit)
     return rms_norm(x, weights["backbone.norm_f.weight"], 1e-5) @ weights["lm_head.weight"].T
 
 
@@ -132,10 +147,33 @@ def mamba_in_llama_logits(
         if index in mamba_config["attn_layers"]:
             x = x + attention(normed, below(layer, "self_attn."), config)
         else:
-            x = x + mamba2(normed, below(layer, "mamba."), sizes)
+            limit = ssm.get("dt_limit", UNLIMITED)
+            x = x + mamba2(normed, below(layer, "mamba."), sizes, limit)
         normed = rms_norm(x, layer["post_attention_layernorm.weight"], eps)
         mlp = below(layer, "mlp.")
         gate = functional.silu(normed @ mlp["gate_proj.weight"].T)
         x = x + (gate * (normed @ mlp["up_proj.weight"].T)) @ mlp["down_proj.weight"].T
     head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
     return rms_norm(x, weights["model.norm.weight"], eps) @ head.T
+
+
+def nemotron_h_logits(weights: Weights, config: Config, tokens: Tensor) -> Tensor:
+    """Logits [T, V] of a Nemotron-H checkpoint without experts."""
+    eps = config["layer_norm_epsilon"]
+    sizes = {
+        "heads": config["mamba_num_heads"], "x_heads": config["mamba_num_heads"],
+        "head_dim": config["mamba_head_dim"], "state_dim": config["ssm_state_size"],
+        "xb_heads": config["n_groups"], "c_heads": config["n_groups"],
+    }  # fmt: skip
+    x = weights["backbone.embeddings.weight"][tokens]
+    for index, letter in enumerate(config["hybrid_override_pattern"]):
+        layer = below(weights, f"backbone.layers.{index}.")
+        normed, mixer = rms_norm(x, layer["norm.weight"], eps), below(layer, "mixer.")
+        if letter == "M":
+            x = x + mamba2(normed, mixer, sizes, config["time_step_limit"])
+        elif letter == "*":
+            x = x + attention(normed, mixer, config)
+        else:
+            up = (normed @ mixer["up_proj.weight"].T).relu().square()
+            x = x + up @ mixer["down_proj.weight"].T
+    return rms_norm(x, weights["backbone.norm_f.weight"], eps) @ weights["lm_head.weight"].T

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from reference_models import mamba2, nemotron_h_logits, time_steps
+from safetensors import safe_open
 from tiny_models import (
     FAMILIES,
+    TIME_STEP_LIMIT,
     VOCAB_SIZE,
+    mixers_of,
     ours,
     perturbed,
     tiny_bamba,
@@ -53,7 +58,7 @@ def _random_tokens(count: int, seed: int) -> Tensor:
 
 @torch.inference_mode()
 def _their_logits(theirs: PreTrainedModel, tokens: Tensor) -> Tensor:
-    # Without a cache: their one-token path clamps time steps differently in some families.
+    # Without a cache: their one-token path does not clamp time steps.
     logits: Tensor = theirs(tokens[None], use_cache=False).logits[0]
     return logits
 
@@ -105,7 +110,11 @@ def test_tree_logits_equal_transformers_on_every_path(models: Models) -> None:
 
 @torch.inference_mode()
 def _their_text(theirs: PreTrainedModel, prompt: Tensor) -> list[int]:
-    settings: dict[str, Any] = {"max_new_tokens": NUM_TOKENS, "do_sample": False}
+    settings: dict[str, Any] = {
+        "max_new_tokens": NUM_TOKENS,
+        "do_sample": False,
+        "use_cache": False,
+    }
     mask = torch.ones_like(prompt)[None]
     text = theirs.generate(prompt[None], attention_mask=mask, eos_token_id=None, **settings)
     tokens: list[int] = text[0, len(prompt) :].tolist()
@@ -157,10 +166,56 @@ def test_a_family_drafts_for_any_other(tmp_path: Path) -> None:
         assert texts == [texts[0]] * len(loaded)
 
 
-@pytest.mark.parametrize("least", [0.001, 0.7])
-def test_time_steps_are_clamped_as_in_their_chunk_path(least: float, tmp_path: Path) -> None:
-    theirs = tiny_nemotron_h(("mamba", "mlp", "mamba"), time_step_min=least, time_step_max=1.0)
+@torch.inference_mode()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_limits_bite(family: str) -> None:
+    """Each side clamps a tenth of all time steps, so that a pass without limits would differ."""
+    theirs = FAMILIES[family]()
+    mixers, steps = mixers_of(theirs), []
+    for mixer in mixers:
+        weights = dict(mixer.named_parameters())
+        mixer.register_forward_pre_hook(
+            lambda module, args, kwargs, w=weights: steps.append(
+                time_steps((args[0] if args else kwargs["hidden_states"])[0], w)
+            ),
+            with_kwargs=True,
+        )
+    theirs(_random_tokens(64, seed=9)[None], use_cache=False)
+    assert len(steps) == len(mixers)
+    low, high = TIME_STEP_LIMIT
+    values = torch.cat([step.flatten() for step in steps])
+    assert (values < low).float().mean() > 0.1
+    assert (values > high).float().mean() > 0.1
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", ["nemotron-h", "zamba2"])
+def test_mixers_that_stand_in_for_transformers_equal_the_formulas(family: str) -> None:
+    """What the comparisons above take for these families is the reference, not transformers'."""
+    theirs = FAMILIES[family]().double()
+    mixer: Any = mixers_of(theirs)[0]
+    sizes = {
+        "heads": mixer.num_heads, "x_heads": mixer.num_heads, "head_dim": mixer.head_dim,
+        "state_dim": mixer.ssm_state_size, "xb_heads": mixer.n_groups, "c_heads": mixer.n_groups,
+    }  # fmt: skip
+    x_TD = torch.randn(23, mixer.hidden_size, dtype=torch.float64)
+    expected = mamba2(x_TD, dict(mixer.named_parameters()), sizes, TIME_STEP_LIMIT)
+    assert_close("mixer", mixer(x_TD[None])[0], expected, tolerance=1e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("limit", [(0.0, math.inf), TIME_STEP_LIMIT])
+def test_nemotron_h_equals_the_formulas(limit: tuple[float, float], tmp_path: Path) -> None:
+    """`time_step_min` and `time_step_max` are where training starts, and limit nothing here."""
+    theirs = tiny_nemotron_h(
+        ("mamba", "attention", "mlp", "mamba"), time_step_limit=list(limit), time_step_min=1.2,
+        time_step_max=1.3,
+    )  # fmt: skip
     model = ours(theirs, tmp_path / "model", torch.float32)
+    with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
+        weights = {key: file.get_tensor(key).double() for key in file.keys()}  # noqa: SIM118
+    config = theirs.config.to_dict() | {"hybrid_override_pattern": "M*-M", "time_step_limit": limit}
     tokens = _random_tokens(17, seed=9)
+    expected = nemotron_h_logits(weights, config, tokens)
     actual = _block_logits(model, tokens[9:], list(range(-1, 7)), prefix=tokens[:9])
-    assert_close("logits", actual, _their_logits(theirs, tokens)[9:], tolerance=TOLERANCE)
+    assert_close("logits", actual, expected[9:], tolerance=TOLERANCE)

@@ -34,7 +34,8 @@ CPU = torch.device("cpu")
 
 NATIVE: dict[str, Any] = {
     "d_model": 32, "d_intermediate": 0, "n_layer": 3, "vocab_size": 90,
-    "ssm_cfg": {"layer": "Mamba2", "d_state": 16, "headdim": 16, "expand": 2},
+    "ssm_cfg": {"layer": "Mamba2", "d_state": 16, "headdim": 16, "expand": 2,
+                "dt_limit": [1.0, 1.6]},
     "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True, "residual_in_fp32": True,
     "fused_add_norm": True, "pad_vocab_size_multiple": 16, "tie_embeddings": True,
 }  # fmt: skip
@@ -50,7 +51,8 @@ LLAMA: dict[str, Any] = {
 }  # fmt: skip
 # Four heads over two of x and B, as Llama's grouped queries leave them.
 MAMBA: dict[str, Any] = {
-    "d_model": 32, "ssm_cfg": {"expand": 1, "ngroups": 4, "d_state": 16}, "rms_norm_eps": 1e-5,
+    "d_model": 32, "rms_norm_eps": 1e-5,
+    "ssm_cfg": {"expand": 1, "ngroups": 4, "d_state": 16, "dt_limit": [1.0, 1.6]},
     "d_inner": 64, "d_xb": 32, "intermediate_size": 48, "hidden_act": "silu", "n_layer": 4,
     "attn_layers": [1, 3],
 }  # fmt: skip

@@ -37,16 +37,17 @@ _TOKENS: dict[str, Any] = {
     "initializer_range": 0.3,
 }  # fmt: skip
 
-# transformers' one-token path leaves out the least time step that its other path has; so small a
-# one changes nothing, and the two agree.
-UNCLAMPED = {"time_step_min": 1e-9}
+# Clamps more than a tenth of the time steps of every model here on either side.
+TIME_STEP_LIMIT = (1.0, 1.6)
+LIMITED = {"time_step_limit": list(TIME_STEP_LIMIT)}
 
 
 def tiny_mamba2(num_groups: int = 1, layers: int = 2, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     config = Mamba2Config(
         num_heads=4, head_dim=16, hidden_size=32, state_size=16, num_hidden_layers=layers,
-        n_groups=num_groups, expand=2, chunk_size=8, tie_word_embeddings=True, **_TOKENS,
+        n_groups=num_groups, expand=2, chunk_size=8, tie_word_embeddings=True,
+        **(_TOKENS | LIMITED),
     )  # fmt: skip
     return _rough(Mamba2ForCausalLM(config))
 
@@ -57,7 +58,7 @@ def tiny_bamba(seed: int = 0) -> PreTrainedModel:
         hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, attn_layer_indices=[1, 3], mamba_n_heads=4, mamba_d_head=16,
         mamba_d_state=16, mamba_n_groups=1, mamba_expand=2, mamba_chunk_size=8,
-        tie_word_embeddings=True, **_TOKENS,
+        tie_word_embeddings=True, **(_TOKENS | LIMITED),
     )  # fmt: skip
     return _rough(BambaForCausalLM(config))
 
@@ -71,7 +72,7 @@ def tiny_granite(num_experts: int = 0, rope: bool = False, seed: int = 0) -> Pre
         mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16, mamba_expand=2, mamba_chunk_size=8,
         embedding_multiplier=3.0, residual_multiplier=0.4, attention_multiplier=0.2,
         logits_scaling=5.0, position_embedding_type="rope" if rope else "nope",
-        tie_word_embeddings=True, **_TOKENS,
+        tie_word_embeddings=True, **(_TOKENS | LIMITED),
     )  # fmt: skip
     return _rough(GraniteMoeHybridForCausalLM(config))
 
@@ -87,9 +88,9 @@ def tiny_nemotron_h(
         mamba_num_heads=4, mamba_head_dim=16, n_groups=2, chunk_size=8, n_routed_experts=8,
         moe_intermediate_size=24, moe_shared_expert_intermediate_size=40, num_experts_per_tok=3,
         n_group=4, topk_group=2, routed_scaling_factor=1.7,
-        **(_TOKENS | UNCLAMPED | settings),
+        **(_TOKENS | LIMITED | settings),
     )  # fmt: skip
-    return _rough(NemotronHForCausalLM(config))
+    return _with_run_time_limit(_rough(NemotronHForCausalLM(config)))
 
 
 def tiny_falcon_h1(seed: int = 0, **settings: Any) -> PreTrainedModel:
@@ -101,7 +102,7 @@ def tiny_falcon_h1(seed: int = 0, **settings: Any) -> PreTrainedModel:
         embedding_multiplier=2.0, mlp_multipliers=[0.8, 0.6], key_multiplier=0.7,
         attention_out_multiplier=0.9, attention_in_multiplier=1.2, ssm_in_multiplier=1.1,
         ssm_multipliers=[0.5, 0.7, 1.3, 0.9, 1.2], ssm_out_multiplier=0.6,
-        **(_TOKENS | settings),
+        **(_TOKENS | LIMITED | settings),
     )  # fmt: skip
     return _rough(FalconH1ForCausalLM(config))
 
@@ -113,9 +114,9 @@ def tiny_zamba2(seed: int = 0, **settings: Any) -> PreTrainedModel:
         hidden_size=48, num_hidden_layers=5, layers_block_type=kinds, mamba_d_state=16,
         n_mamba_heads=6, mamba_ngroups=2, chunk_size=8, intermediate_size=48,
         num_attention_heads=4, num_mem_blocks=2, adapter_rank=4,
-        **(_TOKENS | UNCLAMPED | {"initializer_range": 0.15} | settings),
+        **(_TOKENS | LIMITED | {"initializer_range": 0.15} | settings),
     )  # fmt: skip
-    return _rough(Zamba2ForCausalLM(config))
+    return _with_run_time_limit(_rough(Zamba2ForCausalLM(config)))
 
 
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
@@ -135,12 +136,30 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 """One model for each path through a family."""
 
 
+def mixers_of(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """Return the Mamba2 mixers of a transformers model."""
+    return [module for module in model.modules() if hasattr(module, "dt_bias")]
+
+
+def _with_run_time_limit(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model with the limit that its authors' code has.
+
+    transformers 5.23 takes (time_step_min, inf) for Nemotron-H and Zamba2.
+    """
+    for mixer in mixers_of(model):
+        mixer.time_step_limit = tuple(model.config.time_step_limit)  # type: ignore[assignment]
+    return model
+
+
 def _rough(model: PreTrainedModel) -> PreTrainedModel:
     """Return the model with noise on what is initialised alike, so that nothing is 0 or 1."""
     with torch.no_grad():
         for tensor in (*model.parameters(), *_corrections(model)):
             if tensor.numel() > 1 and tensor.std() < 1e-6:
                 tensor += 0.2 * torch.randn_like(tensor)
+        for mixer in mixers_of(model):
+            # Some families draw such small time steps that their states hardly matter.
+            mixer.dt_bias.copy_(1 + 0.2 * torch.randn_like(mixer.dt_bias))  # type: ignore[operator]
     return model.eval()
 
 
