@@ -3,42 +3,51 @@
 from __future__ import annotations
 
 from stree_core.config_keys import (
-    Config,
+    ATTENTION,
     attention_of,
+    expanded_width,
+    head_dim_of,
+    indexed_kinds,
     language_model,
+    layer_kinds,
     mamba_keys_mixer,
-    refuse,
     rope_of,
     two_blocks,
+    width_of,
 )
+from stree_core.config_reader import WIDTH, Keys
 from stree_core.model_shape import Block, MlpShape, ModelShape
 from stree_core.parts import attention_part, mamba2_part, mlp_part
 
-# transformers rotates this share of a head when the config is silent.
+# transformers rotates this share of a head, whatever the config says.
 ROTATED_SHARE = 0.5
+ATTENTION_LAYERS = "attn_layer_indices"
 
 
-def bamba(config: Config) -> ModelShape:
+def bamba(keys: Keys) -> ModelShape:
     """`BambaForCausalLM`."""
-    refuse(config, hidden_act="silu", mamba_proj_bias=False, attention_bias=False, mlp_bias=False)
-    width = config["hidden_size"]
-    attention = attention_of(config, rope_of(config, rotated_share=ROTATED_SHARE))
-    mixer, mlp = mamba_keys_mixer(config), MlpShape(config["intermediate_size"], "swiglu")
-    attention_layers = set(config.get("attn_layer_indices") or ())
+    keys.refuse(
+        hidden_act="silu", mamba_proj_bias=False, attention_bias=False, mlp_bias=False
+    )  # fmt: skip
+    width, head_dim = width_of(keys), head_dim_of(keys)
+    attention = attention_of(keys, head_dim, rope_of(keys, head_dim, rotated_share=ROTATED_SHARE))
+    mixer = mamba_keys_mixer(keys, expanded_width(keys))
+    mlp = MlpShape(keys.count(WIDTH, "intermediate_size"), "swiglu")
+    indexed = (ATTENTION_LAYERS, indexed_kinds(keys, ATTENTION_LAYERS))
     blocks: list[Block] = []
-    for index in range(config["num_hidden_layers"]):
+    for index, kind in enumerate(layer_kinds(keys, others=[indexed])):
         layer = f"model.layers.{index}."
-        if index in attention_layers:
+        if kind == ATTENTION:
             part = attention_part(attention, width, layer + "self_attn.")
         else:
             part = mamba2_part(mixer, width, layer + "mamba.")
         norms = (layer + "input_layernorm.weight", layer + "pre_ff_layernorm.weight")
         feed_forward = mlp_part(mlp, width, layer + "feed_forward.")
-        blocks += two_blocks(config, norms, (part,), (feed_forward,))
+        blocks += two_blocks(keys, norms, (part,), (feed_forward,))
     return language_model(
-        config,
+        keys,
         blocks,
         "model.embed_tokens.weight",
         "model.final_layernorm.weight",
-        norm_eps=config["rms_norm_eps"],
+        norm_eps=keys.positive("rms_norm_eps"),
     )

@@ -3,103 +3,139 @@
 from __future__ import annotations
 
 from stree_core.config_keys import (
-    Config,
+    ATTENTION,
+    KIND_KEYS,
+    KINDS,
+    MAMBA,
     attention_of,
     dt_limit,
     grouped_mamba2,
+    head_dim_of,
     language_model,
-    refuse,
-    require_layers,
+    layer_kinds,
+    width_of,
+)
+from stree_core.config_reader import (
+    CONV_WIDTH,
+    EXPERTS,
+    HEAD_DIM,
+    HEADS,
+    LAYERS,
+    WIDTH,
+    Bound,
+    Keys,
+    refuse_value,
 )
 from stree_core.model_shape import Block, MlpShape, ModelShape, MoeShape, Part
 from stree_core.parts import attention_part, mamba2_part, mlp_part, moe_part, vector
 from stree_kernels.laws import RouterLaw
 
-LETTERS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
-"""Layers in `hybrid_override_pattern`, which older configs have."""
-OLD_KINDS = {"mamba": "linear_attention", "attention": "full_attention"}
+MLP, EXPERT_LAYER = "mlp", "moe"
+PATTERN = "hybrid_override_pattern"
+"""The older key for the layers' kinds: one letter each."""
+LETTERS = {"M": MAMBA, "*": ATTENTION, "-": MLP, "E": EXPERT_LAYER}
+HEAD_DIMS = ("head_dim", "attention_head_dim")
 
 
-def nemotron_h(config: Config) -> ModelShape:
-    """`NemotronHForCausalLM`; its attention has no positions."""
-    refuse(
-        config, mamba_hidden_act="silu", mlp_hidden_act="relu2", use_bias=False, mlp_bias=False,
-        mamba_proj_bias=False, attention_bias=False,
+def nemotron_h(keys: Keys) -> ModelShape:
+    """`NemotronHForCausalLM`; its attention has no positions.
+
+    `time_step_limit` is the run-time limit of time steps; `time_step_min` and `time_step_max` are
+    where training starts (NVIDIA's modeling_nemotron_h.py).
+    """
+    keys.refuse(
+        mamba_hidden_act="silu", mlp_hidden_act="relu2", use_bias=False, mlp_bias=False,
+        mamba_proj_bias=False, attention_bias=False, residual_in_fp32=False,
     )  # fmt: skip
-    width = config["hidden_size"]
-    kinds = _kinds(config)
-    require_layers(kinds, tuple(LETTERS.values()), config.get("num_hidden_layers"))
+    kinds = _kinds(keys)
     blocks = tuple(
         Block(
-            vector(f"backbone.layers.{index}.norm.weight", width),
-            _parts(config, kind, f"backbone.layers.{index}.mixer."),
+            vector(f"backbone.layers.{index}.norm.weight", width_of(keys)),
+            _parts(keys, kind, f"backbone.layers.{index}.mixer."),
         )
         for index, kind in enumerate(kinds)
     )
     return language_model(
-        config,
+        keys,
         blocks,
         "backbone.embeddings.weight",
         "backbone.norm_f.weight",
-        norm_eps=_eps(config),
+        norm_eps=_eps(keys),
     )
 
 
-def _kinds(config: Config) -> list[str]:
-    listed = config.get("layers_block_type") or config.get("layer_types")
-    if listed:
-        return [OLD_KINDS.get(kind, kind) for kind in listed]
-    return [LETTERS.get(letter, letter) for letter in config["hybrid_override_pattern"]]
+def _kinds(keys: Keys) -> list[str]:
+    letters = None
+    if keys.has(PATTERN):
+        pattern = keys.text(PATTERN)
+        if len(pattern) > LAYERS.most:
+            raise keys.wrong(PATTERN, f"at most {LAYERS.most} letters", f"{len(pattern)} letters")
+        for letter in pattern:
+            if letter not in LETTERS:
+                raise refuse_value(PATTERN, letter, ", ".join(map(repr, LETTERS)))
+        letters = [LETTERS[letter] for letter in pattern]
+    spellings = KINDS | {MLP: MLP, EXPERT_LAYER: EXPERT_LAYER}
+    return layer_kinds(keys, KIND_KEYS, spellings, [(PATTERN, letters)])
 
 
-def _eps(config: Config) -> float:
-    return float(config["layer_norm_epsilon"])
+def _eps(keys: Keys) -> float:
+    return keys.positive("layer_norm_epsilon")
 
 
-def _parts(config: Config, kind: str, prefix: str) -> tuple[Part, ...]:
-    width = config["hidden_size"]
-    if kind == "linear_attention":
+def _parts(keys: Keys, kind: str, prefix: str) -> tuple[Part, ...]:
+    width = width_of(keys)
+    if kind == MAMBA:
         mixer = grouped_mamba2(
-            num_heads=config["mamba_num_heads"],
-            head_dim=config["mamba_head_dim"],
-            num_groups=config["n_groups"],
-            state_dim=config["ssm_state_size"],
-            conv_width=config["conv_kernel"],
-            conv_bias=config.get("use_conv_bias", True),
-            limit=dt_limit(config.get("time_step_limit")),
-            norm_eps=_eps(config),
+            keys,
+            num_heads=keys.count(HEADS, "mamba_num_heads"),
+            head_dim=keys.count(HEAD_DIM, "mamba_head_dim"),
+            num_groups=keys.count(HEADS, "n_groups", "mamba_n_groups"),
+            state_dim=keys.count(HEAD_DIM, "ssm_state_size"),
+            conv_width=keys.count(CONV_WIDTH, "conv_kernel", "mamba_d_conv"),
+            conv_bias=keys.flag("use_conv_bias", "mamba_conv_bias", default=True),
+            limit=dt_limit(keys, "time_step_limit", "mamba_dt_limit"),
+            norm_eps=_eps(keys),
         )
         return (mamba2_part(mixer, width, prefix),)
-    if kind == "full_attention":
-        attention = attention_of(config, rope=None)
+    if kind == ATTENTION:
+        # transformers takes 128 where there is no key, the first published code a share.
+        if not keys.has(*HEAD_DIMS):
+            raise keys.missing(HEAD_DIMS[0])
+        attention = attention_of(keys, head_dim_of(keys), rope=None)
         return (attention_part(attention, width, prefix),)
-    if kind == "mlp":
-        return (_mlp(config["intermediate_size"], width, prefix),)
-    shared = _mlp(config["moe_shared_expert_intermediate_size"], width, prefix + "shared_experts.")
-    return (_experts(config, prefix), shared)
+    if kind == MLP:
+        return (_mlp(keys.count(WIDTH, "intermediate_size"), width, prefix),)
+    keys.refuse(n_shared_experts=1)
+    shared_dim = keys.count(WIDTH, "moe_shared_expert_intermediate_size")
+    return (_experts(keys, prefix), _mlp(shared_dim, width, prefix + "shared_experts."))
 
 
 def _mlp(inner_dim: int, width: int, prefix: str) -> Part:
     return mlp_part(MlpShape(inner_dim, "relu2"), width, prefix, up_names=("up_proj.weight",))
 
 
-def _experts(config: Config, prefix: str) -> Part:
-    num_experts = config["n_routed_experts"]
-    latent_dim = config.get("moe_latent_size")
-    law = RouterLaw(
+def _router(keys: Keys, num_experts: int) -> RouterLaw:
+    num_groups = keys.count(EXPERTS, "n_group", default=1)
+    keys.require_divides("n_group", num_groups, "n_routed_experts", num_experts)
+    return RouterLaw(
         "sigmoid",
-        config["num_experts_per_tok"],
-        num_groups=config.get("n_group", 1),
-        num_open_groups=config.get("topk_group", 1),
-        normalised=config.get("norm_topk_prob", True),
-        scale=float(config.get("routed_scaling_factor", 1.0)),
+        keys.count(Bound(1, num_experts), "num_experts_per_tok"),
+        num_groups=num_groups,
+        num_open_groups=keys.count(Bound(1, num_groups), "topk_group", default=1),
+        normalised=keys.flag("norm_topk_prob", default=True),
+        scale=keys.number("routed_scaling_factor", default=1.0),
     )
-    expert = MlpShape(config["moe_intermediate_size"], "relu2")
+
+
+def _experts(keys: Keys, prefix: str) -> Part:
+    num_experts = keys.count(EXPERTS, "n_routed_experts", "num_local_experts")
+    latent_dim = keys.optional_count(WIDTH, "moe_latent_size")
+    expert = MlpShape(keys.count(WIDTH, "moe_intermediate_size"), "relu2")
     experts = [f"{prefix}experts.{index}." for index in range(num_experts)]
     latent_keys = (prefix + "fc1_latent_proj.weight", prefix + "fc2_latent_proj.weight")
     return moe_part(
-        MoeShape(num_experts, expert, law, latent_dim),
-        config["hidden_size"],
+        MoeShape(num_experts, expert, _router(keys, num_experts), latent_dim),
+        width_of(keys),
         router_key=prefix + "gate.weight",
         bias_key=prefix + "gate.e_score_correction_bias",
         up_keys=tuple(expert + "up_proj.weight" for expert in experts),

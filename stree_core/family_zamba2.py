@@ -7,74 +7,97 @@ its weights are then kept once per use.
 from __future__ import annotations
 
 from stree_core.config_keys import (
-    Config,
-    Unsupported,
+    MAMBA,
     attention_of,
     dt_limit,
+    expanded_width,
     grouped_mamba2,
     language_model,
-    refuse,
-    require_layers,
+    layer_kinds,
+    one_of,
     rope_of,
+    width_of,
 )
+from stree_core.config_reader import CONV_WIDTH, HEAD_DIM, HEADS, WIDTH, Keys, Refused
 from stree_core.model_shape import Block, Mamba2Shape, MlpShape, ModelShape, SharedBlock
 from stree_core.parts import attention_part, mamba2_part, matrix, mlp_part, vector
+from stree_kernels.laws import Activation
 
-KINDS = ("mamba", "linear_attention", "hybrid")
+HYBRID = "hybrid"
+KINDS = {"mamba": MAMBA, MAMBA: MAMBA, HYBRID: HYBRID}
+ACTIVATIONS: dict[str, Activation] = {"gelu": "geglu", "silu": "swiglu"}
+FIRST_KEYS = ("state_size", "conv_dimension", "expansion_factor", "ffn_hidden_size", "lora_rank")
+"""Of Zyphra's first format, which names weights otherwise too (`in_proj.0`, `linear_fc1`)."""
 # Fixed in the published mixer, whatever the config's norm_eps.
 MIXER_EPS = 1e-5
 
 
-def zamba2(config: Config) -> ModelShape:
-    """`Zamba2ForCausalLM`."""
-    refuse(config, add_bias_linear=False, use_long_context=False)
-    width, mixer = config["hidden_size"], _mixer(config)
-    kinds = config["layers_block_type"]
-    require_layers(kinds, KINDS, config["num_hidden_layers"])
-    hybrids = [index for index, kind in enumerate(kinds) if kind == "hybrid"]
+def zamba2(keys: Keys) -> ModelShape:
+    """`Zamba2ForCausalLM`.
+
+    `time_step_limit` is the run-time limit of time steps where a config has it; the authors' code
+    has none otherwise, and `time_step_min` is where training starts.
+    """
+    for name in FIRST_KEYS:
+        if keys.has(name):
+            raise Refused(
+                f"{keys.file} has {name}, which is of Zyphra's first Zamba2 format, whose weights "
+                "have other names; use the model in transformers' format, with mamba_d_state"
+            )
+    keys.refuse(
+        add_bias_linear=False, use_long_context=False, use_conv_bias=True,
+        use_shared_mlp_adapter=True,
+    )  # fmt: skip
+    width, mixer, kinds = width_of(keys), _mixer(keys), layer_kinds(keys, spellings=KINDS)
+    num_shared = keys.count(HEADS, "num_mem_blocks")
+    hybrids = [index for index, kind in enumerate(kinds) if kind == HYBRID]
     blocks = []
     for index, kind in enumerate(kinds):
         layer = f"model.layers.{index}."
-        inner = layer + "mamba_decoder." if kind == "hybrid" else layer
+        inner = layer + "mamba_decoder." if kind == HYBRID else layer
         shared = None
-        if kind == "hybrid":
+        if kind == HYBRID:
             use = hybrids.index(index)
-            owner = hybrids[use % config["num_mem_blocks"]]
-            shared = _shared(config, layer, f"model.layers.{owner}.shared_transformer.", use)
+            owner = hybrids[use % num_shared]
+            shared = _shared(keys, layer, f"model.layers.{owner}.shared_transformer.", use)
         part = mamba2_part(mixer, width, inner + "mamba.")
         blocks.append(Block(vector(inner + "input_layernorm.weight", width), (part,), shared))
     return language_model(
-        config,
+        keys,
         blocks,
         "model.embed_tokens.weight",
         "model.final_layernorm.weight",
-        norm_eps=config["rms_norm_eps"],
+        norm_eps=keys.positive("rms_norm_eps"),
         tied_by_default=True,
     )
 
 
-def _mixer(config: Config) -> Mamba2Shape:
-    num_heads = config["n_mamba_heads"]
+def _mixer(keys: Keys) -> Mamba2Shape:
+    num_heads, inner = keys.count(HEADS, "n_mamba_heads"), expanded_width(keys)
+    keys.require_divides("n_mamba_heads", num_heads, "mamba_expand times hidden_size", inner)
+    keys.refuse(mamba_headdim=inner // num_heads)
     return grouped_mamba2(
+        keys,
         num_heads=num_heads,
-        head_dim=config["mamba_expand"] * config["hidden_size"] // num_heads,
-        num_groups=config["mamba_ngroups"],
-        state_dim=config["mamba_d_state"],
-        conv_width=config["mamba_d_conv"],
-        limit=dt_limit(config.get("time_step_limit")),
+        head_dim=inner // num_heads,
+        num_groups=keys.count(HEADS, "mamba_ngroups"),
+        state_dim=keys.count(HEAD_DIM, "mamba_d_state"),
+        conv_width=keys.count(CONV_WIDTH, "mamba_d_conv"),
+        limit=dt_limit(keys, "time_step_limit"),
         norm_eps=MIXER_EPS,
     )
 
 
-def _shared(config: Config, layer: str, owner: str, use: int) -> SharedBlock:
+def _shared(keys: Keys, layer: str, owner: str, use: int) -> SharedBlock:
     """Return the `use`-th use of a shared layer, whose weights lie under `owner`."""
-    width = config["hidden_size"]
-    head_dim = 2 * width // config["num_attention_heads"]
-    heads = config | {"head_dim": head_dim}
-    rope = rope_of(heads) if config.get("use_mem_rope", False) else None
-    attention = attention_of(heads, rope, scale=(head_dim / 2) ** -0.5)
+    width, num_heads = width_of(keys), keys.count(HEADS, "num_attention_heads")
+    keys.require_divides("num_attention_heads", num_heads, "twice hidden_size", 2 * width)
+    head_dim = 2 * width // num_heads
+    keys.refuse(attention_head_dim=head_dim)
+    rope = rope_of(keys, head_dim) if keys.flag("use_mem_rope", default=False) else None
+    attention = attention_of(keys, head_dim, rope, scale=(head_dim / 2) ** -0.5)
     adapters: tuple[tuple[str, str], ...] = ()
-    if config.get("use_shared_attention_adapter", False):
+    if keys.flag("use_shared_attention_adapter", default=False):
         adapters = tuple(
             _adapter(f"{owner}self_attn.linear_{name}_adapter_list.{use}.") for name in "qkv"
         )
@@ -85,7 +108,7 @@ def _shared(config: Config, layer: str, owner: str, use: int) -> SharedBlock:
         ),
         mlp_norm=vector(owner + "pre_ff_layernorm.weight", width),
         mlp=mlp_part(
-            _mlp(config),
+            _mlp(keys),
             width,
             owner + "feed_forward.",
             up_names=("gate_up_proj.weight",),
@@ -95,14 +118,10 @@ def _shared(config: Config, layer: str, owner: str, use: int) -> SharedBlock:
     )
 
 
-def _mlp(config: Config) -> MlpShape:
-    name = config.get("hidden_act", "gelu")
-    inner_dim = config.get("intermediate_size") or 4 * config["hidden_size"]
-    if name == "gelu":
-        return MlpShape(inner_dim, "geglu")
-    if name == "silu":
-        return MlpShape(inner_dim, "swiglu")
-    raise Unsupported(f"hidden_act = {name!r} is not supported, only 'gelu' and 'silu'")
+def _mlp(keys: Keys) -> MlpShape:
+    inner_dim = keys.optional_count(WIDTH, "intermediate_size") or 4 * width_of(keys)
+    known = {name: name for name in ACTIVATIONS}
+    return MlpShape(inner_dim, ACTIVATIONS[one_of(keys, "hidden_act", "gelu", known)])
 
 
 def _adapter(prefix: str) -> tuple[str, str]:

@@ -180,7 +180,10 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """A whole language model; `lm_head` equals `embed` when the two are tied."""
+    """A whole language model; `lm_head` equals `embed` when the two are tied.
+
+    `max_positions` is the longest context that it was trained for, where its config says that.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -192,6 +195,7 @@ class ModelShape:
     blocks: tuple[Block, ...]
     final_norm: Weight
     lm_head: Weight
+    max_positions: int | None = None
 
     @property
     def parts(self) -> Iterator[Part]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stree_core.errors import CheckpointError
-from stree_core.families import shape_from_config
+from stree_core.families import HF_QUANT_CONFIG, HF_QUANT_CONFIG_FILE, shape_from_config
 from stree_core.files import read_json, sha256_of
 from stree_core.hub import fetch_model, is_hub_id
 from stree_core.model_shape import ModelShape
@@ -87,12 +87,15 @@ def _config_sha256(folder: Path) -> str:
 def read_config(folder: Path) -> dict[str, Any]:
     """Return config.json, with what stands in further files under keys of its own.
 
-    generation_config.json knows all end tokens; Mamba-in-Llama keeps its mixers in
-    mamba_config.json. Raises CheckpointError when a file cannot be read.
+    generation_config.json knows all end tokens, hf_quant_config.json how weights are quantised;
+    Mamba-in-Llama keeps its mixers in mamba_config.json. Raises CheckpointError when a file cannot
+    be read.
     """
     config = read_json(folder / CONFIG)
     if (folder / MAMBA_CONFIG).is_file():
         config["mamba_config"] = read_json(folder / MAMBA_CONFIG)
+    if (folder / HF_QUANT_CONFIG_FILE).is_file():
+        config[HF_QUANT_CONFIG] = read_json(folder / HF_QUANT_CONFIG_FILE)
     if (folder / GENERATION_CONFIG).is_file():
         eos = read_json(folder / GENERATION_CONFIG).get("eos_token_id")
         if eos is not None:
