@@ -15,6 +15,7 @@ from torch import Tensor
 from stree_core.cache import Cache
 from stree_core.capture import capture
 from stree_core.engine_checks import known_prompt, require_draft, require_tree
+from stree_core.context import warn_of_long_context
 from stree_core.errors import ConfigError, NonFiniteLogits
 from stree_core.memory import explain_oom, require_memory
 from stree_core.model import Model
@@ -82,6 +83,8 @@ class Engine:
         self._epochs = [0] * self.config.num_slots
         self._draft_is_behind = False
         slots, positions = self.config.num_slots, self.config.num_positions
+        for model in self._models():
+            warn_of_long_context(model.shape, positions)
         num_bytes = self.needed_bytes()
         what = f"remembering {slots} sequences of {positions} positions"
         require_memory(num_bytes, what, target.device)
