@@ -63,6 +63,49 @@ def test_sessions_on_graphs_emit_the_targets_own_text(pair: Pair) -> None:
 
 
 @pytest.mark.gpu
+def test_interrupts_and_cut_steps_on_graphs(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder's interrupts lose nothing with a step under way; graphs serve on after a cut."""
+    prompts = _prompts(pair)
+    stop = StopRule(NUM_TOKENS, strings=("never",))
+    engine = Engine(pair.target, pair.draft, TREES[1], EngineConfig(3, 256))
+    expected = [g.tokens for g in generate(engine, prompts, stop, decode=pair.decode).generations]
+    rng = random.Random(0)
+
+    def decode(tokens: list[int]) -> str:
+        if rng.random() < 0.05:
+            raise KeyboardInterrupt
+        return pair.decode(tokens)
+
+    session = Session(engine, decode=decode)
+    for prompt in prompts:
+        session.submit(Request(prompt, stop))
+    ended, num_raised = {}, 0
+    while session.busy:
+        try:
+            ended |= session.run()
+        except KeyboardInterrupt:
+            num_raised += 1
+    assert num_raised > 10
+    assert [ended[index].tokens for index in range(len(prompts))] == expected
+
+    def cut(self: Engine) -> None:
+        self._caches()[0].flip()
+        raise KeyboardInterrupt
+
+    session = Session(engine, decode=pair.decode)
+    for prompt in prompts:
+        session.submit(Request(prompt, stop))
+    session.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "_flip", cut)
+        with pytest.raises(KeyboardInterrupt):
+            session.step()
+    ended = session.run()
+    assert [ended[index].finish for index in range(3)] == ["error"] * 3
+    assert [ended[index].tokens for index in range(3, len(prompts))] == expected[3:]
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("rule", ["naive", "mss"])
 def test_seeds_reproduce_on_graphs(pair: Pair, rule: str) -> None:
     support = SamplingSupport(rule, truncates=True, penalises=True)  # type: ignore[arg-type]
