@@ -73,8 +73,8 @@ def careful(decode: Decode) -> Decode:
     def checked(tokens: list[int]) -> str:
         try:
             text = decode(tokens)
+        # It is the caller's code, and what it raises is about the tokens that it was given.
         except Exception as err:
-            # It is the caller's code, and what it raises is about the tokens that it was given.
             reason = " ".join(traceback.format_exception_only(err)[-1].split())
             raise ConfigError(f"a decoder must not fail, it raised {reason}; mend it") from err
         if not isinstance(text, str):
