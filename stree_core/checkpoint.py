@@ -11,6 +11,7 @@ from stree_core.model import Model
 from stree_core.model_shape import ModelShape, Weight
 from stree_core.model_source import ModelSource
 from stree_core.model_weights import Read, assemble
+from stree_core.weight_check import require_present, skipped_copies
 from stree_core.weight_files import WeightFiles
 
 
@@ -24,11 +25,14 @@ def load_model(
     """Load a model's weights, one tensor at a time, as `dtype` on `device`.
 
     It scores the first `num_logits` tokens, all by default. Raises CheckpointError for files that
-    cannot be used, NotEnoughMemory when the weights do not fit.
+    cannot be used or hold weights that would not be, NotEnoughMemory when they do not fit.
     """
     if source.folder is None:
         return random_model(source.shape, backend, dtype, device, num_logits, source.name)
     files = WeightFiles(source.folder, source.name, device)
+    require_present(source.shape, files.listed, source.name)
+    for copy, original in skipped_copies(source.shape, files.stored, source.name).items():
+        files.require_copy(copy, original)
     return _build(source.shape, files.read, backend, dtype, device, num_logits, source.name)
 
 

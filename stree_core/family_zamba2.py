@@ -6,6 +6,8 @@ its weights are then kept once per use.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from stree_core.config_keys import (
     MAMBA,
     attention_of,
@@ -62,13 +64,24 @@ def zamba2(keys: Keys) -> ModelShape:
             shared = _shared(keys, layer, f"model.layers.{owner}.shared_transformer.", use)
         part = mamba2_part(mixer, width, inner + "mamba.")
         blocks.append(Block(vector(inner + "input_layernorm.weight", width), (part,), shared))
-    return language_model(
+    model = language_model(
         keys,
         blocks,
         "model.embed_tokens.weight",
         "model.final_layernorm.weight",
         norm_eps=keys.positive("rms_norm_eps"),
         tied_by_default=True,
+    )
+    return replace(model, copies=_copies(hybrids, num_shared))
+
+
+def _copies(hybrids: list[int], num_owners: int) -> tuple[tuple[str, str], ...]:
+    """Return where a file may repeat the weights of the shared layers: at each further use."""
+    prefixes = [f"model.layers.{index}.shared_transformer." for index in hybrids]
+    return tuple(
+        (prefix, prefixes[use % num_owners])
+        for use, prefix in enumerate(prefixes)
+        if use >= num_owners
     )
 
 

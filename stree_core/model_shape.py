@@ -183,6 +183,9 @@ class ModelShape:
     """A whole language model; `lm_head` equals `embed` when the two are tied.
 
     `max_positions` is the longest context that it was trained for, where its config says that.
+    `extras` are patterns of tensors that its files may hold and decoding does not need, besides
+    those of every family; `copies` are beginnings of names (copy, original) of tensors that repeat
+    others.
     """
 
     vocab_size: int
@@ -196,6 +199,8 @@ class ModelShape:
     final_norm: Weight
     lm_head: Weight
     max_positions: int | None = None
+    extras: tuple[str, ...] = ()
+    copies: tuple[tuple[str, str], ...] = ()
 
     @property
     def parts(self) -> Iterator[Part]:

@@ -5,24 +5,28 @@ Tensors are read one at a time, so that loading holds little more than one copy 
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from stree_core.errors import CheckpointError
-from stree_core.files import read_json
 from stree_core.model_shape import Weight
+from stree_core.weight_check import nearest_key
+from stree_core.weight_index import (
+    check_archive,
+    damaged,
+    find_weights,
+    read_header,
+    require_file,
+)
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_NAMES = (
-    ("model.safetensors.index.json", "model.safetensors"),
-    ("pytorch_model.bin.index.json", "pytorch_model.bin"),
-)
+# What safetensors says of files whose tensors other frameworks lay out in their own way.
+FOREIGN_FORMATS = ("flax", "mlx", "tf")
 
 _OpenFile = tuple[frozenset[str], Callable[[str], Tensor]]
 
@@ -34,11 +38,24 @@ class WeightFiles:
     """
 
     def __init__(self, folder: Path, name: str, device: torch.device) -> None:
-        self._folder = folder
+        found = find_weights(folder)
+        if found is None:
+            raise CheckpointError(
+                f"{name} needs model.safetensors or pytorch_model.bin, whole or with an index of "
+                "shards, it has none; fetch the weights"
+            )
         self._name = name
         self._device = device
-        self._opened: dict[Path, _OpenFile] = {}
-        self._files = self._find()
+        self._opened = {path: _open(path) for path in found.paths}
+        self._files = {key: path for path, (keys, _) in self._opened.items() for key in keys}
+        if found.index is not None:
+            self._files |= self._checked(found.index)
+        self.listed = frozenset(self._files if found.index is None else found.index)
+
+    @property
+    def stored(self) -> frozenset[str]:
+        """All tensors of the files; `listed` are those that the index names where there is one."""
+        return frozenset(self._files)
 
     def read(self, weight: Weight) -> Tensor:
         """Return a weight in its shape, on the device, in the file's dtype, adapters merged."""
@@ -54,7 +71,21 @@ class WeightFiles:
                 f"{self._name}: {_few(weight.keys)} must hold {weight.shape} by "
                 f"config.json, got {_few(shapes)}; use the config that belongs to the weights"
             )
+        if shapes[0][-1:] == (1,) != weight.shape[-1:]:
+            raise CheckpointError(
+                f"{self._name}: {weight.keys[0]} is stored as {shapes[0]}, channels last as MLX "
+                "conversions are; use the checkpoint that it was converted from"
+            )
         return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).view(weight.shape)
+
+    def require_copy(self, copy: str, original: str) -> None:
+        """Raise CheckpointError unless two tensors are the same, value by value."""
+        one, other = (self._raw(key) for key in (copy, original))
+        if one.dtype != other.dtype or not torch.equal(one, other):
+            raise CheckpointError(
+                f"{self._name}: {copy} must be a copy of {original} by config.json, it differs; "
+                "use the config that belongs to the weights"
+            )
 
     def _adapted(self, tensor: Tensor, first_key: str, second_key: str) -> Tensor:
         """Return a matrix plus the product of its two low-rank factors."""
@@ -69,17 +100,7 @@ class WeightFiles:
         return tensor.to(wide) + second.to(wide) @ first.to(wide)
 
     def _tensor(self, key: str) -> Tensor:
-        path = self._files.get(key)
-        if path is None:
-            raise CheckpointError(
-                f"{self._name} needs weight {key}, no file has it; fetch the model again"
-            )
-        keys, get = self._open(path)
-        if key not in keys:
-            raise CheckpointError(
-                f"{path} must hold {key} by its index, it does not; fetch the model again"
-            )
-        tensor = get(key)
+        tensor = self._raw(key)
         if tensor.dtype not in FLOATS:
             raise CheckpointError(
                 f"{self._name}: {key} must be bf16, fp16 or fp32, got {tensor.dtype}; "
@@ -87,47 +108,71 @@ class WeightFiles:
             )
         return tensor.to(self._device)
 
-    def _find(self) -> dict[str, Path]:
-        """Return the file that holds each weight."""
-        for index_name, name in _NAMES:
-            if (self._folder / index_name).exists():
-                names = read_json(self._folder / index_name).get("weight_map", {})
-                # The file's last part only: an index never points outside its folder.
-                return {key: self._folder / Path(file).name for key, file in names.items()}
-            path = self._folder / name
-            if path.exists():
-                return dict.fromkeys(self._open(path)[0], path)
-        raise CheckpointError(
-            f"{self._name} needs model.safetensors or pytorch_model.bin, whole or with an "
-            "index of shards, it has none; fetch the weights"
-        )
+    def _raw(self, key: str) -> Tensor:
+        path = self._files[key]
+        try:
+            return self._opened[path][1](key)
+        # The file may have changed since it was opened, and the library raises its own classes.
+        except Exception as err:
+            raise damaged(path, err) from err
 
-    def _open(self, path: Path) -> _OpenFile:
-        """Return a file's keys and how to get one of its tensors; its content stays mapped."""
-        if path not in self._opened:
-            if not path.exists():
+    def _checked(self, index: Mapping[str, Path]) -> Mapping[str, Path]:
+        for key, path in index.items():
+            keys = self._opened[path][0]
+            if key not in keys:
                 raise CheckpointError(
-                    f"{self._name} needs the shard {path.name}, it is not there; fetch it"
+                    f"{path} must hold {key} by its index, it does not; {nearest_key(key, keys)}"
                 )
-            try:
-                self._opened[path] = _open_bin(path) if path.suffix == ".bin" else _open_safe(path)
-            except (SafetensorError, OSError, RuntimeError, pickle.PickleError) as err:
-                raise CheckpointError(f"{path} cannot be read ({err}); fetch it again") from err
-        return self._opened[path]
+        return index
+
+
+def _open(path: Path) -> _OpenFile:
+    """Return a file's keys and how to get one of its tensors; its content stays mapped."""
+    return _open_bin(path) if path.suffix == ".bin" else _open_safe(path)
 
 
 def _open_safe(path: Path) -> _OpenFile:
-    file: Any = safe_open(path, framework="pt")
-    return frozenset(file.keys()), file.get_tensor
+    header = read_header(path)
+    if header.format in FOREIGN_FORMATS:
+        raise CheckpointError(
+            f"{path} is a conversion for {header.format}, whose tensors may have another layout "
+            "and other values; use the checkpoint that it was converted from"
+        )
+    try:
+        file: Any = safe_open(path, framework="pt")
+        return frozenset(file.keys()), file.get_tensor
+    # The Rust library raises classes of its own.
+    except Exception as err:
+        raise damaged(path, err) from err
 
 
 def _open_bin(path: Path) -> _OpenFile:
     """Map a .bin file; only tensors are unpickled, never code."""
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if not isinstance(content, dict):
-        raise RuntimeError("it holds no dictionary of tensors")
-    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    require_file(path)
+    try:
+        check_archive(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(content, dict):
+            raise ValueError("it holds no dictionary of tensors")
+        tensors = {
+            key: value
+            for key, value in content.items()
+            if isinstance(key, str) and isinstance(value, Tensor)
+        }
+        for key, tensor in tensors.items():
+            _require_own_values(key, tensor)
+    # An unpickler that reads damaged bytes fails in any way.
+    except Exception as err:
+        raise damaged(path, err) from err
     return frozenset(tensors), tensors.__getitem__
+
+
+def _require_own_values(key: str, tensor: Tensor) -> None:
+    """Raise ValueError unless the file has each value of a tensor; strides could repeat some."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        raise ValueError(f"{key} is not a plain tensor")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise ValueError(f"{key} of shape {tuple(tensor.shape)} has more values than the file")
 
 
 def _views_as(shapes: list[tuple[int, ...]], wanted: tuple[int, ...]) -> bool:

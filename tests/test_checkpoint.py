@@ -95,7 +95,7 @@ def test_shards_that_are_not_whole_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"must hold {re.escape(name)} by its index"):
         _weights(folder)
     second.unlink()
-    with pytest.raises(CheckpointError, match=f"needs the shard {second.name}"):
+    with pytest.raises(CheckpointError, match=f"needs the file {second.name}"):
         _weights(folder)
 
 
