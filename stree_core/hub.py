@@ -70,7 +70,7 @@ def _snapshot(name: str, weights: tuple[str, ...], cache_dir: Path | None) -> Pa
     except ImportError as err:
         raise CheckpointError(
             f"fetching {name} needs the package huggingface_hub, it is not installed; "
-            "pip install 'stree[hf]' or give a local folder"
+            "pip install 'stree-tune[hf]' or give a local folder"
         ) from err
     try:
         folder = huggingface_hub.snapshot_download(

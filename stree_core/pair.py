@@ -85,7 +85,8 @@ def load_single(source: ModelSource, runtime: Runtime) -> Model:
 def load_pair(target: ModelSource, draft: ModelSource, runtime: Runtime) -> Pair:
     """Load two models onto one device; the draft scores the target's tokens only.
 
-    Raises CheckpointError when they do not share a tokenizer, or the draft lacks tokens.
+    Raises CheckpointError when they do not share a tokenizer, it has ids beyond the target's
+    embedding, or the draft lacks tokens.
     """
     _require_same_tokenizer(target.ref, draft.ref)
     num_tokens, num_known = target.shape.vocab_size, draft.shape.vocab_size
@@ -98,7 +99,7 @@ def load_pair(target: ModelSource, draft: ModelSource, runtime: Runtime) -> Pair
     where = _resolved(runtime)
     codec = None
     if target.folder is not None and target.ref.tokenizer_sha256 is not None:
-        codec = load_text_codec(target.folder, target.name)
+        codec = load_text_codec(target.folder, target.name, num_tokens)
     return Pair(
         load_model(target, *where),
         load_model(draft, *where, num_logits=num_tokens),
@@ -115,13 +116,17 @@ def _resolved(runtime: Runtime) -> tuple[Backend, torch.dtype, torch.device]:
 
 
 def require_profile_fits(profile: Profile, pair: Pair) -> None:
-    """Raise ConfigError when the profile was made for another target, draft or tokenizer."""
+    """Raise ConfigError when the profile was made for another target, draft or tokenizer.
+
+    Weights count where the profile knows them.
+    """
     checks = (("target", profile.target, pair.target_ref), ("draft", profile.draft, pair.draft_ref))
     for role, expected, actual in checks:
         parts = (
             ("config", _short(expected.config_sha256), _short(actual.config_sha256)),
             ("tokenizer", _short(expected.tokenizer_sha256), _short(actual.tokenizer_sha256)),
             ("name", expected.name, actual.name),
+            ("weights", *expected.weights_beside(actual)),
         )
         for part, mine, theirs in parts:
             if mine != theirs:

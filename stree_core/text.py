@@ -3,33 +3,46 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stree_core.errors import CheckpointError
+from stree_core.errors import CheckpointError, ConfigError, StreeError
 from stree_core.files import read_limited, sha256_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 MAX_TOKENIZER_BYTES = 64 << 20
+MAX_TOKENS = 1 << 22
 # What a tokenizer without tokenizer.json is made of; the config alone is none.
 VOCABULARY_FILES = ("merges.txt", "tokenizer.model", "vocab.json")
 CONFIG_FILE = "tokenizer_config.json"
-HINT = "pip install 'stree[hf]'"
+HINT = "pip install 'stree-tune[hf]'"
+USE_ANOTHER = "use the tokenizer that belongs to the model"
+PASS_OTHER_TEXT = f"pass other text, or {USE_ANOTHER}"
 
 
 class TextCodec:
     """A folder's tokenizer; `name` is the model's and goes into errors.
 
     Plain text needs transformers only where there is no tokenizer.json; chats always need it.
+    `num_tokens` are the rows of the model's embedding, which all ids lie below.
     """
 
-    def __init__(self, folder: Path, name: str, fast: Tokenizer | None) -> None:
+    def __init__(
+        self, folder: Path, name: str, fast: Tokenizer | None, num_tokens: int | None = None
+    ) -> None:
         self._folder = folder
         self._name = name
+        self._num_tokens = num_tokens
         self._fast = fast
-        self._auto: Any = None if fast is not None else _auto_tokenizer(folder, name)
+        self._auto: Any = None
+        if fast is None:
+            self._load_auto()
+        else:
+            self._require_rows(fast)
 
     @property
     def sha256(self) -> str | None:
@@ -37,15 +50,22 @@ class TextCodec:
         return tokenizer_sha256(self._folder)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Return the token ids of each text, with the special tokens that the tokenizer adds."""
-        if self._fast is not None:
-            return [encoding.ids for encoding in self._fast.encode_batch(texts)]
-        return [list(self._auto.encode(text)) for text in texts]
+        """Return the token ids of each text, with the special tokens that the tokenizer adds.
+
+        Raises ConfigError on a text that is not Unicode, CheckpointError when the tokenizer fails.
+        """
+        for number, text in enumerate(texts, start=1):
+            _require_unicode(text, f"text {number}")
+        with _explained(f"the tokenizer of {self._name} cannot read this text", PASS_OTHER_TEXT):
+            if self._fast is not None:
+                return [encoding.ids for encoding in self._fast.encode_batch(texts)]
+            return [list(self._auto.encode(text)) for text in texts]
 
     def decode(self, tokens: list[int]) -> str:
         """Return the text of token ids, special tokens left out."""
         tokenizer = self._auto if self._fast is None else self._fast
-        text: str = tokenizer.decode(tokens, skip_special_tokens=True)
+        with _explained(f"the tokenizer of {self._name} cannot write these tokens", USE_ANOTHER):
+            text: str = tokenizer.decode(tokens, skip_special_tokens=True)
         return text
 
     def encode_chats(self, messages: list[str]) -> list[list[int]]:
@@ -54,8 +74,10 @@ class TextCodec:
         Special tokens are the template's own. Raises CheckpointError when the folder has no chat
         template or it cannot be rendered.
         """
+        for number, message in enumerate(messages, start=1):
+            _require_unicode(message, f"message {number}")
         if self._auto is None:
-            self._auto = _auto_tokenizer(self._folder, self._name)
+            self._load_auto()
         if self._auto.chat_template is None:
             raise CheckpointError(
                 f"{self._name} must hold a chat template to read chats, it has none; add "
@@ -65,34 +87,52 @@ class TextCodec:
 
     def _encode_chat(self, message: str) -> list[int]:
         turns = [{"role": "user", "content": message}]
-        try:
+        # A template is a program of its own, which may fail in any way.
+        with _explained(
+            f"the chat template of {self._name} cannot be rendered",
+            "mend it or pass prompts as plain text",
+            ("rendering a chat template needs the package jinja2", HINT),
+        ):
             tokens = self._auto.apply_chat_template(
                 turns, add_generation_prompt=True, tokenize=True, return_dict=False
             )
-        except ImportError as err:
+            return list(tokens)
+
+    def _load_auto(self) -> None:
+        self._auto = _auto_tokenizer(self._folder, self._name)
+        self._require_rows(self._auto)
+
+    def _require_rows(self, tokenizer: Any) -> None:
+        """Raise CheckpointError unless the embedding has a row for every id of a tokenizer."""
+        with _explained(f"the vocabulary of {self._name} cannot be read", USE_ANOTHER):
+            ids: dict[str, int] = tokenizer.get_vocab()
+        if len(ids) > MAX_TOKENS:
             raise CheckpointError(
-                f"rendering a chat template needs the package jinja2 ({err}); {HINT}"
-            ) from err
-        # A template is a program of its own, which may fail in any way.
-        except Exception as err:
+                f"a tokenizer may have at most {MAX_TOKENS} tokens, {self._name} has {len(ids)}; "
+                f"{USE_ANOTHER}"
+            )
+        token, last = max(ids.items(), key=lambda item: item[1], default=("", -1))
+        if self._num_tokens is not None and last >= self._num_tokens:
             raise CheckpointError(
-                f"the chat template of {self._name} cannot be rendered ({_line(err)}); mend "
-                "it or pass prompts as plain text"
-            ) from err
-        return list(tokens)
+                f"{self._name}: the tokenizer gives {token[:40]!r} the id {last}, the model knows "
+                f"ids up to {self._num_tokens - 1}; {USE_ANOTHER}"
+            )
 
 
-def load_text_codec(folder: Path, name: str | None = None) -> TextCodec:
-    """Read a folder's tokenizer; raise CheckpointError when it is missing or broken.
+def load_text_codec(
+    folder: Path, name: str | None = None, num_tokens: int | None = None
+) -> TextCodec:
+    """Read a folder's tokenizer; raise CheckpointError when it is missing, broken or too large.
 
-    `name` is what errors call the model where the folder's own name says nothing, as in a cache.
+    `name` is what errors call the model where the folder's own name says nothing, as in a cache;
+    `num_tokens` is how many ids the model knows.
     """
     name = name or folder.name
     if (folder / "tokenizer.json").is_file():
-        return TextCodec(folder, name, _fast_tokenizer(folder))
+        return TextCodec(folder, name, _fast_tokenizer(folder), num_tokens)
     if tokenizer_sha256(folder) is None:
         raise CheckpointError(f"{name} needs a tokenizer.json, it has none; add it")
-    return TextCodec(folder, name, None)
+    return TextCodec(folder, name, None, num_tokens)
 
 
 def tokenizer_sha256(folder: Path) -> str | None:
@@ -113,14 +153,11 @@ def _fast_tokenizer(folder: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"
-    try:
+    with _explained(f"{path} is not a tokenizer", "fetch it again"):
         tokenizer = Tokenizer.from_str(read_limited(path, MAX_TOKENIZER_BYTES).decode())
-    # The Rust library raises the bare class on malformed content.
-    except Exception as err:
-        raise CheckpointError(f"{path} is not a tokenizer ({_line(err)}); fetch it again") from err
-    # Settings of whoever saved the file: a prompt is neither cut nor filled up.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+        # Settings of whoever saved the file: a prompt is neither cut nor filled up.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
     return tokenizer
 
 
@@ -133,20 +170,53 @@ def _auto_tokenizer(folder: Path, name: str) -> Any:
             f"the tokenizer of {name} needs the package transformers for this, it is not "
             f"installed; {HINT}"
         ) from err
-    try:
+    for file in (*VOCABULARY_FILES, CONFIG_FILE, "tokenizer.json"):
+        path = folder / file
+        if path.is_file() and path.stat().st_size > MAX_TOKENIZER_BYTES:
+            raise CheckpointError(
+                f"{path} may have at most {MAX_TOKENIZER_BYTES} bytes, it has "
+                f"{path.stat().st_size}; check it"
+            )
+    with _explained(
+        f"the tokenizer of {name} cannot be loaded",
+        "fetch it again",
+        (f"the tokenizer of {name} needs a package that is not installed", "install it"),
+    ):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except ImportError as err:
-        raise CheckpointError(
-            f"the tokenizer of {name} needs a package that is not installed "
-            f"({_line(err)}); install it"
-        ) from err
-    # The library reads several formats, each of which fails in its own way.
-    except Exception as err:
-        raise CheckpointError(
-            f"the tokenizer of {name} cannot be loaded ({_line(err)}); fetch it again"
+
+
+@contextmanager
+def _explained(what: str, remedy: str, if_missing: tuple[str, str] | None = None) -> Iterator[None]:
+    """Turn whatever a tokenizer's library raises into one CheckpointError of one sentence.
+
+    `if_missing` are rule and remedy where a package is missing.
+    """
+    try:
+        yield
+    except StreeError:
+        raise
+    # The Rust library raises the bare Exception, and its panics are no Exception at all.
+    except BaseException as err:
+        if not isinstance(err, Exception) and type(err).__name__ != "PanicException":
+            raise
+        if if_missing is not None and isinstance(err, ImportError):
+            what, remedy = if_missing
+        raise CheckpointError(f"{what} ({_line(err)}); {remedy}") from err
+
+
+def _require_unicode(text: str, what: str) -> None:
+    """Raise ConfigError for half of a surrogate pair: what is left of text that is not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as err:
+        character = ord(text[err.start])
+        raise ConfigError(
+            f"{what} must be valid Unicode, its character {err.start + 1} is U+{character:04X}, "
+            "which stands for nothing by itself; save the text as UTF-8"
         ) from err
 
 
-def _line(err: Exception) -> str:
+def _line(err: BaseException) -> str:
     """Return the first line of an error that says something."""
-    return next((line for line in str(err).splitlines() if line.strip()), type(err).__name__)
+    line = next((line for line in str(err).splitlines() if line.strip()), type(err).__name__)
+    return line[:200]

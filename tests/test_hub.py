@@ -177,5 +177,5 @@ def test_a_full_disk_is_recognised_behind_another_error(monkeypatch: pytest.Monk
 
 def test_the_library_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(CheckpointError, match=r"pip install 'stree\[hf\]'"):
+    with pytest.raises(CheckpointError, match=r"pip install 'stree-tune\[hf\]'"):
         fetch_model(NAME)

@@ -151,9 +151,9 @@ def test_transformers_may_be_missing(
     monkeypatch.setitem(sys.modules, "transformers", None)
     codec = load_text_codec(folder)
     assert codec.encode(TEXTS[:1])
-    with pytest.raises(CheckpointError, match=r"package transformers .*pip install 'stree\[hf\]'"):
+    with pytest.raises(CheckpointError, match=r"package transformers .*pip install 'stree-tune\[hf\]'"):
         codec.encode_chats(["hello"])
-    with pytest.raises(CheckpointError, match=r"package transformers .*pip install 'stree\[hf\]'"):
+    with pytest.raises(CheckpointError, match=r"package transformers .*pip install 'stree-tune\[hf\]'"):
         load_text_codec(split)
 
 
