@@ -18,6 +18,7 @@ from stree_core.model_shape import ModelShape
 from stree_core.profile import ModelRef
 from stree_core.shape_sheet import load_shape_sheet
 from stree_core.text import tokenizer_sha256
+from stree_core.weight_index import weights_sha256
 
 CONFIG = "config.json"
 MAMBA_CONFIG = "mamba_config.json"
@@ -63,6 +64,7 @@ def folder_source(folder: Path, name: str | None = None) -> ModelSource:
         config_sha256=_config_sha256(folder),
         tokenizer_sha256=tokenizer_sha256(folder),
         shape_sha256=shape.digest,
+        weights_sha256=weights_sha256(folder),
     )
     return ModelSource(ref, shape, folder)
 

@@ -32,12 +32,19 @@ class ModelRef(Strict):
     """A model by name and by what its files say.
 
     `shape_sha256` is ModelShape.digest: a config file may say more than what time depends on.
+    `weights_sha256` tells a retrained model apart, see weight_index; None is not compared.
     """
 
     name: Name
     config_sha256: Sha256
     tokenizer_sha256: Sha256 | None = None
     shape_sha256: Sha256 | None = None
+    weights_sha256: Sha256 | None = None
+
+    def weights_beside(self, other: ModelRef) -> tuple[str, str]:
+        """Return the beginnings of both hashes of weights, empty where one is not known."""
+        mine, theirs = self.weights_sha256, other.weights_sha256
+        return ("", "") if mine is None or theirs is None else (mine[:12], theirs[:12])
 
 
 class GpuRef(Strict):

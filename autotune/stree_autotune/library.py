@@ -241,9 +241,10 @@ def trace_command(target: str, draft: str, dataset: str) -> str:
 def require_same_model(
     first: ModelRef, second: ModelRef, first_file: str, second_file: str, remedy: str
 ) -> None:
-    """Raise ConfigError unless two files speak of the same model; tokenizers count where known."""
+    """Raise ConfigError unless two files speak of one model; what both know of it counts."""
     config = ("config", first.config_sha256[:12], second.config_sha256[:12])
-    _require_equal(first, second, config, f"{first_file} and {second_file}", remedy)
+    for part in (config, ("weights", *first.weights_beside(second))):
+        _require_equal(first, second, part, f"{first_file} and {second_file}", remedy)
 
 
 def require_same_shape(

@@ -25,7 +25,8 @@ def model_cost(shape: ModelShape, ref: ModelRef, element_bytes: int) -> ModelCos
             row_values += 2 * (part.mixer.proj_dim + columns)
     kv_bytes = shape.kv_bytes_per_token(element_bytes)
     return ModelCost(
-        **ref.model_dump(),
+        # Time depends on the shape alone.
+        **ref.model_dump(exclude={"weights_sha256"}),
         weight_bytes=shape.weight_bytes(element_bytes),
         state_bytes_per_sequence=shape.state_bytes(element_bytes),
         kv_bytes_per_token=kv_bytes,

@@ -93,6 +93,7 @@ def settings_of(pair: Pair, prompts: list[list[int]], config: RecordConfig) -> S
         "target": f"{meta.target.name} {meta.target.config_sha256[:12]}",
         "draft": f"{meta.draft.name} {meta.draft.config_sha256[:12]}",
         "tokenizer": (meta.target.tokenizer_sha256 or "")[:12],
+        "weights": " ".join((ref.weights_sha256 or "")[:12] for ref in (meta.target, meta.draft)),
         "dataset": meta.dataset,
         "num_prompts": meta.num_prompts,
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:12],

@@ -195,6 +195,7 @@ def _require_one_pair(
 ) -> tuple[ModelRef, ModelRef]:
     """Return the target and the draft as the profile names them.
 
+    Their weights are those that the trace was recorded with, since acceptance depends on them.
     Raises ConfigError unless table, trace and, where they are there, folders are of one pair; a
     borrowed trace may be of any.
     """
@@ -214,7 +215,8 @@ def _require_one_pair(
             if not borrowed:
                 again = "record it again with `stree-tune trace --force`"
                 require_same_model(traced, here.ref, trace_file, "folder", again)
-            refs.append(here.ref)
+            known = None if borrowed else traced.weights_sha256
+            refs.append(here.ref.model_copy(update={"weights_sha256": known}))
         elif borrowed:
             refs.append(timed.ref)
         else:
