@@ -149,11 +149,12 @@ def test_transformers_may_be_missing(
     folder: Path, split: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
+    needs = r"package transformers .*pip install 'stree-tune\[hf\]'"
     codec = load_text_codec(folder)
     assert codec.encode(TEXTS[:1])
-    with pytest.raises(CheckpointError, match=r"package transformers .*pip install 'stree-tune\[hf\]'"):
+    with pytest.raises(CheckpointError, match=needs):
         codec.encode_chats(["hello"])
-    with pytest.raises(CheckpointError, match=r"package transformers .*pip install 'stree-tune\[hf\]'"):
+    with pytest.raises(CheckpointError, match=needs):
         load_text_codec(split)
 
 
