@@ -22,6 +22,7 @@ from stree_core.weight_index import (
     find_weights,
     read_header,
     require_file,
+    require_names,
 )
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -159,6 +160,7 @@ def _open_bin(path: Path) -> _OpenFile:
             for key, value in content.items()
             if isinstance(key, str) and isinstance(value, Tensor)
         }
+        require_names(tensors)
         for key, tensor in tensors.items():
             _require_own_values(key, tensor)
     # An unpickler that reads damaged bytes fails in any way.

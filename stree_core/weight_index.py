@@ -6,11 +6,12 @@ import hashlib
 import json
 import math
 import os
+import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from stree_core.errors import CheckpointError
 from stree_core.files import read_json
@@ -120,6 +121,15 @@ def require_file(path: Path) -> Path:
     return path
 
 
+def require_names(names: Collection[str]) -> None:
+    """Raise ValueError for more tensors than a model has, and for names that none has."""
+    if len(names) > MAX_TENSORS:
+        raise ValueError(f"it has {len(names)} tensors, at most {MAX_TENSORS} are read")
+    for name in names:
+        if len(name) > MAX_NAME_CHARS or not name.isprintable():
+            raise ValueError(f"a tensor is named {_brief(name)}")
+
+
 def damaged(path: Path, err: BaseException) -> CheckpointError:
     """Return what a weight file that cannot be read is refused with."""
     text = next((line for line in str(err).splitlines() if line.strip()), "")
@@ -136,11 +146,6 @@ def _read_index(path: Path) -> dict[str, Path]:
             f"{path}: weight_map must map names of weights to files, got {_brief(weight_map)}; "
             "use the index that belongs to the shards"
         )
-    if len(weight_map) > MAX_TENSORS:
-        raise CheckpointError(
-            f"{path}: weight_map may have at most {MAX_TENSORS} names, it has {len(weight_map)}; "
-            "check it"
-        )
     for key, name in weight_map.items():
         # An index never points outside its folder.
         if not isinstance(name, str) or name != Path(name).name or len(name) > MAX_NAME_CHARS:
@@ -148,16 +153,11 @@ def _read_index(path: Path) -> dict[str, Path]:
                 f"{path}: {_brief(key)} must be in a file beside the index, got {_brief(name)}; "
                 "use the index that belongs to the shards"
             )
-    return {_checked_name(key, path): path.parent / name for key, name in weight_map.items()}
-
-
-def _checked_name(key: str, path: Path) -> str:
-    if len(key) > MAX_NAME_CHARS or not key.isprintable():
-        raise CheckpointError(
-            f"{path}: names of weights are printable and have at most {MAX_NAME_CHARS} "
-            f"characters, got {_brief(key)}; check it"
-        )
-    return key
+    try:
+        require_names(weight_map)
+    except ValueError as err:
+        raise CheckpointError(f"{path}: {err}; use the index that belongs to the shards") from err
+    return {key: path.parent / name for key, name in weight_map.items()}
 
 
 def _parse_header(content: Any, data_start: int, size: int) -> SafeHeader:
@@ -166,11 +166,7 @@ def _parse_header(content: Any, data_start: int, size: int) -> SafeHeader:
     metadata = content.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict):
         raise ValueError("its __metadata__ is not a JSON object")
-    if len(content) > MAX_TENSORS:
-        raise ValueError(f"it has {len(content)} tensors, at most {MAX_TENSORS} are read")
-    for key in content:
-        if len(key) > MAX_NAME_CHARS or not key.isprintable():
-            raise ValueError(f"a tensor is named {_brief(key)}")
+    require_names(content)
     tensors = {key: _parse_tensor(key, t, data_start, size) for key, t in content.items()}
     stated = metadata.get("format")
     return SafeHeader(tensors, stated if isinstance(stated, str) else None)
@@ -179,7 +175,7 @@ def _parse_header(content: Any, data_start: int, size: int) -> SafeHeader:
 def _parse_tensor(key: str, stored: Any, data_start: int, size: int) -> StoredTensor:
     entry = stored if isinstance(stored, dict) else {}
     dtype, shape, offsets = (entry.get(part) for part in ("dtype", "shape", "data_offsets"))
-    if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets):
+    if not _is_type(dtype) or not _are_sizes(shape) or not _are_sizes(offsets):
         raise ValueError(f"{key} must have dtype, shape and data_offsets, got {_brief(stored)}")
     if len(shape) > MAX_DIMS or len(offsets) != 2 or not offsets[0] <= offsets[1]:
         raise ValueError(f"{key} has shape {_brief(shape)} and data_offsets {_brief(offsets)}")
@@ -192,7 +188,12 @@ def _parse_tensor(key: str, stored: Any, data_start: int, size: int) -> StoredTe
     return StoredTensor(dtype, tuple(shape), start, end)
 
 
-def _are_sizes(values: Any) -> bool:
+def _is_type(dtype: object) -> TypeGuard[str]:
+    """Tell whether a type has the form of F32 or F8_E4M3; which there are, the reader knows."""
+    return isinstance(dtype, str) and re.fullmatch(r"[A-Z][A-Z0-9_]{1,19}", dtype) is not None
+
+
+def _are_sizes(values: object) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(n) is int and 0 <= n < 1 << 62 for n in values)
 
 
@@ -212,20 +213,20 @@ def _fingerprint(path: Path) -> Iterator[bytes]:
 
 def _bin_fingerprint(path: Path) -> Iterator[bytes]:
     """Yield sizes and checksums of the records of torch's zip format, else the file's beginning."""
-    if not zipfile.is_zipfile(require_file(path)):
-        with path.open("rb") as file:
-            first = file.read(FIRST_FILE_BYTES)
-        yield f"{path.stat().st_size} {hashlib.sha256(first).hexdigest()}".encode()
-        return
+    require_file(path)
     try:
-        entries = check_archive(path)
+        entries = check_archive(path) if zipfile.is_zipfile(path) else []
     # A damaged archive fails in any way: zipfile trusts the numbers that it reads.
     except Exception as err:
         raise damaged(path, err) from err
+    if not entries:
+        with path.open("rb") as file:
+            first = file.read(FIRST_FILE_BYTES)
+        yield f"{path.stat().st_size} {hashlib.sha256(first).hexdigest()}".encode()
     for entry in entries:
         # The first part of a name is that of the file when it was saved.
         name = entry.filename.partition("/")[2]
-        yield f"{name} {entry.file_size} {entry.CRC:08x}".encode()
+        yield f"{name} {entry.file_size} {entry.CRC:08x}".encode(errors="backslashreplace")
 
 
 def _brief(value: Any) -> str:

@@ -176,7 +176,7 @@ def test_an_index_is_bounded(bamba: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(weight_index, "MAX_TENSORS", 4)
     weight_map = {f"w{index}": "model.safetensors" for index in range(5)}
     (bamba / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    assert "at most 4 names, it has 5" in refused(bamba)
+    assert "it has 5 tensors, at most 4 are read" in refused(bamba)
     (bamba / INDEX).unlink()
     assert "tensors, at most 4 are read" in refused(bamba)
 
@@ -198,10 +198,11 @@ def entry(shape: Any, offsets: Any, dtype: Any = "F32") -> dict[str, Any]:
         entry([10**12], [0, 64]), entry([10**6, 10**6], [0, 64]), entry([10**40], [0, 64]),
         entry([4], [0, 10**12]), entry([4], [16, 0]), entry([4], [-16, 0]), entry([4], [0]),
         entry([4.0], [0, 16]), entry([True], [0, 4]), entry("4", [0, 16]), entry([1] * 99, [0, 4]),
-        entry([4], [0, 16], dtype=32), entry([4], [0, 16], dtype="F33"), b"\xff" * 9, b"[" * 9999,
+        entry([4], [0, 16], dtype=32), entry([4], [0, 16], dtype="F33"),
+        entry([4], [0, 16], dtype="\ud83d"), b"\xff" * 9, b"[" * 9999,
         b'{"w": ' + b"9" * 5000 + b"}",
     ],
-    ids=lambda header: str(header)[:40],
+    ids=lambda header: ascii(header)[:40],
 )  # fmt: skip
 def test_a_damaged_header_is_one_sentence(bamba: Path, header: Any) -> None:
     save_header(bamba, header)
@@ -270,6 +271,12 @@ def test_a_bin_file_may_not_announce_more_than_it_has(native: Path) -> None:
     assert "w of shape (1000000000000,) has more values than the file" in refused(native)
     torch.save({"w": torch.zeros(4).to_sparse()}, path)
     assert "w is not a plain tensor" in refused(native)
+
+
+def test_names_in_a_bin_file_are_bounded(native: Path) -> None:
+    for name in ("a\nb", "w" * 501):
+        torch.save({name: torch.zeros(4)}, native / "pytorch_model.bin")
+        assert "a tensor is named" in refused(native)
 
 
 def test_a_compressed_bin_file_is_refused(native: Path) -> None:
