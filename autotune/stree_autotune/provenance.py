@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from stree_core.profile import Provenance
+from stree_core.shown_text import MAX_COMMAND_CHARS, clean_word, printable
 
 PACKAGES = ("torch", "triton", "numpy", "scipy", "optuna")
 
@@ -52,12 +53,9 @@ def git_sha() -> str:
 
 
 def command_line() -> str:
-    """Return the command as its user typed it, absolute paths cut to their last part.
-
-    Files are shared: where one machine keeps its folders is of no use on another.
-    """
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return shlex.join(["stree-tune", *words])
+    """Return the command as its user typed it, without passwords and without absolute paths."""
+    words = [clean_word(word) for word in sys.argv[1:]]
+    return printable(shlex.join(["stree-tune", *words]))[:MAX_COMMAND_CHARS]
 
 
 def utc_now() -> str:
