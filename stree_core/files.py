@@ -1,65 +1,190 @@
-"""Files that are whole or absent, and YAML that cannot surprise."""
+"""Files that are whole or absent, read within limits, and checked by their schemas."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import stat
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
-from stree_core.errors import CheckpointError, ConfigError, nearest
+from stree_core.errors import (
+    CheckpointError,
+    ConfigError,
+    UnwritableFile,
+    nearest,
+    reason_of,
+    unwritable,
+)
+from stree_core.strict_yaml import format_yaml, parse_yaml
 
 MAX_JSON_BYTES = 64 << 20
 MAX_YAML_BYTES = 4 << 20
-MAX_YAML_DEPTH = 24
-MAX_YAML_VALUES = 250_000
+LOCK_WAIT_S = 60.0
+_CHUNK_BYTES = 1 << 20
+_LEFTOVER_S = 3600.0
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
-# The C parser is twenty times faster; both are the safe subset of YAML.
-_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_SafeDumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write `data` to `path` so that a reader sees the old file or the new one, never a part.
+
+    Raises UnwritableFile, the old file intact, when it cannot.
+    """
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp creates private files; a result is as readable as any other file of its user.
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
+        _replace(path, data)
+    except OSError as err:
+        raise unwritable(path, err) from err
+
+
+def require_place(path: Path) -> None:
+    """Raise UnwritableFile when `path` could not be written: asked before work, not after it.
+
+    A few bytes are written beside it and removed again, which tells a full or read-only disk.
+    """
+    if path.is_dir():
+        raise UnwritableFile(f"{path} names a file to write, it is a folder; name a file in it")
+    folder = path.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=_temporary_prefix(path))
+        try:
+            _write_all(handle, bytes(4096))
+        finally:
+            os.close(handle)
+            os.unlink(temporary)
+    except OSError as err:
+        raise unwritable(path, err) from err
+
+
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock file `path`, which one process at a time can; `what` it guards is for errors.
+
+    Raises ConfigError when another holds it for a minute, UnwritableFile without a place for it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    except OSError as err:
+        raise unwritable(path, err) from err
+    try:
+        deadline = time.monotonic() + LOCK_WAIT_S
+        while not _try_lock(handle):
+            if time.monotonic() > deadline:
+                raise ConfigError(f"{what} is in use by another process; try again once it is done")
+            time.sleep(0.02)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+    """Open a regular file; raise ConfigError for a folder, pipe, device or what cannot be read.
+
+    Without O_NONBLOCK a pipe that nobody writes to would be waited for.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as err:
+        reason = reason_of(err) if isinstance(err, OSError) else str(err)
+        raise ConfigError(f"{path} cannot be read ({reason}); check the path") from err
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise ConfigError(
+                f"{path} cannot be read (it is a folder, pipe or device); name a regular file"
+            )
+        with os.fdopen(handle, "rb", closefd=False) as file:
+            yield file
+    except OSError as err:
+        raise ConfigError(f"{path} cannot be read ({reason_of(err)}); check the path") from err
+    finally:
+        os.close(handle)
+
+
+def read_limited(path: Path, max_bytes: int) -> bytes:
+    """Return a file's bytes; raise ConfigError when it is missing or larger than `max_bytes`.
+
+    Reading stops at the limit, whatever size the file claims to have.
+    """
+    with open_regular(path) as file:
+        chunks, left = [], max_bytes + 1
+        if os.fstat(file.fileno()).st_size <= max_bytes:
+            while left > 0 and (chunk := file.read(min(left, _CHUNK_BYTES))):
+                chunks.append(chunk)
+                left -= len(chunk)
+        else:
+            left = 0
+    if left == 0:
+        raise ConfigError(f"{path} may have at most {max_bytes} bytes, it has more; check it")
+    return b"".join(chunks)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the hex SHA-256 of a file's bytes; raise ConfigError when it cannot be read."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _replace(path: Path, data: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_temporary_prefix(path))
+    try:
+        try:
+            _write_all(handle, data)
+            # mkstemp creates private files; a result is as readable as any other of its user.
+            umask = os.umask(0)
+            os.umask(umask)
+            os.fchmod(handle, 0o666 & ~umask)
+            os.fsync(handle)
+        finally:
+            os.close(handle)
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
 
 
-def sha256_of(path: Path) -> str:
-    """Return the hex SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _write_all(handle: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(handle, view[:_CHUNK_BYTES]) :]
 
 
-def read_limited(path: Path, max_bytes: int) -> bytes:
-    """Return a file's bytes; raise ConfigError when it is missing or larger than `max_bytes`."""
+def _temporary_prefix(path: Path) -> str:
+    """Return how temporary files of `path` begin, short enough for any name."""
+    return f".{path.name[:40]}.tmp-"
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove temporary files that killed processes left; a younger one may be another writer's."""
+    prefix, oldest = _temporary_prefix(path), time.time() - _LEFTOVER_S
+    with os.scandir(path.parent) as entries:
+        left = [entry for entry in entries if entry.name.startswith(prefix)]
+    for entry in left:
+        other = Path(entry.path)
+        if entry.is_file(follow_symlinks=False) and other.lstat().st_mtime < oldest:
+            other.unlink(missing_ok=True)
+
+
+def _try_lock(handle: int) -> bool:
     try:
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise ConfigError(f"{path} may have at most {max_bytes} bytes, it has {size}; check it")
-        return path.read_bytes()
-    except OSError as err:
-        raise ConfigError(f"{path} cannot be read ({err.strerror}); check the path") from err
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -73,23 +198,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object; fetch it again")
     return content
-
-
-def parse_yaml(text: bytes, name: str) -> Any:
-    """Parse YAML without tags, anchors, duplicate keys or deep nesting; `name` goes into errors.
-
-    Raises ConfigError.
-    """
-    try:
-        _refuse_surprises(text, name)
-        return yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as err:
-        problem = getattr(err, "problem", None) or "not valid YAML"
-        mark = getattr(err, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark is not None else ""
-        raise ConfigError(f"{name} must be plain YAML: {problem}{where}; mend that line") from err
-    except (UnicodeDecodeError, ValueError) as err:
-        raise ConfigError(f"{name} must be plain YAML in UTF-8: {err}; mend it") from err
 
 
 def load_yaml(path: Path, model: type[ModelT]) -> ModelT:
@@ -107,82 +215,30 @@ def validate(content: Any, model: type[ModelT], name: str) -> ModelT:
 
 def dump_yaml(model: BaseModel) -> bytes:
     """Return the YAML text of `model`: keys in declared order, short lists on one line."""
-    content = model.model_dump(mode="json", exclude_none=True)
-    return yaml.dump(
-        content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100,
-        default_flow_style=None,
-    ).encode()  # fmt: skip
-
-
-class _Dumper(_SafeDumper):  # type: ignore[misc]
-    """The safe dumper, with a list of paths on as few lines as fit."""
-
-
-def _represent_list(dumper: Any, values: list[Any]) -> yaml.Node:
-    node: yaml.SequenceNode = dumper.represent_sequence("tag:yaml.org,2002:seq", values)
-    if values and all(isinstance(v, list) and all(isinstance(i, int) for i in v) for v in values):
-        node.flow_style = True
-    return node
-
-
-_Dumper.add_representer(list, _represent_list)
-
-
-class _StrictLoader(_SafeLoader):  # type: ignore[misc]
-    """The safe loader, with duplicate keys refused."""
-
-
-def _construct_mapping(loader: Any, node: yaml.MappingNode) -> dict[Any, Any]:
-    mapping: dict[Any, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if not isinstance(key, (str, int, float)):
-            raise yaml.constructor.ConstructorError(
-                None, None, "a key must be a plain word or number", key_node.start_mark
-            )
-        if key in mapping:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {key!r} stands twice", key_node.start_mark
-            )
-        mapping[key] = loader.construct_object(value_node, deep=True)
-    return mapping
-
-
-_StrictLoader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
-
-
-def _refuse_surprises(text: bytes, name: str) -> None:
-    """Walk the parser's events, which are flat, before anything recursive sees the text."""
-    depth = num_values = 0
-    for event in yaml.parse(text, Loader=_SafeLoader):
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise ConfigError(f"{name} must not use YAML anchors or aliases; write values out")
-        if isinstance(event, yaml.NodeEvent):
-            num_values += 1
-        if num_values > MAX_YAML_VALUES:
-            raise ConfigError(f"{name} may hold at most {MAX_YAML_VALUES} values; check it")
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
-        if depth > MAX_YAML_DEPTH:
-            raise ConfigError(f"{name} may nest at most {MAX_YAML_DEPTH} levels; flatten it")
+    return format_yaml(model.model_dump(mode="json", exclude_none=True))
 
 
 def _first_offence(err: ValidationError, model: type[BaseModel]) -> str:
     offences = err.errors(include_url=False)
     # a misspelt key is both unknown and missing; only the first of the two helps
     offence = next((o for o in offences if o["type"] == "extra_forbidden"), offences[0])
-    where = ".".join(map(str, offence["loc"])) or "the file"
+    where = ".".join(map(str, offence["loc"]))[:200] or "the file"
     if offence["type"] == "extra_forbidden":
         known = _keys_beside(model, offence["loc"])
-        return f"unknown key {where}; {nearest(str(offence['loc'][-1]), known)}"
+        return f"unknown key {where}; {nearest(where.rpartition('.')[2], known)}"
     if offence["type"] == "missing":
         return f"key {where} is required; add it"
-    value = repr(offence["input"])
-    value = value if len(value) <= 60 else value[:57] + "..."
     message = offence["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}, got {value}; mend it"
+    return f"{where}: {message}, got {_short_repr(offence['input'])}; mend it"
+
+
+def _short_repr(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:
+        # Python refuses to print integers of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _keys_beside(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:

@@ -5,16 +5,33 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from stree_core.errors import ConfigError, TreeError
-from stree_core.files import dump_yaml, load_yaml, write_atomically
+from stree_core.files import dump_yaml, load_yaml, require_place, write_atomically
+from stree_core.shown_text import clean_command, require_printable
 from stree_core.tree import MAX_NODES, Tree
+
+MAX_BATCH_SIZE = 1 << 16
+MAX_CONTEXT = 1 << 26
+MAX_SEED = (1 << 63) - 1
 
 Verdict = Literal["off", "chain", "tree"]
 Status = Literal["measured", "estimated"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Name = Annotated[str, Field(min_length=1, max_length=200)]
+Printable = AfterValidator(require_printable)
+Name = Annotated[str, Field(min_length=1, max_length=200), Printable]
+Note = Annotated[str, Field(max_length=500), Printable]
+Command = Annotated[str, AfterValidator(clean_command)]
+Versions = Annotated[dict[Name, Name], Field(max_length=64)]
+BatchSize = Annotated[int, Field(ge=1, le=MAX_BATCH_SIZE)]
+Context = Annotated[int, Field(ge=1, le=MAX_CONTEXT)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Ms = Annotated[float, Field(ge=1e-9, le=1e9)]
+TokensPerStep = Annotated[float, Field(ge=1, le=MAX_NODES + 1)]
+# wide enough for whatever times within `Ms` give, narrow enough that no product overflows
+Positive = Annotated[float, Field(ge=1e-30, le=1e30)]
+Bounded = Annotated[float, Field(ge=-1e30, le=1e30)]
 Rank = Annotated[int, Field(ge=0, le=MAX_NODES)]
 Paths = Annotated[
     tuple[Annotated[tuple[Rank, ...], Field(max_length=MAX_NODES)], ...],
@@ -84,8 +101,8 @@ class Sampling(Strict):
 class Interval(Strict):
     """A 95 % interval."""
 
-    low: float
-    high: float
+    low: Bounded
+    high: Bounded
 
 
 class Predicted(Strict):
@@ -95,12 +112,12 @@ class Predicted(Strict):
     says among which trees); None where the trace has no certificate.
     """
 
-    tokens_per_step: float = Field(ge=1)
-    step_ms: float = Field(gt=0)
-    tokens_per_s: float = Field(gt=0)
-    speedup: float = Field(gt=0)
+    tokens_per_step: TokensPerStep
+    step_ms: Ms
+    tokens_per_s: Positive
+    speedup: Positive
     speedup_interval: Interval
-    gap: float | None = Field(default=None, ge=0)
+    gap: float | None = Field(default=None, ge=0, le=1e30)
 
 
 class TreeText(Strict):
@@ -124,11 +141,11 @@ class TreeText(Strict):
 class PolicyRow(Strict):
     """What to run for up to `batch_size` active sequences, and why."""
 
-    batch_size: PositiveInt
+    batch_size: BatchSize
     verdict: Verdict
     tree: TreeText
     predicted: Predicted
-    reason: str = Field(max_length=500)
+    reason: Note
 
     @model_validator(mode="after")
     def _verdict_fits_tree(self) -> PolicyRow:
@@ -142,12 +159,12 @@ class PolicyRow(Strict):
 class Measured(Strict):
     """One row that ran live, under `validate` or `--measure`."""
 
-    batch_size: PositiveInt
+    batch_size: BatchSize
     mode: Name
-    tokens_per_step: float = Field(ge=1)
-    step_ms: float = Field(gt=0)
-    spread_ms: float | None = Field(default=None, ge=0)
-    tokens_per_s: float = Field(gt=0)
+    tokens_per_step: TokensPerStep
+    step_ms: Ms
+    spread_ms: float | None = Field(default=None, ge=0, le=1e9)
+    tokens_per_s: Positive
 
 
 class MeasuredBlock(Strict):
@@ -155,8 +172,8 @@ class MeasuredBlock(Strict):
 
     gpu: Name
     date: Name
-    versions: dict[str, str]
-    rows: tuple[Measured, ...]
+    versions: Versions
+    rows: Annotated[tuple[Measured, ...], Field(max_length=10_000)]
 
 
 class Source(Strict):
@@ -165,7 +182,7 @@ class Source(Strict):
     name: Name
     sha256: Sha256
     status: Status
-    note: str | None = Field(default=None, max_length=500)
+    note: Note | None = None
 
 
 class Sources(Strict):
@@ -177,14 +194,17 @@ class Sources(Strict):
 
 
 class Provenance(Strict):
-    """Who made the file, with what; the only block that may differ between equal runs."""
+    """Who made the file, with what; the only block that may differ between equal runs.
 
-    version: str
-    git_sha: str
-    versions: dict[str, str]
-    seed: int
-    command: str
-    date: str
+    A command is read without the passwords and folders that older versions kept in it.
+    """
+
+    version: Name
+    git_sha: Name
+    versions: Versions
+    seed: Seed
+    command: Command
+    date: Name
 
 
 class Profile(Strict):
@@ -201,7 +221,7 @@ class Profile(Strict):
     dataset: Name
     sampling: Sampling
     chat: bool = False
-    context: PositiveInt
+    context: Context
     policy: Annotated[tuple[PolicyRow, ...], Field(min_length=1, max_length=64)]
     measured: MeasuredBlock | None = None
     sources: Sources
@@ -239,10 +259,11 @@ def save_profile(profile: Profile, path: str | Path) -> None:
 
 
 def require_writable(path: Path, *, force: bool, is_default: bool) -> None:
-    """Raise ConfigError when writing to `path` would destroy something that is not ours to replace.
+    """Raise ConfigError when `path` cannot be written or holds what is not ours to replace.
 
     The default output is replaced when it holds a profile; any other existing file needs `force`.
     """
+    require_place(path)
     if force or not path.exists():
         return
     if not is_default:

@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, JsonValue, model_validator
 
 from stree_core.files import load_yaml
-from stree_core.profile import Name, Strict
+from stree_core.profile import Name, Printable, Strict
 
-Text = Annotated[str, Field(min_length=1, max_length=500)]
+Text = Annotated[str, Field(min_length=1, max_length=500), Printable]
 Keys = Annotated[
-    dict[Annotated[str, Field(min_length=1, max_length=100)], JsonValue],
+    dict[Annotated[str, Field(min_length=1, max_length=100), Printable], JsonValue],
     Field(min_length=1, max_length=200),
 ]
 

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from pydantic import Field
 
-from stree_core.errors import ConfigError
+from stree_core.errors import ConfigError, UnwritableFile
 from stree_core.files import (
     MAX_YAML_BYTES,
-    MAX_YAML_DEPTH,
     dump_yaml,
     load_yaml,
-    parse_yaml,
+    locked,
     read_limited,
+    require_place,
     sha256_of,
+    validate,
     write_atomically,
 )
 from stree_core.profile import Strict
+from stree_core.strict_yaml import MAX_YAML_DEPTH, parse_yaml
 
 
 class Inner(Strict):
@@ -51,7 +57,9 @@ def test_failed_write_leaves_the_old_file_alone(
         raise OSError("disk full")
 
     monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(
+        UnwritableFile, match=r"file cannot be written \(disk full\), what was there"
+    ):
         write_atomically(path, b"two")
     assert path.read_bytes() == b"one"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
@@ -94,14 +102,27 @@ def test_round_trip(tmp_path: Path) -> None:
         (b"inner: !custom {size: 1}", "plain YAML"),
         (b"inner: &a {size: 1}\nrows: [*a]", "anchors or aliases"),
         (b"inner: {size: 1, size: 2}", "'size' stands twice"),
-        (b"<<: {inner: {size: 1}}\ninner: {size: 2}", "plain YAML"),
+        (b"<<: {inner: {size: 1}}\ninner: {size: 2}", "unknown key <<"),
         (b"? [1, 2]\n: x", "a key must be a plain word"),
         (b"inner: {size: 1", "plain YAML"),
         (b"inner: {size: 1}\n---\ninner: {size: 1}", "plain YAML"),
         (b"\xff\xfe\x00\xd8", "plain YAML"),
         (b"a: \x00", "plain YAML"),
+        (b"note: !!str x", "has the tag"),
+        (b"inner: {size: !!int ''}", "has the tag"),
+        (b"inner: {size: !!bool x}", "has the tag"),
+        (b"inner: {size: !!timestamp x}", "has the tag"),
+        (b"inner: {size: !!float ''}", "has the tag"),
+        (b"inner: !!map {size: 1}", "has the tag"),
+        (b"rows: ! []", "has the tag"),
+        (b"inner: {size: 2001-01-01 00:00:00 +99:99}", "inner.size"),
+        (b"inner: {size: 1" + b":59" * 100_000 + b"}", "inner.size"),
+        (b"inner: {size: 0x_}", "plain YAML"),
+        (b"inner: {size: =}", "inner.size"),
+        (b"? " * 30, "at most 24 levels"),
+        (b"{" * 60, "at most 24 levels"),
         (b"[" * 60 + b"]" * 60, "at most 24 levels"),
-        (b"inner: {size: 1}\nnote: 9999-99-99", "plain YAML"),
+        (b"inner: {size: 9999-99-99}", "inner.size: Input should be a valid integer"),
         (b"inner: {size: " + b"9" * 5000 + b"}", "plain YAML"),
     ],
     ids=lambda value: value[:24] if isinstance(value, bytes) else "",
@@ -137,3 +158,88 @@ def test_size_limit(tmp_path: Path) -> None:
 def test_unreadable_paths(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         read_limited(tmp_path / name, 10**6)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "link to a device", "folder"])
+def test_only_regular_files_are_read(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x.yaml"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "device":
+        path = Path("/dev/zero")
+    else:
+        path.symlink_to("/dev/zero")
+    for read in (lambda: read_limited(path, 100), lambda: sha256_of(path)):
+        with pytest.raises(ConfigError, match="name a regular file"):
+            read()
+
+
+def test_reading_stops_at_the_limit_whatever_the_size_says() -> None:
+    # files of the kernel say that they are empty
+    assert Path("/proc/self/maps").stat().st_size == 0
+    with pytest.raises(ConfigError, match="at most 100 bytes, it has more"):
+        read_limited(Path("/proc/self/maps"), 100)
+
+
+def test_a_place_is_tried_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_place(tmp_path / "new" / "folder" / "x.yaml")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UnwritableFile, match=r"file/x.yaml cannot be written \(Not a directory\)"):
+        require_place(tmp_path / "file" / "x.yaml")
+    with pytest.raises(UnwritableFile, match="it is a folder; name a file in it"):
+        require_place(tmp_path)
+
+    def full(_: int, __: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(UnwritableFile, match=r"No space left on device\).*free some space"):
+        require_place(tmp_path / "x.yaml")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_long_names_have_temporary_files_too(tmp_path: Path) -> None:
+    path = tmp_path / ("ü" * 125 + ".yaml")
+    write_atomically(path, b"x")
+    assert path.read_bytes() == b"x"
+
+
+def test_what_a_killed_process_left_is_removed_later(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    old, new = tmp_path / ".x.yaml.tmp-old", tmp_path / ".x.yaml.tmp-new"
+    old.write_text("half")
+    new.write_text("half")
+    os.utime(old, (0, time.time() - 7200))
+    write_atomically(path, b"x")
+    assert sorted(other.name for other in tmp_path.iterdir()) == [new.name, path.name]
+
+
+def test_one_at_a_time_holds_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = []
+
+    def second() -> None:
+        with locked(tmp_path / "deep" / "lock", "it"):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    with locked(tmp_path / "deep" / "lock", "it"):
+        thread.start()
+        time.sleep(0.1)
+        order.append("first")
+        monkeypatch.setattr("stree_core.files.LOCK_WAIT_S", 0.0)
+        with (
+            pytest.raises(ConfigError, match="it is in use by another process"),
+            locked(tmp_path / "deep" / "lock", "it"),
+        ):
+            pass
+        monkeypatch.setattr("stree_core.files.LOCK_WAIT_S", 60.0)
+    thread.join()
+    assert order == ["first", "second"]
+
+
+def test_numbers_of_thousands_of_digits_are_one_sentence() -> None:
+    with pytest.raises(ConfigError, match="a number of thousands of digits"):
+        validate({"inner": {"size": -(10**5000)}}, Outer, "text")

@@ -12,9 +12,10 @@ from strategies import trees
 from synthetic_data import make_profile, policy_row
 
 from stree_core.errors import ConfigError
-from stree_core.files import dump_yaml, parse_yaml, validate
+from stree_core.files import dump_yaml, validate
 from stree_core.policy import policy_of
 from stree_core.profile import Profile, load_profile, require_writable, save_profile
+from stree_core.strict_yaml import parse_yaml
 from stree_core.tree import DEFAULT_TREE, Tree
 
 
@@ -59,6 +60,10 @@ def row_content(**changes: Any) -> dict[str, Any]:
     return content(policy=[{**row, **changes}])
 
 
+def made(**changes: Any) -> dict[str, Any]:
+    return content(provenance={**content()["provenance"], **changes})
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -84,6 +89,18 @@ def row_content(**changes: Any) -> dict[str, Any]:
         (row_content(tree={"parents": [-1, 1]}), "unknown key policy.0.tree.parents"),
         (row_content(tree={"paths": "0"}), "policy.0.tree.paths"),
         (row_content(predicted={"tokens_per_step": float("inf")}), "policy.0.predicted"),
+        (row_content(batch_size=10**9), "policy.0.batch_size"),
+        (content(context=10**12), "context"),
+        (made(seed=-1), "provenance.seed"),
+        (made(seed=2**63), "provenance.seed"),
+        (made(versions={str(i): "1" for i in range(65)}), "provenance.versions"),
+        (content(dataset="\x1b[2Jspoof"), r"dataset: text has no control characters, got '\\x1b"),
+        (
+            content(gpu={"name": "h\u202e200", "status": "measured"}),
+            "gpu.name: text has no control",
+        ),
+        (row_content(reason="a\x9bb"), "policy.0.reason: text has no control"),
+        (made(date="\x07"), "provenance.date: text has no control"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(changed: dict[str, Any], message: str) -> None:
@@ -125,11 +142,11 @@ def test_default_output_is_replaced_only_when_it_is_a_profile(tmp_path: Path) ->
     assert path.read_text() == "notes: mine\n"
 
 
-def test_default_output_in_an_older_schema_stays_ours(tmp_path: Path) -> None:
+def test_a_folder_is_no_output(tmp_path: Path) -> None:
     path = tmp_path / "stree-profile.yaml"
     path.mkdir()
-    with pytest.raises(ConfigError, match="not a stree profile"):
-        require_writable(path, force=False, is_default=True)
+    with pytest.raises(ConfigError, match="it is a folder; name a file in it"):
+        require_writable(path, force=True, is_default=True)
 
 
 def test_a_policy_takes_the_row_of_a_profile_and_each_tree_once() -> None:
@@ -139,3 +156,17 @@ def test_a_policy_takes_the_row_of_a_profile_and_each_tree_once() -> None:
     for num_active in (1, 2, 3, 5, 8, 64, 1000):
         expected = profile.row_for(num_active).tree.build()
         assert policy.trees[policy.choose(num_active)] == expected
+
+
+def test_a_kept_password_is_not_read() -> None:
+    command = "stree-tune --storage 'mysql://db/x?password=hunter2' --data=/home/me/x\x1b[2J"
+    read = validate(made(command=command), Profile, "profile").provenance.command
+    assert read == "stree-tune --storage mysql://db/x '--data=x\\x1b[2J'"
+
+
+def test_extreme_predictions_are_refused() -> None:
+    extremes = {"tokens_per_step": 1e300, "step_ms": 1e-300, "tokens_per_s": 1e300}
+    predicted = policy_row(1, DEFAULT_TREE).predicted.model_dump(exclude_none=True)
+    for key, value in extremes.items():
+        with pytest.raises(ConfigError, match=f"policy.0.predicted.{key}"):
+            validate(row_content(predicted={**predicted, key: value}), Profile, "profile")

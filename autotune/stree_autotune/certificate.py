@@ -12,28 +12,30 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Protocol
 
-from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt
+from pydantic import Field
 
 from stree_core.errors import ConfigError
 from stree_core.files import dump_yaml, load_yaml, sha256_of, write_atomically
 from stree_core.profile import Provenance, Sha256, Strict
 from stree_core.tree import MAX_NODES
 
-NonNegative = Annotated[FiniteFloat, Field(ge=0)]
-Counts = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1, max_length=MAX_NODES)]
+Count = Annotated[int, Field(ge=0, le=1 << 40)]
+Starts = Annotated[float, Field(ge=-1e15, le=1e15, allow_inf_nan=False)]
+Price = Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
+Counts = Annotated[tuple[Count, ...], Field(min_length=1, max_length=MAX_NODES)]
 
 
 class Line(NamedTuple):
     """Every tree with n nodes has at least starts - price * n starts."""
 
-    starts: FiniteFloat
-    price: NonNegative
+    starts: Starts
+    price: Price
 
 
 class DepthBound(Strict):
     """Lines for all trees of at most `max_depth` levels; without it, for all trees."""
 
-    max_depth: PositiveInt | None = None
+    max_depth: Annotated[int, Field(ge=1, le=MAX_NODES)] | None = None
     lines: Annotated[tuple[Line, ...], Field(min_length=1, max_length=64)]
 
     def least_starts(self, num_nodes: int) -> float:
@@ -59,7 +61,7 @@ class Certificate(Strict):
     schema_version: Literal[1] = 1
     kind: Literal["stree-certificate"] = "stree-certificate"
     trace_sha256: Sha256
-    num_positions: NonNegativeInt
+    num_positions: Count
     chains: Counts
     stars: Counts
     bounds: Annotated[tuple[DepthBound, ...], Field(min_length=1, max_length=16)]

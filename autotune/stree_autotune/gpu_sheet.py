@@ -6,12 +6,14 @@ import math
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field
 
 from stree_core.files import load_yaml
-from stree_core.profile import Name, Strict
+from stree_core.profile import Name, Printable, Strict
 
-Text = Annotated[str, Field(min_length=1, max_length=500)]
+Text = Annotated[str, Field(min_length=1, max_length=500), Printable]
+Rate = Annotated[float, Field(ge=1e-6, le=1e6)]
+Amount = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 class GpuSheet(Strict):
@@ -25,12 +27,12 @@ class GpuSheet(Strict):
     name: Name
     full_name: Name
     architecture: Name
-    memory_bandwidth_tb_per_s: PositiveFloat
-    matrix_tflop_per_s_bf16: PositiveFloat
-    l2_mb: PositiveInt
-    memory_gb: PositiveInt
-    sms: PositiveInt
-    launch_us: PositiveFloat
+    memory_bandwidth_tb_per_s: Rate
+    matrix_tflop_per_s_bf16: Rate
+    l2_mb: Amount
+    memory_gb: Amount
+    sms: Amount
+    launch_us: Rate
     launch_is_guess: bool = False
     sources: Annotated[tuple[Text, ...], Field(min_length=1, max_length=16)]
     note: Text | None = None

@@ -26,11 +26,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from stree_core.errors import ConfigError
 from stree_core.files import dump_yaml, load_yaml, write_atomically
-from stree_core.profile import ModelRef, Name, Sampling, Strict, TreeText
+from stree_core.profile import (
+    MAX_BATCH_SIZE,
+    BatchSize,
+    Command,
+    Context,
+    ModelRef,
+    Ms,
+    Name,
+    Sampling,
+    Strict,
+    TokensPerStep,
+    TreeText,
+    Versions,
+)
 from stree_core.tree import MAX_NODES
 
 Term = Literal[
@@ -61,17 +73,21 @@ RuleKey = Literal["greedy", "naive", "naive_truncated", "mss", "mss_truncated"]
 OFF = "off"
 """The tree without nodes among the trees of whole steps."""
 
-MOST_SLOTS = 1 << 16
-Size = Annotated[int, Field(ge=1, le=MOST_SLOTS)]
-NonNegativeMs = Annotated[FiniteFloat, Field(ge=0)]
-PositiveMs = Annotated[FiniteFloat, Field(gt=0)]
+LEAST_MS = 1e-9
+Size = Annotated[int, Field(ge=1, le=MAX_BATCH_SIZE)]
+Rows = Annotated[int, Field(ge=1, le=MAX_BATCH_SIZE * (MAX_NODES + 1))]
+NonNegativeMs = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+PositiveMs = Annotated[Ms, Field(allow_inf_nan=False)]
+Bytes = Annotated[int, Field(ge=0, le=1 << 50)]
+SomeBytes = Annotated[int, Field(ge=1, le=1 << 50)]
+Width = Annotated[int, Field(ge=1, le=1 << 30)]
 
 
 class Point(NamedTuple):
     """The median time of one term and the standard deviation of its repeats."""
 
     term: Term
-    batch_size: PositiveInt
+    batch_size: BatchSize
     size: Size
     ms: NonNegativeMs
     spread_ms: NonNegativeMs
@@ -81,7 +97,7 @@ class RulePoint(NamedTuple):
     """The median extra time of some work of a rule, and its spread."""
 
     work: Work
-    rows: PositiveInt
+    rows: Rows
     ms: NonNegativeMs
     spread_ms: NonNegativeMs
 
@@ -92,11 +108,11 @@ class Step(NamedTuple):
     `tokens_per_step` is what these steps emitted: with it a state is stored more often.
     """
 
-    batch_size: PositiveInt
+    batch_size: BatchSize
     tree: Name
     ms: PositiveMs
     spread_ms: NonNegativeMs
-    tokens_per_step: Annotated[FiniteFloat, Field(ge=1)] = 1.0
+    tokens_per_step: Annotated[TokensPerStep, Field(allow_inf_nan=False)] = 1.0
     rule: RuleKey = "greedy"
 
 
@@ -104,7 +120,7 @@ class NoRoom(NamedTuple):
     """A point or a whole step that did not fit into the memory of the GPU, by its name and size."""
 
     name: Name
-    batch_size: PositiveInt
+    batch_size: BatchSize
     size: Size
 
 
@@ -115,15 +131,15 @@ class ModelCost(ModelRef):
     buffers of one row of a block; `num_launches` is about how many kernels a pass launches.
     """
 
-    weight_bytes: PositiveInt
-    state_bytes_per_sequence: NonNegativeInt
-    kv_bytes_per_token: NonNegativeInt
-    vocab_size: PositiveInt
-    hidden_size: PositiveInt
-    held_bytes: PositiveInt
-    kept_bytes: NonNegativeInt
-    row_bytes: NonNegativeInt
-    num_launches: PositiveInt
+    weight_bytes: SomeBytes
+    state_bytes_per_sequence: Bytes
+    kv_bytes_per_token: Bytes
+    vocab_size: Width
+    hidden_size: Width
+    held_bytes: SomeBytes
+    kept_bytes: Bytes
+    row_bytes: Bytes
+    num_launches: Width
 
     @property
     def ref(self) -> ModelRef:
@@ -141,11 +157,11 @@ class TableMeasured(Strict):
 
     date: Name
     git_sha: Name
-    versions: dict[Name, Name]
+    versions: Versions
     driver: Name
     clocks: Name | None = None
-    repeats: PositiveInt
-    command: Annotated[str, Field(max_length=4000)]
+    repeats: Width
+    command: Command
 
 
 class RuntimeTable(Strict):
@@ -159,7 +175,7 @@ class RuntimeTable(Strict):
     draft: ModelCost
     dtype: Name
     backend: Literal["torch", "triton"]
-    context: PositiveInt
+    context: Context
     weights: Literal["real", "random"]
     measured: TableMeasured
     points: Annotated[tuple[Point, ...], Field(max_length=20_000)]
@@ -177,8 +193,8 @@ class RuntimeTable(Strict):
                 raise ValueError(
                     f"{point.term} has size {largest} at most, but a point has size {point.size}"
                 )
-            if point.ms == 0 and point.term not in DIFFERENCES:
-                raise ValueError(f"a time is above 0 ms, but {list(point[:3])} has 0")
+            if point.ms < LEAST_MS and point.term not in DIFFERENCES:
+                raise ValueError(f"a time is above 0 ms, but {list(point[:3])} has {point.ms:g}")
             _once(seen, "point", point[:3])
         known = seen | {tuple(row) for row in self.no_room}
         for term, batch_size, size in seen:
@@ -246,13 +262,7 @@ def load_runtime_table(path: Path) -> RuntimeTable:
 
 def save_runtime_table(table: RuntimeTable, path: Path) -> None:
     """Write a runtime table atomically; raise ConfigError, the old file intact, when it cannot."""
-    try:
-        write_atomically(path, dump_yaml(table))
-    except OSError as err:
-        raise ConfigError(
-            f"{path} could not be written ({err.strerror}), what was there is as it was; free some "
-            "space or name another folder with --data"
-        ) from err
+    write_atomically(path, dump_yaml(table))
 
 
 def _largest_size(point: Point) -> int:

@@ -15,15 +15,15 @@ from stree_autotune.gpu_sheet import GpuSheet
 from stree_autotune.library import GREEDY, SEPARATOR, Library, trace_file_name
 from stree_autotune.profile_sources import find_source_file
 from stree_autotune.runtime_table import RuntimeTable
+from stree_autotune.share_check import TRACE_SUFFIX
 from stree_autotune.share_index import SUFFIXES, Entry, shared_files
 from stree_autotune.trace_file import load_trace
 from stree_core.errors import ConfigError, MissingMeasurement
-from stree_core.files import MAX_YAML_BYTES, parse_yaml, read_limited, validate
+from stree_core.files import MAX_YAML_BYTES, read_limited, validate
 from stree_core.profile import Profile
+from stree_core.strict_yaml import parse_yaml
 
 logger = logging.getLogger(__name__)
-
-TRACE_SUFFIX = ".safetensors"
 
 
 def named_files(names: Sequence[str], library: Library) -> dict[str, Path]:

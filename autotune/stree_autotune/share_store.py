@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,8 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from stree_core.errors import ConfigError, StreeError
-from stree_core.files import write_atomically
+from stree_core.files import locked, read_limited, require_place, write_atomically
+from stree_core.shown_text import clean_url, without_secrets
 
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
 EXTRA = "pip install 'stree[share]'"
 
 
@@ -20,9 +25,9 @@ class Unreachable(StreeError):
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """A folder under a URL, and the file system that it belongs to."""
+    """A folder under a URL, and the file system that it belongs to; `name` is for messages."""
 
-    url: str
+    name: str
     root: str
     files: Any
 
@@ -34,21 +39,29 @@ class Store:
         """
         import fsspec
 
+        name = clean_url(url)
         try:
             files, root = fsspec.url_to_fs(url)
         except ImportError as err:
             raise ConfigError(
-                f"{url} needs a package that is not installed ({err}); {EXTRA} for http and hf"
+                f"{name} needs a package that is not installed ({err}); {EXTRA} for http and hf"
             ) from err
-        except ValueError as err:
-            raise ConfigError(f"{url} must be a path or a URL that fsspec knows ({err})") from err
-        return cls(url, str(root).rstrip("/"), files)
+        # Drivers parse URLs with whatever their own libraries raise.
+        except Exception as err:
+            reason = _reason(err).replace(url, name)
+            raise ConfigError(
+                f"{name} must be a path or a URL that fsspec knows ({reason}); check it"
+            ) from err
+        return cls(name, str(root).rstrip("/"), files)
 
     def read(self, name: str, max_bytes: int) -> bytes | None:
         """Return a file's bytes, None when it is not there.
 
         Raises ConfigError when it is larger than `max_bytes`, Unreachable when it cannot be read.
         """
+        if self.is_local:
+            path = Path(self._path(name))
+            return read_limited(path, max_bytes) if path.exists() else None
         with self._failures("read"):
             try:
                 with self.files.open(self._path(name), "rb") as file:
@@ -59,19 +72,38 @@ class Store:
                 return None
         if len(data) > max_bytes:
             raise ConfigError(
-                f"{name} of {self.url} may have {max_bytes} bytes and has more; do not use it"
+                f"{name} of {self.name} may have {max_bytes} bytes and has more; do not use it"
             )
         return data
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file whole: locally by renaming, elsewhere as one object."""
         path = self._path(name)
+        if self.is_local:
+            write_atomically(Path(path), data)
+            return
         with self._failures("written"):
-            if self.is_local:
-                write_atomically(Path(path), data)
-            else:
-                self.files.makedirs(path.rpartition("/")[0], exist_ok=True)
-                self.files.pipe_file(path, data)
+            self.files.makedirs(path.rpartition("/")[0], exist_ok=True)
+            self.files.pipe_file(path, data)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep others from changing a folder of this machine; other stores have no lock."""
+        if not self.is_local:
+            logger.info(
+                "note: %s has no lock; it is compared before it is changed, but let one push at a "
+                "time go there",
+                self.name,
+            )
+            yield
+            return
+        with locked(Path(self._path(LOCK)), self.name):
+            yield
+
+    def require_place(self) -> None:
+        """Raise UnwritableFile when a folder of this machine cannot be written to."""
+        if self.is_local:
+            require_place(Path(self._path("file")))
 
     def refresh(self) -> None:
         """Forget what the driver keeps of earlier reads."""
@@ -93,9 +125,13 @@ class Store:
             yield
         # Drivers raise the classes of their own HTTP clients.
         except Exception as err:
-            reason = err.__cause__ or err
-            text = (str(reason) or type(reason).__name__).splitlines()[0]
-            raise Unreachable(f"{self.url} cannot be {verb} ({text}); check the URL") from err
+            text = _reason(err.__cause__ or err)
+            raise Unreachable(f"{self.name} cannot be {verb} ({text}); check the URL") from err
+
+
+def _reason(err: BaseException) -> str:
+    """Return the first line of a driver's error, without what it repeats of the URL."""
+    return without_secrets(next(iter(str(err).splitlines()), type(err).__name__))
 
 
 def _is_absent(err: FileNotFoundError) -> bool:

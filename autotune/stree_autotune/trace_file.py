@@ -16,12 +16,21 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pydantic_core
 from numpy.typing import NDArray
-from pydantic import Field, PositiveInt, ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError, deserialize
 
 from stree_core.errors import ConfigError
 from stree_core.files import read_limited, write_atomically
-from stree_core.profile import ModelRef, Name, Provenance, Sampling, Strict
+from stree_core.profile import (
+    Bounded,
+    Context,
+    ModelRef,
+    Name,
+    Provenance,
+    Sampling,
+    Seed,
+    Strict,
+)
 
 NO_RANK = 255
 """The rank of a position whose token was none of the recorded children."""
@@ -34,7 +43,7 @@ RELIABLE_PROMPTS = 64
 
 MAX_FILE_BYTES = 256 << 20
 
-Statistic = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=MAX_FILE_BYTES)]
 
 
 class TraceMeta(Strict):
@@ -48,13 +57,13 @@ class TraceMeta(Strict):
     sampling: Sampling
     num_children: int = Field(ge=1, le=MAX_CHILDREN)
     depths: Literal[1] = 1
-    max_new_tokens: PositiveInt
+    max_new_tokens: Context
     ignore_eos: bool = False
     chat: bool = False
-    seed: int
+    seed: Seed
     dtype: Name
-    num_prompts: PositiveInt
-    statistics: dict[Name, Statistic] = Field(default_factory=dict, max_length=64)
+    num_prompts: Count
+    statistics: dict[Name, Bounded] = Field(default_factory=dict, max_length=64)
     provenance: Provenance
 
 
@@ -120,53 +129,64 @@ def save_trace(trace: Trace, path: Path) -> None:
 
 def load_trace(path: Path) -> Trace:
     """Read a trace; raise ConfigError when the file is missing, damaged or not a trace."""
-    if path.is_file() and path.stat().st_size > MAX_FILE_BYTES:
-        raise _refusal(path, f"may have at most {MAX_FILE_BYTES} bytes")
-    data = read_limited(path, MAX_FILE_BYTES)
-    arrays, header = _read_arrays(data, path)
-    meta = _read_meta(header["meta"], path)
+    return parse_trace(read_limited(path, MAX_FILE_BYTES), str(path))
+
+
+def parse_trace(data: bytes, name: str) -> Trace:
+    """Parse the bytes of a trace file; `name` goes into errors. Raises ConfigError."""
+    arrays, header = _read_arrays(data, name)
+    meta = _read_meta(header["meta"], name)
     ranks, offsets = arrays["ranks"], arrays["offsets"]
     if header["sha256"] != _digest(header["meta"], ranks, offsets):
-        raise _refusal(path, "does not match its own digest, so it was damaged or changed")
+        raise _refusal(name, "does not match its own digest, so it was damaged or changed")
     try:
         return Trace(ranks, offsets, meta)
     except ValueError as err:
-        raise _refusal(path, f"is inconsistent: {err}") from err
+        raise _refusal(name, f"is inconsistent: {err}") from err
 
 
-def _read_arrays(data: bytes, path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+def _read_arrays(data: bytes, file: str) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     """Return the two arrays, read-only, and the two header strings."""
     try:
         # safetensors.numpy.load would crash on the dtypes that numpy lacks.
         tensors = dict(deserialize(data))  # type: ignore[no-untyped-call]
     except SafetensorError as err:
-        raise _refusal(path, f"is not a whole safetensors file ({err})") from err
-    # The header is known to be flat, valid JSON from here on.
-    header_bytes = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + header_bytes]).get("__metadata__") or {}
+        raise _refusal(file, f"is not a whole safetensors file ({err})") from err
+    header = _header_strings(data)
     if set(header) != {"meta", "sha256"}:
-        raise _refusal(path, f"must have the header strings meta and sha256, got {sorted(header)}")
+        raise _refusal(file, f"must have the header strings meta and sha256, got {sorted(header)}")
     if set(tensors) != {"ranks", "offsets"}:
-        raise _refusal(path, f"must hold the arrays ranks and offsets, got {sorted(tensors)}")
+        raise _refusal(file, f"must hold the arrays ranks and offsets, got {sorted(tensors)}")
     arrays: dict[str, NDArray[Any]] = {}
     for name, dtype, numpy_dtype in (("ranks", "U8", "u1"), ("offsets", "I64", "<i8")):
         tensor = tensors[name]
         if tensor["dtype"] != dtype or len(tensor["shape"]) != 1:
             got = f"{tensor['dtype']} {list(tensor['shape'])}"
-            raise _refusal(path, f"must hold {name} as a list of {dtype}, got {got}")
+            raise _refusal(file, f"must hold {name} as a list of {dtype}, got {got}")
         arrays[name] = np.frombuffer(bytes(tensor["data"]), dtype=numpy_dtype)
     return arrays, header
 
 
-def _read_meta(text: str, path: Path) -> TraceMeta:
+def trace_meta(data: bytes) -> Any:
+    """Return the meta of a whole trace file as it was written, before its schema cleans it."""
+    return json.loads(_header_strings(data)["meta"])
+
+
+def _header_strings(data: bytes) -> dict[str, str]:
+    """Return the header strings of a whole safetensors file, whose header is valid JSON."""
+    num_bytes = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + num_bytes]).get("__metadata__") or {}
+
+
+def _read_meta(text: str, file: str) -> TraceMeta:
     try:
         return TraceMeta.model_validate(pydantic_core.from_json(text, allow_inf_nan=False))
     except ValidationError as err:
         offence = err.errors(include_url=False)[0]
         where = ".".join(map(str, offence["loc"])) or "meta"
-        raise _refusal(path, f"has a wrong key {where} ({offence['msg']})") from err
+        raise _refusal(file, f"has a wrong key {where} ({offence['msg']})") from err
     except ValueError as err:
-        raise _refusal(path, f"has unreadable meta ({err})") from err
+        raise _refusal(file, f"has unreadable meta ({err})") from err
 
 
 def _problem(ranks: NDArray[np.uint8], offsets: NDArray[np.int64], meta: TraceMeta) -> str | None:
@@ -193,5 +213,5 @@ def _digest(meta: str, ranks: NDArray[Any], offsets: NDArray[Any]) -> str:
     return digest.hexdigest()
 
 
-def _refusal(path: Path, problem: str) -> ConfigError:
-    return ConfigError(f"trace {path} {problem}; record it again with stree-tune trace")
+def _refusal(file: str, problem: str) -> ConfigError:
+    return ConfigError(f"trace {file} {problem}; record it again with stree-tune trace")

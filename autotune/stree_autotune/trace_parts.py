@@ -21,8 +21,8 @@ from typing import Annotated, Any
 from pydantic import Field, NonNegativeInt, ValidationError
 
 from stree_autotune.record import Recording
-from stree_core.errors import ConfigError
-from stree_core.files import write_atomically
+from stree_core.errors import ConfigError, UnwritableFile, reason_of
+from stree_core.files import read_limited, write_atomically
 from stree_core.profile import Strict
 
 MAX_PART_BYTES = 1 << 30
@@ -135,9 +135,11 @@ def explained_writing(path: Path) -> Iterator[None]:
     """Turn a failure to write, such as a full disk, into ConfigError."""
     try:
         yield
-    except OSError as err:
+    except (OSError, UnwritableFile) as err:
+        cause = err.__cause__ if isinstance(err, UnwritableFile) else err
+        reason = reason_of(cause) if isinstance(cause, OSError) else str(err)
         raise ConfigError(
-            f"{path} cannot be written ({err.strerror}); what was recorded is kept: make room or "
+            f"{path} cannot be written ({reason}); what was recorded is kept: make room or "
             "mend the path, and run the same command again"
         ) from err
 
@@ -145,14 +147,11 @@ def explained_writing(path: Path) -> Iterator[None]:
 def _whole_lines(path: Path) -> list[bytes]:
     """Return a part's lines without one that was cut off; none when the part has gone."""
     try:
-        size = path.stat().st_size
-        if size > MAX_PART_BYTES:
-            raise ConfigError(
-                f"{path} may have at most {MAX_PART_BYTES} bytes, it has {size}; delete it"
-            )
-        return path.read_bytes().split(b"\n")[:-1]
-    except FileNotFoundError:
-        return []
+        return read_limited(path, MAX_PART_BYTES).split(b"\n")[:-1]
+    except ConfigError:
+        if not path.exists():
+            return []
+        raise
 
 
 def _as_line(content: dict[str, Any]) -> bytes:
