@@ -17,6 +17,7 @@ from stree_autotune.trace_file import load_trace
 from stree_autotune.tree_space import TreeSpace
 from stree_autotune.tune import Question, TuneRequest, ask
 from stree_core.errors import MissingMeasurement
+from stree_core.shown_text import printable
 
 SHOWN_SIZES = (0, 1, 2, 3, 4, 6, 8, 12, 15, 16, 24, 31, 32, 48, 63, 64, 96, 127, 128, 192, 255)
 
@@ -39,13 +40,15 @@ class Case:
 
 def run_analyze(request: TuneRequest, picture: Path | None, *, as_json: bool) -> None:
     """Print, and draw where asked, how speed grows with the tree."""
+    if picture is not None:
+        from stree_autotune.analyze_plot import draw, require_picture
+
+        require_picture(picture)
     question = ask(request)
     space = TreeSpace.of(question.trace, request.max_nodes)
     asked = _case(question, space, request.sampling.label)
     others = [*_other_samplings(question), *_other_gpus(question, space)]
     if picture is not None:
-        from stree_autotune.analyze_plot import draw
-
         draw(asked, others, _title(question), picture)
     console = result_console()
     console.print(_title(question))
@@ -55,7 +58,7 @@ def run_analyze(request: TuneRequest, picture: Path | None, *, as_json: bool) ->
     console.print("\nbreak-even size (speed over off) by batch size")
     console.print(_case_table([asked, *others]))
     if picture is not None:
-        console.print(f"picture: {picture}")
+        console.print(f"picture: {printable(str(picture))}")
     if as_json:
         _print_json(question, [asked, *others])
 

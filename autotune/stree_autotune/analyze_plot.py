@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stree_core.errors import ConfigError
+from stree_core.files import require_place, write_atomically
 
 if TYPE_CHECKING:
     from stree_autotune.analyze_cases import Case
@@ -15,20 +18,22 @@ FORMATS = (".png", ".svg")
 _INK, _FAINT = "#333333", "#bbbbbb"
 
 
-def draw(asked: Case, others: Sequence[Case], title: str, path: Path) -> None:
-    """Write the picture to a PNG or SVG file.
-
-    Raises ConfigError for another ending, a folder that is not there, or without matplotlib.
-    """
+def require_picture(path: Path) -> None:
+    """Raise ConfigError for another ending, a place that cannot be written or no matplotlib."""
     if path.suffix not in FORMATS or not path.parent.is_dir():
         raise ConfigError(
             f"--plot writes a .png or .svg file into an existing folder, got {path}; name another"
         )
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as err:
-        raise ConfigError("--plot needs matplotlib; pip install 'stree[plot]'") from err
+    require_place(path)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib; pip install 'stree[plot]'")
+
+
+def draw(asked: Case, others: Sequence[Case], title: str, path: Path) -> None:
+    """Write the picture to a PNG or SVG file, see `require_picture`."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
     settings: Any = {"font.size": 9, "svg.hashsalt": "stree", "axes.edgecolor": _INK}
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(11, 4.4), layout="constrained")
@@ -36,7 +41,9 @@ def draw(asked: Case, others: Sequence[Case], title: str, path: Path) -> None:
         figure.suptitle(title, fontsize=10)
         _draw_speed(speed, asked, matplotlib.colormaps["viridis"])
         _draw_sizes(size, [asked, *others])
-        figure.savefig(path, dpi=150)
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=150, format=path.suffix.removeprefix("."))
+    write_atomically(path, picture.getvalue())
 
 
 def _draw_speed(axes: Any, case: Case, colours: Any) -> None:

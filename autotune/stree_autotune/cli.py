@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -16,8 +17,10 @@ from stree_autotune.cli_analyze import register_analyze
 from stree_autotune.cli_deploy import register_deploy_verbs
 from stree_autotune.cli_live import register_live_verbs
 from stree_autotune.cli_report import register_report
-from stree_core.errors import ConfigError, NoFeasibleTree, StreeError
+from stree_core.errors import ConfigError, NoFeasibleTree, StreeError, os_sentence
+from stree_core.files import require_place
 from stree_core.profile import load_profile, require_writable, save_profile
+from stree_core.shown_text import printable, shown
 
 if TYPE_CHECKING:
     from stree_autotune.tune import TuneRequest
@@ -26,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 EXIT_NO_RESULT = 1
 EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 130
 
 # typer keeps its copy of click in different places from version to version
 _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.mro()[1])
@@ -109,7 +113,7 @@ def _tune(request: TuneRequest, output: Path, *, measure: bool, as_json: bool) -
     save_profile(profile, output)
     console = result_console()
     print_profile(profile, console)
-    console.print(f"profile: {output}")
+    console.print(f"profile: {printable(str(output))}")
     if as_json:
         print_json(profile)
 
@@ -159,9 +163,13 @@ def certify(
 
     library = Library.open(data)
     found: dict[str, list[float]] = {}
-    for path in [library.find_trace_file(name) for name in traces]:
+    paths = [library.find_trace_file(name) for name in traces]
+    for path in paths:
+        require_place(certificate_path(path))
+    for path in paths:
         certificate = certify_file(path, logger.info)
-        sys.stdout.write(f"wrote {certificate_path(path)}\n{describe(certificate)}\n")
+        sys.stdout.write(f"wrote {printable(str(certificate_path(path)))}\n")
+        sys.stdout.write(f"{describe(certificate)}\n")
         found[str(certificate_path(path))] = list(certificate.most_tokens_per_step)
     if as_json:
         sys.stdout.write(json.dumps({"most_tokens_per_step": found}) + "\n")
@@ -175,20 +183,51 @@ register_report(app)
 
 def main() -> None:
     """Run the command line: expected failures are one line on stderr, exit code 1 or 2."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_ShownLines("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.INFO)
+    sys.exit(_run())
+
+
+def _run() -> int:
     try:
         code = app(prog_name="stree-tune", standalone_mode=False)
+        sys.stdout.flush()
     except NoFeasibleTree as err:
-        sys.exit(_fail(str(err), EXIT_NO_RESULT))
+        return _fail(str(err), EXIT_NO_RESULT)
     except StreeError as err:
-        sys.exit(_fail(str(err), EXIT_BAD_INPUT))
+        return _fail(str(err), EXIT_BAD_INPUT)
     except _UsageError as err:
-        sys.exit(_fail(f"{err.format_message()} See stree-tune --help.", EXIT_BAD_INPUT))
-    sys.exit(code if isinstance(code, int) else 0)
+        return _fail(f"{err.format_message()} See stree-tune --help.", EXIT_BAD_INPUT)
+    except BrokenPipeError:
+        # the reader of our output, such as head, has all that it wants
+        _abandon_stdout()
+        return EXIT_NO_RESULT
+    except OSError as err:
+        _abandon_stdout()
+        return _fail(os_sentence(err), EXIT_BAD_INPUT)
+    except (typer.Abort, KeyboardInterrupt):
+        return _fail("stopped; what was finished is kept", EXIT_STOPPED)
+    return code if isinstance(code, int) else 0
+
+
+class _ShownLines(logging.Formatter):
+    """Lines without control characters and passwords, whatever file a name in them is from."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return shown(super().formatMessage(record))
+
+
+def _abandon_stdout() -> None:
+    """Keep the interpreter from writing at its end what could not be written before."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    sys.stderr.write(f"error: {shown(' '.join(message.split()))}\n")
     return code
 
 

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from stree_autotune import cli_flags as flags
+from stree_core.shown_text import clean_url, printable
 
 LibraryUrl = Annotated[
     str, typer.Argument(metavar="URL", help="A path, an fsspec URL or hf://REPOSITORY.")
@@ -89,7 +90,7 @@ def push(
     files = named_files(names, library) if names else own_files(folders, library)
     new = push_files(url, files, force=force)
     lines = [*(f"pushed {path}" for path in new), f"{len(new)} of {len(files)} files were new"]
-    _report(lines, {"url": url, "pushed": new, "files": sorted(files)}, as_json=as_json)
+    _report(lines, {"url": clean_url(url), "pushed": new, "files": sorted(files)}, as_json=as_json)
 
 
 def pull(
@@ -110,8 +111,8 @@ def pull(
 
     folder = data_folder(data)
     paths = pull_files(url, folder, names, force=force)
-    lines = [f"{folder / path}" for path in paths]
-    _report(lines, {"url": url, "folder": str(folder), "files": paths}, as_json=as_json)
+    lines = [printable(str(folder / path)) for path in paths]
+    _report(lines, {"url": clean_url(url), "folder": str(folder), "files": paths}, as_json=as_json)
 
 
 def list_files(

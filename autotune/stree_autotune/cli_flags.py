@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from stree_autotune import completion
 from stree_core.errors import ConfigError
-from stree_core.profile import Sampling
+from stree_core.profile import MAX_BATCH_SIZE, MAX_CONTEXT, MAX_SEED, Sampling
 from stree_core.tree import MAX_NODES
 
 DEFAULT_TARGET = "demo-target"
@@ -68,11 +68,16 @@ Rule = Annotated[
 Temperature = Annotated[float, typer.Option("--temperature", help="Sampling temperature.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Nucleus of the sampling law.")]
 Context = Annotated[
-    int, typer.Option("--context", min=1, help="Positions per sequence, prompt and output.")
+    int,
+    typer.Option(
+        "--context", min=1, max=MAX_CONTEXT, help="Positions per sequence, prompt and output."
+    ),
 ]
 BatchSizes = Annotated[
     list[int],
-    typer.Option("--batch-size", min=1, metavar="N", help="Active sequences; repeatable."),
+    typer.Option(
+        "--batch-size", min=1, max=MAX_BATCH_SIZE, metavar="N", help="Active sequences; repeatable."
+    ),
 ]
 MaxNodes = Annotated[
     int,
@@ -126,7 +131,9 @@ Trials = Annotated[
         help="Trees that Optuna tries per batch size.",
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random choice.")]
+Seed = Annotated[
+    int, typer.Option("--seed", min=0, max=MAX_SEED, help="Seed of every random choice.")
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Make the last line of stdout one JSON document.")
 ]
@@ -173,9 +180,15 @@ ProfileDraft = Annotated[
     str, typer.Option("--draft", show_default="the profile's name", help="Where the draft lies.")
 ]
 MaxNewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", min=1, help="Tokens after which a text ends.")
+    int,
+    typer.Option(
+        "--max-new-tokens", min=1, max=MAX_CONTEXT, help="Tokens after which a text ends."
+    ),
 ]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Sequences that run together.")]
+BatchSize = Annotated[
+    int,
+    typer.Option("--batch-size", min=1, max=MAX_BATCH_SIZE, help="Sequences that run together."),
+]
 Limit = Annotated[
     int, typer.Option("--limit", min=0, help="Prompts to take from the start, 0 for all.")
 ]

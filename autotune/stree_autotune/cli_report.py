@@ -12,6 +12,8 @@ import typer
 from stree_autotune import cli_flags as flags
 from stree_autotune import completion
 from stree_core.errors import ConfigError
+from stree_core.files import require_place
+from stree_core.shown_text import printable
 
 DEFAULT_REPORT = Path("report.html")
 
@@ -43,15 +45,16 @@ def report(
     from stree_autotune.library import Library
     from stree_autotune.report import is_report, write_report
 
+    require_place(output)
     if output.exists() and not force and not is_report(output):
         raise ConfigError(f"{output} exists and is no stree report; pass --force or another -o")
     searched = Library.open(flags.search_path(data, library))
     sections = write_report([searched.find_profile(name) for name in profiles], searched, output)
     for section in sections:
-        sys.stdout.write(f"{section.file_name}: {section.verdicts.headline}\n")
+        sys.stdout.write(f"{printable(section.file_name)}: {section.verdicts.headline}\n")
         for sentence in section.missing:
             sys.stdout.write(f"  left out: {sentence}\n")
-    sys.stdout.write(f"report: {output}\n")
+    sys.stdout.write(f"report: {printable(str(output))}\n")
     if as_json:
         content = [
             {

@@ -20,7 +20,7 @@ from stree_autotune.export_trees import export_choices, export_sequoia
 from stree_autotune.export_vllm import export_vllm, export_vllm_synthetic
 from stree_autotune.library import is_path
 from stree_core.errors import ConfigError, nearest
-from stree_core.files import write_atomically
+from stree_core.files import require_place, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +58,10 @@ def run_export(deployment: Deployment, name: str, output: Path | None, *, force:
     chosen = FORMATS[name]
     if output is None and not chosen.is_text:
         raise ConfigError(f"{name} is a binary format; name a file with -o")
-    if output is not None and output.exists() and not force:
-        raise ConfigError(f"{output} exists already; pass --force to replace it")
+    if output is not None:
+        require_place(output)
+        if output.exists() and not force:
+            raise ConfigError(f"{output} exists already; pass --force to replace it")
     exported = chosen.export(deployment)
     if deployment.profile.estimated:
         logger.warning("note: estimated: %s", deployment.title)

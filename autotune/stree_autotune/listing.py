@@ -17,6 +17,7 @@ from stree_autotune.share import cache_root
 from stree_autotune.trace_file import load_trace
 from stree_core.errors import StreeError
 from stree_core.profile import load_profile
+from stree_core.shown_text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def print_rows(rows: list[Row], console: Console) -> None:
         pair = f"{row.target} + {row.draft}"
         age = describe_age(row.date, now)
         texts = (row.kind, row.where, row.gpu, pair, row.dataset, row.sampling, row.status)
-        table.add_row(*texts, age, row.name)
+        table.add_row(*texts, age, printable(row.name))
     console.print(table)
 
 

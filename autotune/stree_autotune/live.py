@@ -15,6 +15,7 @@ from stree_autotune.prompts import load_prompts
 from stree_core.decode import generate, stream
 from stree_core.engine import Engine, EngineConfig, needed_positions
 from stree_core.errors import ConfigError
+from stree_core.files import require_place
 from stree_core.hub import is_hub_id
 from stree_core.model_source import ModelSource, find_source, folder_source, sheet_source
 from stree_core.pair import (
@@ -174,6 +175,7 @@ def report(text: str, summary: dict[str, object], as_json: bool) -> None:
 
 
 def require_new(path: Path, *, force: bool) -> None:
-    """Raise ConfigError when a file would be replaced without `force`."""
+    """Raise ConfigError when a file cannot be written, or would be replaced without `force`."""
+    require_place(path)
     if path.exists() and not force:
         raise ConfigError(f"{path} exists already; pass --force to replace it")

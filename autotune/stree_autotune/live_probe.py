@@ -21,6 +21,7 @@ from stree_autotune.runtime_table import (
 )
 from stree_autotune.show import result_console
 from stree_core.errors import ConfigError
+from stree_core.files import require_place
 from stree_core.pair import Pair, device_name, load_single, short_gpu_name
 
 logger = logging.getLogger(__name__)
@@ -28,13 +29,15 @@ logger = logging.getLogger(__name__)
 
 def run_probe(request: PairRequest, config: ProbeConfig, *, as_json: bool, force: bool) -> None:
     """Measure a runtime table and write it where tuning looks first."""
+    folder = data_folder(request.data) / "runtime"
+    require_place(folder / "table.yaml")
     pair = open_pair(request)
     if not config.gpu:
         gpu = short_gpu_name(device_name(pair.device), pair.device)
         config = replace(config, gpu=gpu)
     check_name(config.gpu, "GPU")
     names = (pair.target_ref.name, pair.draft_ref.name)
-    path = data_folder(request.data) / "runtime" / runtime_file_name(config.gpu, *names)
+    path = folder / runtime_file_name(config.gpu, *names)
     known = _known_table(path, pair, config, force=force)
     logger.info("probing %s + %s on %s", *names, device_name(pair.device))
     # Saved after every stage: a probe that is stopped keeps what it has measured.

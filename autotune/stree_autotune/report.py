@@ -21,8 +21,9 @@ from stree_autotune.report_speed import history_figure, speed_figure
 from stree_autotune.report_tree import ranks_figure, trees_figure
 from stree_autotune.report_verdict import Verdicts
 from stree_core.errors import StreeError
-from stree_core.files import dump_yaml, write_atomically
+from stree_core.files import dump_yaml, open_regular, write_atomically
 from stree_core.profile import Profile, load_profile
+from stree_core.shown_text import printable
 from stree_core.tree import Tree
 
 logger = logging.getLogger(__name__)
@@ -49,9 +50,7 @@ GENERATOR_WITHIN_BYTES = 1024
 
 def is_report(path: Path) -> bool:
     """True when a file is a page that `write_report` wrote."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return GENERATOR.encode() in file.read(GENERATOR_WITHIN_BYTES)
 
 
@@ -60,7 +59,9 @@ def write_report(paths: Sequence[Path], library: Library, output: Path) -> tuple
     sections = []
     for number, path in enumerate(paths, start=1):
         logger.info("profile %d of %d: %s", number, len(paths), path.name)
-        sections.append(make_section(load_profile(path), path.name, f"profile-{number}", library))
+        sections.append(
+            make_section(load_profile(path), printable(path.name), f"profile-{number}", library)
+        )
     write_atomically(output, render(sections).encode())
     return tuple(sections)
 

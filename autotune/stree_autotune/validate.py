@@ -30,7 +30,7 @@ from stree_autotune.trace_file import Trace
 from stree_autotune.trace_walk import walk
 from stree_core.decode import generate
 from stree_core.engine import Engine, EngineConfig
-from stree_core.files import write_atomically
+from stree_core.files import require_place, write_atomically
 from stree_core.pair import Pair, device_name, short_gpu_name
 from stree_core.profile import Profile, load_profile, save_profile
 from stree_core.request import Request
@@ -89,6 +89,9 @@ class _Stage:
 
 def run_validate(request: ValidateRequest, models: PairRequest, *, as_json: bool) -> None:
     """Print, and write where asked, predicted and live rows for a profile's pair."""
+    for path in (request.output, request.profile_path if request.write else None):
+        if path is not None:
+            require_place(path)
     profile = load_profile(request.profile_path)
     pair = open_profile_pair(models, profile)
     warning = chat_warning(profile, chat=request.chat)
