@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import http.server
 import json
 import logging
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,12 +21,22 @@ from synthetic_data import make_table, write_library
 from synthetic_profile import NAME, PAIR, PROFILE, TABLE, TRACE, write_profile
 
 from stree_autotune.library import Library, shipped_root
+from stree_autotune.listing import list_rows
 from stree_autotune.profile_sources import profile_cost, profile_trace
 from stree_autotune.share import cache_root, pull, push, sync
 from stree_autotune.share_files import named_files, own_files
-from stree_autotune.share_index import INDEX, Index, check_path, inside, read_index
-from stree_autotune.share_store import Store, Unreachable
-from stree_core.errors import ConfigError
+from stree_autotune.share_index import (
+    INDEX,
+    Entry,
+    Index,
+    check_path,
+    inside,
+    read_index,
+    write_index,
+)
+from stree_autotune.share_store import LOCK, Store, Unreachable
+from stree_autotune.trace_file import Trace, load_trace, save_trace
+from stree_core.errors import ConfigError, StreeError
 from stree_core.files import sha256_of
 from stree_core.profile import load_profile
 
@@ -85,7 +97,8 @@ def shelf(data: Path, tmp_path: Path) -> Path:
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    files = (path for path in root.rglob("*") if path.is_file())
+    """All files but locks."""
+    files = (path for path in root.rglob("*") if path.is_file() and path.name != LOCK)
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
 
 
@@ -351,3 +364,135 @@ def test_a_missing_source_is_said(data: Path, caplog: pytest.LogCaptureFixture) 
 def test_unknown_protocols_are_one_sentence(bad: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         sync(bad)
+
+
+def test_a_broken_file_is_named_and_left_out(
+    shelf: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = b"kind: stree-profile\ncontext: -1\n"
+    bad = "tuned/broken.yaml"
+    (shelf / bad).write_bytes(broken)
+    index = read_index((shelf / INDEX).read_bytes(), INDEX)
+    added = Entry(path=bad, sha256=hashlib.sha256(broken).hexdigest(), bytes=len(broken))
+    (shelf / INDEX).write_bytes(write_index(index.with_files({bad: added})))
+    with caplog.at_level(logging.WARNING):
+        pulled = pull(str(shelf), tmp_path / "new", [], force=False)
+    assert set(pulled) == {PROFILE, TABLE, TRACE, CERTIFICATE}
+    assert contents(tmp_path / "new") == contents(data)
+    assert f"left out: {bad}" in caplog.text
+    with pytest.raises(ConfigError, match=f"{bad}: key target is required"):
+        pull(str(shelf), tmp_path / "new", ["broken"], force=False)
+    # a file that is not what the index says harms no other either
+    (shelf / TABLE).write_bytes(b"x")
+    copy = sync(str(shelf))
+    assert not (copy / TABLE).exists()
+    assert (copy / TRACE).read_bytes() == (data / TRACE).read_bytes()
+    rows = list_rows(Library((copy,)))
+    assert {row.kind for row in rows} == {"profile", "trace"}
+
+
+def tables(root: Path, names: Sequence[str]) -> dict[str, Path]:
+    """Tables of GPUs of these names, by path inside a library."""
+    files = {}
+    for name in names:
+        table = make_table(name, *PAIR, batch_sizes=(1,))
+        write_library(root, table)
+        files[f"runtime/{table.file_name}"] = root / "runtime" / table.file_name
+    return files
+
+
+def test_pushes_at_once_lose_nothing(tmp_path: Path) -> None:
+    shares = [tables(tmp_path, [f"gpu-{who}-{i}" for i in range(5)]) for who in "abc"]
+    library = tmp_path / "library"
+
+    def push_one_by_one(files: dict[str, Path]) -> None:
+        for path, file in files.items():
+            push(str(library), {path: file}, force=False)
+
+    with ThreadPoolExecutor(len(shares)) as pool:
+        list(pool.map(push_one_by_one, shares))
+    index = read_index((library / INDEX).read_bytes(), INDEX)
+    assert {entry.path for entry in index.files} == {path for files in shares for path in files}
+
+
+def test_an_index_that_changed_meanwhile_is_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no lock: somebody pushes between our files and our index."""
+    url = "memory://races"
+    mine, theirs = (tables(tmp_path, [name]) for name in ("mine", "theirs"))
+    write = Store.write
+    times = []
+
+    def interrupted(store: Store, name: str, data: bytes) -> None:
+        write(store, name, data)
+        if name != INDEX and not times:
+            times.append(name)
+            push(url, theirs, force=False)
+
+    monkeypatch.setattr(Store, "write", interrupted)
+    push(url, mine, force=False)
+    index = read_index(Store.open(url).read(INDEX, 10**6) or b"", INDEX)
+    assert {entry.path for entry in index.files} == {*mine, *theirs}
+    MemoryFileSystem.store.clear()
+
+
+def test_an_index_that_others_keep_replacing_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Store.write
+
+    def replaced(store: Store, name: str, data: bytes) -> None:
+        write(store, name, write_index(Index()) if name == INDEX else data)
+
+    monkeypatch.setattr(Store, "write", replaced)
+    with pytest.raises(Unreachable, match=r"was changed by others .* push again"):
+        push("memory://races", tables(tmp_path, ["mine"]), force=False)
+    MemoryFileSystem.store.clear()
+
+
+def test_readers_at_once_share_one_copy(shelf: Path, tmp_path: Path) -> None:
+    names = [f"gpu-{i}" for i in range(8)]
+    push(str(shelf), tables(tmp_path, names), force=False)
+    copy = sync(str(shelf))
+    index = read_index((shelf / INDEX).read_bytes(), INDEX)
+    kept = tuple(entry for entry in index.files if "gpu-" not in entry.path)
+    (shelf / INDEX).write_bytes(write_index(Index(files=kept)))
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(sync, [str(shelf)] * 16)) == {copy}
+    assert set(contents(copy)) == {*(entry.path for entry in kept), INDEX}
+
+
+@pytest.mark.parametrize("place", ["tuned", "runtime", "traces"])
+def test_no_password_is_shared(data: Path, tmp_path: Path, place: str) -> None:
+    secret = "stree-tune --storage postgresql://me:hunter2@db/x"
+    if place == "tuned":
+        name, path = PROFILE, data / PROFILE
+        text = path.read_text().replace("command: x", f"command: {secret}")
+        path.write_text(text)
+    elif place == "runtime":
+        name, path = TABLE, data / TABLE
+        path.write_text(path.read_text().replace("stree-tune probe --gpu h200", secret))
+    else:
+        name, path = TRACE, data / TRACE
+        trace = load_trace(path)
+        made = trace.meta.provenance.model_copy(update={"command": secret})
+        meta = trace.meta.model_copy(update={"provenance": made})
+        save_trace(Trace(trace.ranks, trace.offsets, meta), path)
+    assert b"hunter2" in path.read_bytes()
+    if place == "tuned":
+        push(str(tmp_path / "shelf"), {name: path}, force=False)
+        assert load_profile(tmp_path / "shelf" / name) == load_profile(path)
+    else:
+        with pytest.raises(ConfigError, match="has a password in the command") as refusal:
+            push(str(tmp_path / "shelf"), {name: path}, force=False)
+        assert "hunter2" not in str(refusal.value)
+    assert not [c for c in contents(tmp_path / "shelf").values() if b"hunter2" in c]
+
+
+def test_no_password_is_in_what_a_library_says(tmp_path: Path) -> None:
+    for url in ("nosuch://me:hunter2@host/x", "http://me:hunter2@127.0.0.1:9/x?token=hunter2"):
+        for attempt in (sync, lambda url: push(url, {}, force=False)):
+            with pytest.raises(StreeError) as refusal:
+                attempt(url)
+            assert "hunter2" not in str(refusal.value)
