@@ -3,7 +3,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup tune test format lint types imports wheel aot docs newcomer screenshots gpu-test bench sanitize check
+.PHONY: setup tune test format lint types imports wheel aot docs newcomer screenshots gpu-test bench sanitize fuzz check
 
 setup: .venv/stamp
 
@@ -50,6 +50,10 @@ newcomer: setup
 # The pictures of the report in docs/images; needs Chromium and pngquant.
 screenshots: setup
 	$(BIN)/python tests/report_screenshots.py
+
+# Mutated files for every loader, some ten minutes.
+fuzz: setup
+	$(BIN)/python benchmarks/fuzz.py
 
 # The targets below need a GPU.
 gpu-test: setup

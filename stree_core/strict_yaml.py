@@ -110,10 +110,11 @@ def _refuse_surprises(text: bytes, name: str) -> None:
     for event in yaml.parse(text, Loader=_SafeLoader):
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise ConfigError(f"{name} must not use YAML anchors or aliases; write values out")
-        if getattr(event, "tag", None) is not None:
-            line = event.start_mark.line + 1
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            where = f" at line {event.start_mark.line + 1}" if event.start_mark else ""
             raise ConfigError(
-                f"{name} must be plain YAML: it has the tag {event.tag} at line {line}; remove tags"
+                f"{name} must be plain YAML: it has the tag {tag}{where}; remove tags"
             )
         if isinstance(event, yaml.NodeEvent):
             num_values += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -300,3 +301,11 @@ def test_a_tuned_row_says_how_far_the_best_tree_may_be(capsys: pytest.CaptureFix
     printed = capsys.readouterr().out
     assert "best possible static tree of up to 16 nodes on this trace" in printed
     assert f"{100 * (profile.policy[1].predicted.gap or 0):.1f} %" in printed
+
+
+def test_a_trace_without_positions_bounds_what_off_reaches() -> None:
+    """All its prompts ended at once: no tree emits anything more."""
+    found = certify(trace_of([[0, 1, 0]] * 2, 2), "a" * 64)
+    empty = found.model_copy(update={"num_positions": 0})
+    cost = SimpleNamespace(least_ms=lambda *_: 2.0)
+    assert empty.most_tokens_per_s(cost, 4, 8) == 2000

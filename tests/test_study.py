@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def test_the_first_trials_are_given(space: TreeSpace) -> None:
     [
         ("postgresql://me:secret@127.0.0.1:1/trials", "must be a database that can be reached"),
         ("nosuch://host/trials", "--storage nosuch://host/trials"),
-        ("/proc/nowhere/a.journal", "must be a journal file that can be written"),
+        ("/proc/nowhere/a.journal", "a.journal cannot be written"),
     ],
 )
 def test_a_storage_that_cannot_be_used(storage: str, message: str) -> None:
@@ -116,3 +117,18 @@ def test_a_database_without_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(ConfigError, match=r"needs a driver.*pip install 'stree\[postgres\]'"):
         open_storage("postgresql://me:secret@host/trials")
+
+
+@pytest.mark.parametrize("text", ["{}\n", "[]\n", "x\ny\n", '{"op_code": 99}\n', "\x00" * 9 + "\n"])
+def test_a_file_that_is_no_journal_is_one_sentence(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "x.journal"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="must be a journal file"):
+        open_storage(str(path))
+    assert path.read_text() == text
+
+
+def test_a_pipe_is_no_journal(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="name a regular file"):
+        open_storage(str(tmp_path / "pipe"))

@@ -104,7 +104,11 @@ class Certificate(Strict):
         For every number of nodes and levels, the most tokens per step of such trees over the least
         time of such trees: the two need not be the same tree's, so the rate may be out of reach.
         """
-        least_ms = self.num_positions * cost.least_ms(batch_size, 0, 0, 1.0)
+        off_ms = cost.least_ms(batch_size, 0, 0, 1.0)
+        if self.num_positions == 0:
+            # a trace of prompts that ended at once: no tree emits anything more
+            return 1000 * batch_size / off_ms
+        least_ms = self.num_positions * off_ms
         for size, starts in self._sizes_up_to(max_nodes):
             if starts:
                 rate = self.num_positions / starts

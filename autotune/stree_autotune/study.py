@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import optuna
+from optuna.storages.journal import JournalFileBackend, JournalStorage
 
-from stree_core.errors import ConfigError
+from stree_core.errors import ConfigError, StreeError, UnwritableFile, reason_of, unwritable
+from stree_core.files import open_regular, require_place
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -60,15 +64,56 @@ def open_storage(text: str) -> BaseStorage | None:
     return _open_database(text)
 
 
-def _open_journal(path: Path) -> BaseStorage:
-    from optuna.storages.journal import JournalFileBackend, JournalStorage
+class _Journal(JournalFileBackend):
+    """A journal file whose failures are the project's own.
 
+    Where the disk fails, Optuna's lock of the file raises RuntimeError and AssertionError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        super().__init__(str(path))
+
+    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+        """Yield what stands from a line on."""
+        with self._explained():
+            yield from super().read_logs(log_number_from)
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Add lines at the end."""
+        with self._explained():
+            super().append_logs(logs)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as err:
+            raise unwritable(self._path, err) from err
+        except (RuntimeError, AssertionError) as err:
+            cause = err.__context__
+            reason = reason_of(cause) if isinstance(cause, OSError) else str(err)
+            raise UnwritableFile(
+                f"{self._path} cannot be written ({reason}), the trials before are kept; free some "
+                "space or name another place with --storage"
+            ) from err
+
+
+def _open_journal(path: Path) -> BaseStorage:
+    require_place(path)
+    if path.exists():
+        with open_regular(path):
+            pass
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(str(path)))
-    except (OSError, ValueError) as err:
+        return JournalStorage(_Journal(path))
+    except StreeError:
+        raise
+    # A file that is no journal fails wherever Optuna first misses something in it.
+    except Exception as err:
         raise ConfigError(
-            f"--storage {path} must be a journal file that can be written, got {err}; name another"
+            f"--storage {path} must be a journal file that can be written, got "
+            f"{type(err).__name__} {err}; name another"
         ) from err
 
 
