@@ -87,12 +87,14 @@ def make_input(loader: Loader, seeds: list[bytes], seed: int, number: int) -> by
 
 def read_one(loader: Loader, bench: Bench, data: bytes) -> str:
     """Return accepted, refused, timeout, or fault with where it came from."""
+    before = signal.signal(signal.SIGPROF, _out_of_time)
     try:
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
         try:
             loader.read(bench, data)
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0.0)
+            signal.signal(signal.SIGPROF, before)
     except StreeError as err:
         return "refused" if "\n" not in str(err) else f"fault two lines: {err}"
     except OutOfTimeError:
@@ -161,7 +163,6 @@ def _work(
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 2)
     warnings.simplefilter("ignore")
-    signal.signal(signal.SIGPROF, _out_of_time)
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY_BYTES, size + MEMORY_BYTES))
     own = Bench(bench.root.parent / f"worker-{os.getpid()}")
