@@ -113,7 +113,7 @@ def measure(
 def prompts_of(pair: Pair, trace: Trace | None, count: int) -> list[list[int]]:
     if trace is not None:
         return [prompt_for(7 * index % trace.num_prompts) for index in range(count)]
-    texts = open_prompts("demo")
+    texts = open_prompts("demo").texts
     return pair.encode([texts[index % len(texts)] for index in range(count)])
 
 

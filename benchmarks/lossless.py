@@ -93,7 +93,7 @@ def compare(options: argparse.Namespace, dtype: str, part: int) -> list[Row]:
     request = PairRequest("demo-target", "demo-draft", (), Runtime(options.device, dtype, "auto"))
     pair = open_pair(request)
     longest, chosen = options.tokens, slice(part, options.prompts, options.processes)
-    prompts = pair.encode(open_prompts("demo", "", ()))[chosen]
+    prompts = pair.encode(open_prompts("demo").texts)[chosen]
     lengths = [longest - index * 37 % (longest // 2) for index in range(options.prompts)]
     stops = [StopRule(length) for length in lengths[chosen]]
     alone = decode(pair, prompts, stops, 1, Tree.chain(0))

@@ -138,7 +138,7 @@ def open_case(name: str, device: str, data: Sequence[Path]) -> tuple[Case, dict[
     gpu = short_gpu_name(device_name(pair.device), pair.device)
     if trace is None:
         trace = demo_trace(data)
-    prompts = pair.encode(open_prompts("demo")) if accepts_by_itself else [prompt_for(0)]
+    prompts = pair.encode(open_prompts("demo").texts) if accepts_by_itself else [prompt_for(0)]
     context = typical_context(prompts, trace)
     label, runtime = find_table(name, gpu, data)
     cost = StepCost.from_table(runtime, context=context)
@@ -261,7 +261,7 @@ def chosen_prompts(case: Case, batch: int, num_demo_prompts: int) -> list[int]:
 def requests_of(case: Case, chosen: Sequence[int]) -> list[Request]:
     """Return the requests whose texts the trace recorded."""
     if case.accepts_by_itself:
-        texts = open_prompts("demo")
+        texts = open_prompts("demo").texts
         stop = StopRule(case.trace.meta.max_new_tokens, case.pair.target.shape.eos_token_ids)
         prompts = case.pair.encode([texts[index] for index in chosen])
         return [Request(prompt, stop) for prompt in prompts]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stree_core.errors import CheckpointError
+from stree_core.extras import install_command
 
 TEXT_FILES = (
     "config.json",
@@ -70,7 +71,7 @@ def _snapshot(name: str, weights: tuple[str, ...], cache_dir: Path | None) -> Pa
     except ImportError as err:
         raise CheckpointError(
             f"fetching {name} needs the package huggingface_hub, it is not installed; "
-            "pip install 'stree-tune[hf]' or give a local folder"
+            f"{install_command('hf')} or give a local folder"
         ) from err
     try:
         folder = huggingface_hub.snapshot_download(

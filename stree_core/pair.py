@@ -15,6 +15,7 @@ from stree_core.backend import (
     resolve_device,
     resolve_dtype,
 )
+from stree_core.chat import Chat
 from stree_core.checkpoint import load_model
 from stree_core.errors import CheckpointError, ConfigError
 from stree_core.model import Model
@@ -58,18 +59,27 @@ class Pair:
         return self.target.device
 
     def encode(self, prompts: list[str], *, chat: bool = False) -> list[list[int]]:
-        """Return the token ids of prompts, with `chat` each as a turn of the chat template.
+        """Return the token ids of prompts, with `chat` each as a user's turn of the chat template.
 
         Raises ConfigError on a prompt without text, CheckpointError without tokenizer or template.
         """
+        for number, prompt in enumerate(prompts, start=1):
+            if not prompt.strip():
+                raise ConfigError(f"prompt {number} must hold some text, it is empty; write it")
+        if chat:
+            return self.encode_chats([Chat.of_user(prompt) for prompt in prompts])
+        return self._known_codec().encode(prompts)
+
+    def encode_chats(self, chats: list[Chat]) -> list[list[int]]:
+        """Return the token ids of conversations; raises as `encode` does."""
+        return self._known_codec().encode_chats(chats)
+
+    def _known_codec(self) -> TextCodec:
         if self.codec is None:
             raise CheckpointError(
                 f"{self.target_ref.name} needs tokenizer.json to read prompts, it has none; add it"
             )
-        for number, prompt in enumerate(prompts, start=1):
-            if not prompt.strip():
-                raise ConfigError(f"prompt {number} must hold some text, it is empty; write it")
-        return self.codec.encode_chats(prompts) if chat else self.codec.encode(prompts)
+        return self.codec
 
     def decode(self, tokens: list[int]) -> str:
         """Return the text of token ids, special tokens left out."""

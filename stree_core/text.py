@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stree_core.chat import Chat, require_unicode
 from stree_core.errors import CheckpointError, ConfigError, StreeError
+from stree_core.extras import install_command
 from stree_core.files import read_limited, sha256_of
 
 if TYPE_CHECKING:
@@ -19,7 +21,6 @@ MAX_TOKENS = 1 << 22
 # What a tokenizer without tokenizer.json is made of; the config alone is none.
 VOCABULARY_FILES = ("merges.txt", "tokenizer.model", "vocab.json")
 CONFIG_FILE = "tokenizer_config.json"
-HINT = "pip install 'stree-tune[hf]'"
 USE_ANOTHER = "use the tokenizer that belongs to the model"
 PASS_OTHER_TEXT = f"pass other text, or {USE_ANOTHER}"
 
@@ -55,7 +56,7 @@ class TextCodec:
         Raises ConfigError on a text that is not Unicode, CheckpointError when the tokenizer fails.
         """
         for number, text in enumerate(texts, start=1):
-            _require_unicode(text, f"text {number}")
+            require_unicode(text, f"prompt {number}")
         with _explained(f"the tokenizer of {self._name} cannot read this text", PASS_OTHER_TEXT):
             if self._fast is not None:
                 return [encoding.ids for encoding in self._fast.encode_batch(texts)]
@@ -68,14 +69,12 @@ class TextCodec:
             text: str = tokenizer.decode(tokens, skip_special_tokens=True)
         return text
 
-    def encode_chats(self, messages: list[str]) -> list[list[int]]:
-        """Return the token ids of each message as one user turn, up to where the reply begins.
+    def encode_chats(self, chats: list[Chat]) -> list[list[int]]:
+        """Return the token ids of each conversation, up to where the next reply begins.
 
         Special tokens are the template's own. Raises CheckpointError when the folder has no chat
-        template or it cannot be rendered.
+        template or it cannot be rendered, ConfigError when it would leave a turn out.
         """
-        for number, message in enumerate(messages, start=1):
-            _require_unicode(message, f"message {number}")
         if self._auto is None:
             self._load_auto()
         if self._auto.chat_template is None:
@@ -83,20 +82,47 @@ class TextCodec:
                 f"{self._name} must hold a chat template to read chats, it has none; add "
                 "chat_template.jinja or pass prompts as plain text"
             )
-        return [self._encode_chat(message) for message in messages]
+        return [self._encode_chat(chat, number) for number, chat in enumerate(chats, start=1)]
 
-    def _encode_chat(self, message: str) -> list[int]:
-        turns = [{"role": "user", "content": message}]
+    def _encode_chat(self, chat: Chat, number: int) -> list[int]:
+        chat.require_unicode(f"prompt {number}")
+        tokens = self._rendered(chat, tokenize=True)
+        if len(chat.messages) > 1:
+            self._require_whole(chat, number)
+        return list(tokens)
+
+    def _require_whole(self, chat: Chat, number: int) -> None:
+        """Raise ConfigError when another text in a turn would be rendered alike.
+
+        The assistant's earlier turns may be: templates drop its reasoning.
+        """
+        whole = self._rendered(chat, tokenize=False)
+        for index, turn in enumerate(chat.messages):
+            if turn["role"] == "assistant":
+                continue
+            changed = [*chat.messages]
+            changed[index] = {**turn, "content": f"{turn['content']} #"}
+            if self._rendered(Chat(tuple(changed), chat.tools), tokenize=False) == whole:
+                raise ConfigError(
+                    f"prompt {number} has a turn of the role {turn['role']} (turn {index + 1}), "
+                    f"which the chat template of {self._name} leaves out; rename the role or pass "
+                    "prompts as plain text"
+                )
+
+    def _rendered(self, chat: Chat, *, tokenize: bool) -> Any:
         # A template is a program of its own, which may fail in any way.
         with _explained(
             f"the chat template of {self._name} cannot be rendered",
             "mend it or pass prompts as plain text",
-            ("rendering a chat template needs the package jinja2", HINT),
+            ("rendering a chat template needs the package jinja2", install_command("hf")),
         ):
-            tokens = self._auto.apply_chat_template(
-                turns, add_generation_prompt=True, tokenize=True, return_dict=False
+            return self._auto.apply_chat_template(
+                [dict(turn) for turn in chat.messages],
+                tools=[dict(tool) for tool in chat.tools] or None,
+                add_generation_prompt=True,
+                tokenize=tokenize,
+                return_dict=False,
             )
-            return list(tokens)
 
     def _load_auto(self) -> None:
         self._auto = _auto_tokenizer(self._folder, self._name)
@@ -168,7 +194,7 @@ def _auto_tokenizer(folder: Path, name: str) -> Any:
     except ImportError as err:
         raise CheckpointError(
             f"the tokenizer of {name} needs the package transformers for this, it is not "
-            f"installed; {HINT}"
+            f"installed; {install_command('hf')}"
         ) from err
     for file in (*VOCABULARY_FILES, CONFIG_FILE, "tokenizer.json"):
         path = folder / file
@@ -202,18 +228,6 @@ def _explained(what: str, remedy: str, if_missing: tuple[str, str] | None = None
         if if_missing is not None and isinstance(err, ImportError):
             what, remedy = if_missing
         raise CheckpointError(f"{what} ({_line(err)}); {remedy}") from err
-
-
-def _require_unicode(text: str, what: str) -> None:
-    """Raise ConfigError for half of a surrogate pair: what is left of text that is not UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as err:
-        character = ord(text[err.start])
-        raise ConfigError(
-            f"{what} must be valid Unicode, its character {err.start + 1} is U+{character:04X}, "
-            "which stands for nothing by itself; save the text as UTF-8"
-        ) from err
 
 
 def _line(err: BaseException) -> str:

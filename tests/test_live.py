@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from tiny_models import random_texts, save_pair
 
+from stree_autotune.certificate import certificate_path, load_certificate
 from stree_autotune.cli import main
 from stree_autotune.probe import BUDGETS, Budget
 from stree_autotune.runtime_table import load_runtime_table
 from stree_autotune.timing import Effort
 from stree_autotune.trace_file import load_trace
 from stree_core.profile import Sampling, load_profile, save_profile
+from stree_core.text import load_text_codec
 
 PAIR = ("--target", "tiny-target", "--draft", "tiny-draft")
 NUM_PROMPTS = 12
@@ -86,6 +89,8 @@ def test_from_measurement_to_text(run: Runner) -> None:
     record = ("trace", "--dataset", "toys", "--prompts", "prompts.jsonl", *PAIR)
     code, out, _ = run(*record, "--max-new-tokens", "12", "--json")
     assert code == 0
+    first = f"12 prompts from field question; the first begins: {random_texts(NUM_PROMPTS)[0][:80]}"
+    assert out.splitlines()[0] == first
     assert json.loads(out.splitlines()[-1])["rank0_share"] > 0
     assert "unreliable" in out
     code, _, err = run(*record)
@@ -124,6 +129,42 @@ def test_from_measurement_to_text(run: Runner) -> None:
     assert "the profile is for target tiny-target" in err
     code, out, _ = run(*prompt, "--json")
     assert json.loads(out.splitlines()[-1])["text"] == tuned.removesuffix("\n")
+
+
+def test_a_trace_without_certificate_gets_it(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the process was ended between the two; nothing is recorded a second time."""
+    record = ("trace", "--dataset", "ended", "--prompts", "prompts.jsonl", *PAIR)
+    record = (*record, "--max-new-tokens", "5", "--limit", "3")
+    with monkeypatch.context() as patch:
+        patch.setattr("stree_autotune.trace.certify_file", interrupted)
+        with pytest.raises(Ended):
+            run(*record)
+    path = Path("stree-data/traces/tiny-target--tiny-draft--ended--greedy.safetensors")
+    left = path.with_suffix(".part-0.jsonl")
+    left.write_text("{}\n")
+    whole = path.read_bytes()
+    monkeypatch.setattr("stree_autotune.trace.open_pair", interrupted)
+    code, _, err = run(*record[:-1], "2")
+    assert code == 2, "another recording's trace stands in the way"
+    assert "--force" in err
+    code, out, err = run(*record)
+    assert code == 0, err
+    assert "of 3 prompts" in out
+    assert "most tokens per step" in out
+    assert path.read_bytes() == whole
+    assert not left.exists()
+    assert load_certificate(path) is not None
+    assert run(*record)[0] == 2, "both are there"
+    certificate_path(path).write_text("schema_version: 1\n")
+    assert run(*record)[0] == 0, "a certificate that is none is replaced"
+
+
+class Ended(Exception):
+    """Stands for the end of the process."""
+
+
+def interrupted(*_: object) -> None:
+    raise Ended
 
 
 def test_one_model_is_timed_alone(run: Runner) -> None:
@@ -190,10 +231,29 @@ def test_chats_are_put_into_the_template(
         caplog.clear()
         assert run(*prompt, "w3 w4", "--profile", "chats.yaml", *flags)[0] == 0
         assert ("tuned on prompts in the chat template" in caplog.text) == warns
+    turns = [{"role": "system", "content": "w5"}, {"role": "user", "content": "w3 w4"}]
+    Path("chats.jsonl").write_text(json.dumps({"messages": turns}))
+    record = ("trace", "--dataset", "turns", "--prompts", "chats.jsonl", *PAIR, "--chat")
+    with pytest.MonkeyPatch.context() as patch:
+        seen: list[list[list[int]]] = []
+        patch.setattr("stree_autotune.trace.record_share", partial(keep, seen))
+        code, out, err = run(*record)
+    assert code == 0, err
+    assert out == (
+        "1 prompt from field messages; the first (2 turns) begins: system: w5\\nuser: w3 w4\n"
+    )
+    codec = load_text_codec(model)
+    assert seen == [codec.encode(["w9 w5 w8w9 w3 w4 w8"])]
     (model / "tokenizer_config.json").unlink()
     code, _, err = run(*prompt, "w3 w4", "--chat")
     assert code == 2
     assert "tiny-target must hold a chat template" in err
+
+
+def keep(seen: list[object], pair: object, tokens: object, *_: object, **__: object) -> list[int]:
+    """Stand for recording: note the prompts, record none."""
+    seen.append(tokens)
+    return []
 
 
 def test_validate_follows_a_profiles_sampling(
@@ -241,6 +301,7 @@ def test_bad_requests_are_one_sentence_and_leave_nothing(run: Runner, folder: Pa
     for arguments, message in [
         (("decode", "--prompt", "w1", "--profile", "none.yaml"), "no profile none.yaml is there"),
         (("trace", "--dataset", "x", "--prompts", "none.jsonl", *PAIR), "cannot be read"),
+        (("decode", "--prompt", "w1 \udcff", "-p", "stree-profile.yaml"), "valid Unicode"),
         (("trace", "--dataset", "toyz", *PAIR), "not known on the hub"),
         (("trace", "--dataset", "a/b", "--prompts", "prompts.jsonl", *PAIR), "a/b"),
         (("probe", "--target", "tiny-tarket", "--draft", "tiny-draft"), "tiny-target"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from stree_core.errors import CheckpointError
+from stree_core.chat import Chat
+from stree_core.errors import CheckpointError, ConfigError
+from stree_core.extras import install_command
 from stree_core.files import sha256_of
 from stree_core.text import load_text_codec, tokenizer_sha256
 
@@ -20,6 +23,7 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<user>{{ m['content'] | trim }}<end>{% endfor %}"
     "{% if add_generation_prompt %}<reply>{% endif %}"
 )
+HELLO = Chat.of_user("hello")
 SPECIAL = ["<bos>", "<end>", "<user>", "<reply>"]
 
 
@@ -104,7 +108,9 @@ def test_a_chat_is_rendered_once_begun(folder: Path, place: str) -> None:
     if place == "tokenizer_config.json":
         (folder / "chat_template.jinja").unlink()
         edit_config(folder, chat_template=TEMPLATE)
-    chats = load_text_codec(folder).encode_chats(["a tree of tokens ", "a tree!"])
+    chats = load_text_codec(folder).encode_chats(
+        [Chat.of_user("a tree of tokens "), Chat.of_user("a tree!")]
+    )
     theirs = AutoTokenizer.from_pretrained(folder)
     plain = theirs.encode("<bos><user>a tree of tokens<end><reply>", add_special_tokens=False)
     assert chats[0] == plain
@@ -115,19 +121,43 @@ def test_a_chat_is_rendered_once_begun(folder: Path, place: str) -> None:
     )  # fmt: skip
 
 
+def test_a_conversation_goes_through_the_template_whole(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text(
+        "{% for t in tools or [] %}[{{ t.name }}]{% endfor %}"
+        "{% for m in messages if m.role != 'developer' %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    )
+    turns = [("system", "a tree"), ("user", "of"), ("assistant", "tokens"), ("user", "a")]
+    chat = Chat(tuple({"role": r, "content": c} for r, c in turns), ({"name": "tree"},))
+    (ids,) = load_text_codec(folder).encode_chats([chat])
+    text = "[tree]system:a tree;user:of;assistant:tokens;user:a;"
+    assert ids == AutoTokenizer.from_pretrained(folder).encode(text, add_special_tokens=False)
+    silent = Chat(({"role": "developer", "content": "a tree"}, *chat.messages))
+    with pytest.raises(ConfigError, match=r"prompt 2 has a turn of the role developer \(turn 1\)"):
+        load_text_codec(folder).encode_chats([chat, silent])
+
+
+def test_half_a_character_is_refused(folder: Path) -> None:
+    codec = load_text_codec(folder)
+    for text in ("a \ud83d tree", "a \udcff tree"):
+        with pytest.raises(ConfigError, match="prompt 2 must be valid Unicode, it holds the lone"):
+            codec.encode(["a", text])
+        with pytest.raises(ConfigError, match="prompt 1 must be valid Unicode"):
+            codec.encode_chats([Chat.of_user(text)])
+
+
 def test_a_folder_without_template_says_so(tmp_path: Path) -> None:
     folder = save(tmp_path / "plain", bpe(), template=None)
     with pytest.raises(CheckpointError, match=r"^plain must hold a chat template.*jinja"):
-        load_text_codec(folder).encode_chats(["hello"])
+        load_text_codec(folder).encode_chats([HELLO])
     with pytest.raises(CheckpointError, match=r"^known must hold a chat template"):
-        load_text_codec(folder, "known").encode_chats(["hello"])
+        load_text_codec(folder, "known").encode_chats([HELLO])
 
 
 @pytest.mark.parametrize("template", ["{% for %}", "{{ raise_exception('no users here') }}"])
 def test_a_broken_template_is_named(tmp_path: Path, template: str) -> None:
     codec = load_text_codec(save(tmp_path / "model", bpe(), template))
     with pytest.raises(CheckpointError, match="chat template of model cannot be rendered"):
-        codec.encode_chats(["hello"])
+        codec.encode_chats([HELLO])
 
 
 @pytest.fixture
@@ -149,12 +179,12 @@ def test_transformers_may_be_missing(
     folder: Path, split: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    needs = r"package transformers .*pip install 'stree-tune\[hf\]'"
+    missing = f"package transformers .*{re.escape(install_command('hf'))}"
     codec = load_text_codec(folder)
     assert codec.encode(TEXTS[:1])
-    with pytest.raises(CheckpointError, match=needs):
-        codec.encode_chats(["hello"])
-    with pytest.raises(CheckpointError, match=needs):
+    with pytest.raises(CheckpointError, match=missing):
+        codec.encode_chats([HELLO])
+    with pytest.raises(CheckpointError, match=missing):
         load_text_codec(split)
 
 
@@ -178,7 +208,7 @@ def test_malformed_configs_are_said_where_they_matter(folder: Path) -> None:
     codec = load_text_codec(folder)
     assert codec.encode(TEXTS[:1])
     with pytest.raises(CheckpointError, match="the tokenizer of model cannot be loaded"):
-        codec.encode_chats(["hello"])
+        codec.encode_chats([HELLO])
 
 
 def test_malformed_vocabulary(split: Path) -> None:

@@ -148,6 +148,14 @@ def load_certificate(trace: Path) -> Certificate | None:
     return certificate
 
 
+def has_certificate(trace: Path) -> bool:
+    """True when a sound certificate of this very trace lies beside it."""
+    try:
+        return load_certificate(trace) is not None
+    except ConfigError:
+        return False
+
+
 def save_certificate(certificate: Certificate, trace: Path) -> Path:
     """Write a certificate atomically beside its trace file; return where."""
     path = certificate_path(trace)

@@ -127,8 +127,8 @@ def trace(
     from stree_autotune.trace import run_trace
     from stree_core.pair import Runtime
 
-    chosen = parse_rows(rows) if rows else slice(None)
-    texts = open_prompts(dataset, prompts, tuple(data), rows=chosen, limit=limit or None)
+    which = parse_rows(rows) if rows else slice(None)
+    chosen = open_prompts(dataset, prompts, tuple(data), rows=which, limit=limit or None)
     config = RecordConfig(
         dataset=dataset,
         sampling=flags.sampling(rule, temperature, top_p),
@@ -139,7 +139,7 @@ def trace(
         chat=chat,
     )
     request = PairRequest(target, draft, tuple(data), Runtime(device, dtype, backend))
-    run_trace(request, config, prompts=texts, as_json=as_json, force=force)
+    run_trace(request, config, prompts=chosen, as_json=as_json, force=force)
 
 
 def validate(

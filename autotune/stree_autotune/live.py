@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from stree_autotune.library import Library
-from stree_autotune.prompts import load_prompts
+from stree_autotune.prompts import PromptSet, load_prompts
 from stree_core.decode import generate, stream
 from stree_core.engine import Engine, EngineConfig, needed_positions
 from stree_core.errors import ConfigError
@@ -84,12 +84,17 @@ def open_prompts(
     *,
     rows: slice = slice(None),
     limit: int | None = None,
-) -> list[str]:
+) -> PromptSet:
     """Return prompts of a file, of a hub dataset or by name; the demo set ships with its target."""
     if not source and dataset == DEMO_DATASET:
         model = Library.open(data, missing_ok=True).find_model("demo-target")
         source = str(model / "prompts.jsonl")
     return load_prompts(dataset, source, rows=rows, limit=limit)
+
+
+def encode_prompts(pair: Pair, prompts: PromptSet, *, chat: bool) -> list[list[int]]:
+    """Return the token ids of prompts: whole conversations with `chat`, else last user turns."""
+    return pair.encode_chats(prompts.chats) if chat else pair.encode(prompts.texts)
 
 
 def chat_warning(profile: Profile, *, chat: bool) -> str | None:

@@ -1,17 +1,19 @@
-"""Prompts by dataset name, from a JSONL file or the Hugging Face hub."""
+"""Prompts by dataset name, from a file or the Hugging Face hub."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
+from stree_autotune.prompt_files import Records, read_rows
+from stree_autotune.prompt_rows import Prompt, prompt_of
+from stree_core.chat import Chat
 from stree_core.errors import ConfigError, nearest
-from stree_core.files import read_limited
+from stree_core.extras import install_command
 from stree_core.hub import is_hub_id
 
-MAX_JSONL_BYTES = 256 << 20
 HUB_PREFIX = "hub:"
 
 HUB = {
@@ -21,31 +23,86 @@ HUB = {
 }
 """Where the datasets known by name lie on the hub."""
 
-PROMPT_KEYS = ("prompt", "question", "instruction", "problem", "turns", "messages")
-"""Under which keys a row may keep its prompt; of several turns or messages the first counts."""
+SHOWN_CHARACTERS = 80
 
-Records = Iterator[tuple[str, Any]]
-"""Rows of a dataset, each with what errors call it."""
+
+@dataclass(frozen=True, slots=True)
+class PromptSet:
+    """The prompts of a dataset; those of all rows stand under one field."""
+
+    prompts: tuple[Prompt, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def texts(self) -> list[str]:
+        """The last user turn of every prompt."""
+        return [prompt.text for prompt in self.prompts]
+
+    @property
+    def chats(self) -> list[Chat]:
+        """Every conversation up to its last user turn, system prompt included."""
+        return [prompt.chat for prompt in self.prompts]
+
+    def describe(self, *, chat: bool) -> str:
+        """Return one line: how many prompts from which field, and how the first begins."""
+        fields = dict.fromkeys(field for prompt in self.prompts for field in prompt.fields)
+        turns = self.prompts[0].chat.messages
+        shown, form = self.prompts[0].text, "the last user turn"
+        if chat:
+            shown = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+            form = _count(len(turns), "turn")
+        several = chat or len(turns) > 1
+        return (
+            f"{_count(len(self), 'prompt')} from field {' + '.join(fields)}; the first"
+            f"{f' ({form})' if several else ''} begins: {escaped(shown[:SHOWN_CHARACTERS])}"
+        )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def escaped(text: str) -> str:
+    """Return a text in one line without control characters, which a terminal would obey."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
+    )
 
 
 def load_prompts(
     dataset: str, source: str, *, rows: slice = slice(None), limit: int | None = None
-) -> list[str]:
+) -> PromptSet:
     """Return the prompts of a source, or, when it is empty, of a dataset known by name.
 
-    A source is a file of JSON lines or a dataset of the Hugging Face hub, written
+    A source is a file (prompt_files.py) or a dataset of the Hugging Face hub, written
     hub:OWNER/NAME[:CONFIG]:SPLIT. `rows`, counted from 0, are selected before `limit` cuts. Raises
-    ConfigError on a missing source, a row without a prompt or no rows.
+    ConfigError on a missing source, a row whose prompt cannot be taken whole, or no rows.
     """
     source = source or _known_source(dataset)
     is_hub = source.startswith(HUB_PREFIX)
-    records = _read_hub(source) if is_hub else _read_jsonl(Path(source))
-    prompts = [_prompt_of(record, where) for where, record in list(records)[rows][:limit]]
+    records = _read_hub(source, rows) if is_hub else read_rows(Path(source), rows)
+    prompts = tuple(_of_one_field(islice(records, limit)))
     if not prompts:
         raise ConfigError(
             f"{source} must hold at least one prompt in the rows asked for, it has none; check them"
         )
-    return prompts
+    return PromptSet(prompts)
+
+
+def _of_one_field(records: Records) -> Iterator[Prompt]:
+    first = ""
+    for where, record in records:
+        prompt = prompt_of(record, where)
+        first = first or prompt.fields[0]
+        if prompt.fields[0] != first:
+            raise ConfigError(
+                f"{where} must have its prompt under {first} as the rows before, it is under "
+                f"{prompt.fields[0]}; rename the field or choose rows with --rows"
+            )
+        yield prompt
 
 
 def parse_rows(text: str) -> slice:
@@ -65,45 +122,7 @@ def _known_source(dataset: str) -> str:
     return HUB[dataset]
 
 
-def _prompt_of(record: Any, where: str) -> str:
-    if isinstance(record, dict):
-        for key in PROMPT_KEYS:
-            text = _text_of(record.get(key))
-            if text is not None:
-                return text
-    raise ConfigError(
-        f"{where} must have a prompt under {', '.join(PROMPT_KEYS[:-1])} or {PROMPT_KEYS[-1]}, it "
-        "has none; add one or leave the row out with --rows"
-    )
-
-
-def _text_of(value: Any) -> str | None:
-    """Return the text of a prompt, of the first turn or of the first message of a user."""
-    if isinstance(value, list):
-        turns = [turn for turn in value if not (isinstance(turn, dict) and _is_system(turn))]
-        value = turns[0] if turns else None
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) and value.strip() else None
-
-
-def _is_system(message: dict[str, Any]) -> bool:
-    return message.get("role") == "system"
-
-
-def _read_jsonl(path: Path) -> Records:
-    text = read_limited(path, MAX_JSONL_BYTES)
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        try:
-            yield where, json.loads(line)
-        except (ValueError, RecursionError) as err:
-            raise ConfigError(f"{where} must be a JSON object ({err}); mend it") from err
-
-
-def _read_hub(source: str) -> Records:
+def _read_hub(source: str, rows: slice) -> Records:
     repository, *parts = source.removeprefix(HUB_PREFIX).split(":")
     if not is_hub_id(repository) or not 1 <= len(parts) <= 2 or not all(parts):
         raise ConfigError(
@@ -115,16 +134,16 @@ def _read_hub(source: str) -> Records:
     except ImportError as err:
         raise ConfigError(
             f"reading {source} needs the package datasets, it is not installed; "
-            "pip install 'stree[data]' or pass --prompts FILE"
+            f"{install_command('data')} or pass --prompts FILE"
         ) from err
     configuration = parts[0] if len(parts) == 2 else None
     try:
-        rows = datasets.load_dataset(repository, configuration, split=parts[-1])
+        content = datasets.load_dataset(repository, configuration, split=parts[-1])
     # The library reads many formats over the network, and fails in as many ways.
     except Exception as err:
         line = next(iter(str(err).splitlines()), type(err).__name__)
         raise ConfigError(
             f"{source} cannot be read from the hub ({line}); check the name or pass --prompts FILE"
         ) from err
-    for number, row in enumerate(rows):
-        yield f"{source} row {number}", row
+    records = ((f"{source} row {number}", row) for number, row in enumerate(content))
+    return islice(records, rows.start, rows.stop)

@@ -39,6 +39,12 @@ class RecordConfig:
     ignore_eos: bool = False
     chat: bool = False
 
+    def made(self, meta: TraceMeta, num_prompts: int) -> bool:
+        """True when a trace is of these settings, as far as it says, and of so many prompts."""
+        keys = ("dataset", "sampling", "num_children", "max_new_tokens", "seed", "ignore_eos")
+        same = all(getattr(self, key) == getattr(meta, key) for key in (*keys, "chat"))
+        return same and meta.num_prompts == num_prompts
+
 
 @dataclass(frozen=True, slots=True)
 class Recording:

@@ -17,13 +17,22 @@ from pathlib import Path
 
 import torch
 
+from stree_autotune.certificate import has_certificate
 from stree_autotune.certify import certify_file, describe
 from stree_autotune.library import check_name, data_folder, trace_file_name
-from stree_autotune.live import PairRequest, open_pair, open_source, report, require_new
+from stree_autotune.live import (
+    PairRequest,
+    encode_prompts,
+    open_pair,
+    open_source,
+    report,
+    require_new,
+)
 from stree_autotune.progress import ProgressBar
+from stree_autotune.prompts import PromptSet
 from stree_autotune.record import RecordConfig, Recording, make_meta, make_trace, record_prompts
 from stree_autotune.shard import Shard, current_shard, take_own_gpu
-from stree_autotune.trace_file import RELIABLE_PROMPTS, Trace, save_trace
+from stree_autotune.trace_file import RELIABLE_PROMPTS, Trace, load_trace, save_trace
 from stree_autotune.trace_parts import Settings, TraceParts, explained_writing
 from stree_core.errors import BackendUnavailable
 from stree_core.pair import Pair, device_name
@@ -32,30 +41,66 @@ logger = logging.getLogger(__name__)
 
 
 def run_trace(
-    request: PairRequest, config: RecordConfig, *, prompts: list[str], as_json: bool, force: bool
+    request: PairRequest, config: RecordConfig, *, prompts: PromptSet, as_json: bool, force: bool
 ) -> None:
     """Record an acceptance trace, or go on with one, and write it where tuning looks first."""
     check_name(config.dataset, "dataset")
     target, draft = (open_source(request, name).name for name in (request.target, request.draft))
     name = trace_file_name(target, draft, config.dataset, config.sampling.label)
     path = data_folder(request.data) / "traces" / name
-    require_new(path, force=force)
     shard = current_shard()
+    if shard.rank == 0:
+        sys.stdout.write(f"{prompts.describe(chat=config.chat)}\n")
+        sys.stdout.flush()
+    trace = None if force else _uncertified(path, config, len(prompts))
+    if trace is None:
+        require_new(path, force=force)
+        trace = _record(request, config, prompts, path, shard, force=force)
+    if trace is None:
+        return
+    certificate = certify_file(path, logger.info)
+    lines = [*_summary(trace, path), describe(certificate)]
+    report("\n".join(lines), {"path": str(path), **trace.meta.statistics}, as_json)
+
+
+def _uncertified(path: Path, config: RecordConfig, num_prompts: int) -> Trace | None:
+    """Return the trace at `path` when it is this recording's and only its certificate is missing.
+
+    So does a process leave it that is ended between the two.
+    """
+    if not path.is_file() or has_certificate(path):
+        return None
+    trace = load_trace(path)
+    if not config.made(trace.meta, num_prompts):
+        return None
+    logger.info("%s is whole, but for its certificate", path)
+    TraceParts(path, {}).remove()
+    return trace
+
+
+def _record(
+    request: PairRequest,
+    config: RecordConfig,
+    prompts: PromptSet,
+    path: Path,
+    shard: Shard,
+    *,
+    force: bool,
+) -> Trace | None:
+    """Record this process's share; write and return the trace when all of it is there by then."""
     take_own_gpu(shard)
     pair = open_pair(request)
-    tokens = pair.encode(prompts, chat=config.chat)
+    tokens = encode_prompts(pair, prompts, chat=config.chat)
     parts = TraceParts(path, settings_of(pair, tokens, config))
     recordings = record_share(pair, tokens, config, parts, shard, force=force)
     if len(recordings) < len(tokens):
         logger.info("process %d of %d is done, others are not", shard.rank + 1, shard.count)
-        return
+        return None
     trace = make_trace(pair, recordings, config)
     with explained_writing(path):
         save_trace(trace, path)
     parts.remove()
-    certificate = certify_file(path, logger.info)
-    lines = [*_summary(trace, path), describe(certificate)]
-    report("\n".join(lines), {"path": str(path), **trace.meta.statistics}, as_json)
+    return trace
 
 
 def record_share(

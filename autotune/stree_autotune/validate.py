@@ -13,6 +13,7 @@ from stree_autotune.library import Library
 from stree_autotune.live import (
     PairRequest,
     chat_warning,
+    encode_prompts,
     open_profile_pair,
     open_prompts,
     print_json,
@@ -97,8 +98,10 @@ def run_validate(request: ValidateRequest, models: PairRequest, *, as_json: bool
     warning = chat_warning(profile, chat=request.chat)
     if warning:
         logger.warning(warning)
-    texts = open_prompts(request.dataset, request.prompts, models.data, limit=request.limit)
-    setting = _record(pair, pair.encode(texts, chat=request.chat), profile, request)
+    prompts = open_prompts(request.dataset, request.prompts, models.data, limit=request.limit)
+    logger.info(prompts.describe(chat=request.chat))
+    tokens = encode_prompts(pair, prompts, chat=request.chat)
+    setting = _record(pair, tokens, profile, request)
     table = _known_table(setting, profile, models)
     stages = [_stage(setting, profile, part, table) for part in _parts(setting, table)]
     rows = _rows(setting, profile, stages)
@@ -111,7 +114,7 @@ def run_validate(request: ValidateRequest, models: PairRequest, *, as_json: bool
         "dataset": request.dataset,
         "sampling": profile.sampling.label,
         "chat": request.chat,
-        "num_prompts": len(texts),
+        "num_prompts": len(prompts),
         "max_new_tokens": request.max_new_tokens,
         "runtime_table_date": stages[0].table.measured.date,
         "rows": [asdict(row) for row in rows],
