@@ -4,7 +4,7 @@
 #   examples/many_workers.sh postgresql://USER@HOST/DATABASE TARGET DRAFT DATASET GPU
 #
 # Start it on as many machines with this kind of GPU as there are: who asks the same question joins
-# the same study. Needs `pip install 'stree[postgres]'`, a table and a trace of the pair. Each worker
+# the same study. Needs `pip install 'stree-tune[postgres]'`, a table and a trace of the pair. Each worker
 # writes a profile from all trials; they are equal but for who made them.
 set -euo pipefail
 

@@ -15,6 +15,7 @@ from stree_autotune.cli import main
 from stree_autotune.memory_limit import USABLE_SHARE, MemoryLimit
 from stree_autotune.trace_walk import walk
 from stree_autotune.tree_space import OFF, TreeSpace
+from stree_core.extras import install_command
 from stree_core.tree import Tree
 
 TOY = ("--target", "toy-target", "--draft", "toy-draft", "--max-nodes", "12")
@@ -116,4 +117,4 @@ def test_the_plot_says_what_it_needs(
     asked = ("--gpu", "h200", "--dataset", "gsm8k", *TOY, "--plot", "tree.png")
     code, _, err = run(monkeypatch, capsys, *asked)
     assert code == 2
-    assert "pip install 'stree[plot]'" in err
+    assert install_command("plot") in err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from huggingface_hub import errors
 
 from stree_core.errors import CheckpointError
+from stree_core.extras import install_command
 from stree_core.hub import (
     PICKLES,
     SAFETENSORS,
@@ -177,5 +179,5 @@ def test_a_full_disk_is_recognised_behind_another_error(monkeypatch: pytest.Monk
 
 def test_the_library_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(CheckpointError, match=r"pip install 'stree-tune\[hf\]'"):
+    with pytest.raises(CheckpointError, match=re.escape(install_command("hf"))):
         fetch_model(NAME)

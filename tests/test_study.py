@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from stree_autotune.trace_file import Trace
 from stree_autotune.tree_space import OFF, TreeSpace
 from stree_autotune.verdict import decide_policy
 from stree_core.errors import ConfigError, NoFeasibleTree
+from stree_core.extras import install_command
 from stree_core.tree import DEFAULT_TREE, Tree
 
 FREE = FakeCost(pad=16, per_token_ms=0.001, per_level_ms=0.0)
@@ -115,7 +117,9 @@ def test_a_storage_that_cannot_be_used(storage: str, message: str) -> None:
 
 def test_a_database_without_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "psycopg", None)
-    with pytest.raises(ConfigError, match=r"needs a driver.*pip install 'stree\[postgres\]'"):
+    with pytest.raises(
+        ConfigError, match="needs a driver.*" + re.escape(install_command("postgres"))
+    ):
         open_storage("postgresql://me:secret@host/trials")
 
 

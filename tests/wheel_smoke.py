@@ -100,6 +100,8 @@ def try_out(binaries: Path, scratch: Path) -> None:
     folder.mkdir()
     absent = "import importlib.util as u; assert u.find_spec('torch') is None, 'torch is there'"
     run(binaries / "python", "-c", absent, folder=folder)
+    named = "import importlib.metadata as m; print(m.version('stree-tune'))"
+    run(binaries / "python", "-c", named, folder=folder)
     shown = run(binaries / "stree-tune", "show", folder=folder)
     tuned = run(binaries / "stree-tune", "--gpu", "h100", "--dataset", "gsm8k", folder=folder)
     sys.stdout.write(tuned)

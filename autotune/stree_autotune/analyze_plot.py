@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stree_core.errors import ConfigError
+from stree_core.extras import install_command
 from stree_core.files import require_place, write_atomically
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def require_picture(path: Path) -> None:
         )
     require_place(path)
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib; pip install 'stree[plot]'")
+        raise ConfigError(f"--plot needs matplotlib; {install_command('plot')}")
 
 
 def draw(asked: Case, others: Sequence[Case], title: str, path: Path) -> None:

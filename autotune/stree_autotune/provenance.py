@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from stree_core.extras import DISTRIBUTION
 from stree_core.profile import Provenance
 from stree_core.shown_text import MAX_COMMAND_CHARS, clean_word, printable
 
@@ -19,7 +20,7 @@ PACKAGES = ("torch", "triton", "numpy", "scipy", "optuna")
 def provenance(seed: int) -> Provenance:
     """Return the provenance of the running command."""
     return Provenance(
-        version=_version_of("stree"),
+        version=version_of(DISTRIBUTION),
         git_sha=git_sha(),
         versions=versions(),
         seed=seed,
@@ -30,7 +31,7 @@ def provenance(seed: int) -> Provenance:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that decide results, importing none."""
-    found = {name: _version_of(name) for name in PACKAGES}
+    found = {name: version_of(name) for name in PACKAGES}
     return {"python": platform.python_version(), **found}
 
 
@@ -63,7 +64,8 @@ def utc_now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _version_of(package: str) -> str:
+def version_of(package: str) -> str:
+    """Return the version of an installed distribution, `absent` without one."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from stree_autotune.library import Library
+from stree_autotune.provenance import version_of
 from stree_autotune.report_facts import Scan, rank_shares, reach_shares, scan
 from stree_autotune.report_figure import Figure, Marks, ms, panel_rows, rate
 from stree_autotune.report_live import LiveRow, live_figure, live_rows
@@ -21,6 +21,7 @@ from stree_autotune.report_speed import history_figure, speed_figure
 from stree_autotune.report_tree import ranks_figure, trees_figure
 from stree_autotune.report_verdict import Verdicts
 from stree_core.errors import StreeError
+from stree_core.extras import DISTRIBUTION
 from stree_core.files import dump_yaml, open_regular, write_atomically
 from stree_core.profile import Profile, load_profile
 from stree_core.shown_text import printable
@@ -94,7 +95,11 @@ def render(sections: Sequence[Section]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"rate": rate, "ms": ms}
-    words = {"sections": sections, "version": version("stree"), "generator": Markup(GENERATOR)}
+    words = {
+        "sections": sections,
+        "version": version_of(DISTRIBUTION),
+        "generator": Markup(GENERATOR),
+    }
     return environment.get_template("report.html").render(words)
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from stree_core.errors import ConfigError, StreeError
+from stree_core.extras import install_command
 from stree_core.files import locked, read_limited, require_place, write_atomically
 from stree_core.shown_text import clean_url, without_secrets
 
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
-EXTRA = "pip install 'stree[share]'"
 
 
 class Unreachable(StreeError):
@@ -44,7 +44,8 @@ class Store:
             files, root = fsspec.url_to_fs(url)
         except ImportError as err:
             raise ConfigError(
-                f"{name} needs a package that is not installed ({err}); {EXTRA} for http and hf"
+                f"{name} needs a package that is not installed ({err}); {install_command('share')} "
+                "for http and hf"
             ) from err
         # Drivers parse URLs with whatever their own libraries raise.
         except Exception as err:

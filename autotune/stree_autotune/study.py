@@ -13,6 +13,7 @@ import optuna
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 
 from stree_core.errors import ConfigError, StreeError, UnwritableFile, reason_of, unwritable
+from stree_core.extras import install_command
 from stree_core.files import open_regular, require_place
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def _open_database(url: str) -> BaseStorage:
         # A connection that broke while a tree was measured is made anew.
         return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
     except ImportError as err:
-        extra = "pip install 'stree[postgres]'" if "psycopg" in url else "install its driver"
+        extra = install_command("postgres") if "psycopg" in url else "install its driver"
         raise ConfigError(f"--storage {shown} needs a driver, {err}; {extra}") from err
     except (SQLAlchemyError, ValueError) as err:
         # Drivers repeat the whole URL, with its password, and the statement on further lines.
