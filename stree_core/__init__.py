@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stree_core.decode import Run, generate, stream
+    from stree_core.decode import Run, generate, profile_engine, stream
     from stree_core.engine import Engine, EngineConfig
     from stree_core.model_source import ModelSource, find_source
     from stree_core.pair import Pair, Runtime, load_pair, require_profile_fits
@@ -46,6 +46,7 @@ _HOME = {
     "load_pair": "pair",
     "load_profile": "profile",
     "policy_of": "policy",
+    "profile_engine": "decode",
     "require_profile_fits": "pair",
     "save_profile": "profile",
     "stream": "decode",
@@ -74,6 +75,7 @@ __all__ = [
     "load_pair",
     "load_profile",
     "policy_of",
+    "profile_engine",
     "require_profile_fits",
     "save_profile",
     "stream",

@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from stree_core.engine import Engine
+from stree_core.engine import Engine, EngineConfig
 from stree_core.errors import ConfigError
+from stree_core.pair import Pair, require_profile_fits
+from stree_core.policy import policy_of
+from stree_core.profile import Profile
 from stree_core.request import Request
 from stree_core.sampling import SamplingParams
 from stree_core.session import Session
@@ -51,6 +54,15 @@ class Run:
         return self.num_tokens / self.step_seconds if self.step_seconds else 0.0
 
 
+def profile_engine(profile: Profile, pair: Pair, config: EngineConfig) -> Engine:
+    """Return an engine whose steps take the profile's tree for the number of sequences that run.
+
+    Raises ConfigError when the profile was made for another pair, and what Engine raises.
+    """
+    require_profile_fits(profile, pair)
+    return Engine(pair.target, pair.draft, policy_of(profile), config)
+
+
 def generate(
     engine: Engine,
     prompts: Sequence[Sequence[int]],
@@ -61,6 +73,7 @@ def generate(
 ) -> Run:
     """Decode `prompts` (token ids) with continuous batching over the engine's slots.
 
+    Each step takes the tree that the engine's policy has for the number of sequences that run.
     `stop` and `sampling` are of all prompts or of each, the latter greedy by default. `progress` is
     called with the number of finished prompts. `decode` turns tokens into text, which stop strings
     need. Raises ConfigError on a prompt that cannot be served.
@@ -95,7 +108,8 @@ def stream(
 ) -> Iterator[list[int]]:
     """Decode one prompt, yielding the kept tokens of prefill and of every step.
 
-    The engine is busy until the iterator has ended or is closed or forgotten.
+    Steps take the tree that the engine's policy has for one sequence. The engine is busy until the
+    iterator has ended or is closed or forgotten.
     """
     request = Request(prompt, stop, sampling or SamplingParams())
     with Session(engine, decode=decode) as session:

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from stree_core.cache import Cache
 from stree_core.capture import capture
-from stree_core.engine_checks import known_prompt, require_draft, require_tree
 from stree_core.context import warn_of_long_context
+from stree_core.engine_checks import known_prompt, require_draft, require_tree
 from stree_core.errors import ConfigError, NonFiniteLogits
 from stree_core.memory import explain_oom, require_memory
 from stree_core.model import Model
 from stree_core.ownership import Ownership
+from stree_core.policy import Policy
 from stree_core.prefill import Prefill, prefill_cache
 from stree_core.rules import GREEDY, SamplingSupport
 from stree_core.sampling import SamplingParams
@@ -56,6 +57,9 @@ def needed_positions(prompt_tokens: int, new_tokens: int, trees: Sequence[Tree])
 class Engine:
     """Prefills slots and steps them all at once, with any of its trees.
 
+    `policy` says which of them a step takes when nobody chooses: the first, or a profile's choice
+    where the engine was given a policy.
+
     A step is `draft -> verify -> accept -> commit` of stree_core.step. On CUDA it is captured once
     per tree and row set; on the CPU it runs as it stands. `launch` does not wait for it, `collect`
     does, so that the host may read one step late. Raises ConfigError when a tree needs a draft with
@@ -66,10 +70,13 @@ class Engine:
         self,
         target: Model,
         draft: Model | None,
-        trees: Tree | Sequence[Tree],
+        trees: Tree | Sequence[Tree] | Policy,
         config: EngineConfig | None = None,
     ) -> None:
-        self.trees = (trees,) if isinstance(trees, Tree) else tuple(trees)
+        if isinstance(trees, Tree):
+            trees = (trees,)
+        self.policy = trees if isinstance(trees, Policy) else Policy.always(trees)
+        self.trees = self.policy.trees
         require_draft(target, draft, self.trees)
         self.config = config or EngineConfig()
         self.ownership = Ownership()

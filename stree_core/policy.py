@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stree_core.profile import Profile
@@ -17,6 +18,11 @@ class Policy:
 
     trees: tuple[Tree, ...]
     rows: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def always(cls, trees: Sequence[Tree]) -> Policy:
+        """Return the policy of engines that were given trees alone: the first, whatever runs."""
+        return cls(tuple(trees), ((1, 0),))
 
     def choose(self, num_active: int) -> int:
         """Return the tree of the smallest batch size that is not below, else of the largest."""

@@ -34,8 +34,9 @@ _CUT_SHORT = "a request runs until its output ends, its step was cut short; subm
 class Session:
     """Runs requests on an engine's slots. A request that fails ends alone.
 
-    `decode` turns token ids into text; requests with stop strings need it. `lookahead` is how many
-    steps are under way while the host reads: by default 1 on a GPU, where they cost it no time.
+    `choose_tree` stands in place of the engine's policy, for measurements. `decode` turns token ids
+    into text; requests with stop strings need it. `lookahead` is how many steps are under way while
+    the host reads: by default 1 on a GPU, where they cost it no time.
 
     An engine serves one session at a time: raises ConfigError while another has requests on it.
     One that is closed or has nothing to do makes way for this one, and raises when it is used.
@@ -51,7 +52,7 @@ class Session:
         self._engine = engine
         on_gpu = engine.target.device.type == "cuda"
         self._lookahead = int(on_gpu) if lookahead is None else lookahead
-        self._choose_tree = choose_tree or (lambda num_active: 0)
+        self._choose_tree = choose_tree or engine.policy.choose
         self._decode = careful(decode) if decode is not None else None
         self._waiting: deque[tuple[int, Request]] = deque()
         self._slots: list[Running | None] = [None] * engine.config.num_slots

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import VOCAB_SIZE, ours, perturbed, tiny_bamba, tiny_mamba2
+from synthetic_data import make_profile, policy_row
+from tiny_models import VOCAB_SIZE, ours, perturbed, save_pair, tiny_bamba, tiny_mamba2
 
-from stree_core.decode import Run, StopRule, generate, stream
+from stree_core.decode import Run, StopRule, generate, profile_engine, stream
 from stree_core.engine import Engine, EngineConfig
 from stree_core.errors import ConfigError
 from stree_core.model import Model
+from stree_core.model_source import find_source
+from stree_core.pair import Pair, Runtime, load_pair
+from stree_core.profile import Profile
 from stree_core.tree import DEFAULT_TREE, Tree
 
 OFF = Tree.chain(0)
@@ -85,6 +89,71 @@ def test_stream_yields_what_generate_returns(hybrid_pair: tuple[Model, Model]) -
     prompt = _prompts(1)[0]
     pieces = [token for piece in stream(engine, prompt, stop) for token in piece]
     assert pieces == generate(engine, [prompt], stop).generations[0].tokens
+
+
+@pytest.fixture(scope="module")
+def whole_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    folder = tmp_path_factory.mktemp("whole")
+    save_pair(folder)
+    models = folder / "models"
+    sources = (find_source(models / name) for name in ("tiny-target", "tiny-draft"))
+    return load_pair(*sources, Runtime("cpu"))
+
+
+def profile_of(pair: Pair, rows: dict[int, Tree]) -> Profile:
+    profile = make_profile(*(policy_row(size, tree) for size, tree in rows.items()))
+    refs = {"target": pair.target_ref, "draft": pair.draft_ref}
+    return profile.model_copy(update=refs)
+
+
+class Watched(Engine):
+    """Notes what runs with which tree."""
+
+    def launch(self, which: int = 0) -> None:
+        active = int(self.speculator.buffers.active_B.sum())
+        taken.append((active, self.trees[which]))
+        super().launch(which)
+
+
+taken: list[tuple[int, Tree]] = []
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [{1: OFF, 2: Tree.chain(3), 4: RAGGED}, {1: Tree.chain(3), 2: RAGGED, 4: OFF}],
+    ids=["off first", "off last"],
+)
+def test_generate_and_stream_follow_a_profile(
+    rows: dict[int, Tree], whole_pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stree_core.decode.Engine", Watched)
+    profile = profile_of(whole_pair, rows)
+    config = EngineConfig(num_slots=4, num_positions=256)
+    engine = profile_engine(profile, whole_pair, config)
+    prompts = _prompts(4)
+    stops = [StopRule(count) for count in (4, 12, 30, 40)]
+    taken.clear()
+    run = generate(engine, prompts, stops)
+    assert {active for active, _ in taken} == {1, 2, 3, 4}
+    for active, tree in taken:
+        assert tree == profile.row_for(active).tree.build()
+    taken.clear()
+    pieces = [token for piece in stream(engine, prompts[3], stops[3]) for token in piece]
+    assert {tree for _, tree in taken} == {rows[1]}
+    alone = Engine(whole_pair.target, None, OFF, config)
+    expected = generate(alone, prompts, stops)
+    assert [g.tokens for g in run.generations] == [g.tokens for g in expected.generations]
+    assert pieces == expected.generations[3].tokens
+    assert run.num_steps < expected.num_steps, "nothing was speculated: the test shows nothing"
+
+
+def test_trees_without_a_policy_take_the_first(whole_pair: Pair) -> None:
+    engine = Engine(whole_pair.target, whole_pair.draft, [OFF, RAGGED], EngineConfig(2, 256))
+    assert [engine.policy.choose(active) for active in (1, 2, 9)] == [0, 0, 0]
+    other = profile_of(whole_pair, {1: OFF})
+    other = other.model_copy(update={"target": whole_pair.draft_ref})
+    with pytest.raises(ConfigError, match="the profile is for target tiny-draft"):
+        profile_engine(other, whole_pair, EngineConfig())
 
 
 def test_bad_requests_end_in_one_sentence(hybrid_pair: tuple[Model, Model]) -> None:
