@@ -291,6 +291,15 @@ def test_models_come_from_the_hub_by_their_id(
     local = run(*prompt)
     assert local[0] == 0
     assert run(*prompt, "--target", "toys/tiny-target", "--draft", "toys/tiny-draft") == local
+    profile = load_profile(Path("stree-profile.yaml"))
+    for name in ("toys/tiny-target", "stree-data/models/tiny-target"):
+        named = profile.target.model_copy(update={"name": name})
+        save_profile(profile.model_copy(update={"target": named}), Path("named.yaml"))
+        for verb in (prompt, ("validate",), ("export", "named.yaml", "--to", "vllm")):
+            flags = () if verb[0] == "export" else ("-p", "named.yaml")
+            code, _, err = run(*verb, *flags)
+            assert code == 2
+            assert f"a profile names its models by plain names, this one by {name!r}" in err
     code, _, err = run(*prompt, "--target", "toys/absent")
     assert code == 2
     assert "toys/absent is not whole in the local cache" in err

@@ -58,11 +58,13 @@ def export(
     from stree_autotune.deployment import Deployment
     from stree_autotune.export import run_export
     from stree_autotune.library import Library
+    from stree_autotune.profile_sources import profile_model_name
     from stree_core.profile import load_profile
 
     searched = Library.open(flags.search_path(data, library))
     content = load_profile(searched.find_profile(profile))
-    target, draft = target or content.target.name, draft or content.draft.name
+    target = target or profile_model_name(content.target.name)
+    draft = draft or profile_model_name(content.draft.name)
     deployment = Deployment(content, searched, target, draft, batch_size)
     run_export(deployment, to, Path(output) if output else None, force=force)
 

@@ -6,11 +6,12 @@ import json
 import logging
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from stree_autotune.library import Library
+from stree_autotune.profile_sources import profile_model_name
 from stree_autotune.prompts import PromptSet, load_prompts
 from stree_core.decode import generate, stream
 from stree_core.engine import Engine, EngineConfig, needed_positions
@@ -71,10 +72,23 @@ def open_profile_pair(request: PairRequest, profile: Profile) -> Pair:
 
     Raises ConfigError when it is not the pair that the profile was made for.
     """
-    target, draft = request.target or profile.target.name, request.draft or profile.draft.name
-    pair = open_pair(replace(request, target=target, draft=draft))
+    names = ((request.target, profile.target.name), (request.draft, profile.draft.name))
+    target, draft = (
+        open_source(request, typed) if typed else _named_source(request, name)
+        for typed, name in names
+    )
+    pair = load_pair(target, draft, request.runtime)
     require_profile_fits(profile, pair)
     return pair
+
+
+def _named_source(request: PairRequest, name: str) -> ModelSource:
+    """Find a model that a profile names: in the search path alone, for a profile may be anybody's.
+
+    Only a user's own words name a folder elsewhere, or a repository to fetch.
+    """
+    library = Library.open(request.data, missing_ok=True)
+    return folder_source(library.find_model(profile_model_name(name)))
 
 
 def open_prompts(

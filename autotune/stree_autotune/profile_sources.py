@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 
-from stree_autotune.library import Library
+from stree_autotune.library import Library, is_path
 from stree_autotune.runtime_cost import runtime_cost
 from stree_autotune.step_cost import StepCost
 from stree_autotune.trace_file import Trace, load_trace
-from stree_core.errors import MissingMeasurement
+from stree_core.errors import ConfigError, MissingMeasurement
 from stree_core.files import sha256_of
 from stree_core.profile import Profile, Source
+
+
+def profile_model_name(name: str) -> str:
+    """Return the name of a model in a profile; raise ConfigError for a path or a hub id."""
+    if is_path(name):
+        raise ConfigError(
+            f"a profile names its models by plain names, this one by {name!r}; pass --target and "
+            "--draft with the folders or hub ids that you trust"
+        )
+    return name
 
 
 def profile_trace(profile: Profile, library: Library) -> Trace:
