@@ -29,7 +29,8 @@ from stree_autotune.provenance import git_sha, utc_now, versions
 from stree_autotune.search import Trial, search_batch
 from stree_autotune.timing import Effort
 from stree_autotune.tree_space import OFF
-from stree_autotune.tune import Question, TuneRequest, ask
+from stree_autotune.tune import Question, ask
+from stree_autotune.tune_request import TuneRequest
 from stree_autotune.verdict import decide_policy
 from stree_core.backend import resolve_device
 from stree_core.pair import Pair, device_name, short_gpu_name

@@ -28,7 +28,8 @@ from stree_autotune.show import print_profile, result_console
 from stree_autotune.step_cost import StepCost
 from stree_autotune.trace_file import NO_RANK, Trace, load_trace, save_trace
 from stree_autotune.trace_walk import Slots, walk
-from stree_autotune.tune import TuneRequest, ask, tune
+from stree_autotune.tune import ask, tune
+from stree_autotune.tune_request import TuneRequest
 from stree_core.errors import ConfigError
 from stree_core.profile import Sampling
 from stree_core.tree import Tree

@@ -185,7 +185,16 @@ def test_the_commit_is_named() -> None:
         ),
         (("--gpu", "cpu", "--dataset", "gsm8k", *TOY), "stree-tune probe --gpu cpu"),
         (
-            ("--gpu", "h200", "--dataset", "gsm8k", "--target", "toy-targt"),
+            (
+                "--gpu",
+                "h200",
+                "--dataset",
+                "gsm8k",
+                "--target",
+                "toy-targt",
+                "--draft",
+                "toy-draft",
+            ),
             "did you mean toy-target",
         ),
         (("--gpu", "../h200", "--dataset", "gsm8k", *TOY), "a GPU name has letters"),

@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import stree_core
-from stree_autotune.library import DATASETS, Library, shipped_root, trace_file_name
+from stree_autotune.advice import KNOWN_DATASETS
+from stree_autotune.library import Library, shipped_root, trace_file_name
 from stree_autotune.margin import logit_margin
 from stree_autotune.prompts import load_prompts
 from stree_autotune.record import RecordConfig, record_trace
@@ -50,7 +51,7 @@ def pair(request: pytest.FixtureRequest) -> stree_core.Pair:
 
 @pytest.fixture(scope="module")
 def prompts(pair: stree_core.Pair) -> list[list[int]]:
-    texts = load_prompts("demo", str(MODELS / "demo-target" / "prompts.jsonl"), limit=3)
+    texts = load_prompts("demo", str(MODELS / "demo-target" / "prompts.jsonl"), limit=3).texts
     return pair.encode([*texts, "def add(a, b):\n", "Explain what a list is."])
 
 
@@ -81,7 +82,7 @@ def test_trees_decode_the_targets_own_text(
 
 def test_walking_a_trace_equals_live_decoding() -> None:
     pair = _pair("float64")
-    texts = load_prompts("demo", str(MODELS / "demo-target" / "prompts.jsonl"), limit=4)
+    texts = load_prompts("demo", str(MODELS / "demo-target" / "prompts.jsonl"), limit=4).texts
     prompts = pair.encode(texts)
     eos = pair.target.shape.eos_token_ids
     config = RecordConfig("demo", max_new_tokens=NUM_TOKENS, num_slots=4)
@@ -109,7 +110,7 @@ def test_logits_equal_transformers(name: str, prompts: list[list[int]]) -> None:
 
 
 def test_there_is_a_trace_of_every_known_dataset() -> None:
-    for dataset in DATASETS:
+    for dataset in KNOWN_DATASETS:
         assert Library.open().find_trace("demo-target", "demo-draft", dataset) in TRACES
 
 

@@ -71,7 +71,7 @@ def test_an_exact_table_goes_before_an_estimate(library: Library, root: Path) ->
 
 
 def test_without_a_sheet_nothing_is_estimated(library: Library) -> None:
-    command = "stree-tune probe --gpu cpu --target demo-target --draft demo-draft"
+    command = "stree-tune probe --gpu cpu --target demo-target --draft demo-draft --device cpu"
     with pytest.raises(MissingMeasurement, match=command):
         library.find_runtime("cpu", *PAIR)
 
@@ -94,9 +94,14 @@ def test_trace_is_found(library: Library, root: Path) -> None:
 
 
 def test_missing_and_unknown_datasets_differ(library: Library) -> None:
-    with pytest.raises(MissingMeasurement, match="trace --dataset mt_bench --prompts FILE"):
+    with pytest.raises(
+        MissingMeasurement,
+        match="trace --dataset mt_bench --target demo-target --draft demo-draft`",
+    ):
         library.find_trace(*PAIR, "mt_bench")
-    with pytest.raises(ConfigError, match=r"did you mean gsm8k\?.* trace --dataset gsm8"):
+    with pytest.raises(
+        ConfigError, match=r"did you mean gsm8k\?.* trace --dataset gsm8 --prompts FILE"
+    ):
         library.find_trace(*PAIR, "gsm8")
 
 

@@ -92,7 +92,7 @@ def test_all_slots_that_store_may_not_fit() -> None:
 )
 def test_the_command_that_records_a_table(weights: str, pair: str) -> None:
     table = make_table().model_copy(update={"weights": weights})
-    assert table.probe_command == f"stree-tune probe --gpu h200 {pair}"
+    assert table.probe_command() == f"stree-tune probe --gpu h200 {pair} --context 1024"
 
 
 def test_the_rule_of_a_setting() -> None:

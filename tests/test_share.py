@@ -331,7 +331,7 @@ def test_only_what_loads_is_pushed(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"can be pushed, .* is none of them"):
         named_files([str(odd)], library)
     (data / TRACE).write_bytes((data / TRACE).read_bytes()[:-1])
-    with pytest.raises(ConfigError, match="stree-tune trace"):
+    with pytest.raises(ConfigError, match="record it again"):
         named_files([str(data / TRACE)], library)
     with pytest.raises(ConfigError, match="there is nothing to push in"):
         own_files([tmp_path / "empty"], library)

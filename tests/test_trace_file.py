@@ -22,7 +22,7 @@ from stree_autotune.trace_file import (
 )
 from stree_core.errors import ConfigError, UnwritableFile
 
-REMEDY = "record it again with stree-tune trace"
+REMEDY = "record it again"
 RANKS = np.array([0, 1, NO_RANK, 0, 2], np.uint8)
 OFFSETS = np.array([0, 3, 3, 5], np.int64)
 

@@ -31,18 +31,23 @@ def load_acceptance(
     *,
     sampling: Sampling,
     max_nodes: int,
+    command: str,
 ) -> Acceptance:
     """Return the trace of a pair (target, draft) or the borrowed one, with its certificate.
 
-    The certificate speaks of trees of up to `max_nodes`. Raises ConfigError for a trace of another
-    dataset or sampling setting, MissingMeasurement when there is none.
+    The certificate speaks of trees of up to `max_nodes`; `command` records the trace. Raises
+    ConfigError for a trace of another dataset or sampling setting, MissingMeasurement when there is
+    none.
     """
     path = (
         library.find_trace_file(borrowed)
         if borrowed
-        else library.find_trace(*pair, dataset, sampling.label)
+        else library.find_trace(*pair, dataset, sampling.label, command)
     )
-    trace = load_trace(path)
+    try:
+        trace = load_trace(path)
+    except ConfigError as err:
+        raise ConfigError(f"{err}" if borrowed else f"{err} (`{command} --force`)") from err
     if dataset and trace.meta.dataset != dataset:
         raise ConfigError(
             f"trace {path.name} must be of the asked dataset, got {trace.meta.dataset} for "
@@ -51,7 +56,7 @@ def load_acceptance(
     if trace.meta.sampling != sampling:
         raise ConfigError(
             f"trace {path.name} must have the asked sampling, got {trace.meta.sampling.label}; "
-            "record another with `stree-tune trace`"
+            f"record another with `{command}`"
         )
     notes = []
     if borrowed:

@@ -15,7 +15,8 @@ from stree_autotune.library import SEPARATOR, Library
 from stree_autotune.show import result_console
 from stree_autotune.trace_file import load_trace
 from stree_autotune.tree_space import TreeSpace
-from stree_autotune.tune import Question, TuneRequest, ask
+from stree_autotune.tune import Question, ask
+from stree_autotune.tune_request import TuneRequest
 from stree_core.errors import MissingMeasurement
 from stree_core.shown_text import printable
 
@@ -45,6 +46,7 @@ def run_analyze(request: TuneRequest, picture: Path | None, *, as_json: bool) ->
 
         require_picture(picture)
     question = ask(request)
+    request = question.request
     space = TreeSpace.of(question.trace, request.max_nodes)
     asked = _case(question, space, request.sampling.label)
     others = [*_other_samplings(question), *_other_gpus(question, space)]

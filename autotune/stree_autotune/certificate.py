@@ -14,6 +14,7 @@ from typing import Annotated, Literal, NamedTuple, Protocol
 
 from pydantic import Field
 
+from stree_autotune.advice import command
 from stree_core.errors import ConfigError
 from stree_core.files import dump_yaml, load_yaml, sha256_of, write_atomically
 from stree_core.profile import Provenance, Sha256, Strict
@@ -143,7 +144,7 @@ def load_certificate(trace: Path) -> Certificate | None:
     if certificate.trace_sha256 != sha256_of(trace):
         raise ConfigError(
             f"{path} must belong to the trace beside it, which has changed since; "
-            f"make it again with `stree-tune certify {trace}`"
+            f"make it again with `{command('certify', trace)}`"
         )
     return certificate
 

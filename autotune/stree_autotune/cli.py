@@ -7,12 +7,13 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from stree_autotune import cli_flags as flags
 from stree_autotune import completion
+from stree_autotune.advice import command
 from stree_autotune.cli_analyze import register_analyze
 from stree_autotune.cli_deploy import register_deploy_verbs
 from stree_autotune.cli_live import register_live_verbs
@@ -23,7 +24,7 @@ from stree_core.profile import load_profile, require_writable, save_profile
 from stree_core.shown_text import printable, shown
 
 if TYPE_CHECKING:
-    from stree_autotune.tune import TuneRequest
+    from stree_autotune.tune_request import TuneRequest
 
 logger = logging.getLogger(__name__)
 
@@ -48,14 +49,14 @@ def tune_command(
     ctx: typer.Context,
     gpu: flags.Gpu = "",
     dataset: flags.Dataset = "",
-    target: flags.Target = flags.DEFAULT_TARGET,
-    draft: flags.Drafts = flags.DEFAULT_DRAFT,
+    target: flags.Target = "",
+    draft: flags.Drafts = "",
     rule: flags.Rule = "",
     temperature: flags.Temperature = 0.0,
     top_p: flags.TopP = 1.0,
     context: flags.Context = 1024,
     batch_size: flags.BatchSizes = flags.DEFAULT_BATCH_SIZES,
-    max_nodes: flags.MaxNodes = 64,
+    max_nodes: flags.MeasuredNodes = 64,
     data: flags.Data = flags.DEFAULT_DATA_PATHS,
     library: flags.Libraries = flags.NO_LIBRARIES,
     acceptance_from: flags.AcceptanceFrom = "",
@@ -72,13 +73,11 @@ def tune_command(
         _refuse_flags_before_verb(ctx)
         return
     if not gpu or not (dataset or acceptance_from):
-        raise ConfigError(
-            "tuning needs --gpu and --dataset, got neither or one; "
-            "for example `stree-tune --gpu h100 --dataset gsm8k`"
-        )
+        raise flags.needs_gpu_and_dataset("tuning", gpu, dataset)
+    target, draft = flags.pair_names(target, draft)
     # optuna and scipy load here, so that the other verbs start at once
     from stree_autotune.library import data_folder
-    from stree_autotune.tune import TuneRequest
+    from stree_autotune.tune_request import TuneRequest
 
     request = TuneRequest(
         gpu=gpu,
@@ -90,13 +89,15 @@ def tune_command(
         batch_sizes=tuple(sorted(set(batch_size))),
         max_nodes=max_nodes,
         data=flags.search_path(data, library),
+        own_data=tuple(data),
+        left_open=flags.left_open(ctx, batch_sizes="batch_size", max_nodes="max_nodes"),
         acceptance_from=acceptance_from,
         seed=seed,
         storage=storage,
         studies=data_folder(data) / "studies",
         num_trials=trials,
     )
-    require_writable(output, force=force, is_default=_is_default(ctx, "output"))
+    require_writable(output, force=force, is_default=flags.is_default(ctx, "output"))
     _tune(request, output, measure=measure, as_json=as_json)
 
 
@@ -198,7 +199,7 @@ def _run() -> int:
     except StreeError as err:
         return _fail(str(err), EXIT_BAD_INPUT)
     except _UsageError as err:
-        return _fail(f"{err.format_message()} See stree-tune --help.", EXIT_BAD_INPUT)
+        return _fail(f"{err.format_message()} See `{command('--help')}`.", EXIT_BAD_INPUT)
     except BrokenPipeError:
         # the reader of our output, such as head, has all that it wants
         _abandon_stdout()
@@ -231,17 +232,27 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _is_default(ctx: typer.Context, name: str) -> bool:
-    source = ctx.get_parameter_source(name)
-    return source is not None and source.name.startswith("DEFAULT")
-
-
 def _refuse_flags_before_verb(ctx: typer.Context) -> None:
     """Raise ConfigError for `stree-tune --gpu h200 probe`, which would drop the flag in silence."""
-    given = [name for name in ctx.params if not _is_default(ctx, name)]
+    given = [name for name in ctx.params if not flags.is_default(ctx, name)]
     if given:
+        verb, words = str(ctx.invoked_subcommand), sys.argv[1:]
+        place = words.index(verb)
+        before, behind = words[:place], words[place + 1 :]
+        whole, bare = [verb, *before, *behind], [verb, *behind]
         flag = "--" + given[0].replace("_", "-")
         raise ConfigError(
-            f"flags stand behind their verb, got {flag} before {ctx.invoked_subcommand}; "
-            f"write `stree-tune {ctx.invoked_subcommand} {flag} ...`"
+            f"flags stand behind their verb, got {flag} before {verb}; "
+            f"write `{command(*(whole if _is_valid(whole) else bare))}`"
         )
+
+
+def _is_valid(words: list[str]) -> bool:
+    """True when the command line takes these words."""
+    group = cast("Any", typer.main.get_command(app))
+    verb = group.commands[words[0]]
+    try:
+        verb.make_context(words[0], words[1:])
+    except _UsageError:
+        return False
+    return True

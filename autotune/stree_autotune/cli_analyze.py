@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from stree_autotune import cli_flags as flags
-from stree_core.errors import ConfigError
 
 
 def register_analyze(app: typer.Typer) -> None:
@@ -19,13 +18,14 @@ def register_analyze(app: typer.Typer) -> None:
 
 
 def analyze(
+    ctx: typer.Context,
     gpu: flags.Gpu = "",
     dataset: flags.Dataset = "",
-    target: flags.Target = flags.DEFAULT_TARGET,
-    draft: flags.Draft = flags.DEFAULT_DRAFT,
+    target: flags.Target = "",
+    draft: flags.Draft = "",
     context: flags.Context = 1024,
     batch_size: flags.BatchSizes = flags.ANALYZED_BATCH_SIZES,
-    max_nodes: flags.MaxNodes = 64,
+    max_nodes: flags.MeasuredNodes = 64,
     data: flags.Data = flags.DEFAULT_DATA_PATHS,
     library: flags.Libraries = flags.NO_LIBRARIES,
     acceptance_from: flags.AcceptanceFrom = "",
@@ -36,12 +36,10 @@ def analyze(
 ) -> None:
     """Say what each further node of a tree brings and costs, and up to which size it pays."""
     if not gpu or not (dataset or acceptance_from):
-        raise ConfigError(
-            "an analysis needs --gpu and --dataset, got neither or one; "
-            "for example `stree-tune analyze --gpu h200 --dataset gsm8k`"
-        )
+        raise flags.needs_gpu_and_dataset("an analysis", gpu, dataset)
+    target, draft = flags.pair_names(target, draft)
     from stree_autotune.analyze_cases import run_analyze
-    from stree_autotune.tune import TuneRequest
+    from stree_autotune.tune_request import TuneRequest
 
     request = TuneRequest(
         gpu=gpu,
@@ -53,6 +51,8 @@ def analyze(
         batch_sizes=tuple(sorted(set(batch_size))),
         max_nodes=max_nodes,
         data=flags.search_path(data, library),
+        own_data=tuple(data),
+        left_open=flags.left_open(ctx, batch_sizes="batch_size", max_nodes="max_nodes"),
         acceptance_from=acceptance_from,
         seed=0,
     )

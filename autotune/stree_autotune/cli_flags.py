@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 from pydantic import ValidationError
 
 from stree_autotune import completion
+from stree_autotune.advice import command
 from stree_core.errors import ConfigError
 from stree_core.profile import MAX_BATCH_SIZE, MAX_CONTEXT, MAX_SEED, Sampling
 from stree_core.tree import MAX_NODES
@@ -39,6 +41,7 @@ Target = Annotated[
     str,
     typer.Option(
         "--target",
+        show_default=DEFAULT_TARGET,
         autocompletion=completion.models,
         help="Target model: a name, a model folder or a hub id.",
     ),
@@ -47,6 +50,7 @@ Draft = Annotated[
     str,
     typer.Option(
         "--draft",
+        show_default="demo-draft for the demo target",
         autocompletion=completion.models,
         help="Draft model: a name, a model folder or a hub id.",
     ),
@@ -56,6 +60,7 @@ Drafts = Annotated[
     typer.Option(
         "--draft",
         metavar="NAME[,NAME]",
+        show_default="demo-draft for the demo target",
         help="Draft model, as --target; of several, with commas, the best is taken.",
     ),
 ]
@@ -82,6 +87,16 @@ BatchSizes = Annotated[
 MaxNodes = Annotated[
     int,
     typer.Option("--max-nodes", min=1, max=MAX_NODES, help="Most draft tokens of a tree."),
+]
+MeasuredNodes = Annotated[
+    int,
+    typer.Option(
+        "--max-nodes",
+        min=1,
+        max=MAX_NODES,
+        show_default="64, fewer where fewer are measured",
+        help="Most draft tokens of a tree.",
+    ),
 ]
 Data = Annotated[
     list[Path],
@@ -192,6 +207,39 @@ BatchSize = Annotated[
 Limit = Annotated[
     int, typer.Option("--limit", min=0, help="Prompts to take from the start, 0 for all.")
 ]
+
+
+def pair_names(target: str, draft: str) -> tuple[str, str]:
+    """Return the names of a pair, the demo's where none is given.
+
+    Raises ConfigError for a target without its draft: the demo's is made for the demo target.
+    """
+    target = target or DEFAULT_TARGET
+    if not draft and target != DEFAULT_TARGET:
+        raise ConfigError(f"--target {target} needs its draft, got none; pass --draft as well")
+    return target, draft or DEFAULT_DRAFT
+
+
+def needs_gpu_and_dataset(what: str, gpu: str, dataset: str) -> ConfigError:
+    """Return the error of a call without one of both; it proposes the call with an example's."""
+    words = sys.argv[1:]
+    words += [] if gpu else ["--gpu", "h100"]
+    words += [] if dataset else ["--dataset", "gsm8k"]
+    return ConfigError(
+        f"{what} needs --gpu and --dataset, got {'one' if gpu or dataset else 'neither'}; for "
+        f"example `{command(*words)}`"
+    )
+
+
+def left_open(ctx: typer.Context, **flags: str) -> frozenset[str]:
+    """Return the keys of the flags, by their parameters, that the user did not type."""
+    return frozenset(key for key, name in flags.items() if is_default(ctx, name))
+
+
+def is_default(ctx: typer.Context, name: str) -> bool:
+    """True when a parameter has its default, rather than what the user typed."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name.startswith("DEFAULT")
 
 
 def search_path(data: list[Path], libraries: list[str]) -> tuple[Path, ...]:

@@ -96,8 +96,8 @@ def _probed_names(target: str, draft: str, shapes: str) -> tuple[str, str]:
 def trace(
     dataset: flags.Dataset,
     prompts: flags.Prompts = "",
-    target: flags.Target = flags.DEFAULT_TARGET,
-    draft: flags.Draft = flags.DEFAULT_DRAFT,
+    target: flags.Target = "",
+    draft: flags.Draft = "",
     num_children: Annotated[
         int, typer.Option("--num-children", min=1, max=64, help="Children recorded per position.")
     ] = 16,
@@ -127,6 +127,7 @@ def trace(
     from stree_autotune.trace import run_trace
     from stree_core.pair import Runtime
 
+    target, draft = flags.pair_names(target, draft)
     which = parse_rows(rows) if rows else slice(None)
     chosen = open_prompts(dataset, prompts, tuple(data), rows=which, limit=limit or None)
     config = RecordConfig(

@@ -41,7 +41,8 @@ class Curve:
         covered = f"sizes {self.first} to {last}" if self.ms else "no size"
         # a level of w nodes with children needs a tree of at least 2 w nodes
         max_nodes = 2 * size if self.term == "draft" else size - 1
-        more = f" --max-nodes {max_nodes}`" if self.ms and size > last else "`"
+        more = f" --batch-size {self.batch_size}"
+        more += f" --max-nodes {max_nodes}`" if self.ms and size > last else "`"
         remedy = self.remedy if not self.remedy.endswith("`") else self.remedy[:-1] + more
         return MissingMeasurement(
             f"{self.term} at batch size {self.batch_size} is measured for {covered}, got size "

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from stree_autotune.tune import TuneRequest
+from stree_autotune.tune_request import TuneRequest
 from stree_core.errors import ConfigError
 from stree_core.profile import Profile
 

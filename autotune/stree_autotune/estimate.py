@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from stree_autotune.advice import PairWords
 from stree_autotune.gpu_sheet import GpuSheet
 from stree_autotune.roofline import (
     FEWEST_SAMPLES,
@@ -67,7 +68,11 @@ class Fit:
 
 
 def estimate_table(
-    table: RuntimeTable, measured: GpuSheet, wanted: GpuSheet, others: Sequence[RuntimeTable] = ()
+    table: RuntimeTable,
+    measured: GpuSheet,
+    wanted: GpuSheet,
+    others: Sequence[RuntimeTable] = (),
+    words: PairWords | None = None,
 ) -> Estimate:
     """Carry `table`, measured on GPU `measured`, to GPU `wanted`.
 
@@ -80,7 +85,7 @@ def estimate_table(
         if (other.gpu, other.dtype, other.backend) == (table.gpu, table.dtype, table.backend)
     ]
     samples = [s for each in (table, *alike) for s in samples_of(each)]
-    roofline = fit_shapes(list(dict.fromkeys(samples)), measured, table)
+    roofline = fit_shapes(list(dict.fromkeys(samples)), measured, table, words)
     own, common = _spreads(roofline, wanted)
     estimate = Estimate(
         _carried(table, roofline, wanted), table, own, common, _rule(roofline, wanted, own, common)
@@ -89,12 +94,14 @@ def estimate_table(
         raise MissingMeasurement(
             f"times measured on {measured.name} say those of {wanted.name} only within a factor of "
             f"{math.exp(estimate.band):.1f}, the limit is {math.exp(WIDEST):g}; measure with "
-            f"`{table.model_copy(update={'gpu': wanted.name}).probe_command}`"
+            f"`{table.model_copy(update={'gpu': wanted.name}).probe_command(words)}`"
         )
     return estimate
 
 
-def fit_shapes(samples: Sequence[Sample], sheet: GpuSheet, table: RuntimeTable) -> Fit:
+def fit_shapes(
+    samples: Sequence[Sample], sheet: GpuSheet, table: RuntimeTable, words: PairWords | None = None
+) -> Fit:
     """Fit the roofline and leave every shape out in turn.
 
     Raises MissingMeasurement for fewer than two shapes, or too few passes of one.
@@ -104,7 +111,7 @@ def fit_shapes(samples: Sequence[Sample], sheet: GpuSheet, table: RuntimeTable) 
     if len(groups) < 2 or min(map(len, groups)) < FEWEST_SAMPLES:
         raise MissingMeasurement(
             f"estimates need {FEWEST_SAMPLES} measured passes of each of two models, the tables "
-            f"of {sheet.name} hold fewer; record them with `{table.probe_command}`"
+            f"of {sheet.name} hold fewer; record them with `{table.probe_command(words)}`"
         )
     means, deviations = [], []
     for left_out in groups:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from stree_autotune.accept_rates import conditional_rates, emitted_per_step, marginal_rates
+from stree_autotune.advice import PairWords, trace_command
 from stree_autotune.deployment import LONGEST_CHAIN, Deployment, Exported, chains, comments
 from stree_autotune.trace_walk import walk
 from stree_core.errors import MissingMeasurement
@@ -37,9 +38,12 @@ def export_speculation_profile(deployment: Deployment) -> Exported:
     MissingMeasurement for a borrowed trace: the file speaks of this very draft.
     """
     if deployment.profile.sources.trace.status != "measured":
+        profile = deployment.profile
+        words = PairWords(deployment.target, deployment.draft)
+        command = trace_command(words, profile.dataset, profile.sampling)
         raise MissingMeasurement(
             "speculation_profile.json says what was measured of this draft, and this profile's "
-            "trace is borrowed; record one of the pair with `stree-tune trace` and tune again"
+            f"trace is borrowed; record one of the pair with `{command}` and tune again"
         )
     lengths = range(1, LONGEST_CHAIN + 1)
     by_k = {k: walk(deployment.trace, Tree.chain(k)).tokens_per_step for k in lengths}

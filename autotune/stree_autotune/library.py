@@ -12,8 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from stree_autotune.advice import KNOWN_DATASETS, PairWords, probe_command, trace_command
 from stree_autotune.gpu_sheet import GpuSheet, load_gpu_sheet
-from stree_autotune.runtime_table import probe_command, runtime_file_name
+from stree_autotune.runtime_table import runtime_file_name
 from stree_core.errors import ConfigError, MissingMeasurement, nearest
 from stree_core.hub import is_hub_id
 from stree_core.model_source import ModelSource, folder_source
@@ -21,7 +22,6 @@ from stree_core.profile import ModelRef
 from stree_core.shape_sheet import find_shape_sheet
 
 DEFAULT_DATA = Path("stree-data")
-DATASETS = ("demo", "gsm8k", "human_eval", "mt_bench")
 SEPARATOR = "--"
 GREEDY = "greedy"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
@@ -73,7 +73,7 @@ class Library:
 
     def dataset_names(self) -> set[str]:
         """Return every dataset with a trace, and those that `stree-tune trace` can fetch."""
-        return {parts[2] for parts in self._parts("traces", "safetensors", 4)} | set(DATASETS)
+        return {parts[2] for parts in self._parts("traces", "safetensors", 4)} | set(KNOWN_DATASETS)
 
     def model_names(self) -> set[str]:
         """Return every model with a folder, a table or a trace."""
@@ -93,14 +93,14 @@ class Library:
         path = self._first(f"gpus/{gpu}.yaml")
         return None if path is None else load_gpu_sheet(path)
 
-    def find_runtime(self, gpu: str, target: str, draft: str) -> RuntimeSource:
+    def find_runtime(self, gpu: str, target: str, draft: str, command: str = "") -> RuntimeSource:
         """Return the pair's table for `gpu`, else the most alike GPU's to estimate from.
 
+        `command` records one, in the user's words; without it the names are taken.
         Raises ConfigError for an unknown GPU, MissingMeasurement when nothing fits.
         """
-        known(
-            gpu, self.gpu_names(), "GPU", "or measure a new one with `stree-tune probe --gpu NAME`"
-        )
+        command = command or probe_command(gpu, PairWords(target, draft))
+        known(gpu, self.gpu_names(), "GPU", f"or measure a new one with `{command}`")
         exact = self.measured_runtime(gpu, target, draft)
         if exact is not None:
             return RuntimeSource(exact)
@@ -115,7 +115,7 @@ class Library:
             return min(found, key=lambda each: each[:2])[2]
         raise MissingMeasurement(
             f"no runtime table of {target} with {draft} is there for {gpu} or another GPU to "
-            f"estimate from; record one on that machine with `{probe_command(gpu, target, draft)}`"
+            f"estimate from; record one on that machine with `{command}`"
         )
 
     def runtime_paths(self, gpu: str) -> list[Path]:
@@ -127,18 +127,21 @@ class Library:
         """Return the pair's table measured on `gpu` itself, None when there is none."""
         return self._first(f"runtime/{runtime_file_name(gpu, target, draft)}")
 
-    def find_trace(self, target: str, draft: str, dataset: str, label: str = GREEDY) -> Path:
+    def find_trace(
+        self, target: str, draft: str, dataset: str, label: str = GREEDY, command: str = ""
+    ) -> Path:
         """Return the pair's trace on `dataset` with the sampling setting of a label.
 
+        `command` records one, in the user's words; without it the names are taken.
         Raises ConfigError for an unknown dataset, MissingMeasurement when there is no trace.
         """
-        remedy = f"or record it with `{trace_command(target, draft, dataset)}`"
-        known(dataset, self.dataset_names(), "dataset", remedy)
+        command = command or trace_command(PairWords(target, draft), dataset)
+        known(dataset, self.dataset_names(), "dataset", f"or record it with `{command}`")
         path = self._first(f"traces/{trace_file_name(target, draft, dataset, label)}")
         if path is None:
             raise MissingMeasurement(
                 f"no trace of {target} with {draft} on {dataset} is there; record it with "
-                f"`{trace_command(target, draft, dataset)}` or borrow one with --acceptance-from"
+                f"`{command}` or borrow one with --acceptance-from"
             )
         return path
 
@@ -231,11 +234,6 @@ def shipped_root() -> Path:
 def trace_file_name(target: str, draft: str, dataset: str, label: str = GREEDY) -> str:
     """Return the file name of a trace with a sampling setting, see Sampling.label."""
     return f"{SEPARATOR.join((target, draft, dataset, label))}.safetensors"
-
-
-def trace_command(target: str, draft: str, dataset: str) -> str:
-    """Return the command that records a trace."""
-    return f"stree-tune trace --dataset {dataset} --prompts FILE --target {target} --draft {draft}"
 
 
 def require_same_model(

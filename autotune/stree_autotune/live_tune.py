@@ -11,7 +11,8 @@ from stree_autotune.provenance import utc_now, versions
 from stree_autotune.search import SearchSetting, Trial
 from stree_autotune.study import StudyPlace, open_storage
 from stree_autotune.tree_space import TreeSpace
-from stree_autotune.tune import Question, TuneRequest, ask
+from stree_autotune.tune import Question, ask
+from stree_autotune.tune_request import TuneRequest
 from stree_autotune.verdict import CrossFit, Decision, decide
 from stree_core.backend import resolve_device
 from stree_core.errors import ConfigError
@@ -36,7 +37,7 @@ def tune_live(request: TuneRequest) -> Profile:
     pair = open_question_pair(question)
     search = live_search(question, pair)
     decisions, rows = [], []
-    for batch_size in request.batch_sizes:
+    for batch_size in question.request.batch_sizes:
         result = search.run(batch_size)
         decisions.append(decide_live(question, result))
         logger.info("batch size %d: %s", batch_size, decisions[-1].reason)

@@ -17,7 +17,6 @@ from stree_autotune.step_cost import StepCost
 from stree_autotune.trace_file import Trace
 from stree_autotune.trace_walk import Slots, longest_paths, walk
 from stree_autotune.tree_space import OFF, TreeSpace
-from stree_core.errors import MissingMeasurement
 from stree_core.profile import PolicyRow, Profile
 from stree_core.tree import Tree
 
@@ -65,7 +64,8 @@ class Ranks:
 
 def scan(profile: Profile, trace: Trace, cost: StepCost) -> tuple[Scan, ...]:
     """Repeat the search of every row; raise MissingMeasurement when the cost knows too little."""
-    seed, most = profile.provenance.seed, _most_nodes(profile, cost)
+    batch_sizes = [row.batch_size for row in profile.policy]
+    seed, most = profile.provenance.seed, cost.most_nodes(batch_sizes, MOST_NODES) or 1
     space = TreeSpace.of(trace, most)
     bootstrap = _Bootstrap.of(space.slots, cost, seed)
     scans = []
@@ -159,18 +159,6 @@ def _start_slots(slots: Slots, trace: Trace, tree: Tree) -> NDArray[np.intp]:
     """Return the slots where steps with `tree` start."""
     slot_of_position = np.flatnonzero(slots.positions_S >= 0)
     return slot_of_position[walk(trace, tree).starts]
-
-
-def _most_nodes(profile: Profile, cost: StepCost) -> int:
-    """Return the largest size that every row has times for, at most MOST_NODES."""
-    batch_sizes = [row.batch_size for row in profile.policy]
-    for size in range(MOST_NODES, 1, -1):
-        try:
-            cost.require(batch_sizes, size)
-        except MissingMeasurement:
-            continue
-        return size
-    return 1
 
 
 def _rate(trial: Trial) -> float:

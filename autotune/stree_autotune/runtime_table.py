@@ -28,6 +28,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
+from stree_autotune.advice import PairWords, probe_command
 from stree_core.files import dump_yaml, load_yaml, write_atomically
 from stree_core.profile import (
     MAX_BATCH_SIZE,
@@ -229,13 +230,17 @@ class RuntimeTable(Strict):
         """The name under which the library finds this table."""
         return runtime_file_name(self.gpu, self.target.name, self.draft.name)
 
-    @property
-    def probe_command(self) -> str:
-        """The command that records this table."""
-        target, draft = self.target.name, self.draft.name
-        if self.weights == "random":
-            return f"stree-tune probe --gpu {self.gpu} --shapes {target},{draft}"
-        return probe_command(self.gpu, target, draft)
+    def probe_command(self, words: PairWords | None = None) -> str:
+        """Return the command that records this table, or more of it, in a user's words if any."""
+        names = PairWords(self.target.name, self.draft.name, words.data if words else ())
+        shapes = self.weights == "random"
+        default = ("float32", "torch") if self.gpu == "cpu" else ("bfloat16", "triton")
+        more: list[str | Path | int] = ["--context", self.context]
+        more += ["--dtype", self.dtype] if self.dtype != default[0] else []
+        more += ["--backend", self.backend] if self.backend != default[1] else []
+        # shapes are found by their names alone
+        pair = names if shapes or words is None else words
+        return probe_command(self.gpu, pair, *more, shapes=shapes)
 
 
 def rule_key(sampling: Sampling) -> RuleKey:
@@ -248,11 +253,6 @@ def rule_key(sampling: Sampling) -> RuleKey:
 def runtime_file_name(gpu: str, target: str, draft: str) -> str:
     """Return the file name of a runtime table."""
     return f"{gpu}--{target}--{draft}.yaml"
-
-
-def probe_command(gpu: str, target: str, draft: str) -> str:
-    """Return the command that records the runtime table of a pair on a GPU."""
-    return f"stree-tune probe --gpu {gpu} --target {target} --draft {draft}"
 
 
 def load_runtime_table(path: Path) -> RuntimeTable:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from stree_autotune.advice import command
 from stree_autotune.share_check import TRACE_SUFFIX, check_shared, shareable
 from stree_autotune.share_index import (
     INDEX,
@@ -150,7 +151,7 @@ def _read_index(store: Store, *, missing_ok: bool = False) -> Index:
     if data is None and not missing_ok:
         raise ConfigError(
             f"a library has an {INDEX}, {store.name} has none; make one with "
-            f"`stree-tune push {store.name}`, or name a data folder with --data"
+            f"`{command('push', store.name)}`, or name a data folder with --data"
         )
     return Index() if data is None else read_index(data, f"{INDEX} of {store.name}")
 

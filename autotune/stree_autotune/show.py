@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from stree_autotune.advice import command
 from stree_core.profile import MeasuredBlock, PolicyRow, Profile, Source, Verdict
 
 HEADERS = (
@@ -48,7 +49,8 @@ def print_profile(profile: Profile, console: Console) -> None:
     for kind, source in (("times", profile.sources.runtime), ("acceptance", profile.sources.trace)):
         console.print(_source_line(kind, source))
     if profile.sources.certificate is None:
-        console.print("certificate: none; make one with stree-tune certify and tune again")
+        made = command("certify", PurePosixPath(profile.sources.trace.name).stem)
+        console.print(f"certificate: none; make one with `{made}` and tune again")
     else:
         console.print(_source_line("certificate", profile.sources.certificate))
 

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from stree_autotune.advice import PairWords
 from stree_autotune.estimate import Estimate
 from stree_autotune.runtime_table import RuleKey, RuntimeTable
 from stree_autotune.term_times import PLAIN, Factors, Load, TermTimes, spreads, term_times
@@ -57,18 +58,31 @@ class StepCost:
 
     @classmethod
     def from_table(
-        cls, table: RuntimeTable, rule: RuleKey = "greedy", context: int | None = None
+        cls,
+        table: RuntimeTable,
+        rule: RuleKey = "greedy",
+        context: int | None = None,
+        words: PairWords | None = None,
     ) -> StepCost:
-        """Build the step cost of a measured table, of slots half full up to `context` tokens."""
+        """Build the step cost of a measured table, of slots half full up to `context` tokens.
+
+        `words` are the user's for the pair, which errors repeat.
+        """
         load = Load(rule, 0.0 if context is None else (context - table.context) / 2)
-        return cls(term_times(table), table.batch_sizes, spreads(table), table.probe_command, load)
+        command = table.probe_command(words)
+        times = term_times(table, command)
+        return cls(times, table.batch_sizes, spreads(table), command, load)
 
     @classmethod
     def from_estimate(
-        cls, estimate: Estimate, rule: RuleKey = "greedy", context: int | None = None
+        cls,
+        estimate: Estimate,
+        rule: RuleKey = "greedy",
+        context: int | None = None,
+        words: PairWords | None = None,
     ) -> StepCost:
         """Build the step cost of an estimated table, whose draws spread as the estimate may err."""
-        cost = cls.from_table(estimate.table, rule, context)
+        cost = cls.from_table(estimate.table, rule, context, words)
         moved = Factors(*(math.hypot(spread, estimate.own) for spread in cost.spreads))
         return replace(cost, spreads=moved, common=estimate.common)
 
@@ -137,6 +151,16 @@ class StepCost:
             measured = (batch_size,) if batch_size in self.times else self._neighbours(batch_size)
             for size in measured:
                 self.times[size].require(max_nodes, self.load.rule)
+
+    def most_nodes(self, batch_sizes: Sequence[int], limit: int) -> int:
+        """Return the most nodes, up to a limit, with which every tree has a time; 0 without any."""
+        for size in range(limit, 0, -1):
+            try:
+                self.require(batch_sizes, size)
+            except MissingMeasurement:
+                continue
+            return size
+        return 0
 
     def _neighbours(self, batch_size: int) -> tuple[int, int]:
         index = bisect.bisect(self.batch_sizes, batch_size)

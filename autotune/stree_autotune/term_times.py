@@ -165,14 +165,17 @@ class TermTimes:
     def _missing(self, what: str) -> MissingMeasurement:
         return MissingMeasurement(
             f"{what} at batch size {self.batch_size} must be in the table, it is not; record it "
-            f"with `{self.command}`"
+            f"with `{self.command} --batch-size {self.batch_size}`"
         )
 
 
-def term_times(table: RuntimeTable) -> dict[int, TermTimes]:
-    """Return the terms of every measured batch size, remainders fitted, ascending."""
-    rules = RuleTimes.of(table.rules, table.probe_command)
-    return {size: _at_batch_size(table, size, rules) for size in table.batch_sizes}
+def term_times(table: RuntimeTable, command: str) -> dict[int, TermTimes]:
+    """Return the terms of every measured batch size, remainders fitted, ascending.
+
+    `command` is what errors propose to record what is missing.
+    """
+    rules = RuleTimes.of(table.rules, command)
+    return {size: _at_batch_size(table, size, rules, command) for size in table.batch_sizes}
 
 
 def spreads(table: RuntimeTable) -> Factors:
@@ -206,10 +209,11 @@ def _whole_steps(times: TermTimes, steps: Sequence[Step], table: RuntimeTable) -
     return found
 
 
-def _at_batch_size(table: RuntimeTable, batch_size: int, rules: RuleTimes) -> TermTimes:
+def _at_batch_size(
+    table: RuntimeTable, batch_size: int, rules: RuleTimes, command: str
+) -> TermTimes:
     points = [point for point in table.points if point.batch_size == batch_size]
     no_room = [row for row in table.no_room if row.batch_size == batch_size]
-    command = table.probe_command
     terms: tuple[Term, ...] = Term.__args__  # type: ignore[attr-defined]
     rows = make_curve("draft_rows", batch_size, points, no_room, command)
     points = [without_rows(point, rows) for point in points]

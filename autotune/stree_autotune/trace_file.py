@@ -214,4 +214,4 @@ def _digest(meta: str, ranks: NDArray[Any], offsets: NDArray[Any]) -> str:
 
 
 def _refusal(file: str, problem: str) -> ConfigError:
-    return ConfigError(f"trace {file} {problem}; record it again with stree-tune trace")
+    return ConfigError(f"trace {file} {problem}; record it again")

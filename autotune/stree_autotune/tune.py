@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from stree_autotune.acceptance_source import Acceptance, load_acceptance, source_of
-from stree_autotune.library import DEFAULT_DATA, Library, require_same_model, require_same_shape
+from stree_autotune.library import Library, require_same_model, require_same_shape
 from stree_autotune.memory_limit import MemoryLimit
 from stree_autotune.provenance import provenance
 from stree_autotune.runtime_cost import runtime_cost
@@ -16,6 +16,7 @@ from stree_autotune.search import NUM_TRIALS, SearchSetting, Trial
 from stree_autotune.step_cost import StepCost
 from stree_autotune.study import StudyPlace, open_storage
 from stree_autotune.trace_file import Trace
+from stree_autotune.tune_request import TuneRequest, probe_command_of, within_measured
 from stree_autotune.verdict import Decision, decide_policy
 from stree_core.profile import (
     GpuRef,
@@ -25,35 +26,10 @@ from stree_core.profile import (
     PolicyRow,
     Predicted,
     Profile,
-    Sampling,
     Source,
     Sources,
     TreeText,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class TuneRequest:
-    """What `stree-tune` was asked; `acceptance_from` and `dataset` are empty when not given.
-
-    `storage` is a journal file or a database's URL, empty for the default, which live searches have
-    in the folder `studies`; `num_trials` is per batch size, 0 for the default.
-    """
-
-    gpu: str
-    dataset: str
-    target: str
-    draft: str
-    sampling: Sampling
-    context: int
-    batch_sizes: tuple[int, ...]
-    max_nodes: int
-    data: tuple[Path, ...]
-    acceptance_from: str
-    seed: int
-    storage: str = ""
-    studies: Path = DEFAULT_DATA / "studies"
-    num_trials: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +117,8 @@ def tune(request: TuneRequest) -> Profile:
     decisions = decide_policy(
         question.trace,
         question.runtime.cost,
-        request.batch_sizes,
-        max_nodes=request.max_nodes,
+        question.request.batch_sizes,
+        max_nodes=question.request.max_nodes,
         seed=request.seed,
         setting=setting,
     )
@@ -158,6 +134,7 @@ def ask(request: TuneRequest) -> Question:
     library = Library.open(request.data)
     target, draft = library.model_name(request.target), library.model_name(request.draft)
     runtime = _load_runtime(library, request, target, draft)
+    request = within_measured(request, runtime.cost)
     acceptance = load_acceptance(
         library,
         (target, draft),
@@ -165,6 +142,7 @@ def ask(request: TuneRequest) -> Question:
         request.acceptance_from,
         sampling=request.sampling,
         max_nodes=request.max_nodes,
+        command=request.trace_command(),
     )
     refs = _require_one_pair(library, request, runtime, acceptance.trace, acceptance.source)
     runtime.cost.require(request.batch_sizes, request.max_nodes)
@@ -177,9 +155,10 @@ def ask(request: TuneRequest) -> Question:
 
 
 def _load_runtime(library: Library, request: TuneRequest, target: str, draft: str) -> Runtime:
-    found = library.find_runtime(request.gpu, target, draft)
+    command = probe_command_of(library, request)
+    found = library.find_runtime(request.gpu, target, draft, command)
     table, cost, estimate = runtime_cost(
-        library, found.path, request.gpu, request.sampling, request.context
+        library, found.path, request.gpu, request.sampling, request.context, request.words
     )
     note = f"{table.gpu_name}, {table.dtype}, {table.backend}"
     if estimate is not None:
@@ -210,10 +189,10 @@ def _require_one_pair(
     for timed, traced, name in roles:
         here = library.find_source(name)
         if here is not None:
-            again = f"record it again with `{table.probe_command} --force`"
+            again = f"record it again with `{table.probe_command(request.words)} --force`"
             require_same_shape(timed, here.ref, table_file, "folder", again)
             if not borrowed:
-                again = "record it again with `stree-tune trace --force`"
+                again = f"record it again with `{request.trace_command('--force')}`"
                 require_same_model(traced, here.ref, trace_file, "folder", again)
             known = None if borrowed else traced.weights_sha256
             refs.append(here.ref.model_copy(update={"weights_sha256": known}))

@@ -111,7 +111,7 @@ class CrossFit:
         if len(prompts) < 2:
             raise ConfigError(
                 f"a decision needs two prompts with output, the trace has {len(prompts)}; record "
-                "more with stree-tune trace"
+                "a trace of more prompts"
             )
         rng = np.random.default_rng(seed)
         shares = np.full(len(prompts), 1 / len(prompts))

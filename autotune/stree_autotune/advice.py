@@ -1,0 +1,60 @@
+"""The commands that messages propose: they run as printed, in the words their user chose."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from stree_core.profile import Sampling
+
+KNOWN_DATASETS = ("demo", "gsm8k", "human_eval", "mt_bench")
+"""Datasets whose rows `stree-tune trace` finds by name; others are in a file of the user's."""
+
+PLAIN = Sampling()
+
+
+class PairWords(NamedTuple):
+    """What a user typed for the pair, hub ids and folders whole, and the data folders."""
+
+    target: str
+    draft: str
+    data: tuple[Path, ...] = ()
+
+
+def command(*words: str | Path | int) -> str:
+    """Return a call of stree-tune, quoted for a shell."""
+    return shlex.join(["stree-tune", *map(str, words)])
+
+
+def probe_command(gpu: str, words: PairWords, *more: str | Path | int, shapes: bool = False) -> str:
+    """Return the command that records the runtime table of a pair on a GPU."""
+    pair = ["--target", words.target, "--draft", words.draft]
+    if shapes:
+        pair = ["--shapes", f"{words.target},{words.draft}"]
+    device = ["--device", "cpu"] if gpu == "cpu" else []
+    return command("probe", "--gpu", gpu, *pair, *device, *more, *_data_flags(words.data))
+
+
+def trace_command(
+    words: PairWords, dataset: str, sampling: Sampling = PLAIN, *more: str | Path | int
+) -> str:
+    """Return the command that records a trace; FILE holds the rows of a dataset of the user's."""
+    rows = [] if dataset in KNOWN_DATASETS else ["--prompts", "FILE"]
+    setting: list[str] = []
+    if sampling != PLAIN:
+        setting = ["--rule", sampling.rule, "--temperature", f"{sampling.temperature:g}"]
+        setting += ["--top-p", f"{sampling.top_p:g}"] if sampling.top_p != 1 else []
+    pair = ["--target", words.target, "--draft", words.draft]
+    data = _data_flags(words.data)
+    return command("trace", "--dataset", dataset, *rows, *pair, *setting, *more, *data)
+
+
+def repeated(flag: str, values: Sequence[int]) -> list[str]:
+    """Return a flag once for every value."""
+    return [word for value in values for word in (flag, str(value))]
+
+
+def _data_flags(folders: Sequence[Path]) -> list[str]:
+    return [word for folder in folders for word in ("--data", str(folder))]
