@@ -323,3 +323,8 @@ def test_datasets_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_must_be_a_range(text: str) -> None:
     with pytest.raises(ConfigError, match="START:STOP"):
         parse_rows(text)
+
+
+def test_a_set_of_prompts_is_read_by_index(tmp_path: Path) -> None:
+    prompts = load_prompts("mine", str(_file(tmp_path, '{"text": "a"}', '{"text": "b"}')))
+    assert (len(prompts), prompts[1], list(prompts)) == (2, "b", ["a", "b"])

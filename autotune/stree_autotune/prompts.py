@@ -28,12 +28,15 @@ SHOWN_CHARACTERS = 80
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """The prompts of a dataset; those of all rows stand under one field."""
+    """The prompts of a dataset, by index their texts; those of all rows stand under one field."""
 
     prompts: tuple[Prompt, ...]
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def __getitem__(self, index: int) -> str:
+        return self.prompts[index].text
 
     @property
     def texts(self) -> list[str]:
