@@ -327,4 +327,4 @@ def test_rows_must_be_a_range(text: str) -> None:
 
 def test_a_set_of_prompts_is_read_by_index(tmp_path: Path) -> None:
     prompts = load_prompts("mine", str(_file(tmp_path, '{"text": "a"}', '{"text": "b"}')))
-    assert (len(prompts), prompts[1], list(prompts)) == (2, "b", ["a", "b"])
+    assert (len(prompts), prompts[1], prompts.texts) == (2, "b", ["a", "b"])

@@ -44,10 +44,7 @@ def load_acceptance(
         if borrowed
         else library.find_trace(*pair, dataset, sampling.label, command)
     )
-    try:
-        trace = load_trace(path)
-    except ConfigError as err:
-        raise ConfigError(f"{err}" if borrowed else f"{err} (`{command} --force`)") from err
+    trace = load_trace(path) if borrowed else _load_own(path, command)
     if dataset and trace.meta.dataset != dataset:
         raise ConfigError(
             f"trace {path.name} must be of the asked dataset, got {trace.meta.dataset} for "
@@ -74,6 +71,13 @@ def load_acceptance(
         )
     source = source_of(library, path, "; ".join(notes), estimated=bool(borrowed))
     return Acceptance(trace, source, certificate, certificate_source)
+
+
+def _load_own(path: Path, command: str) -> Trace:
+    try:
+        return load_trace(path)
+    except ConfigError as err:
+        raise ConfigError(f"{err} (`{command} --force`)") from err
 
 
 def source_of(library: Library, path: Path, note: str, *, estimated: bool) -> Source:
