@@ -54,7 +54,7 @@ def load_columns(source, row, valid, dims):
 
 
 @triton.jit
-def _halves(wide):
+def halves(wide):
     """Two bf16 numbers whose sum an fp32 one is, but for its last bits; an fp16 one exactly."""
     high = wide.to(tl.bfloat16)
     return high, (wide - high.to(tl.float32)).to(tl.bfloat16)
@@ -69,9 +69,9 @@ def dot_wide(wide, right, total):
     if right.dtype == tl.float32:
         total = tl.dot(wide, right, total, input_precision="ieee")
     else:
-        high, low = _halves(wide)
+        high, low = halves(wide)
         if right.dtype == tl.float16:
-            right, right_low = _halves(right.to(tl.float32))
+            right, right_low = halves(right.to(tl.float32))
             total = tl.dot(high, right_low, total)
         total = tl.dot(low, right, tl.dot(high, right, total))
     return total

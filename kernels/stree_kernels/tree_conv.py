@@ -57,7 +57,7 @@ def pick_config(num_tokens: int) -> ConvConfig:
 
 
 @triton.jit
-def _advance(columns, prev_ptr, stride_prev_r, path_ptr, length, channel, exists):
+def advance_window(columns, prev_ptr, stride_prev_r, path_ptr, length, channel, exists):
     """The last K of (state columns, rows along the path)."""
     advanced = ()
     for k in tl.static_range(len(columns)):
@@ -73,7 +73,7 @@ def _advance(columns, prev_ptr, stride_prev_r, path_ptr, length, channel, exists
 
 
 @triton.jit
-def _convolve(
+def convolve(
     current, rows_T, within, columns, weights, bias, inputs_ptr, stride_inputs_r, ancestors_ptr,
     channel, exists,
 ):  # fmt: skip
@@ -120,7 +120,7 @@ def _tree_conv_kernel(
         weights = weights + (weight.to(tl.float32),)
     bias = tl.load(bias_ptr + channel, mask=exists, other=0.0).to(tl.float32)
     if path_ptr is not None:
-        columns = _advance(
+        columns = advance_window(
             columns, prev_ptr + sequence * stride_prev_b, stride_prev_r,
             path_ptr + sequence * stride_path_b, tl.load(length_ptr + sequence), channel, exists,
         )  # fmt: skip
@@ -134,7 +134,7 @@ def _tree_conv_kernel(
         current = tl.load(
             inputs_ptr + sequence * stride_inputs_b + offsets, mask=valid, other=0.0
         ).to(tl.float32)
-        conv = _convolve(
+        conv = convolve(
             current, rows_T, rows_T < num_rows, columns, weights, bias,
             inputs_ptr + sequence * stride_inputs_b, stride_inputs_r, ancestors_ptr, channel,
             exists,

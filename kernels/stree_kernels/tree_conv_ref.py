@@ -38,7 +38,7 @@ def tree_conv(
     """
     if pending is not None:
         assert previous_BRE is not None
-        _advance(state_BCK, previous_BRE, pending)
+        advance_window(state_BCK, previous_BRE, pending)
     dtype = torch.promote_types(inputs_BRE.dtype, torch.float32)
     end = first + num_tokens
     # Column v of the state and row v - K of the block, so that a value of the table is an index.
@@ -52,7 +52,7 @@ def tree_conv(
     out_BRE[:, first:end, num_channels:] = inputs_BRE[:, first:end, num_channels:]
 
 
-def _advance(state_BCK: Tensor, previous_BRE: Tensor, pending: Pending) -> None:
+def advance_window(state_BCK: Tensor, previous_BRE: Tensor, pending: Pending) -> None:
     """Make `state_BCK` the last K of (state, inputs along the pending path), in place."""
     batch, num_channels, num_columns = state_BCK.shape
     sequence_B1 = torch.arange(batch, device=state_BCK.device)[:, None]

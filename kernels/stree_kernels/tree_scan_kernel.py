@@ -30,7 +30,7 @@ from stree_kernels.scan_parts import (
 
 
 @triton.jit
-def _load_mask(mask, rows_J, rows_T, num_rows):
+def load_mask(mask, rows_J, rows_T, num_rows):
     """M transposed [J, T]: True where row J is row T or its ancestor. M has columns for a tile."""
     offsets = rows_T[None, :] * mask[1] + rows_J[:, None]
     return tl.load(mask[0] + offsets, mask=rows_T[None, :] < num_rows, other=0) != 0
@@ -43,7 +43,7 @@ def _path_sum(rows_T, stop, dt, mask, num_rows, law, BLOCK_T: tl.constexpr):
     for start in range(0, stop, BLOCK_T):
         rows_J = start + tl.arange(0, BLOCK_T)
         log_decay_J = time_steps(load_vector(dt, rows_J, rows_J < num_rows), law) * law[0]
-        mask_JT = _load_mask(mask, rows_J, rows_T, num_rows)
+        mask_JT = load_mask(mask, rows_J, rows_T, num_rows)
         total_T += tl.sum(tl.where(mask_JT, log_decay_J[:, None], 0.0), axis=0)
     return total_T
 
@@ -68,7 +68,7 @@ def _attend(
     rows_T = start + tl.arange(0, BLOCK_T)
     within = rows_T < num_rows
     d_T = time_steps(load_vector(dt, rows_T, within), law)
-    mask_TT = _load_mask(mask, rows_T, rows_T, num_rows)
+    mask_TT = load_mask(mask, rows_T, rows_T, num_rows)
     x_PT = load_columns(x, rows_T, within, dims_P)
     b_TN = load_rows(b, rows_T, within, dims_N)
     # The source `c` begins at row `first`.
@@ -86,7 +86,7 @@ def _attend(
             d_J = time_steps(load_vector(dt, rows_J, within_J), law)
             x_PJ = load_columns(x, rows_J, within_J, dims_P)
             b_JN = load_rows(b, rows_J, within_J, dims_N)
-            mask_JT = _load_mask(mask, rows_J, rows_T, num_rows)
+            mask_JT = load_mask(mask, rows_J, rows_T, num_rows)
             y_PT = _add_ancestors(y_PT, x_PJ, b_JN, c_NT, d_J, path_J, path_T, mask_JT)
     return y_PT, c_NT, path_T
 

@@ -16,12 +16,13 @@ N state dim, G groups of B or C, Q partial sums of a row.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stree_kernels.rows import MAX_KEPT, Gate, Past, ScanHeads, ScanRows
+from stree_kernels.rows import MAX_KEPT, Gate, Past, Pending, ScanHeads, ScanRows
 
 
 def tree_scan(
@@ -44,20 +45,20 @@ def tree_scan(
     `out_BTHP`; with `gate` times silu(z), and then its sums of squares. `past` says when
     `state_BHPN` changes. Computes in the state's dtype, in fp32 at least.
     """
-    state = _widen(state_BHPN)
+    state = widen(state_BHPN)
     num_kept_B, length_B = past.pending.num_kept_B, past.pending.length_B
     fits_B = num_kept_B + length_B <= MAX_KEPT
     # Without `commit`, rows that did not fit are in the state already.
     total_B = num_kept_B + length_B if past.commit else (num_kept_B + length_B) * fits_B
-    source_BL = _sources(past)
+    source_BL = accepted_sources(past.start, past.pending)
     sequence_B1 = torch.arange(len(total_B), device=state.device)[:, None]
     accepted = ScanRows(*(tensor[sequence_B1, source_BL] for tensor in past.rows))
     state = _advanced(state, accepted, total_B, heads, dt_limit)
     if past.commit:
         state_BHPN.copy_(torch.where(fits_B[:, None, None, None], state_BHPN, state))
         # Rounded as stored, where it is.
-        state = torch.where(fits_B[:, None, None, None], state, _widen(state_BHPN))
-        _keep(past, accepted, fits_B)
+        state = torch.where(fits_B[:, None, None, None], state, widen(state_BHPN))
+        keep_accepted(past.rows, past.pending, accepted, fits_B)
     if first + c_BTGN.shape[1] == 1:
         y_BHTP = _score_root(state, rows, c_BTGN, heads, dt_limit)
     else:
@@ -70,21 +71,26 @@ def tree_scan(
     out_BTHP.copy_(y_BTHP)
 
 
-def _sources(past: Past) -> Tensor:
-    """Return the rows [B, L] that hold the accepted tokens: kept ones, then the path."""
-    path_BL, _, num_kept_B = past.pending
+def accepted_sources(start: int, pending: Pending) -> Tensor:
+    """Return the rows [B, L] that hold the accepted tokens: kept ones, then the path's.
+
+    Entry v of the path is row `start + v`.
+    """
+    path_BL, _, num_kept_B = pending
     position_L = torch.arange(MAX_KEPT + path_BL.shape[1], device=path_BL.device)
     entry_BL = position_L - num_kept_B[:, None]
     in_path_BL = path_BL.gather(1, entry_BL.clamp(0, path_BL.shape[1] - 1))
-    return torch.where(entry_BL >= 0, past.start + in_path_BL, position_L)
+    return torch.where(entry_BL >= 0, start + in_path_BL, position_L)
 
 
-def _keep(past: Past, accepted: ScanRows, fits_B: Tensor) -> None:
+def keep_accepted(
+    rows: Sequence[Tensor], pending: Pending, accepted: Sequence[Tensor], fits_B: Tensor
+) -> None:
     """Move the path's rows behind the kept ones where all fit."""
     position_K = torch.arange(MAX_KEPT, device=fits_B.device)
-    total_B = past.pending.num_kept_B + past.pending.length_B
+    total_B = pending.num_kept_B + pending.length_B
     moved_BK = fits_B[:, None] & (position_K < total_B[:, None])
-    for rows_BR, accepted_BL in zip(past.rows, accepted, strict=True):
+    for rows_BR, accepted_BL in zip(rows, accepted, strict=True):
         moved = moved_BK.view(*moved_BK.shape, *[1] * (rows_BR.ndim - 2))
         kept = torch.where(moved, accepted_BL[:, :MAX_KEPT], rows_BR[:, :MAX_KEPT])
         rows_BR[:, :MAX_KEPT] = kept
@@ -198,7 +204,7 @@ def _spread(x: Tensor, state_BHPN: Tensor) -> Tensor:
     return wide if repeats == 1 else wide.repeat_interleave(repeats, dim=-2)
 
 
-def _widen(state: Tensor) -> Tensor:
+def widen(state: Tensor) -> Tensor:
     """Return the state in the dtype to compute in: float64 stays, anything else becomes fp32."""
     return state if state.dtype == torch.float64 else state.float()
 
