@@ -7,6 +7,7 @@ from torch import Tensor
 
 from stree_kernels import (
     commit_path,
+    delta_scan,
     experts,
     key_rows,
     linear,
@@ -19,6 +20,7 @@ from stree_kernels import (
     uniforms,
 )
 from stree_kernels.commit_path_ref import PathMemory, TreeTables
+from stree_kernels.delta_rows import DeltaPast, DeltaRows, DeltaTokens
 from stree_kernels.key_rows_ref import KeyValues
 from stree_kernels.laws import GATED, Activation
 from stree_kernels.rows import (
@@ -59,6 +61,32 @@ def scan(
         dt_limit=(0.0, 1.0), out_BTHP=out,
         gate=Gate(torch.empty_like(out), sums) if gated else None,
         past=Past(all_rows, MAX_KEPT, pending(batch), commit),
+    )  # fmt: skip
+
+
+def delta(
+    tokens: int, head_dim: int, state_dim: int, *, dtype: torch.dtype = BF16, many: bool = False,
+    first: int = 0, gated: bool = True,
+) -> None:  # fmt: skip
+    """Run a gated delta scan of few or many programs, of a whole block or of its last rows."""
+    batch, heads, key_heads = (64 if many else 1), 16, 8
+    num_rows = MAX_KEPT + 2 * (first + tokens)
+
+    def rows(count: int, *size: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(count, batch, *size, dtype=dtype).transpose(0, 1)
+
+    all_rows = DeltaRows(
+        rows(num_rows, heads, head_dim, dtype=FP32), rows(num_rows, key_heads, state_dim),
+        rows(num_rows, heads, dtype=FP32),
+    )  # fmt: skip
+    out = rows(tokens, heads, head_dim)
+    num_sums = heads * head_dim // gate_width(head_dim, state_dim, dtype)
+    delta_scan.delta_scan(
+        torch.empty(batch, heads, head_dim, state_dim), DeltaRows(*(t[:, MAX_KEPT:] for t in all_rows)),
+        DeltaTokens(rows(tokens, key_heads, state_dim), torch.empty_like(out), rows(tokens, heads, dtype=FP32)),
+        make_mask(first + tokens), first=first, out_BTHP=out,
+        gate=Gate(torch.empty_like(out), rows(tokens, num_sums, dtype=FP32)) if gated else None,
+        past=DeltaPast(all_rows, MAX_KEPT, pending(batch), first == 0),
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from aot_calls import (
     FP32,
     attention,
     conv,
+    delta,
     end_of_step,
     mlp,
     moe,
@@ -32,6 +33,9 @@ LAYERS = ((64, 128), (64, 64))
 
 OTHER_LAYERS = ((16, 16), (32, 64), (128, 128), (64, 256), (128, 256))
 """The least, the largest, and what else is common."""
+
+DELTA_LAYERS = ((128, 128), (64, 64), (64, 128), (128, 64))
+"""Head dims of v and k: Qwen3-Next and Qwen3.5, and others."""
 
 
 MLPS: tuple[tuple[int, int, Activation], ...] = (
@@ -57,6 +61,8 @@ def quick_cases() -> Iterator[tuple[str, Case]]:
     for (head_dim, state_dim), tokens in itertools.product(LAYERS, (1, 16, 32, 64, 256)):
         for many in (False, True):
             yield scan_case(tokens, head_dim, state_dim, many=many)
+    for tokens, many in itertools.product((1, 8, 32, 64, 256), (False, True)):
+        yield delta_case(tokens, 128, 128, many=many)
     for tokens in (1, 16, 32):
         yield f"conv T={tokens}", partial(conv, tokens)
     for num_rows, (inner, columns) in itertools.product(
@@ -82,6 +88,7 @@ def all_cases() -> Iterator[tuple[str, Case]]:
             yield scan_case(tokens, head_dim, state_dim, many=many)
     for (head_dim, state_dim), tokens in itertools.product(LAYERS, (1, 16, 256)):
         yield scan_case(tokens, head_dim, state_dim, dtype=FP32)
+    yield from delta_cases()
     for tokens in (1, 16, 64, 256):
         yield scan_case(tokens, 64, 128, state=BF16)
         yield scan_case(tokens, 64, 128, commit=False)
@@ -126,6 +133,25 @@ def fp16_cases() -> Iterator[tuple[str, Case]]:
     yield "row steps D=4096 fp16", partial(row_steps, 4096, dtype=FP16)
     for tokens, head_dim in itertools.product((1, 16, 64), (64, 128)):
         yield attention_case(tokens, 4, head_dim, dtype=FP16)
+
+
+def delta_cases() -> Iterator[tuple[str, Case]]:
+    """Yield the kernels of gated delta layers."""
+    for (head_dim, state_dim), tokens in itertools.product(DELTA_LAYERS, (1, 16, 32, 64, 256)):
+        for many, dtype in itertools.product((False, True), (BF16, FP16)):
+            yield delta_case(tokens, head_dim, state_dim, many=many, dtype=dtype)
+    for tokens in (1, 16, 256):
+        yield delta_case(tokens, 128, 128, dtype=FP32)
+        yield delta_case(tokens, 128, 128, gated=False)
+    for first in (1, 20, 50):
+        yield delta_case(8, 128, 128, first=first)
+
+
+def delta_case(tokens: int, head_dim: int, state_dim: int, **options: Any) -> tuple[str, Case]:
+    """Return a gated delta scan and its name."""
+    words = " ".join(f"{key}={value}" for key, value in options.items())
+    name = f"delta T={tokens} P={head_dim} N={state_dim} {words}".replace("torch.", "")
+    return name, partial(delta, tokens, head_dim, state_dim, **options)
 
 
 def scan_case(tokens: int, head_dim: int, state_dim: int, **options: Any) -> tuple[str, Case]:

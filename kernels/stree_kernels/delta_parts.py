@@ -34,6 +34,35 @@ def dot_parts(left, right, total, EXACT: tl.constexpr):
 
 
 @triton.jit
+def split_state(state, EXACT: tl.constexpr):
+    """The state as `dot_state` takes it: two bf16 parts, or beside fp32 rows as it is."""
+    if EXACT:
+        parts = (state, state)
+    else:
+        parts = halves(state)
+    return parts
+
+
+@triton.jit
+def dot_state(parts, right, WIDE: tl.constexpr):
+    """state @ right: of both parts with WIDE, for u; of the high one alone, for o.
+
+    fp16 on the right is taken apart as well, and then both parts serve.
+    """
+    if right.dtype == tl.float32:
+        total = tl.dot(parts[0], right, input_precision="ieee")
+    elif right.dtype == tl.float16:
+        right_high, right_low = halves(right.to(tl.float32))
+        total = tl.dot(parts[1], right_high, tl.dot(parts[0], right_high))
+        total = tl.dot(parts[0], right_low, total)
+    else:
+        total = tl.dot(parts[0], right)
+        if WIDE:
+            total = tl.dot(parts[1], right, total)
+    return total
+
+
+@triton.jit
 def pair_decays(path_J, path_T, mask_JT):
     """exp(c_T - c_J), 0 outside the mask, where the exponent may be positive and overflow."""
     return tl.exp(tl.where(mask_JT, path_T[None, :] - path_J[:, None], float("-inf")))

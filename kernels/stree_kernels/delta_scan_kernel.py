@@ -22,17 +22,17 @@ from stree_kernels.delta_parts import (
     advance_delta,
     count_rounds,
     dot_parts,
+    dot_state,
     gate_and_store,
     invert,
     pair_decays,
+    split_state,
     substitute,
     weigh_delta,
 )
 from stree_kernels.pdl import release_next, wait_for_previous
 from stree_kernels.scan_parts import (
     KEPT,
-    dot_rounded,
-    dot_wide,
     halves,
     keep_rows,
     load_columns,
@@ -123,8 +123,8 @@ def _score_tile(
     if not ONE_TILE:
         path_T += _path_sum(rows_T, start, g, mask, num_rows, BLOCK_T)
     decay_T = tl.exp(path_T)
-    right_PT = beta_T[None, :] * (v_PT - decay_T[None, :] * dot_wide(state, k_NT, None))
-    o_PT = dot_rounded(state, q_NT, None, q_NT.dtype) * (decay_T * scale)[None, :]
+    right_PT = beta_T[None, :] * (v_PT - decay_T[None, :] * dot_state(state, k_NT, True))
+    o_PT = dot_state(state, q_NT, False) * (decay_T * scale)[None, :]
     if solved_ptr is not None:
         u_PT, o_PT = _solved_tile(solved_ptr, right_PT, o_PT, rows_T, BLOCK_T)
     else:
@@ -203,6 +203,8 @@ def delta_scan_kernel(
     mask = (mask_ptr, stride_mask_r)
     if solved_ptr is not None:
         solved_ptr += (sequence * tl.num_programs(1) + head) * (4 * BLOCK_T * BLOCK_T)
+    # Before the wait, and it frees the registers of the fp32 state.
+    state = split_state(state, EXACT)
     if ONE_TILE:
         rows_T = tl.arange(0, BLOCK_T)
         rounds = 0
