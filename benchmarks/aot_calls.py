@@ -82,8 +82,12 @@ def delta(
     out = rows(tokens, heads, head_dim)
     num_sums = heads * head_dim // gate_width(head_dim, state_dim, dtype)
     delta_scan.delta_scan(
-        torch.empty(batch, heads, head_dim, state_dim), DeltaRows(*(t[:, MAX_KEPT:] for t in all_rows)),
-        DeltaTokens(rows(tokens, key_heads, state_dim), torch.empty_like(out), rows(tokens, heads, dtype=FP32)),
+        torch.empty(batch, heads, head_dim, state_dim),
+        DeltaRows(*(tensor[:, MAX_KEPT:] for tensor in all_rows)),
+        DeltaTokens(
+            rows(tokens, key_heads, state_dim), torch.empty_like(out),
+            rows(tokens, heads, dtype=FP32),
+        ),
         make_mask(first + tokens), first=first, out_BTHP=out,
         gate=Gate(torch.empty_like(out), rows(tokens, num_sums, dtype=FP32)) if gated else None,
         past=DeltaPast(all_rows, MAX_KEPT, pending(batch), first == 0),

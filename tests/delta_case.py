@@ -29,7 +29,12 @@ OUT_ERRORS = {
     torch.bfloat16: 2.5e-3,
 }
 """Relative errors of o by the dtype of the rows."""
-SOLVED_ERRORS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 1e-4, torch.bfloat16: 1e-4}
+SOLVED_ERRORS = {
+    torch.float64: 1e-11,
+    torch.float32: 1e-5,
+    torch.float16: 1e-4,
+    torch.bfloat16: 1e-4,
+}
 """Of u: what it is solved from enters as two parts of bf16."""
 STATE_ERROR = 1e-5
 
@@ -108,8 +113,9 @@ def _check_sums(out: Tensor, gate: Gate) -> None:
 def make_case(
     tree: Tree, *, paths: Sequence[Sequence[int]] = ((), ()), kept: Sequence[int] | None = None,
     capacity: int = 4, heads: int = 2, key_heads: int | None = None, head_dim: int = 4,
-    state_dim: int = 3, gated: bool = False, alike: float = 0.0, beta_range: tuple[float, float] = (0.0, 1.0),
-    decay_range: tuple[float, float] = (0.0, 0.5), per_channel: bool = False,
+    state_dim: int = 3, gated: bool = False, alike: float = 0.0,
+    beta_range: tuple[float, float] = (0.0, 1.0), decay_range: tuple[float, float] = (0.0, 0.5),
+    per_channel: bool = False,
 ) -> DeltaCase:  # fmt: skip
     """Build a case in float64, buffers time-major, with kept rows and a path per sequence.
 

@@ -28,7 +28,7 @@ from stree_kernels import delta_scan as kernel
 from stree_kernels import delta_scan_ref as reference
 from stree_kernels.delta_rows import DeltaRows, DeltaTokens
 from stree_kernels.rows import MAX_KEPT, Pending, next_num_kept
-from stree_kernels.testing import assert_close
+from stree_kernels.testing import assert_close, poisoned
 
 FEW = settings(max_examples=20, deadline=None, derandomize=True)
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests cover this")
@@ -65,9 +65,7 @@ def test_reference_equals_the_recurrence_on_every_path(
 
 
 @FEW
-@given(
-    tree=trees(max_nodes=14, max_depth=5), kept=st.sampled_from([0, 5, 15]), kda=st.booleans()
-)
+@given(tree=trees(max_nodes=14, max_depth=5), kept=st.sampled_from([0, 5, 15]), kda=st.booleans())
 def test_scoring_by_levels_equals_scoring_at_once(tree: Tree, kept: int, kda: bool) -> None:
     options: dict[str, Any] = {"paths": [[0, 1, 3], [2]], "kept": [kept, 2], "per_channel": kda}
     by_level, at_once = make_case(tree, **options), make_case(tree, **options)
@@ -98,7 +96,9 @@ TREES = {
 @pytest.mark.parametrize("hard", HARD)
 @pytest.mark.parametrize("tree", TREES)
 def test_reference_on_hard_inputs(tree: str, hard: str) -> None:
-    case = make_case(TREES[tree], paths=[[0, 1, 2]], kept=[14], head_dim=8, state_dim=8, **HARD[hard])
+    case = make_case(
+        TREES[tree], paths=[[0, 1, 2]], kept=[14], head_dim=8, state_dim=8, **HARD[hard]
+    )
     state, o, u = by_recurrence(case, TREES[tree].parents)
     assert_close("o", case.scan(reference), o, **EXACT)
     assert_close("u", case.rows.u_BRHP[:, : len(u[0])], u, **EXACT)
@@ -113,10 +113,10 @@ class Decoder:
         self.random = np.random.default_rng(seed)
         device = case.state.device
         self.set_rows = self.max_tokens + 1
-        shapes = [(len(case.state), MAX_KEPT + 2 * self.set_rows, *t.shape[2:]) for t in case.buffer]
+        size = (len(case.state), MAX_KEPT + 2 * self.set_rows)
         self.buffer = DeltaRows(
-            *(torch.full(s, torch.nan, dtype=t.dtype, device=device) for s, t in zip(shapes, case.buffer, strict=True))
-        )  # fmt: skip
+            *(poisoned(*size, *t.shape[2:], dtype=t.dtype, device=device) for t in case.buffer)
+        )
         zero = torch.zeros(len(case.state), dtype=torch.int32, device=device)
         path = torch.zeros(len(case.state), self.max_tokens, dtype=torch.int32, device=device)
         self.pending = Pending(path, zero, zero.clone())
@@ -184,7 +184,9 @@ def kernel_case(tree: Tree, **changes: Any) -> DeltaCase:
     return make_case(tree, **({"head_dim": 32, "state_dim": 16} | changes))
 
 
-def check_kernel(case: DeltaCase, dtype: torch.dtype, state: torch.dtype, device: str = "cpu") -> None:
+def check_kernel(
+    case: DeltaCase, dtype: torch.dtype, state: torch.dtype, device: str = "cpu"
+) -> None:
     """Compare the kernel with the reference in float64 on the values that the kernel sees."""
     ours = case.to(dtype, state, device)
     truth = ours.to(torch.float64, torch.float64, device)
@@ -225,11 +227,11 @@ def test_interpreted_kernel_equals_the_reference(name: str) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("tree", [Tree.chain(32), Tree(WIDE_TREE.parents[:33])], ids=["chain", "tree"])
+@pytest.mark.parametrize(
+    "tree", [Tree.chain(32), Tree(WIDE_TREE.parents[:33])], ids=["chain", "tree"]
+)
 @pytest.mark.parametrize("block_rows", [16, 32, 64])
-def test_tiles_of_every_size(
-    block_rows: int, tree: Tree, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tiles_of_every_size(block_rows: int, tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(kernel.FP32_CONFIG, block_rows=block_rows)
     monkeypatch.setattr(kernel, "FP32_CONFIG", config)
     case = kernel_case(tree, paths=[[0, 1]], heads=1, alike=0.9, beta_range=(0.9, 2.0))
@@ -306,9 +308,16 @@ def test_many_programs_equal_few(num_rows: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tree", [Tree(WIDE_TREE.parents[:64]), Tree.chain(63)], ids=["tree", "chain"])
+@pytest.mark.parametrize(
+    "tree", [Tree(WIDE_TREE.parents[:64]), Tree.chain(63)], ids=["tree", "chain"]
+)
 def test_kernel_scores_by_levels(tree: Tree) -> None:
-    options: dict[str, Any] = {"paths": [[0, 1, 2], [0]], "kept": [15, 3], "head_dim": 128, "state_dim": 128}
+    options: dict[str, Any] = {
+        "paths": [[0, 1, 2], [0]],
+        "kept": [15, 3],
+        "head_dim": 128,
+        "state_dim": 128,
+    }
     case = make_case(tree, **options).to(torch.bfloat16, torch.float32, "cuda")
     truth = make_case(tree, **options).to(torch.bfloat16, torch.float32, "cuda")
     levels = [

@@ -11,6 +11,7 @@ G key heads, Q partial sums of a row.
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ def delta_chunk_scan(
     Computes in the state's dtype, in fp32 at least.
     """
     bounds = offsets_S1.tolist()
-    for sequence, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for sequence, (begin, end) in enumerate(itertools.pairwise(bounds)):
         state = widen(state_SHPN[sequence : sequence + 1])
         for start in range(begin, end, CHUNK):
             here = slice(start, min(start + CHUNK, end))

@@ -36,9 +36,8 @@ def dot_parts(left, right, total, EXACT: tl.constexpr):
 @triton.jit
 def split_state(state, EXACT: tl.constexpr):
     """The state as `dot_state` takes it: two bf16 parts, or beside fp32 rows as it is."""
-    if EXACT:
-        parts = (state, state)
-    else:
+    parts = (state, state)
+    if not EXACT:
         parts = halves(state)
     return parts
 
@@ -94,15 +93,10 @@ def weigh_delta(position, total, u_PL, g_L):
 
 
 @triton.jit
-def count_rounds(mask_JT, rows, start, first):
-    """Rounds of substitution until rows `first`.. of a tile are final: their longest path here.
-
-    Rows before `first` are final already; to take them away is one round more.
-    """
-    strict_JT = mask_JT & (rows[:, None] < rows[None, :]) & (rows[:, None] >= first)
-    counted_JT = strict_JT & (rows[None, :] >= first)
-    longest = tl.max(tl.sum(counted_JT.to(tl.int32), axis=0), axis=0)
-    return tl.where(first > start, longest + 1, longest)
+def count_rounds(mask_JT, rows):
+    """Rounds of substitution until all rows of a tile are final: its longest path."""
+    strict_JT = mask_JT & (rows[:, None] < rows[None, :])
+    return tl.max(tl.sum(strict_JT.to(tl.int32), axis=0), axis=0)
 
 
 @triton.jit

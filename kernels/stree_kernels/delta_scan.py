@@ -37,7 +37,6 @@ class DeltaConfig:
     With `solve_warps` a kernel of so many warps solves the system of each head beforehand.
     """
 
-    max_rows: int
     block_rows: int
     num_warps: int
     max_registers: int | None = None
@@ -47,34 +46,37 @@ class DeltaConfig:
 # Never autotuned: the kernel updates the state in place, and one choice per size keeps decoding
 # reproducible. Each row is (few programs, many), measured on an H200 (docs/kernels.md).
 CONFIGS = (
-    (DeltaConfig(16, 16, 4), DeltaConfig(16, 16, 4)),
-    (DeltaConfig(32, 32, 4), DeltaConfig(32, 32, 4)),
-    (DeltaConfig(64, 64, 4, None, 4), DeltaConfig(64, 64, 4, None, 4)),
-    (DeltaConfig(256, 32, 4), DeltaConfig(256, 32, 4)),
+    (DeltaConfig(16, 4), DeltaConfig(16, 4, 168)),
+    (DeltaConfig(32, 4), DeltaConfig(32, 4, 168)),
+    (DeltaConfig(64, 4, None, 4), DeltaConfig(64, 4, None, 4)),
 )
 # Before compute capability 9.0 tensor cores take both operands from registers: larger tiles would
 # not fit there. Sized by `benchmarks/aot.py`, not by timing.
-OLDER_CONFIGS = ((DeltaConfig(256, 16, 4),) * 2,)
-FP32_CONFIG = DeltaConfig(256, 16, 8)
-TOKEN_CONFIGS = (DeltaConfig(1, 1, 4), DeltaConfig(1, 1, 4))
+OLDER_CONFIGS = ((DeltaConfig(16, 4),) * 2,)
+# For rows of a block whose earlier rows another pass has scored. Likewise.
+LATER_CONFIGS = ((DeltaConfig(16, 4),) * 2, (DeltaConfig(32, 4),) * 2)
+FP32_CONFIG = DeltaConfig(16, 8)
+TOKEN_CONFIGS = (DeltaConfig(1, 4), DeltaConfig(1, 4))
 FEW_PROGRAMS = 400
 """About three on each multiprocessor of an H200."""
+BLOCK_EARLIER = 16
+"""Rows of a tile of those that another pass has scored."""
 
 
 def pick_config(
     num_rows: int, first: int, dtype: torch.dtype, num_programs: int, capability: int
 ) -> DeltaConfig:
-    """Return the config for rows `first`..num_rows - 1 of this dtype."""
+    """Return the config for the rows from `first` on, of this dtype, that are left to score."""
     many = capability == 90 and num_programs > FEW_PROGRAMS
-    if num_rows == 1:
+    if num_rows == 1 and first == 0:
         return TOKEN_CONFIGS[many]
     if dtype == torch.float32:
         return FP32_CONFIG
-    # What solves beforehand takes whole blocks alone.
+    configs = CONFIGS if capability >= 90 else OLDER_CONFIGS
+    if first > 0 and capability >= 90:
+        configs = LATER_CONFIGS
     return next(
-        pair[many]
-        for pair in (CONFIGS if capability >= 90 else OLDER_CONFIGS)
-        if num_rows <= pair[0].max_rows and (first == 0 or pair[many].solve_warps is None)
+        (pair[many] for pair in configs if num_rows <= pair[0].block_rows), configs[-1][many]
     )
 
 
@@ -85,71 +87,84 @@ def delta_scan(
     """Score rows first..first + T - 1 after all accepted tokens of `past`, and commit these.
 
     The contract is that of `delta_scan_ref.delta_scan`, with q, k, v, z and o in one dtype of
-    `FLOATS` and u, g, beta and sums in fp32. Allocates where it takes two launches.
+    `FLOATS` and u, g, beta and sums in fp32. Rows beyond a tile take a launch of their own, and
+    allocate where the system is solved beforehand.
     Raises ValueError when a size, dtype or stride is beyond what the kernel takes.
     """
-    num_rows = first + tokens.q_BTGN.shape[1]
+    end = first + tokens.q_BTGN.shape[1]
     batch, num_heads, head_dim, state_dim = state_BHPN.shape
     dtype, device = tokens.q_BTGN.dtype, state_BHPN.device
     check_delta(state_BHPN, rows, tokens, mask_RR, out_BTHP, gate, past)
-    block_p = gate_width(head_dim, state_dim, dtype)
-    _check_sizes(state_BHPN, num_rows, past, gate, block_p)
-    check_cover(num_rows, *(tensor.shape[1] for tensor in rows), *mask_RR.shape)
+    _check_sizes(state_BHPN, end, past, gate)
+    check_cover(end, *(tensor.shape[1] for tensor in rows), *mask_RR.shape)
+    num_programs = num_heads * head_dim // gate_width(head_dim, state_dim, dtype) * batch
+    start = first
+    while start < end:
+        config = pick_config(end - start, start, dtype, num_programs, pdl.capability(device))
+        part = slice(start - first, start - first + config.block_rows)
+        _launch(
+            config, state_BHPN, rows, DeltaTokens(*(tensor[:, part] for tensor in tokens)), mask_RR,
+            start, out_BTHP[:, part], gate and Gate(*(tensor[:, part] for tensor in gate)), past,
+        )  # fmt: skip
+        start += config.block_rows
+        past = past._replace(commit=False)
+
+
+def _launch(
+    config: DeltaConfig, state: Tensor, rows: DeltaRows, tokens: DeltaTokens, mask: Tensor,
+    first: int, out: Tensor, gate: Gate | None, past: DeltaPast,
+) -> None:  # fmt: skip
+    """Score one tile of rows."""
+    num_rows = first + tokens.q_BTGN.shape[1]
+    batch, num_heads, head_dim, state_dim = state.shape
+    block_p = gate_width(head_dim, state_dim, out.dtype)
     grid = (head_dim // block_p, num_heads, batch)
-    num_programs = grid[0] * num_heads * batch
-    config = pick_config(num_rows, first, dtype, num_programs, pdl.capability(device))
-    heads_per_k, scale = num_heads // rows.k_BRGN.shape[2], state_dim**-0.5
     z, sums = gate or (None, None)
-    pointers = (
-        state_BHPN, *rows, *tokens, out_BTHP, z, sums, *past.rows, *past.pending,
-    )  # fmt: skip
-    by_sequence = (state_BHPN, *rows, *tokens, out_BTHP, z, sums, past.pending.path_BL)
+    pointers = (state, *rows, *tokens, out, z, sums, *past.rows, *past.pending)
+    by_sequence = (state, *rows, *tokens, out, z, sums, past.pending.path_BL)
     steps = [*strides(by_sequence, 0), *strides(rows, 1)]
-    options = launch_options(device)
     meta: dict[str, Any] = {
-        "HEADS_PER_K": heads_per_k, "HEAD_DIM": head_dim, "STATE_DIM": state_dim,
-        "BLOCK_P": block_p, "COMMIT": past.commit, "num_warps": config.num_warps, "num_stages": 1,
-        **options,
+        "HEADS_PER_K": num_heads // rows.k_BRGN.shape[2], "HEAD_DIM": head_dim,
+        "STATE_DIM": state_dim, "BLOCK_P": block_p, "COMMIT": past.commit,
+        "num_warps": config.num_warps, "num_stages": 1, **launch_options(state.device),
     }  # fmt: skip
     if config.max_registers is not None:
         meta["maxnreg"] = config.max_registers
     if num_rows == 1:
-        kernel = delta_token_kernel[grid](*pointers, scale, past.start, *steps, **meta)
+        kernel = delta_token_kernel[grid](*pointers, state_dim**-0.5, past.start, *steps, **meta)
     else:
         solved = None
         if config.solve_warps is not None:
-            solved = _solve(rows, tokens, mask_RR, num_heads, config)
-        steps += [*strides((*tokens, out_BTHP, z, sums), 1), mask_RR.stride(0)]
+            solved = _solve(rows, tokens, mask, num_heads, first, config)
+        steps += [*strides((*tokens, out, z, sums), 1), mask.stride(0)]
         kernel = delta_scan_kernel[grid](
-            *pointers, mask_RR, solved, scale, past.start, first, num_rows, *steps,
-            BLOCK_T=config.block_rows, ONE_TILE=num_rows <= config.block_rows,
-            EXACT=dtype == torch.float32, **meta,
+            *pointers, mask, solved, state_dim**-0.5, past.start, first, num_rows, *steps,
+            BLOCK_T=config.block_rows, BLOCK_J=BLOCK_EARLIER, EARLIER=first > 0,
+            EXACT=out.dtype == torch.float32, **meta,
         )  # fmt: skip
-    prefer_shared(kernel, device, num_programs)
+    prefer_shared(kernel, state.device, grid[0] * num_heads * batch)
 
 
 def _solve(
-    rows: DeltaRows, tokens: DeltaTokens, mask: Tensor, num_heads: int, config: DeltaConfig
-) -> Tensor:
+    rows: DeltaRows, tokens: DeltaTokens, mask: Tensor, num_heads: int, first: int,
+    config: DeltaConfig,
+) -> Tensor:  # fmt: skip
     """Return the inverse of every head's system and the weights of u, in two parts each."""
-    batch, num_rows, num_groups, state_dim = tokens.q_BTGN.shape
+    batch, num_tokens, num_groups, state_dim = tokens.q_BTGN.shape
     size, device = config.block_rows, mask.device
-    solved = torch.empty(
-        batch, num_heads, 4, size, size, dtype=torch.bfloat16, device=device
-    )
+    solved = torch.empty(batch, num_heads, 4, size, size, dtype=torch.bfloat16, device=device)
     inputs = (rows.k_BRGN, rows.g_BRH, tokens.q_BTGN, tokens.beta_BTH)
     kernel = delta_solve_kernel[num_heads, batch](
-        *inputs, mask, solved, state_dim**-0.5, num_rows, *strides(inputs, 0), *strides(inputs, 1),
-        mask.stride(0), HEADS_PER_K=num_heads // num_groups, STATE_DIM=state_dim, BLOCK_T=size,
-        EXACT=False, num_warps=config.solve_warps, num_stages=1, **launch_options(device),
+        *inputs, mask, solved, state_dim**-0.5, first, first + num_tokens, *strides(inputs, 0),
+        *strides(inputs, 1), mask.stride(0), HEADS_PER_K=num_heads // num_groups,
+        STATE_DIM=state_dim, BLOCK_T=size, EARLIER=first > 0, num_warps=config.solve_warps,
+        num_stages=1, **launch_options(device),
     )  # fmt: skip
     prefer_shared(kernel, device, num_heads * batch)
     return solved
 
 
-def _check_sizes(
-    state: Tensor, num_rows: int, past: DeltaPast, gate: Gate | None, block_p: int
-) -> None:
+def _check_sizes(state: Tensor, num_rows: int, past: DeltaPast, gate: Gate | None) -> None:
     """Raise ValueError for sizes that the kernels cannot take."""
     batch, num_heads, head_dim, state_dim = state.shape
     if head_dim not in HEAD_DIMS or state_dim not in HEAD_DIMS:
@@ -163,7 +178,8 @@ def _check_sizes(
             f"the delta scan kernel takes at most {MAX_ROWS} rows and path entries of "
             f"{MAX_BATCH} sequences, got {num_rows}, {capacity} and {batch}; cut the block"
         )
-    num_parts = num_heads * head_dim // block_p
+    block_p = 0 if gate is None else gate_width(head_dim, state_dim, gate.z_BTHP.dtype)
+    num_parts = 0 if gate is None else num_heads * head_dim // block_p
     if gate is not None and gate.square_sums_BTQ.shape[2] != num_parts:
         raise ValueError(
             f"the kernel adds the squares of {block_p} columns at a time, {num_parts} sums a row, "

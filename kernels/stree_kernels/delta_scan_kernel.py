@@ -44,13 +44,25 @@ from stree_kernels.tree_scan_kernel import load_mask
 
 
 @triton.jit
-def _path_sum(rows_T, stop, g, mask, num_rows, BLOCK_T: tl.constexpr):
-    """The part of c that comes from ancestors in rows 0..stop - 1; `stop` is a tile's end."""
+def _load_mask(mask, rows_J, rows_T, num_rows, EARLIER: tl.constexpr):
+    """M transposed [J, T]; a tile that starts at row 0 lies within the mask's columns."""
+    if EARLIER:
+        valid = (rows_J < num_rows)[:, None] & (rows_T < num_rows)[None, :]
+        offsets = rows_T[None, :] * mask[1] + rows_J[:, None]
+        is_above = tl.load(mask[0] + offsets, mask=valid, other=0) != 0
+    else:
+        is_above = load_mask(mask, rows_J, rows_T, num_rows)
+    return is_above
+
+
+@triton.jit
+def _path_sum(rows_T, stop, g, mask, num_rows, BLOCK_J: tl.constexpr):
+    """The part of c that comes from ancestors in rows 0..stop - 1."""
     total_T = tl.full(rows_T.shape, 0.0, tl.float32)
-    for start in range(0, stop, BLOCK_T):
-        rows_J = start + tl.arange(0, BLOCK_T)
-        g_J = load_vector(g, rows_J, rows_J < num_rows)
-        mask_JT = load_mask(mask, rows_J, rows_T, num_rows)
+    for start in range(0, stop, BLOCK_J):
+        rows_J = start + tl.arange(0, BLOCK_J)
+        g_J = load_vector(g, rows_J, rows_J < stop)
+        mask_JT = _load_mask(mask, rows_J, rows_T, num_rows, True)
         total_T += tl.sum(tl.where(mask_JT, g_J[:, None], 0.0), axis=0)
     return total_T
 
@@ -66,30 +78,33 @@ def _weights(k_NT, q_NT, beta_T, path_T, mask_TT, rows_T, scale):
 
 
 @triton.jit
-def _take_away(
-    right_PT, o_PT, rows, mask, start, num_rows, k_NT, q_NT, beta_T, path_T, rows_T, scale, dims_P,
-    dims_N, BLOCK_T: tl.constexpr, EXACT: tl.constexpr,
+def _owe_earlier(
+    rows, mask, first, num_rows, k_NT, q_NT, beta_T, path_T, rows_T, scale, dims_P, dims_N,
+    BLOCK_J: tl.constexpr, BLOCK_P: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """The right side and o of a tile once u of the tiles before it has entered them."""
+    """What the right side and o of a tile owe to u of the rows before `first` [P, T]."""
     u, k, g = rows
-    for earlier in range(0, start, BLOCK_T):
-        rows_J = earlier + tl.arange(0, BLOCK_T)
-        within_J = rows_J < num_rows
-        path_J = _path_sum(rows_J, earlier + BLOCK_T, g, mask, num_rows, BLOCK_T)
-        decay_JT = pair_decays(path_J, path_T, load_mask(mask, rows_J, rows_T, num_rows))
-        k_JN = load_rows(k, rows_J, within_J, dims_N)
-        u_PJ = load_columns(u, rows_J, within_J, dims_P)
+    right_PT = tl.full([BLOCK_P, rows_T.shape[0]], 0.0, tl.float32)
+    o_PT = tl.full([BLOCK_P, rows_T.shape[0]], 0.0, tl.float32)
+    for earlier in range(0, first, BLOCK_J):
+        rows_J = earlier + tl.arange(0, BLOCK_J)
+        before_J = rows_J < first
+        path_J = _path_sum(rows_J, tl.minimum(earlier + BLOCK_J, first), g, mask, num_rows, BLOCK_J)
+        mask_JT = _load_mask(mask, rows_J, rows_T, num_rows, True) & before_J[:, None]
+        decay_JT = pair_decays(path_J, path_T, mask_JT)
+        k_JN = load_rows(k, rows_J, before_J, dims_N)
+        u_PJ = load_columns(u, rows_J, before_J, dims_P)
         system_JT = tl.dot(k_JN, k_NT, input_precision="ieee") * decay_JT * beta_T[None, :]
-        right_PT -= dot_parts(u_PJ, system_JT, None, EXACT)
+        right_PT = dot_parts(u_PJ, -system_JT, right_PT, EXACT)
         weight_JT = tl.dot(k_JN, q_NT, input_precision="ieee") * decay_JT * scale
         o_PT = dot_parts(u_PJ, weight_JT, o_PT, EXACT)
     return right_PT, o_PT
 
 
 @triton.jit
-def _solved_tile(solved_ptr, right_PT, o_PT, rows_T, BLOCK_T: tl.constexpr):
+def _solved_tile(solved_ptr, right_PT, o_PT, own_T, BLOCK_T: tl.constexpr):
     """u and o of a tile, from what `delta_solve_kernel` has left for this head."""
-    ptrs = solved_ptr + rows_T[:, None] * BLOCK_T + rows_T[None, :]
+    ptrs = solved_ptr + own_T[:, None] * BLOCK_T + own_T[None, :]
     inverse_high = tl.load(ptrs)
     inverse_low = tl.load(ptrs + BLOCK_T * BLOCK_T)
     high, low = halves(right_PT)
@@ -103,43 +118,22 @@ def _solved_tile(solved_ptr, right_PT, o_PT, rows_T, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def _score_tile(
-    state, rows, tokens, mask, solved_ptr, start, first, num_rows, rounds, scale, dims_P, dims_N,
-    ONE_TILE: tl.constexpr, BLOCK_T: tl.constexpr, EXACT: tl.constexpr,
+def _accepted_state(
+    state_ptrs, past, counts, dims_P, dims_N, owns, COMMIT: tl.constexpr, EXACT: tl.constexpr
 ):  # fmt: skip
-    """Store u of rows start..start + BLOCK_T - 1 from `first` on; return their o."""
-    u, k, g = rows
-    q, v, beta = tokens
-    rows_T = start + tl.arange(0, BLOCK_T)
-    within, own_T = rows_T < num_rows, rows_T - first
-    scored = within & (rows_T >= first)
-    k_NT = load_columns(k, rows_T, within, dims_N)
-    q_NT = load_columns(q, own_T, scored, dims_N)
-    v_PT = load_columns(v, own_T, scored, dims_P).to(tl.float32)
-    beta_T = load_vector(beta, own_T, scored)
-    mask_TT = load_mask(mask, rows_T, rows_T, num_rows)
-    g_T = load_vector(g, rows_T, within)
-    path_T = tl.sum(tl.where(mask_TT, g_T[:, None], 0.0), axis=0)
-    if not ONE_TILE:
-        path_T += _path_sum(rows_T, start, g, mask, num_rows, BLOCK_T)
-    decay_T = tl.exp(path_T)
-    right_PT = beta_T[None, :] * (v_PT - decay_T[None, :] * dot_state(state, k_NT, True))
-    o_PT = dot_state(state, q_NT, False) * (decay_T * scale)[None, :]
-    if solved_ptr is not None:
-        u_PT, o_PT = _solved_tile(solved_ptr, right_PT, o_PT, rows_T, BLOCK_T)
+    """The state's tile after all accepted rows, in two parts; stored where they do not fit."""
+    state = tl.load(state_ptrs).to(tl.float32)
+    total = counts[0] + counts[1]
+    is_kept = total <= KEPT
+    if COMMIT:
+        state = advance_delta(state, past, counts, total, dims_P, dims_N, owns, is_kept)
+        if not is_kept:
+            tl.store(state_ptrs, state.to(state_ptrs.dtype.element_ty))
     else:
-        # beta, and with it W, is 0 in the columns of rows before `first`: they stay as they are.
-        right_PT += load_columns(u, rows_T, rows_T < first, dims_P)
-        if not ONE_TILE:
-            right_PT, o_PT = _take_away(
-                right_PT, o_PT, rows, mask, start, num_rows, k_NT, q_NT, beta_T, path_T, rows_T,
-                scale, dims_P, dims_N, BLOCK_T, EXACT,
-            )  # fmt: skip
-        system_JT, weight_JT = _weights(k_NT, q_NT, beta_T, path_T, mask_TT, rows_T, scale)
-        u_PT = substitute(right_PT, system_JT, rounds, EXACT)
-        o_PT = dot_parts(u_PT, weight_JT, o_PT, EXACT)
-    tl.store(u[0] + rows_T[None, :] * u[1] + dims_P[:, None], u_PT, mask=scored[None, :])
-    return o_PT
+        # More rows than may be kept are in the state since this step's first pass.
+        total = tl.where(is_kept, total, 0)
+        state = advance_delta(state, past, counts, total, dims_P, dims_N, owns, False)
+    return split_state(state, EXACT)
 
 
 @triton.jit(do_not_specialize=["first", "num_rows", "past_start"])
@@ -156,9 +150,9 @@ def delta_scan_kernel(
     # meta
     HEADS_PER_K: tl.constexpr, HEAD_DIM: tl.constexpr, STATE_DIM: tl.constexpr,
     BLOCK_P: tl.constexpr, COMMIT: tl.constexpr, PDL: tl.constexpr, BLOCK_T: tl.constexpr,
-    ONE_TILE: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_J: tl.constexpr, EARLIER: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Commit accepted rows and score rows from `first` on; arguments as in `delta_scan`."""
+    """Commit accepted rows and score the tile of rows from `first` on; see `delta_scan`."""
     release_next(PDL)
     head = tl.program_id(1).to(tl.int64)
     sequence = tl.program_id(2).to(tl.int64)
@@ -167,7 +161,6 @@ def delta_scan_kernel(
     k_base, v_base = head // HEADS_PER_K * STATE_DIM, head * HEAD_DIM
     state_ptr += sequence * stride_state_b + v_base * STATE_DIM
     state_ptrs = state_ptr + dims_P[:, None] * STATE_DIM + dims_N[None, :]
-    state = tl.load(state_ptrs).to(tl.float32)
     counts = (tl.load(num_kept_ptr + sequence), tl.load(length_ptr + sequence))
     past = (
         (past_u_ptr + sequence * stride_u_b + v_base, stride_u_r),
@@ -177,16 +170,6 @@ def delta_scan_kernel(
     )  # fmt: skip
     first_block = tl.program_id(0) == 0
     owns = (True, first_block, first_block & (head % HEADS_PER_K == 0))
-    total = counts[0] + counts[1]
-    is_kept = total <= KEPT
-    if COMMIT:
-        state = advance_delta(state, past, counts, total, dims_P, dims_N, owns, is_kept)
-        if not is_kept:
-            tl.store(state_ptrs, state.to(state_ptr.dtype.element_ty))
-    else:
-        # More rows than may be kept are in the state since this step's first pass.
-        total = tl.where(is_kept, total, 0)
-        state = advance_delta(state, past, counts, total, dims_P, dims_N, owns, False)
     u = (u_ptr + sequence * stride_u_b + v_base, stride_u_r)
     k = (k_ptr + sequence * stride_k_b + k_base, stride_k_r)
     g = (g_ptr + sequence * stride_g_b + head, stride_g_r)
@@ -201,60 +184,74 @@ def delta_scan_kernel(
         z = (z_ptr + sequence * stride_z_b + v_base, stride_z_t)
         sums = (sums_ptr + sequence * stride_sums_b + part, stride_sums_t)
     mask = (mask_ptr, stride_mask_r)
+    own_T = tl.arange(0, BLOCK_T)
+    rows_T = own_T
+    if EARLIER:
+        rows_T += first
+    within = rows_T < num_rows
+    if not EARLIER:
+        state = _accepted_state(state_ptrs, past, counts, dims_P, dims_N, owns, COMMIT, EXACT)
+    mask_TT = _load_mask(mask, rows_T, rows_T, num_rows, EARLIER)
+    rounds = 0
+    if solved_ptr is None:
+        rounds = count_rounds(mask_TT, rows_T)
+    wait_for_previous(PDL)
+    k_NT = load_columns(k, rows_T, within, dims_N)
+    q_NT = load_columns(q, own_T, within, dims_N)
+    beta_T = load_vector(beta, own_T, within)
+    g_T = load_vector(g, rows_T, within)
+    path_T = tl.sum(tl.where(mask_TT, g_T[:, None], 0.0), axis=0)
+    if EARLIER:
+        # Before the state, for which there would be no registers beside it; what the launch for
+        # the rows before has stored of it is visible by now.
+        path_T += _path_sum(rows_T, first, g, mask, num_rows, BLOCK_J)
+        owed_PT, owed_o_PT = _owe_earlier(
+            (u, k, g), mask, first, num_rows, k_NT, q_NT, beta_T, path_T, rows_T, scale, dims_P,
+            dims_N, BLOCK_J, BLOCK_P, EXACT,
+        )  # fmt: skip
+        state = _accepted_state(state_ptrs, past, counts, dims_P, dims_N, owns, COMMIT, EXACT)
+    v_PT = load_columns(v, own_T, within, dims_P).to(tl.float32)
+    decay_T = tl.exp(path_T)
+    right_PT = beta_T[None, :] * (v_PT - decay_T[None, :] * dot_state(state, k_NT, True))
+    o_PT = dot_state(state, q_NT, False) * (decay_T * scale)[None, :]
+    if EARLIER:
+        right_PT += owed_PT
+        o_PT += owed_o_PT
     if solved_ptr is not None:
         solved_ptr += (sequence * tl.num_programs(1) + head) * (4 * BLOCK_T * BLOCK_T)
-    # Before the wait, and it frees the registers of the fp32 state.
-    state = split_state(state, EXACT)
-    if ONE_TILE:
-        rows_T = tl.arange(0, BLOCK_T)
-        rounds = 0
-        if solved_ptr is None:
-            mask_TT = load_mask(mask, rows_T, rows_T, num_rows)
-            rounds = count_rounds(mask_TT, rows_T, 0, first)
-        wait_for_previous(PDL)
-        o_PT = _score_tile(
-            state, (u, k, g), (q, v, beta), mask, solved_ptr, 0, first, num_rows, rounds, scale,
-            dims_P, dims_N, True, BLOCK_T, EXACT,
-        )  # fmt: skip
-        own_T = rows_T - first
-        gate_and_store(o_PT, out, z, sums, own_T, (own_T >= 0) & (rows_T < num_rows), dims_P)
+        u_PT, o_PT = _solved_tile(solved_ptr, right_PT, o_PT, own_T, BLOCK_T)
     else:
-        wait_for_previous(PDL)
-        for start in range(first // BLOCK_T * BLOCK_T, num_rows, BLOCK_T):
-            rows_T = start + tl.arange(0, BLOCK_T)
-            mask_TT = load_mask(mask, rows_T, rows_T, num_rows)
-            rounds = count_rounds(mask_TT, rows_T, start, first)
-            # Threads read what others of this program stored for the tile before.
-            tl.debug_barrier()
-            o_PT = _score_tile(
-                state, (u, k, g), (q, v, beta), mask, solved_ptr, start, first, num_rows, rounds,
-                scale, dims_P, dims_N, False, BLOCK_T, EXACT,
-            )  # fmt: skip
-            own_T = rows_T - first
-            gate_and_store(o_PT, out, z, sums, own_T, (own_T >= 0) & (rows_T < num_rows), dims_P)
+        system_JT, weight_JT = _weights(k_NT, q_NT, beta_T, path_T, mask_TT, rows_T, scale)
+        u_PT = substitute(right_PT, system_JT, rounds, EXACT)
+        o_PT = dot_parts(u_PT, weight_JT, o_PT, EXACT)
+    tl.store(u[0] + rows_T[None, :] * u[1] + dims_P[:, None], u_PT, mask=within[None, :])
+    gate_and_store(o_PT, out, z, sums, own_T, within, dims_P)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["first", "num_rows"])
 def delta_solve_kernel(
     # pointers
     k_ptr, g_ptr, q_ptr, beta_ptr, mask_ptr, solved_ptr,
     # sizes
-    scale, num_rows,
+    scale, first, num_rows,
     # strides
     stride_k_b, stride_g_b, stride_q_b, stride_beta_b, stride_k_r, stride_g_r, stride_q_t,
     stride_beta_t, stride_mask_r,
     # meta
     HEADS_PER_K: tl.constexpr, STATE_DIM: tl.constexpr, PDL: tl.constexpr, BLOCK_T: tl.constexpr,
-    EXACT: tl.constexpr,
+    EARLIER: tl.constexpr,
 ):  # fmt: skip
     """Leave (I + W)^-1 and the weights of u [J, T] of one head, each as two bf16 parts."""
     release_next(PDL)
     head = tl.program_id(0).to(tl.int64)
     sequence = tl.program_id(1).to(tl.int64)
-    rows_T, dims_N = tl.arange(0, BLOCK_T), tl.arange(0, STATE_DIM)
+    own_T, dims_N = tl.arange(0, BLOCK_T), tl.arange(0, STATE_DIM)
+    rows_T = own_T
+    if EARLIER:
+        rows_T += first
     within = rows_T < num_rows
-    mask_TT = load_mask((mask_ptr, stride_mask_r), rows_T, rows_T, num_rows)
-    rounds = count_rounds(mask_TT, rows_T, 0, 0)
+    mask_TT = _load_mask((mask_ptr, stride_mask_r), rows_T, rows_T, num_rows, EARLIER)
+    rounds = count_rounds(mask_TT, rows_T)
     k_base = head // HEADS_PER_K * STATE_DIM
     wait_for_previous(PDL)
     k = (k_ptr + sequence * stride_k_b + k_base, stride_k_r)
@@ -262,15 +259,16 @@ def delta_solve_kernel(
     g = (g_ptr + sequence * stride_g_b + head, stride_g_r)
     beta = (beta_ptr + sequence * stride_beta_b + head, stride_beta_t)
     k_NT = load_columns(k, rows_T, within, dims_N)
-    q_NT = load_columns(q, rows_T, within, dims_N)
+    q_NT = load_columns(q, own_T, within, dims_N)
     g_T = load_vector(g, rows_T, within)
+    # Differences of c alone matter here, so ancestors before the tile do not.
     path_T = tl.sum(tl.where(mask_TT, g_T[:, None], 0.0), axis=0)
     system_JT, weight_JT = _weights(
-        k_NT, q_NT, load_vector(beta, rows_T, within), path_T, mask_TT, rows_T, scale
+        k_NT, q_NT, load_vector(beta, own_T, within), path_T, mask_TT, rows_T, scale
     )
-    inverse_JT = invert(system_JT, rows_T, rounds, BLOCK_T, EXACT)
+    inverse_JT = invert(system_JT, own_T, rounds, BLOCK_T, False)
     solved_ptr += (sequence * tl.num_programs(0) + head) * (4 * BLOCK_T * BLOCK_T)
-    ptrs = solved_ptr + rows_T[:, None] * BLOCK_T + rows_T[None, :]
+    ptrs = solved_ptr + own_T[:, None] * BLOCK_T + own_T[None, :]
     high, low = halves(inverse_JT)
     tl.store(ptrs, high)
     tl.store(ptrs + BLOCK_T * BLOCK_T, low)
