@@ -56,7 +56,8 @@ class DeltaCase:
     @property
     def rows(self) -> DeltaRows:
         """The block that is scored."""
-        return DeltaRows(*(tensor[:, self.current :] for tensor in self.buffer))
+        end = self.current + self.tokens.v_BTHP.shape[1]
+        return DeltaRows(*(tensor[:, self.current : end] for tensor in self.buffer))
 
     def scan(
         self, op: Any, first: int = 0, stop: int | None = None, *, commit: bool = True
@@ -166,8 +167,13 @@ def make_case(
         ),
         mask=torch.from_numpy(np.pad(tree.mask, ((0, 0), (0, -tree.num_tokens % MASK_MULTIPLE)))),
         pending=Pending(path_BL, length_B, torch.tensor(kept, dtype=torch.int32)),
-        z=normal(*size, heads, head_dim) if gated else None,
+        z=away_from_zero(normal(*size, heads, head_dim)) if gated else None,
     )
+
+
+def away_from_zero(z: Tensor) -> Tensor:
+    """A gate that an output may be divided by."""
+    return z + 0.5 * z.sign()
 
 
 def numpy_rows(case: DeltaCase, sequence: int, row: int) -> tuple[Any, Any, Any]:

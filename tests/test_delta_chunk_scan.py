@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from delta_case import OUT_ERRORS, STATE_ERROR
+from delta_case import OUT_ERRORS, STATE_ERROR, away_from_zero
 from torch import Tensor
 
 from stree_kernels import delta_chunk_scan as kernel
@@ -46,7 +46,7 @@ class Case:
         if gate is not None:
             o = out.double() / torch.nn.functional.silu(gate.z_BTHP.double())
             squares = o.flatten(1).unflatten(1, (gate.square_sums_BTQ.shape[1], -1)).square()
-            coarse = 3e-2 if v.dtype == torch.bfloat16 else 1e-5
+            coarse = {torch.bfloat16: 3e-2, torch.float16: 4e-3}.get(v.dtype, 1e-5)
             assert_close("sums", gate.square_sums_BTQ, squares.sum(2), tolerance=coarse)
         return out
 
@@ -93,7 +93,7 @@ def make_case(
             uniform(beta_range, num_tokens, heads),
         ),
         offsets=torch.from_numpy(np.cumsum([0, *lengths])).to(torch.int32),
-        z=normal(num_tokens, heads, head_dim) if gated else None,
+        z=away_from_zero(normal(num_tokens, heads, head_dim)) if gated else None,
     )  # fmt: skip
 
 
@@ -154,8 +154,8 @@ def check_kernel(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
     truth = ours.to(torch.float64, device)
     o, o_true = ours.scan(kernel), truth.scan(reference)
     assert_close("o", o, o_true, tolerance=OUT_ERRORS[dtype])
-    # A state of many tokens gathers what their u were rounded by.
-    fine = STATE_ERROR if dtype == torch.float32 else 1e-4
+    # Reflections, which a beta of 2 makes, carry on what every u of a long prompt was rounded by.
+    fine = STATE_ERROR if dtype == torch.float32 else 3e-4
     assert_close("states", ours.state, truth.state, tolerance=fine)
 
 

@@ -122,7 +122,8 @@ def _launch(
     z, sums = gate or (None, None)
     pointers = (state, *rows, *tokens, out, z, sums, *past.rows, *past.pending)
     by_sequence = (state, *rows, *tokens, out, z, sums, past.pending.path_BL)
-    steps = [*strides(by_sequence, 0), *strides(rows, 1)]
+    steps = [*strides(by_sequence, 0), *strides(past.rows, 1)]
+    sizes = (state_dim**-0.5, past.start, past.pending.path_BL.shape[1])
     meta: dict[str, Any] = {
         "HEADS_PER_K": num_heads // rows.k_BRGN.shape[2], "HEAD_DIM": head_dim,
         "STATE_DIM": state_dim, "BLOCK_P": block_p, "COMMIT": past.commit,
@@ -131,14 +132,16 @@ def _launch(
     if config.max_registers is not None:
         meta["maxnreg"] = config.max_registers
     if num_rows == 1:
-        kernel = delta_token_kernel[grid](*pointers, state_dim**-0.5, past.start, *steps, **meta)
+        kernel = delta_token_kernel[grid](
+            *pointers, *sizes, *steps, INNER=min(32, state_dim), **meta
+        )
     else:
         solved = None
         if config.solve_warps is not None:
             solved = _solve(rows, tokens, mask, num_heads, first, config)
         steps += [*strides((*tokens, out, z, sums), 1), mask.stride(0)]
         kernel = delta_scan_kernel[grid](
-            *pointers, mask, solved, state_dim**-0.5, past.start, first, num_rows, *steps,
+            *pointers, mask, solved, *sizes, first, num_rows, *steps,
             BLOCK_T=config.block_rows, BLOCK_J=BLOCK_EARLIER, EARLIER=first > 0,
             EXACT=out.dtype == torch.float32, **meta,
         )  # fmt: skip

@@ -23,8 +23,10 @@ from stree_kernels.delta_parts import (
     count_rounds,
     dot_parts,
     dot_state,
+    first_rows,
     gate_and_store,
     invert,
+    load_accepted,
     pair_decays,
     split_state,
     substitute,
@@ -36,7 +38,6 @@ from stree_kernels.scan_parts import (
     halves,
     keep_rows,
     load_columns,
-    load_past,
     load_rows,
     load_vector,
 )
@@ -119,9 +120,9 @@ def _solved_tile(solved_ptr, right_PT, o_PT, own_T, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def _accepted_state(
-    state_ptrs, past, counts, dims_P, dims_N, owns, COMMIT: tl.constexpr, EXACT: tl.constexpr
+    state_ptrs, past, counts, dims_P, dims_N, owns, COMMIT: tl.constexpr
 ):  # fmt: skip
-    """The state's tile after all accepted rows, in two parts; stored where they do not fit."""
+    """The state's tile after all accepted rows; it is stored where they do not fit."""
     state = tl.load(state_ptrs).to(tl.float32)
     total = counts[0] + counts[1]
     is_kept = total <= KEPT
@@ -133,16 +134,16 @@ def _accepted_state(
         # More rows than may be kept are in the state since this step's first pass.
         total = tl.where(is_kept, total, 0)
         state = advance_delta(state, past, counts, total, dims_P, dims_N, owns, False)
-    return split_state(state, EXACT)
+    return state
 
 
-@triton.jit(do_not_specialize=["first", "num_rows", "past_start"])
+@triton.jit(do_not_specialize=["first", "num_rows", "past_start", "path_capacity"])
 def delta_scan_kernel(
     # pointers
     state_ptr, u_ptr, k_ptr, g_ptr, q_ptr, v_ptr, beta_ptr, out_ptr, z_ptr, sums_ptr, past_u_ptr,
     past_k_ptr, past_g_ptr, path_ptr, length_ptr, num_kept_ptr, mask_ptr, solved_ptr,
     # sizes
-    scale, past_start, first, num_rows,
+    scale, past_start, path_capacity, first, num_rows,
     # strides
     stride_state_b, stride_u_b, stride_k_b, stride_g_b, stride_q_b, stride_v_b, stride_beta_b,
     stride_out_b, stride_z_b, stride_sums_b, stride_path_b, stride_u_r, stride_k_r, stride_g_r,
@@ -161,7 +162,9 @@ def delta_scan_kernel(
     k_base, v_base = head // HEADS_PER_K * STATE_DIM, head * HEAD_DIM
     state_ptr += sequence * stride_state_b + v_base * STATE_DIM
     state_ptrs = state_ptr + dims_P[:, None] * STATE_DIM + dims_N[None, :]
-    counts = (tl.load(num_kept_ptr + sequence), tl.load(length_ptr + sequence))
+    counts = (
+        tl.load(num_kept_ptr + sequence), tl.load(length_ptr + sequence), path_capacity,
+    )  # fmt: skip
     past = (
         (past_u_ptr + sequence * stride_u_b + v_base, stride_u_r),
         (past_g_ptr + sequence * stride_g_b + head, stride_g_r),
@@ -189,15 +192,18 @@ def delta_scan_kernel(
     if EARLIER:
         rows_T += first
     within = rows_T < num_rows
-    if not EARLIER:
-        state = _accepted_state(state_ptrs, past, counts, dims_P, dims_N, owns, COMMIT, EXACT)
-    mask_TT = _load_mask(mask, rows_T, rows_T, num_rows, EARLIER)
     rounds = 0
     if solved_ptr is None:
-        rounds = count_rounds(mask_TT, rows_T)
+        rounds = count_rounds(_load_mask(mask, rows_T, rows_T, num_rows, EARLIER), rows_T)
+    if not EARLIER:
+        state = _accepted_state(state_ptrs, past, counts, dims_P, dims_N, owns, COMMIT)
+        if BLOCK_T <= 32:
+            # Before the wait, and it frees the registers of the fp32 state.
+            state = split_state(state, EXACT)
     wait_for_previous(PDL)
     k_NT = load_columns(k, rows_T, within, dims_N)
     q_NT = load_columns(q, own_T, within, dims_N)
+    mask_TT = _load_mask(mask, rows_T, rows_T, num_rows, EARLIER)
     beta_T = load_vector(beta, own_T, within)
     g_T = load_vector(g, rows_T, within)
     path_T = tl.sum(tl.where(mask_TT, g_T[:, None], 0.0), axis=0)
@@ -209,7 +215,9 @@ def delta_scan_kernel(
             (u, k, g), mask, first, num_rows, k_NT, q_NT, beta_T, path_T, rows_T, scale, dims_P,
             dims_N, BLOCK_J, BLOCK_P, EXACT,
         )  # fmt: skip
-        state = _accepted_state(state_ptrs, past, counts, dims_P, dims_N, owns, COMMIT, EXACT)
+        state = _accepted_state(state_ptrs, past, counts, dims_P, dims_N, owns, COMMIT)
+    if EARLIER or BLOCK_T > 32:
+        state = split_state(state, EXACT)
     v_PT = load_columns(v, own_T, within, dims_P).to(tl.float32)
     decay_T = tl.exp(path_T)
     right_PT = beta_T[None, :] * (v_PT - decay_T[None, :] * dot_state(state, k_NT, True))
@@ -277,19 +285,19 @@ def delta_solve_kernel(
     tl.store(ptrs + 3 * BLOCK_T * BLOCK_T, low)
 
 
-@triton.jit(do_not_specialize=["past_start"])
+@triton.jit(do_not_specialize=["past_start", "path_capacity"])
 def delta_token_kernel(
     # pointers
     state_ptr, u_ptr, k_ptr, g_ptr, q_ptr, v_ptr, beta_ptr, out_ptr, z_ptr, sums_ptr, past_u_ptr,
     past_k_ptr, past_g_ptr, path_ptr, length_ptr, num_kept_ptr,
     # sizes
-    scale, past_start,
+    scale, past_start, path_capacity,
     # strides
     stride_state_b, stride_u_b, stride_k_b, stride_g_b, stride_q_b, stride_v_b, stride_beta_b,
     stride_out_b, stride_z_b, stride_sums_b, stride_path_b, stride_u_r, stride_k_r, stride_g_r,
     # meta
     HEADS_PER_K: tl.constexpr, HEAD_DIM: tl.constexpr, STATE_DIM: tl.constexpr,
-    BLOCK_P: tl.constexpr, COMMIT: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_P: tl.constexpr, INNER: tl.constexpr, COMMIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Commit accepted rows and score row 0, without tensor cores; arguments as in `delta_scan`."""
     release_next(PDL)
@@ -298,10 +306,9 @@ def delta_token_kernel(
     dims_P = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     dims_N = tl.arange(0, STATE_DIM)
     k_base, v_base = head // HEADS_PER_K * STATE_DIM, head * HEAD_DIM
-    state_ptr += sequence * stride_state_b + v_base * STATE_DIM
-    state_ptrs = state_ptr + dims_P[:, None] * STATE_DIM + dims_N[None, :]
-    state = tl.load(state_ptrs).to(tl.float32)
-    counts = (tl.load(num_kept_ptr + sequence), tl.load(length_ptr + sequence))
+    counts = (
+        tl.load(num_kept_ptr + sequence), tl.load(length_ptr + sequence), path_capacity,
+    )  # fmt: skip
     past = (
         (past_u_ptr + sequence * stride_u_b + v_base, stride_u_r),
         (past_g_ptr + sequence * stride_g_b + head, stride_g_r),
@@ -312,29 +319,43 @@ def delta_token_kernel(
     owns = (True, first_block, first_block & (head % HEADS_PER_K == 0))
     total = counts[0] + counts[1]
     is_kept = total <= KEPT
+    state_ptr += sequence * stride_state_b + v_base * STATE_DIM
+    # In runs of INNER columns a sum over columns is one over registers and 8 threads, not a warp.
+    runs, inner = tl.arange(0, STATE_DIM // INNER), tl.arange(0, INNER)
+    columns_XYN = runs[:, None, None] * INNER + inner[None, None, :]
+    state_ptrs = state_ptr + dims_P[None, :, None] * STATE_DIM + columns_XYN
+    state_XPN = tl.load(state_ptrs).to(tl.float32)
     if COMMIT and not is_kept:
-        state = advance_delta(state, past, counts, total, dims_P, dims_N, owns, False)
-        rounded = state.to(state_ptr.dtype.element_ty)
-        tl.store(state_ptrs, rounded)
-        state = rounded.to(tl.float32)
+        tile_ptrs = state_ptr + dims_P[:, None] * STATE_DIM + dims_N[None, :]
+        tile = tl.load(tile_ptrs).to(tl.float32)
+        tile = advance_delta(tile, past, counts, total, dims_P, dims_N, owns, False)
+        tl.store(tile_ptrs, tile.to(state_ptr.dtype.element_ty))
+        # Threads read what others of this program have stored.
+        tl.debug_barrier()
+        state_XPN = tl.load(state_ptrs).to(tl.float32)
     # Accepted rows that are not in the state are scored as the token's ancestors.
     position = tl.arange(0, KEPT)
-    counts = (tl.where(is_kept, counts[0], 0), tl.where(is_kept, counts[1], 0))
-    u_PL, g_L, k_LN, in_path = load_past(position, past, counts, dims_P, dims_N)
+    row, in_path = first_rows(position, past, counts)
+    valid = is_kept & (position < total)
+    u_PL, g_L, k_LN = load_accepted(row, valid, past, dims_P, dims_N)
     if COMMIT:
-        keep_rows(position, past, u_PL, g_L, k_LN, in_path, dims_P, dims_N, owns)
-    u_PL, after_L, decay = weigh_delta(position, counts[0] + counts[1], u_PL, g_L)
+        keep_rows(position, past, u_PL, g_L, k_LN, in_path & is_kept, dims_P, dims_N, owns)
+    u_PL, after_L, decay = weigh_delta(position, tl.where(is_kept, total, 0), u_PL, g_L)
     u_PL *= tl.exp(after_L)[None, :]
     wait_for_previous(PDL)
-    k_N = tl.load(k_ptr + sequence * stride_k_b + k_base + dims_N).to(tl.float32)
-    q_N = tl.load(q_ptr + sequence * stride_q_b + k_base + dims_N).to(tl.float32)
+    k_ptr += sequence * stride_k_b + k_base
+    q_ptr += sequence * stride_q_b + k_base
+    k_N = tl.load(k_ptr + dims_N).to(tl.float32)
+    q_N = tl.load(q_ptr + dims_N).to(tl.float32)
+    k_XYN = tl.load(k_ptr + columns_XYN).to(tl.float32)
+    q_XYN = tl.load(q_ptr + columns_XYN).to(tl.float32)
     v_P = tl.load(v_ptr + sequence * stride_v_b + v_base + dims_P).to(tl.float32)
     own_decay = tl.exp(tl.load(g_ptr + sequence * stride_g_b + head))
     beta = tl.load(beta_ptr + sequence * stride_beta_b + head)
     k_LN = k_LN.to(tl.float32)
-    key_P = tl.exp(decay) * tl.sum(state * k_N[None, :], axis=1)
+    key_P = tl.exp(decay) * tl.sum(tl.sum(state_XPN * k_XYN, axis=0), axis=1)
     key_P += tl.sum(u_PL * tl.sum(k_LN * k_N[None, :], axis=1)[None, :], axis=1)
-    query_P = tl.exp(decay) * tl.sum(state * q_N[None, :], axis=1)
+    query_P = tl.exp(decay) * tl.sum(tl.sum(state_XPN * q_XYN, axis=0), axis=1)
     query_P += tl.sum(u_PL * tl.sum(k_LN * q_N[None, :], axis=1)[None, :], axis=1)
     u_P = beta * (v_P - own_decay * key_P)
     o_P = (own_decay * query_P + u_P * tl.sum(k_N * q_N, axis=0)) * scale
