@@ -326,10 +326,13 @@ def delta_token_kernel(
     state_ptrs = state_ptr + dims_P[None, :, None] * STATE_DIM + columns_XYN
     state_XPN = tl.load(state_ptrs).to(tl.float32)
     if COMMIT and not is_kept:
-        tile_ptrs = state_ptr + dims_P[:, None] * STATE_DIM + dims_N[None, :]
-        tile = tl.load(tile_ptrs).to(tl.float32)
-        tile = advance_delta(tile, past, counts, total, dims_P, dims_N, owns, False)
-        tl.store(tile_ptrs, tile.to(state_ptr.dtype.element_ty))
+        # Part by part: the rare branch must not take registers from the common one.
+        for start in range(0, STATE_DIM, INNER):
+            part_N = start + tl.arange(0, INNER)
+            tile_ptrs = state_ptr + dims_P[:, None] * STATE_DIM + part_N[None, :]
+            tile = tl.load(tile_ptrs).to(tl.float32)
+            tile = advance_delta(tile, past, counts, total, dims_P, part_N, owns, False)
+            tl.store(tile_ptrs, tile.to(state_ptr.dtype.element_ty))
         # Threads read what others of this program have stored.
         tl.debug_barrier()
         state_XPN = tl.load(state_ptrs).to(tl.float32)
@@ -347,15 +350,17 @@ def delta_token_kernel(
     q_ptr += sequence * stride_q_b + k_base
     k_N = tl.load(k_ptr + dims_N).to(tl.float32)
     q_N = tl.load(q_ptr + dims_N).to(tl.float32)
-    k_XYN = tl.load(k_ptr + columns_XYN).to(tl.float32)
-    q_XYN = tl.load(q_ptr + columns_XYN).to(tl.float32)
+    # Loaded for every row of the tile, so that no layout but the state's is in its products.
+    columns_XPN = columns_XYN + dims_P[None, :, None] * 0
+    k_XPN = tl.load(k_ptr + columns_XPN).to(tl.float32)
+    q_XPN = tl.load(q_ptr + columns_XPN).to(tl.float32)
     v_P = tl.load(v_ptr + sequence * stride_v_b + v_base + dims_P).to(tl.float32)
     own_decay = tl.exp(tl.load(g_ptr + sequence * stride_g_b + head))
     beta = tl.load(beta_ptr + sequence * stride_beta_b + head)
     k_LN = k_LN.to(tl.float32)
-    key_P = tl.exp(decay) * tl.sum(tl.sum(state_XPN * k_XYN, axis=0), axis=1)
+    key_P = tl.exp(decay) * tl.sum(tl.sum(state_XPN * k_XPN, axis=0), axis=1)
     key_P += tl.sum(u_PL * tl.sum(k_LN * k_N[None, :], axis=1)[None, :], axis=1)
-    query_P = tl.exp(decay) * tl.sum(tl.sum(state_XPN * q_XYN, axis=0), axis=1)
+    query_P = tl.exp(decay) * tl.sum(tl.sum(state_XPN * q_XPN, axis=0), axis=1)
     query_P += tl.sum(u_PL * tl.sum(k_LN * q_N[None, :], axis=1)[None, :], axis=1)
     u_P = beta * (v_P - own_decay * key_P)
     o_P = (own_decay * query_P + u_P * tl.sum(k_N * q_N, axis=0)) * scale
