@@ -7,6 +7,8 @@ from torch import Tensor
 
 from stree_kernels import (
     commit_path,
+    delta_chunk_scan,
+    delta_conv,
     delta_scan,
     experts,
     key_rows,
@@ -20,7 +22,9 @@ from stree_kernels import (
     uniforms,
 )
 from stree_kernels.commit_path_ref import PathMemory, TreeTables
-from stree_kernels.delta_rows import DeltaPast, DeltaRows, DeltaTokens
+from stree_kernels.delta_chunk_scan_ref import PackedTokens
+from stree_kernels.delta_conv_ref import DeltaConvOutput, DeltaProjection
+from stree_kernels.delta_rows import DeltaHeads, DeltaPast, DeltaRows, DeltaTokens
 from stree_kernels.key_rows_ref import KeyValues
 from stree_kernels.laws import GATED, Activation
 from stree_kernels.rows import (
@@ -91,6 +95,40 @@ def delta(
         make_mask(first + tokens), first=first, out_BTHP=out,
         gate=Gate(torch.empty_like(out), rows(tokens, num_sums, dtype=FP32)) if gated else None,
         past=DeltaPast(all_rows, MAX_KEPT, pending(batch), first == 0),
+    )  # fmt: skip
+
+
+def delta_convolution(
+    tokens: int, key_dim: int, head_dim: int, *, dtype: torch.dtype = BF16, commit: bool = True
+) -> None:
+    """Run the conv of a gated delta layer, of width 4."""
+    key_heads, heads = 2, 4
+    channels = 2 * key_heads * key_dim + heads * head_dim
+    rows = torch.empty(tokens, 1, channels + 2 * heads, dtype=dtype).transpose(0, 1)
+    qkv, a, b = rows.split((channels, heads, heads), dim=-1)
+    gates = torch.empty(2, 1, tokens, heads)
+    delta_conv.delta_conv(
+        torch.empty(1, channels, 3, dtype=dtype), DeltaProjection(qkv, a, b),
+        torch.empty(channels, 4, dtype=dtype), DeltaHeads(*torch.empty(2, heads)),
+        torch.zeros(tokens, 3, dtype=torch.int32), num_key_heads=key_heads, key_head_dim=key_dim,
+        first=0, num_tokens=tokens, out=DeltaConvOutput(torch.empty_like(qkv), *gates),
+        previous_BRC=qkv if commit else None, pending=pending(1) if commit else None,
+    )  # fmt: skip
+
+
+def delta_prompts(
+    head_dim: int, state_dim: int, *, dtype: torch.dtype = BF16, gated: bool = True
+) -> None:
+    """Read two prompts of a gated delta layer."""
+    tokens, heads, key_heads = 100, 4, 2
+    q, k = torch.empty(2, tokens, key_heads, state_dim, dtype=dtype)
+    v = torch.empty(tokens, heads, head_dim, dtype=dtype)
+    sums = torch.empty(tokens, heads * head_dim // gate_width(head_dim, state_dim, dtype))
+    delta_chunk_scan.delta_chunk_scan(
+        torch.empty(2, heads, head_dim, state_dim),
+        PackedTokens(q, k, v, *torch.empty(2, tokens, heads)),
+        torch.zeros(3, dtype=torch.int32), out_MHP=torch.empty_like(v),
+        gate=Gate(torch.empty_like(v), sums) if gated else None,
     )  # fmt: skip
 
 

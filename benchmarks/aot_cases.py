@@ -14,6 +14,8 @@ from aot_calls import (
     attention,
     conv,
     delta,
+    delta_convolution,
+    delta_prompts,
     end_of_step,
     mlp,
     moe,
@@ -63,6 +65,8 @@ def quick_cases() -> Iterator[tuple[str, Case]]:
             yield scan_case(tokens, head_dim, state_dim, many=many)
     for tokens, many in itertools.product((1, 8, 32, 64, 256), (False, True)):
         yield delta_case(tokens, 128, 128, many=many)
+    yield "delta conv T=16 N=128 P=128", partial(delta_convolution, 16, 128, 128)
+    yield "delta prompts P=128 N=128", partial(delta_prompts, 128, 128)
     for tokens in (1, 16, 32):
         yield f"conv T={tokens}", partial(conv, tokens)
     for num_rows, (inner, columns) in itertools.product(
@@ -143,8 +147,15 @@ def delta_cases() -> Iterator[tuple[str, Case]]:
     for tokens in (1, 16, 256):
         yield delta_case(tokens, 128, 128, dtype=FP32)
         yield delta_case(tokens, 128, 128, gated=False)
-    for first in (1, 20, 50):
-        yield delta_case(8, 128, 128, first=first)
+    for first, tokens in itertools.product((1, 20, 50), (8, 32)):
+        yield delta_case(tokens, 128, 128, first=first)
+    for (head_dim, state_dim), dtype in itertools.product(DELTA_LAYERS, (BF16, FP16, FP32)):
+        for gated in (False, True):
+            run = partial(delta_prompts, head_dim, state_dim, dtype=dtype, gated=gated)
+            yield f"delta prompts P={head_dim} N={state_dim} {dtype} gated={gated}", run
+    for tokens, dtype, commit in itertools.product((1, 16), (BF16, FP16, FP32), (True, False)):
+        run = partial(delta_convolution, tokens, 128, 64, dtype=dtype, commit=commit)
+        yield f"delta conv T={tokens} {dtype} commit={commit}", run
 
 
 def delta_case(tokens: int, head_dim: int, state_dim: int, **options: Any) -> tuple[str, Case]:

@@ -197,7 +197,7 @@ def check_kernel(
     u, u_true = (each.rows.u_BRHP[:, :num_tokens] for each in (ours, truth))
     assert_close("u", u, u_true, tolerance=max(SOLVED_ERRORS[dtype], coarse))
     assert_close("state", ours.state, truth.state, tolerance=max(STATE_ERROR, coarse))
-    assert ours.buffer.u_BRHP[:, ours.current + num_tokens].isnan().all(), "no row behind the block is written"
+    assert ours.buffer.u_BRHP[:, ours.current + num_tokens].isnan().all(), "rows behind stay"
     for sequence, num_kept in enumerate(next_num_kept(truth.pending).tolist()):
         for mine, theirs in zip(ours.buffer, truth.buffer, strict=True):
             assert torch.equal(mine[sequence, :num_kept].double(), theirs[sequence, :num_kept])

@@ -11,6 +11,13 @@ from types import ModuleType
 __all__ = [
     "commit_path",
     "commit_path_ref",
+    "delta_chunk_scan",
+    "delta_chunk_scan_ref",
+    "delta_conv",
+    "delta_conv_ref",
+    "delta_rows",
+    "delta_scan",
+    "delta_scan_ref",
     "experts",
     "experts_ref",
     "key_rows",
