@@ -168,7 +168,7 @@ def test_interpreted_kernel_equals_the_reference(hard: str) -> None:
 
 @interpreted
 def test_a_system_is_inverted_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "FP32_CONFIG", kernel.ChunkConfig(64, 4, 4))
+    monkeypatch.setattr(kernel, "WIDE_CONFIG", kernel.ChunkConfig(64, 4, 4))
     case = make_case([70], heads=1, head_dim=16, state_dim=16, **HARD["beta of 2"])
     check_kernel(case, torch.float32)
 

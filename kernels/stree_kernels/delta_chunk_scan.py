@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stree_kernels.delta_chunk_scan_ref import CHUNK, PackedTokens
+from stree_kernels.delta_chunk_scan_ref import PackedTokens
 from stree_kernels.delta_parts import (
     dot_parts,
     dot_state,
@@ -30,7 +30,7 @@ from stree_kernels.delta_parts import (
     split_state,
 )
 from stree_kernels.delta_rows import check_decay, check_heads
-from stree_kernels.pdl import capability, launch_options, wait_for_previous
+from stree_kernels.pdl import launch_options, wait_for_previous
 from stree_kernels.rows import FLOATS, Gate, gate_width, require_dtypes, require_packed
 from stree_kernels.scan_parts import dot_wide, halves, load_columns, load_rows, load_vector
 from stree_kernels.shared_memory import prefer_shared
@@ -49,21 +49,25 @@ class ChunkConfig:
 
 
 # Never autotuned: the kernel updates the state in place, and the order of sums is the chunk's.
-CONFIG = ChunkConfig(CHUNK, 4, 4)
-# Before compute capability 9.0 tensor cores take both operands from registers. fp32 likewise.
-OLDER_CONFIG = ChunkConfig(16, 4, 4)
-FP32_CONFIG = ChunkConfig(16, 4, 8)
+# Larger chunks keep more beside the state than there are registers (docs/log.md).
+CONFIG = ChunkConfig(16, 4, 4)
+# Operands beside fp16 and fp32 take more.
+WIDE_CONFIG = ChunkConfig(16, 4, 8)
 
 
 @triton.jit
-def _chunk_rows(tokens, begin, end, dims_N, CHUNK: tl.constexpr):
-    """Rows of a chunk, which of them are there, their k [N, T], c, and beta."""
+def _at(source, begin):
+    """A source from row `begin` on: what is added to it then are small numbers."""
+    return source[0] + begin * source[1], source[1]
+
+
+@triton.jit
+def _load_chunk(tokens, begin, within, own_T, dims_N):
+    """k [N, T] of a chunk's rows, c, and beta."""
     k, g, beta = tokens
-    rows_T = begin + tl.arange(0, CHUNK)
-    within = rows_T < end
-    k_NT = load_columns(k, rows_T, within, dims_N)
-    path_T = tl.cumsum(load_vector(g, rows_T, within), axis=0)
-    return rows_T, within, k_NT, path_T, load_vector(beta, rows_T, within)
+    k_NT = load_columns(_at(k, begin), own_T, within, dims_N)
+    path_T = tl.cumsum(load_vector(_at(g, begin), own_T, within), axis=0)
+    return k_NT, path_T, load_vector(_at(beta, begin), own_T, within)
 
 
 @triton.jit
@@ -94,8 +98,8 @@ def _delta_chunk_solve_kernel(
     offsets_S = tl.load(offsets_ptr + sequences_S, mask=exists, other=0)
     begins_S = exists & (offsets_S // CHUNK + sequences_S <= slot)
     sequence = tl.sum(begins_S.to(tl.int32), axis=0) - 1
-    start = tl.load(offsets_ptr + sequence)
-    end = tl.load(offsets_ptr + sequence + 1)
+    start = tl.load(offsets_ptr + sequence).to(tl.int64)
+    end = tl.load(offsets_ptr + sequence + 1).to(tl.int64)
     begin = start + (slot - start // CHUNK - sequence) * CHUNK
     if begin < end:
         dims_N, own_T = tl.arange(0, STATE_DIM), tl.arange(0, CHUNK)
@@ -103,7 +107,7 @@ def _delta_chunk_solve_kernel(
             (k_ptr + head // HEADS_PER_K * STATE_DIM, stride_k_m), (g_ptr + head, stride_g_m),
             (beta_ptr + head, stride_beta_m),
         )  # fmt: skip
-        _, _, k_NT, path_T, beta_T = _chunk_rows(tokens, begin, end, dims_N, CHUNK)
+        k_NT, path_T, beta_T = _load_chunk(tokens, begin, own_T < end - begin, own_T, dims_N)
         decay_JT = pair_decays(path_T, path_T, _causal(CHUNK)) * beta_T[None, :]
         system_JT = tl.dot(tl.trans(k_NT), k_NT, input_precision="ieee") * decay_JT
         system_JT = tl.where(own_T[:, None] == own_T[None, :], 0.0, system_JT)
@@ -164,15 +168,13 @@ def _delta_chunk_scan_kernel(
         (g_ptr + head, stride_g_m),
         (beta_ptr + head, stride_beta_m),
     )
-    z = None
-    sums = None
-    if z_ptr is not None:
-        z = (z_ptr + v_base, stride_z_m)
-        sums = (sums_ptr + head * (HEAD_DIM // BLOCK_P) + tl.program_id(0), stride_sums_m)
+    out = (out_ptr + v_base, stride_out_m)
+    part = head * (HEAD_DIM // BLOCK_P) + tl.program_id(0)
     for begin in range(start, end, CHUNK):
-        rows_T, within, k_NT, path_T, beta_T = _chunk_rows(tokens, begin, end, dims_N, CHUNK)
-        q_NT = load_columns(q, rows_T, within, dims_N)
-        v_PT = load_columns(v, rows_T, within, dims_P).to(tl.float32)
+        within = own_T < end - begin
+        k_NT, path_T, beta_T = _load_chunk(tokens, begin, within, own_T, dims_N)
+        q_NT = load_columns(_at(q, begin), own_T, within, dims_N)
+        v_PT = load_columns(_at(v, begin), own_T, within, dims_P).to(tl.float32)
         parts = split_state(state, EXACT)
         decay_T = tl.exp(path_T)
         right_PT = beta_T[None, :] * (v_PT - decay_T[None, :] * dot_state(parts, k_NT, True))
@@ -182,10 +184,15 @@ def _delta_chunk_scan_kernel(
         weight_JT = tl.dot(tl.trans(k_NT), q_NT, input_precision="ieee")
         weight_JT *= pair_decays(path_T, path_T, _causal(CHUNK)) * scale
         o_PT = dot_parts(u_PT, weight_JT, o_PT, EXACT)
-        gate_and_store(o_PT, (out_ptr + v_base, stride_out_m), z, sums, rows_T, within, dims_P)
+        if z_ptr is None:
+            gate_and_store(o_PT, _at(out, begin), None, None, own_T, within, dims_P)
+        else:
+            z = _at((z_ptr + v_base, stride_z_m), begin)
+            sums = _at((sums_ptr + part, stride_sums_m), begin)
+            gate_and_store(o_PT, _at(out, begin), z, sums, own_T, within, dims_P)
         # c of rows that are not there is that of the last one.
         total = tl.min(path_T, axis=0)
-        k_TN = load_rows(tokens[0], rows_T, within, dims_N)
+        k_TN = load_rows(_at(tokens[0], begin), own_T, within, dims_N)
         weighted_PT = u_PT * tl.exp(total - path_T)[None, :]
         state = dot_wide(weighted_PT, k_TN, state * tl.exp(total))
         slot += 1
@@ -205,8 +212,7 @@ def delta_chunk_scan(
     block_p = _check(state_SHPN, tokens, offsets_S1, out_MHP, gate)
     num_sequences, num_heads, head_dim, state_dim = state_SHPN.shape
     device, exact = state_SHPN.device, out_MHP.dtype == torch.float32
-    config = CONFIG if capability(device) in (0, 90) else OLDER_CONFIG
-    config = FP32_CONFIG if exact else config
+    config = CONFIG if out_MHP.dtype == torch.bfloat16 else WIDE_CONFIG
     size, num_slots = config.chunk, len(out_MHP) // config.chunk + num_sequences
     solved = torch.empty(
         num_slots, num_heads, 2, size, size,

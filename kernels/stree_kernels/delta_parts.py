@@ -14,15 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from stree_kernels.scan_parts import (
-    KEPT,
-    dot_wide,
-    halves,
-    keep_rows,
-    load_columns,
-    load_rows,
-    load_vector,
-)
+from stree_kernels.scan_parts import KEPT, dot_wide, halves, keep_rows, load_past
 
 
 @triton.jit
@@ -76,54 +68,17 @@ def pair_decays(path_J, path_T, mask_JT):
 
 
 @triton.jit
-def first_rows(position, past, counts):
-    """The rows of the first KEPT accepted tokens, and which of them are the path's.
-
-    The path's table is loaded beside the counts, not after them, and searched in registers: one
-    latency less before the rows.
-    """
-    table = tl.load(past[3] + position, mask=position < counts[2], other=0)
-    entry = position - counts[0]
-    in_path = (entry >= 0) & (entry < counts[1])
-    found = tl.sum(tl.where(entry[:, None] == position[None, :], table[None, :], 0), axis=1)
-    return tl.where(in_path, past[4] + found, position), in_path
-
-
-@triton.jit
-def load_accepted(row, valid, past, dims_P, dims_N):
-    """u [P, L], the log decay [L] and k [L, N] of accepted rows."""
-    u_PL = load_columns(past[0], row, valid, dims_P)
-    return u_PL, load_vector(past[1], row, valid), load_rows(past[2], row, valid, dims_N)
-
-
-@triton.jit
-def _replay(state, position, total, u_PL, g_L, k_LN):
-    """The state after rows at these positions, as many as `total` says."""
-    u_PL, after_L, decay = weigh_delta(position, total, u_PL, g_L)
-    return dot_wide(u_PL * tl.exp(after_L)[None, :], k_LN, state * tl.exp(decay))
-
-
-@triton.jit
 def advance_delta(state, past, counts, total, dims_P, dims_N, owns, saves):
     """The state tile [P, N] after the first `total` accepted rows, which may be none.
 
-    `past` is (u, g, k, path, first row of the path's block), `counts` (kept rows, the path's
-    length, the capacity of its table). With `saves` the path's rows are stored behind the kept
-    ones: then there are at most KEPT.
+    With `saves` the path's rows are stored behind the kept ones.
     """
-    position = tl.arange(0, KEPT)
-    row, in_path = first_rows(position, past, counts)
-    u_PL, g_L, k_LN = load_accepted(row, position < total, past, dims_P, dims_N)
-    keep_rows(position, past, u_PL, g_L, k_LN, in_path & saves, dims_P, dims_N, owns)
-    state = _replay(state, position, total, u_PL, g_L, k_LN)
-    for begin in range(KEPT, total, KEPT):
+    for begin in range(0, tl.maximum(total, 1), KEPT):
         position = begin + tl.arange(0, KEPT)
-        entry = position - counts[0]
-        in_path = (entry >= 0) & (entry < counts[1])
-        found = past[4] + tl.load(past[3] + entry, mask=in_path, other=0)
-        row = tl.where(in_path, found, position)
-        u_PL, g_L, k_LN = load_accepted(row, position < total, past, dims_P, dims_N)
-        state = _replay(state, position, total, u_PL, g_L, k_LN)
+        u_PL, g_L, k_LN, in_path = load_past(position, past, counts, dims_P, dims_N)
+        keep_rows(position, past, u_PL, g_L, k_LN, in_path & saves, dims_P, dims_N, owns)
+        u_PL, after_L, decay = weigh_delta(position, total, u_PL, g_L)
+        state = dot_wide(u_PL * tl.exp(after_L)[None, :], k_LN, state * tl.exp(decay))
     return state
 
 

@@ -46,17 +46,17 @@ class DeltaConfig:
 # Never autotuned: the kernel updates the state in place, and one choice per size keeps decoding
 # reproducible. Each row is (few programs, many), measured on an H200 (docs/kernels.md).
 CONFIGS = (
-    (DeltaConfig(16, 4), DeltaConfig(16, 4, 168)),
-    (DeltaConfig(32, 4), DeltaConfig(32, 4, 168)),
-    (DeltaConfig(64, 4, None, 4), DeltaConfig(64, 4, None, 4)),
+    (DeltaConfig(16, 4), DeltaConfig(16, 4, 128)),
+    (DeltaConfig(32, 4), DeltaConfig(32, 4, 168, 4)),
+    (DeltaConfig(64, 4, 255, 4),) * 2,
 )
 # Before compute capability 9.0 tensor cores take both operands from registers: larger tiles would
 # not fit there. Sized by `benchmarks/aot.py`, not by timing.
 OLDER_CONFIGS = ((DeltaConfig(16, 4),) * 2,)
 # For rows of a block whose earlier rows another pass has scored. Likewise.
-LATER_CONFIGS = ((DeltaConfig(16, 4),) * 2, (DeltaConfig(32, 4),) * 2)
+LATER_CONFIGS = ((DeltaConfig(32, 4),) * 2,)
 FP32_CONFIG = DeltaConfig(16, 8)
-TOKEN_CONFIGS = (DeltaConfig(1, 4), DeltaConfig(1, 4))
+TOKEN_CONFIGS = (DeltaConfig(1, 4), DeltaConfig(1, 4, 128))
 FEW_PROGRAMS = 400
 """About three on each multiprocessor of an H200."""
 BLOCK_EARLIER = 16
@@ -69,7 +69,7 @@ def pick_config(
     """Return the config for the rows from `first` on, of this dtype, that are left to score."""
     many = capability == 90 and num_programs > FEW_PROGRAMS
     if num_rows == 1 and first == 0:
-        return TOKEN_CONFIGS[many]
+        return TOKEN_CONFIGS[many and dtype != torch.float32]
     if dtype == torch.float32:
         return FP32_CONFIG
     configs = CONFIGS if capability >= 90 else OLDER_CONFIGS
@@ -123,7 +123,6 @@ def _launch(
     pointers = (state, *rows, *tokens, out, z, sums, *past.rows, *past.pending)
     by_sequence = (state, *rows, *tokens, out, z, sums, past.pending.path_BL)
     steps = [*strides(by_sequence, 0), *strides(past.rows, 1)]
-    sizes = (state_dim**-0.5, past.start, past.pending.path_BL.shape[1])
     meta: dict[str, Any] = {
         "HEADS_PER_K": num_heads // rows.k_BRGN.shape[2], "HEAD_DIM": head_dim,
         "STATE_DIM": state_dim, "BLOCK_P": block_p, "COMMIT": past.commit,
@@ -132,16 +131,14 @@ def _launch(
     if config.max_registers is not None:
         meta["maxnreg"] = config.max_registers
     if num_rows == 1:
-        kernel = delta_token_kernel[grid](
-            *pointers, *sizes, *steps, INNER=min(32, state_dim), **meta
-        )
+        kernel = delta_token_kernel[grid](*pointers, state_dim**-0.5, past.start, *steps, **meta)
     else:
         solved = None
         if config.solve_warps is not None:
             solved = _solve(rows, tokens, mask, num_heads, first, config)
         steps += [*strides((*tokens, out, z, sums), 1), mask.stride(0)]
         kernel = delta_scan_kernel[grid](
-            *pointers, mask, solved, *sizes, first, num_rows, *steps,
+            *pointers, mask, solved, state_dim**-0.5, past.start, first, num_rows, *steps,
             BLOCK_T=config.block_rows, BLOCK_J=BLOCK_EARLIER, EARLIER=first > 0,
             EXACT=out.dtype == torch.float32, **meta,
         )  # fmt: skip

@@ -23,13 +23,10 @@ from stree_kernels.delta_parts import (
     count_rounds,
     dot_parts,
     dot_state,
-    first_rows,
     gate_and_store,
     invert,
-    load_accepted,
     pair_decays,
     split_state,
-    substitute,
     weigh_delta,
 )
 from stree_kernels.pdl import release_next, wait_for_previous
@@ -38,6 +35,7 @@ from stree_kernels.scan_parts import (
     halves,
     keep_rows,
     load_columns,
+    load_past,
     load_rows,
     load_vector,
 )
@@ -137,13 +135,13 @@ def _accepted_state(
     return state
 
 
-@triton.jit(do_not_specialize=["first", "num_rows", "past_start", "path_capacity"])
+@triton.jit(do_not_specialize=["first", "num_rows", "past_start"])
 def delta_scan_kernel(
     # pointers
     state_ptr, u_ptr, k_ptr, g_ptr, q_ptr, v_ptr, beta_ptr, out_ptr, z_ptr, sums_ptr, past_u_ptr,
     past_k_ptr, past_g_ptr, path_ptr, length_ptr, num_kept_ptr, mask_ptr, solved_ptr,
     # sizes
-    scale, past_start, path_capacity, first, num_rows,
+    scale, past_start, first, num_rows,
     # strides
     stride_state_b, stride_u_b, stride_k_b, stride_g_b, stride_q_b, stride_v_b, stride_beta_b,
     stride_out_b, stride_z_b, stride_sums_b, stride_path_b, stride_u_r, stride_k_r, stride_g_r,
@@ -162,9 +160,7 @@ def delta_scan_kernel(
     k_base, v_base = head // HEADS_PER_K * STATE_DIM, head * HEAD_DIM
     state_ptr += sequence * stride_state_b + v_base * STATE_DIM
     state_ptrs = state_ptr + dims_P[:, None] * STATE_DIM + dims_N[None, :]
-    counts = (
-        tl.load(num_kept_ptr + sequence), tl.load(length_ptr + sequence), path_capacity,
-    )  # fmt: skip
+    counts = (tl.load(num_kept_ptr + sequence), tl.load(length_ptr + sequence))
     past = (
         (past_u_ptr + sequence * stride_u_b + v_base, stride_u_r),
         (past_g_ptr + sequence * stride_g_b + head, stride_g_r),
@@ -221,7 +217,7 @@ def delta_scan_kernel(
     v_PT = load_columns(v, own_T, within, dims_P).to(tl.float32)
     decay_T = tl.exp(path_T)
     right_PT = beta_T[None, :] * (v_PT - decay_T[None, :] * dot_state(state, k_NT, True))
-    o_PT = dot_state(state, q_NT, False) * (decay_T * scale)[None, :]
+    o_PT = dot_state(state, q_NT, solved_ptr is not None) * (decay_T * scale)[None, :]
     if EARLIER:
         right_PT += owed_PT
         o_PT += owed_o_PT
@@ -230,7 +226,8 @@ def delta_scan_kernel(
         u_PT, o_PT = _solved_tile(solved_ptr, right_PT, o_PT, own_T, BLOCK_T)
     else:
         system_JT, weight_JT = _weights(k_NT, q_NT, beta_T, path_T, mask_TT, rows_T, scale)
-        u_PT = substitute(right_PT, system_JT, rounds, EXACT)
+        inverse_JT = invert(system_JT, own_T, rounds, BLOCK_T, EXACT)
+        u_PT = dot_parts(right_PT, inverse_JT, None, EXACT)
         o_PT = dot_parts(u_PT, weight_JT, o_PT, EXACT)
     tl.store(u[0] + rows_T[None, :] * u[1] + dims_P[:, None], u_PT, mask=within[None, :])
     gate_and_store(o_PT, out, z, sums, own_T, within, dims_P)
@@ -285,19 +282,19 @@ def delta_solve_kernel(
     tl.store(ptrs + 3 * BLOCK_T * BLOCK_T, low)
 
 
-@triton.jit(do_not_specialize=["past_start", "path_capacity"])
+@triton.jit(do_not_specialize=["past_start"])
 def delta_token_kernel(
     # pointers
     state_ptr, u_ptr, k_ptr, g_ptr, q_ptr, v_ptr, beta_ptr, out_ptr, z_ptr, sums_ptr, past_u_ptr,
     past_k_ptr, past_g_ptr, path_ptr, length_ptr, num_kept_ptr,
     # sizes
-    scale, past_start, path_capacity,
+    scale, past_start,
     # strides
     stride_state_b, stride_u_b, stride_k_b, stride_g_b, stride_q_b, stride_v_b, stride_beta_b,
     stride_out_b, stride_z_b, stride_sums_b, stride_path_b, stride_u_r, stride_k_r, stride_g_r,
     # meta
     HEADS_PER_K: tl.constexpr, HEAD_DIM: tl.constexpr, STATE_DIM: tl.constexpr,
-    BLOCK_P: tl.constexpr, INNER: tl.constexpr, COMMIT: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_P: tl.constexpr, COMMIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Commit accepted rows and score row 0, without tensor cores; arguments as in `delta_scan`."""
     release_next(PDL)
@@ -306,9 +303,10 @@ def delta_token_kernel(
     dims_P = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     dims_N = tl.arange(0, STATE_DIM)
     k_base, v_base = head // HEADS_PER_K * STATE_DIM, head * HEAD_DIM
-    counts = (
-        tl.load(num_kept_ptr + sequence), tl.load(length_ptr + sequence), path_capacity,
-    )  # fmt: skip
+    state_ptr += sequence * stride_state_b + v_base * STATE_DIM
+    state_ptrs = state_ptr + dims_P[:, None] * STATE_DIM + dims_N[None, :]
+    state = tl.load(state_ptrs).to(tl.float32)
+    counts = (tl.load(num_kept_ptr + sequence), tl.load(length_ptr + sequence))
     past = (
         (past_u_ptr + sequence * stride_u_b + v_base, stride_u_r),
         (past_g_ptr + sequence * stride_g_b + head, stride_g_r),
@@ -319,48 +317,29 @@ def delta_token_kernel(
     owns = (True, first_block, first_block & (head % HEADS_PER_K == 0))
     total = counts[0] + counts[1]
     is_kept = total <= KEPT
-    state_ptr += sequence * stride_state_b + v_base * STATE_DIM
-    # In runs of INNER columns a sum over columns is one over registers and 8 threads, not a warp.
-    runs, inner = tl.arange(0, STATE_DIM // INNER), tl.arange(0, INNER)
-    columns_XYN = runs[:, None, None] * INNER + inner[None, None, :]
-    state_ptrs = state_ptr + dims_P[None, :, None] * STATE_DIM + columns_XYN
-    state_XPN = tl.load(state_ptrs).to(tl.float32)
     if COMMIT and not is_kept:
-        # Part by part: the rare branch must not take registers from the common one.
-        for start in range(0, STATE_DIM, INNER):
-            part_N = start + tl.arange(0, INNER)
-            tile_ptrs = state_ptr + dims_P[:, None] * STATE_DIM + part_N[None, :]
-            tile = tl.load(tile_ptrs).to(tl.float32)
-            tile = advance_delta(tile, past, counts, total, dims_P, part_N, owns, False)
-            tl.store(tile_ptrs, tile.to(state_ptr.dtype.element_ty))
-        # Threads read what others of this program have stored.
-        tl.debug_barrier()
-        state_XPN = tl.load(state_ptrs).to(tl.float32)
+        state = advance_delta(state, past, counts, total, dims_P, dims_N, owns, False)
+        rounded = state.to(state_ptr.dtype.element_ty)
+        tl.store(state_ptrs, rounded)
+        state = rounded.to(tl.float32)
     # Accepted rows that are not in the state are scored as the token's ancestors.
     position = tl.arange(0, KEPT)
-    row, in_path = first_rows(position, past, counts)
-    valid = is_kept & (position < total)
-    u_PL, g_L, k_LN = load_accepted(row, valid, past, dims_P, dims_N)
+    counts = (tl.where(is_kept, counts[0], 0), tl.where(is_kept, counts[1], 0))
+    u_PL, g_L, k_LN, in_path = load_past(position, past, counts, dims_P, dims_N)
     if COMMIT:
-        keep_rows(position, past, u_PL, g_L, k_LN, in_path & is_kept, dims_P, dims_N, owns)
-    u_PL, after_L, decay = weigh_delta(position, tl.where(is_kept, total, 0), u_PL, g_L)
+        keep_rows(position, past, u_PL, g_L, k_LN, in_path, dims_P, dims_N, owns)
+    u_PL, after_L, decay = weigh_delta(position, counts[0] + counts[1], u_PL, g_L)
     u_PL *= tl.exp(after_L)[None, :]
     wait_for_previous(PDL)
-    k_ptr += sequence * stride_k_b + k_base
-    q_ptr += sequence * stride_q_b + k_base
-    k_N = tl.load(k_ptr + dims_N).to(tl.float32)
-    q_N = tl.load(q_ptr + dims_N).to(tl.float32)
-    # Loaded for every row of the tile, so that no layout but the state's is in its products.
-    columns_XPN = columns_XYN + dims_P[None, :, None] * 0
-    k_XPN = tl.load(k_ptr + columns_XPN).to(tl.float32)
-    q_XPN = tl.load(q_ptr + columns_XPN).to(tl.float32)
+    k_N = tl.load(k_ptr + sequence * stride_k_b + k_base + dims_N).to(tl.float32)
+    q_N = tl.load(q_ptr + sequence * stride_q_b + k_base + dims_N).to(tl.float32)
     v_P = tl.load(v_ptr + sequence * stride_v_b + v_base + dims_P).to(tl.float32)
     own_decay = tl.exp(tl.load(g_ptr + sequence * stride_g_b + head))
     beta = tl.load(beta_ptr + sequence * stride_beta_b + head)
     k_LN = k_LN.to(tl.float32)
-    key_P = tl.exp(decay) * tl.sum(tl.sum(state_XPN * k_XPN, axis=0), axis=1)
+    key_P = tl.exp(decay) * tl.sum(state * k_N[None, :], axis=1)
     key_P += tl.sum(u_PL * tl.sum(k_LN * k_N[None, :], axis=1)[None, :], axis=1)
-    query_P = tl.exp(decay) * tl.sum(tl.sum(state_XPN * q_XPN, axis=0), axis=1)
+    query_P = tl.exp(decay) * tl.sum(state * q_N[None, :], axis=1)
     query_P += tl.sum(u_PL * tl.sum(k_LN * q_N[None, :], axis=1)[None, :], axis=1)
     u_P = beta * (v_P - own_decay * key_P)
     o_P = (own_decay * query_P + u_P * tl.sum(k_N * q_N, axis=0)) * scale
