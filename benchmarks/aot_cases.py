@@ -145,7 +145,7 @@ def delta_cases() -> Iterator[tuple[str, Case]]:
         for many, dtype in itertools.product((False, True), (BF16, FP16)):
             yield delta_case(tokens, head_dim, state_dim, many=many, dtype=dtype)
     for tokens in (1, 16, 256):
-        yield delta_case(tokens, 128, 128, dtype=FP32)
+        yield delta_case(tokens, 64, 64, dtype=FP32)
         yield delta_case(tokens, 128, 128, gated=False)
     for first, tokens in itertools.product((1, 20, 50), (8, 32)):
         yield delta_case(tokens, 128, 128, first=first)

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stree_kernels import pdl
 from stree_kernels.delta_chunk_scan_ref import PackedTokens
 from stree_kernels.delta_parts import (
     dot_parts,
@@ -51,7 +52,7 @@ class ChunkConfig:
 # Never autotuned: the kernel updates the state in place, and the order of sums is the chunk's.
 # Larger chunks keep more beside the state than there are registers (docs/log.md).
 CONFIG = ChunkConfig(16, 4, 4)
-# Operands beside fp16 and fp32 take more.
+# fp32, and what fits compute capability 10.0.
 WIDE_CONFIG = ChunkConfig(16, 4, 8)
 
 
@@ -174,11 +175,12 @@ def _delta_chunk_scan_kernel(
         within = own_T < end - begin
         k_NT, path_T, beta_T = _load_chunk(tokens, begin, within, own_T, dims_N)
         q_NT = load_columns(_at(q, begin), own_T, within, dims_N)
-        v_PT = load_columns(_at(v, begin), own_T, within, dims_P).to(tl.float32)
         parts = split_state(state, EXACT)
         decay_T = tl.exp(path_T)
-        right_PT = beta_T[None, :] * (v_PT - decay_T[None, :] * dot_state(parts, k_NT, True))
+        key_PT = dot_state(parts, k_NT, True)
         o_PT = dot_state(parts, q_NT, False) * (decay_T * scale)[None, :]
+        v_PT = load_columns(_at(v, begin), own_T, within, dims_P).to(tl.float32)
+        right_PT = beta_T[None, :] * (v_PT - decay_T[None, :] * key_PT)
         here_ptr = solved_ptr + (slot * tl.num_programs(1) + head) * (2 * CHUNK * CHUNK)
         u_PT = _apply_inverse(right_PT, here_ptr, own_T, CHUNK, EXACT)
         weight_JT = tl.dot(tl.trans(k_NT), q_NT, input_precision="ieee")
@@ -212,7 +214,7 @@ def delta_chunk_scan(
     block_p = _check(state_SHPN, tokens, offsets_S1, out_MHP, gate)
     num_sequences, num_heads, head_dim, state_dim = state_SHPN.shape
     device, exact = state_SHPN.device, out_MHP.dtype == torch.float32
-    config = CONFIG if out_MHP.dtype == torch.bfloat16 else WIDE_CONFIG
+    config = WIDE_CONFIG if exact or pdl.capability(device) >= 100 else CONFIG
     size, num_slots = config.chunk, len(out_MHP) // config.chunk + num_sequences
     solved = torch.empty(
         num_slots, num_heads, 2, size, size,

@@ -53,6 +53,9 @@ CONFIGS = (
 # Before compute capability 9.0 tensor cores take both operands from registers: larger tiles would
 # not fit there. Sized by `benchmarks/aot.py`, not by timing.
 OLDER_CONFIGS = ((DeltaConfig(16, 4),) * 2,)
+# What fits compute capability 10.0; two warps as in `tree_scan`.
+NEWEST_CONFIGS = ((DeltaConfig(64, 4, None, 4),) * 2,)
+NEWEST_TOKEN_CONFIG = DeltaConfig(1, 2)
 # For rows of a block whose earlier rows another pass has scored. Likewise.
 LATER_CONFIGS = ((DeltaConfig(32, 4),) * 2,)
 FP32_CONFIG = DeltaConfig(16, 8)
@@ -67,13 +70,17 @@ def pick_config(
     num_rows: int, first: int, dtype: torch.dtype, num_programs: int, capability: int
 ) -> DeltaConfig:
     """Return the config for the rows from `first` on, of this dtype, that are left to score."""
-    # The trade of registers is known from compute capability 9.0 alone, and fp16 takes more of them.
+    # The trade of registers is known from compute capability 9.0 alone; fp16 takes more of them.
     many = capability == 90 and num_programs > FEW_PROGRAMS and dtype != torch.float16
     if num_rows == 1 and first == 0:
+        if capability >= 100:
+            return NEWEST_TOKEN_CONFIG
         return TOKEN_CONFIGS[many and dtype != torch.float32]
     if dtype == torch.float32:
         return FP32_CONFIG
     configs = CONFIGS if capability >= 90 else OLDER_CONFIGS
+    if capability >= 100:
+        configs = NEWEST_CONFIGS
     if first > 0 and capability >= 90:
         configs = LATER_CONFIGS
     return next(

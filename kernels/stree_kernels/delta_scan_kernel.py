@@ -27,6 +27,7 @@ from stree_kernels.delta_parts import (
     invert,
     pair_decays,
     split_state,
+    substitute,
     weigh_delta,
 )
 from stree_kernels.pdl import release_next, wait_for_previous
@@ -226,8 +227,11 @@ def delta_scan_kernel(
         u_PT, o_PT = _solved_tile(solved_ptr, right_PT, o_PT, own_T, BLOCK_T)
     else:
         system_JT, weight_JT = _weights(k_NT, q_NT, beta_T, path_T, mask_TT, rows_T, scale)
-        inverse_JT = invert(system_JT, own_T, rounds, BLOCK_T, EXACT)
-        u_PT = dot_parts(right_PT, inverse_JT, None, EXACT)
+        if EXACT:
+            u_PT = substitute(right_PT, system_JT, rounds, True)
+        else:
+            inverse_JT = invert(system_JT, own_T, rounds, BLOCK_T, False)
+            u_PT = dot_parts(right_PT, inverse_JT, None, False)
         o_PT = dot_parts(u_PT, weight_JT, o_PT, EXACT)
     tl.store(u[0] + rows_T[None, :] * u[1] + dims_P[:, None], u_PT, mask=within[None, :])
     gate_and_store(o_PT, out, z, sums, own_T, within, dims_P)
