@@ -18,6 +18,7 @@ _OPS = {
     "linear_activated": "linear",
     "linear_add": "linear",
     "start_residual": "residual",
+    "join_rows": "residual",
     "add_residual": "residual",
     "scale_rows": "residual",
     "expert_mlps": "experts",
@@ -47,6 +48,7 @@ class Backend:
     linear_activated: Callable[..., None]
     linear_add: Callable[..., UnscaledRows]
     start_residual: Callable[..., None]
+    join_rows: Callable[..., None]
     add_residual: Callable[..., None]
     scale_rows: Callable[..., None]
     expert_mlps: Callable[..., None]

@@ -66,29 +66,35 @@ class Cache:
     `pending` is the accepted path of the previous step, which the next committing pass applies;
     `committed_B` counts the tokens that are committed once it is. `current` says which row set the
     running step fills.
+
+    An MTP head's has `features_RBD`: the target's hidden state at the token before the root, then
+    what the head made of each of its own rows.
     """
 
     layers: list[LayerCache]
     pending: Pending
     committed_B: Tensor
     current: int = 0
+    features_RBD: Tensor | None = None
 
     @property
     def num_bytes(self) -> int:
         """Bytes of device memory in all buffers."""
-        tensors = [self.committed_B, *self.pending]
-        for layer in self.layers:
-            tensors += _tensors(layer)
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(t.numel() * t.element_size() for t in self._tensors())
 
     def reset(self) -> None:
         """Forget everything: as new."""
-        for tensor in [self.committed_B, *self.pending]:
+        for tensor in self._tensors():
             tensor.zero_()
-        for layer in self.layers:
-            for tensor in _tensors(layer):
-                tensor.zero_()
         self.current = 0
+
+    def _tensors(self) -> list[Tensor]:
+        tensors = [self.committed_B, *self.pending]
+        if self.features_RBD is not None:
+            tensors.append(self.features_RBD)
+        for layer in self.layers:
+            tensors += _tensors(layer)
+        return tensors
 
     def advance(self, length_B: Tensor) -> None:
         """Make the first rows of the running pass pending; what was pending is committed.
@@ -108,6 +114,8 @@ class Cache:
         self.pending.path_BL[slot] = 0
         self.pending.length_B[slot] = other.pending.length_B[0]
         self.pending.num_kept_B[slot] = other.pending.num_kept_B[0]
+        if self.features_RBD is not None and other.features_RBD is not None:
+            self.features_RBD[0, slot] = other.features_RBD[0, 0]
         here, there = 1 - self.current, 1 - other.current
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             if isinstance(mine, Mamba2Cache) and isinstance(theirs, Mamba2Cache):

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
 from stree_core.backend import Backend
+from stree_core.errors import CheckpointError
 from stree_core.memory import explain_oom, require_memory
 from stree_core.model import Model
 from stree_core.model_shape import ModelShape, Weight
 from stree_core.model_source import ModelSource
-from stree_core.model_weights import Read, assemble
+from stree_core.model_weights import Read, assemble, assemble_head
+from stree_core.mtp_draft import MtpDraft
+from stree_core.mtp_shape import PREFIX
 from stree_core.weight_check import require_present, skipped_copies
 from stree_core.weight_files import WeightFiles
 
@@ -48,6 +53,47 @@ def random_model(
 
     Raises NotEnoughMemory when the weights do not fit.
     """
+    return _build(shape, _random(dtype, device), backend, dtype, device, num_logits, name)
+
+
+def load_head(source: ModelSource, target: Model, name: str) -> MtpDraft:
+    """Load the MTP head that `source` describes; its model, `name` in errors, is `target`.
+
+    Raises CheckpointError when the files hold another head or none, NotEnoughMemory when the
+    weights do not fit.
+    """
+    shape, dtype = source.shape, target.dtype
+    if source.folder is None:
+        read = _random(dtype, target.device)
+    else:
+        files = WeightFiles(source.folder, name, target.device)
+        _require_whole_head(shape, files.keys, name)
+        read = files.read
+    num_bytes = shape.num_parameters * dtype.itemsize
+    what = f"holding the MTP head of {name}"
+    require_memory(num_bytes, what, target.device)
+    with explain_oom(what, num_bytes, target.device):
+        return MtpDraft(shape, assemble_head(shape, read, target.weights), target)
+
+
+def _require_whole_head(shape: ModelShape, keys: Collection[str], name: str) -> None:
+    """Raise CheckpointError unless the weights under `mtp.` are those of the shape, all of them."""
+    held = {key for key in keys if key.startswith(PREFIX)}
+    wanted = {key for weight in shape.weights for key in weight.keys if key.startswith(PREFIX)}
+    if not held:
+        raise CheckpointError(
+            f"{name} names an MTP head in its config, but its files hold no weight under {PREFIX}; "
+            "fetch a checkpoint that has them, or give a draft model"
+        )
+    for what, names in (("lack", wanted - held), ("also hold", held - wanted)):
+        if names:
+            raise CheckpointError(
+                f"the MTP head of {name} must be as its config says, its files {what} "
+                f"{len(names)} weights such as {min(names)}; use the config that belongs to them"
+            )
+
+
+def _random(dtype: torch.dtype, device: torch.device) -> Read:
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(weight: Weight) -> Tensor:
@@ -56,7 +102,7 @@ def random_model(
         values = torch.randn(weight.shape, generator=generator, device=device, dtype=dtype)
         return values.mul_(weight.shape[-1] ** -0.5)
 
-    return _build(shape, draw, backend, dtype, device, num_logits, name)
+    return draw
 
 
 def _build(

@@ -72,7 +72,7 @@ def layer_kinds(
 
     `others` are lists that a family derives from further keys, with those keys' names.
     """
-    listed = [(name, _spelled(keys, name, spellings)) for name in names]
+    listed = [(name, spelled_kinds(keys, name, spellings)) for name in names]
     found = [(name, kinds) for name, kinds in [*listed, *others] if kinds is not None]
     if not found:
         known = " or ".join(repr(name) for name, _ in [*listed, *others])
@@ -96,7 +96,8 @@ def layer_kinds(
     return kinds
 
 
-def _spelled(keys: Keys, name: str, spellings: Mapping[str, str]) -> list[str] | None:
+def spelled_kinds(keys: Keys, name: str, spellings: Mapping[str, str]) -> list[str] | None:
+    """Read a list of kinds of layers by a family's spellings, None where there is none."""
     listed = keys.texts(name, LAYERS.most)
     for index, kind in enumerate(listed or ()):
         if kind not in spellings:

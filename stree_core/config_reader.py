@@ -172,6 +172,13 @@ class Keys:
         self._sections.append(Keys(value, file or self.file, prefix))
         return self._sections[-1]
 
+    def overlaid(self, name: str, file: str) -> Keys:
+        """Return these keys with those of an object inside, which `file` holds, before them."""
+        inner = self.section(name, file)
+        both = Keys({**self.values, **inner.values}, file)
+        inner._read = both._read = self._read
+        return both
+
     def refuse(self, **expected: object) -> None:
         """Raise Refused for the first key that is there with another value than expected."""
         self._read |= expected.keys()

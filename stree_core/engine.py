@@ -10,18 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from stree_core.cache import Cache
 from stree_core.capture import capture
 from stree_core.context import warn_of_long_context
+from stree_core.draft import Draft, PromptReader, TargetReader, as_draft
+from stree_core.draft_rows import ModelRows
 from stree_core.engine_checks import known_prompt, require_draft, require_tree
 from stree_core.errors import ConfigError, NonFiniteLogits
 from stree_core.memory import explain_oom, require_memory
 from stree_core.model import Model
 from stree_core.ownership import Ownership
 from stree_core.policy import Policy
-from stree_core.prefill import Prefill, prefill_cache
+from stree_core.prefill import prefill_cache
 from stree_core.rules import GREEDY, SamplingSupport
 from stree_core.sampling import SamplingParams
 from stree_core.step import Speculator, make_caches, make_speculators
@@ -55,7 +56,7 @@ def needed_positions(prompt_tokens: int, new_tokens: int, trees: Sequence[Tree])
 
 
 class Engine:
-    """Prefills slots and steps them all at once, with any of its trees.
+    """Prefills slots and steps them all at once, with any of its trees; a model may be the draft.
 
     `policy` says which of them a step takes when nobody chooses: the first, or a profile's choice
     where the engine was given a policy.
@@ -69,7 +70,7 @@ class Engine:
     def __init__(
         self,
         target: Model,
-        draft: Model | None,
+        draft: Draft | Model | None,
         trees: Tree | Sequence[Tree] | Policy,
         config: EngineConfig | None = None,
     ) -> None:
@@ -81,10 +82,10 @@ class Engine:
         self.config = config or EngineConfig()
         self.ownership = Ownership()
         self.target = target
-        self.draft = draft if any(tree.num_nodes for tree in self.trees) else None
-        widths = self.draft.conv_widths if self.draft else frozenset()
+        self.draft = as_draft(draft) if any(tree.num_nodes for tree in self.trees) else None
+        layout = self.draft.layout if self.draft else ModelRows(frozenset())
         self._plans = [
-            make_plan(tree, target.conv_widths, widths, target.device) for tree in self.trees
+            make_plan(tree, target.conv_widths, layout, target.device) for tree in self.trees
         ]
         self._history: list[list[int]] = [[] for _ in range(self.config.num_slots)]
         self._epochs = [0] * self.config.num_slots
@@ -99,10 +100,7 @@ class Engine:
             self._speculators = make_speculators(
                 target, self.draft, self._plans, slots, positions, self.config.sampling
             )
-            self._prefills = {
-                id(model): Prefill(model, positions, use_graph=self.config.use_graph)
-                for model in self._models()
-            }
+            self._reader = self._prompt_reader()
             self._results = ResultQueue(self._speculators[0].buffers.result_XB)
             self._steps = self._captured_steps()
 
@@ -124,8 +122,8 @@ class Engine:
     @property
     def cache_bytes(self) -> int:
         """Bytes of device memory in states, keys, values and row buffers."""
-        caches = [*(prefill.cache for prefill in self._prefills.values()), *self._caches()]
-        return sum(cache.num_bytes for cache in caches)
+        caches = [*self._reader.caches, *self._caches()]
+        return sum(cache.num_bytes for cache in caches if cache is not None)
 
     def require_fits(self, prompt_tokens: int, new_tokens: int) -> None:
         """Raise ConfigError unless a slot has the positions for a prompt and its output."""
@@ -155,9 +153,11 @@ class Engine:
 
     def _prefill(self, slot: int, prompt: Sequence[int], params: SamplingParams) -> int:
         speculator = self._speculators[0]
-        hidden = self._consume(self.target, prompt, slot, speculator.target_cache)
-        if self.draft is not None and speculator.draft_cache is not None:
-            self._consume(self.draft, prompt[:-1], slot, speculator.draft_cache)
+        hidden = self._reader.read(prompt)
+        target_cache, draft_cache = self._reader.caches
+        speculator.target_cache.adopt(slot, target_cache)
+        if speculator.draft_cache is not None and draft_cache is not None:
+            speculator.draft_cache.adopt(slot, draft_cache)
         logits_V = self.target.logits(hidden[-1:])[0, 0]
         speculator.rule.start(slot, params, prompt)
         first = int(speculator.rule.first(slot, logits_V))
@@ -184,7 +184,8 @@ class Engine:
         with explain_oom("a step", None, self.target.device):
             if speculates and self._draft_is_behind:
                 self._catch_up()
-            self._draft_is_behind |= self.draft is not None and not speculates
+            if self.draft is not None and self.draft.falls_behind and not speculates:
+                self._draft_is_behind = True
             self._steps[number]()
             self._results.keep(tuple(self._epochs))
 
@@ -225,20 +226,23 @@ class Engine:
         slots, positions = self.config.num_slots, self.config.num_positions
         caches = [
             *make_caches((self.target, self.draft), self._plans, slots, positions, nowhere),
-            *(prefill_cache(model, positions, nowhere) for model in self._models()),
+            prefill_cache(self.target, positions, nowhere),
         ]
+        if self.draft is not None:
+            caches.append(self.draft.prompt_cache(positions, nowhere))
         return sum(cache.num_bytes for cache in caches if cache is not None)
 
     def _catch_up(self) -> None:
         """Run the draft over what was decoded without it: all but the last two tokens of a slot."""
         self._results.gather()
-        cache = self._speculators[0].draft_cache
-        assert self.draft is not None
+        cache, source = self._speculators[0].draft_cache, self._reader.caches[1]
         assert cache is not None
+        assert source is not None
         active = self._speculators[0].buffers.active_B.tolist()
         for slot, history in enumerate(self._histories()):
             if active[slot]:
-                self._consume(self.draft, history[:-2], slot, cache)
+                self._reader.catch_up(history[:-2])
+                cache.adopt(slot, source)
         self._draft_is_behind = False
 
     def _histories(self) -> list[list[int]]:
@@ -249,18 +253,15 @@ class Engine:
             for slot, history in enumerate(self._history)
         ]
 
-    def _models(self) -> list[Model]:
-        return [self.target] if self.draft is None else [self.target, self.draft]
+    def _prompt_reader(self) -> PromptReader:
+        positions, use_graph = self.config.num_positions, self.config.use_graph
+        if self.draft is None:
+            return TargetReader(self.target, positions, use_graph=use_graph)
+        return self.draft.prompt_reader(self.target, positions, use_graph=use_graph)
 
     def _caches(self) -> list[Cache]:
         caches = (self._speculators[0].target_cache, self._speculators[0].draft_cache)
         return [cache for cache in caches if cache is not None]
-
-    def _consume(self, model: Model, tokens: Sequence[int], slot: int, cache: Cache) -> Tensor:
-        prefill = self._prefills[id(model)]
-        hidden = prefill.consume(tokens)
-        cache.adopt(slot, prefill.cache)
-        return hidden
 
     def _captured_steps(self) -> list[Callable[[], None]]:
         """Return for each tree a function that runs a step and flips the caches."""

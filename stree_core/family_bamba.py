@@ -16,12 +16,16 @@ from stree_core.config_keys import (
     width_of,
 )
 from stree_core.config_reader import WIDTH, Keys
-from stree_core.model_shape import Block, MlpShape, ModelShape
+from stree_core.model_shape import Block, MlpShape, ModelShape, Part
+from stree_core.mtp_shape import mtp_kinds, with_mtp
 from stree_core.parts import attention_part, mamba2_part, mlp_part
 
 # transformers rotates this share of a head, whatever the config says.
 ROTATED_SHARE = 0.5
 ATTENTION_LAYERS = "attn_layer_indices"
+MLP = "mlp"
+HEAD_KINDS = {"attention": ATTENTION, ATTENTION: ATTENTION, MLP: MLP}
+"""No published Bamba has an MTP head; one that is trained for it is laid out as Nemotron's are."""
 
 
 def bamba(keys: Keys) -> ModelShape:
@@ -44,10 +48,20 @@ def bamba(keys: Keys) -> ModelShape:
         norms = (layer + "input_layernorm.weight", layer + "pre_ff_layernorm.weight")
         feed_forward = mlp_part(mlp, width, layer + "feed_forward.")
         blocks += two_blocks(keys, norms, (part,), (feed_forward,))
-    return language_model(
+    model = language_model(
         keys,
         blocks,
         "model.embed_tokens.weight",
         "model.final_layernorm.weight",
         norm_eps=keys.positive("rms_norm_eps"),
     )
+    return with_mtp(model, keys, _head_parts, lambda own: mtp_kinds(own, HEAD_KINDS))
+
+
+def _head_parts(keys: Keys, kind: str, prefix: str) -> tuple[Part, ...]:
+    width, head_dim = width_of(keys), head_dim_of(keys)
+    if kind == ATTENTION:
+        rope = rope_of(keys, head_dim, rotated_share=ROTATED_SHARE)
+        return (attention_part(attention_of(keys, head_dim, rope), width, prefix),)
+    mlp = MlpShape(keys.count(WIDTH, "intermediate_size"), "swiglu")
+    return (mlp_part(mlp, width, prefix),)

@@ -27,13 +27,16 @@ from stree_core.config_reader import (
     refuse_value,
 )
 from stree_core.model_shape import Block, MlpShape, ModelShape, MoeShape, Part
+from stree_core.mtp_shape import mtp_kinds, with_mtp
 from stree_core.parts import attention_part, mamba2_part, mlp_part, moe_part, vector
 from stree_kernels.laws import RouterLaw
 
 MLP, EXPERT_LAYER = "mlp", "moe"
 PATTERN = "hybrid_override_pattern"
 """The older key for the layers' kinds: one letter each."""
+MTP_PATTERN = "mtp_hybrid_override_pattern"
 LETTERS = {"M": MAMBA, "*": ATTENTION, "-": MLP, "E": EXPERT_LAYER}
+SPELLINGS = KINDS | {MLP: MLP, EXPERT_LAYER: EXPERT_LAYER}
 HEAD_DIMS = ("head_dim", "attention_head_dim")
 
 
@@ -55,27 +58,35 @@ def nemotron_h(keys: Keys) -> ModelShape:
         )
         for index, kind in enumerate(kinds)
     )
-    return language_model(
+    model = language_model(
         keys,
         blocks,
         "backbone.embeddings.weight",
         "backbone.norm_f.weight",
         norm_eps=_eps(keys),
     )
+    return with_mtp(model, keys, _parts, _mtp_kinds)
 
 
 def _kinds(keys: Keys) -> list[str]:
-    letters = None
-    if keys.has(PATTERN):
-        pattern = keys.text(PATTERN)
-        if len(pattern) > LAYERS.most:
-            raise keys.wrong(PATTERN, f"at most {LAYERS.most} letters", f"{len(pattern)} letters")
-        for letter in pattern:
-            if letter not in LETTERS:
-                raise refuse_value(PATTERN, letter, ", ".join(map(repr, LETTERS)))
-        letters = [LETTERS[letter] for letter in pattern]
-    spellings = KINDS | {MLP: MLP, EXPERT_LAYER: EXPERT_LAYER}
-    return layer_kinds(keys, KIND_KEYS, spellings, [(PATTERN, letters)])
+    return layer_kinds(keys, KIND_KEYS, SPELLINGS, [(PATTERN, _lettered(keys, PATTERN))])
+
+
+def _mtp_kinds(keys: Keys) -> list[str]:
+    return mtp_kinds(keys, SPELLINGS, (MTP_PATTERN, _lettered(keys, MTP_PATTERN)))
+
+
+def _lettered(keys: Keys, name: str) -> list[str] | None:
+    """Read kinds of layers from a pattern of letters, None where there is none."""
+    if not keys.has(name):
+        return None
+    pattern = keys.text(name)
+    if len(pattern) > LAYERS.most:
+        raise keys.wrong(name, f"at most {LAYERS.most} letters", f"{len(pattern)} letters")
+    for letter in pattern:
+        if letter not in LETTERS:
+            raise refuse_value(name, letter, ", ".join(map(repr, LETTERS)))
+    return [LETTERS[letter] for letter in pattern]
 
 
 def _eps(keys: Keys) -> float:

@@ -37,6 +37,7 @@ from stree_core.model_weights import (
     SharedWeights,
 )
 from stree_core.row_block import RowBlock
+from stree_core.streams import copied, like, side_by_side
 from stree_kernels.router import choose_experts
 from stree_kernels.rows import Gate, Past, Pending, gate_width
 from stree_kernels.unscaled import COLUMNS_PER_SUM, Residual, UnscaledRows
@@ -89,10 +90,17 @@ class Model:
         Returns hidden states [T, B, D] after the final norm.
         """
         this = Pass(block, cache, first, len(tokens_TB), commit)
-        residual, eps = self._start(tokens_TB), self.shape.norm_eps
-        rows = residual.rows(eps)
-        embedding = _copy(rows) if any(b.shared for b in self.shape.blocks) else rows
-        layers = iter(cache.layers)
+        residual = self._start(tokens_TB)
+        hidden_MD = torch.empty_like(residual.values_MD)
+        self.run_blocks(residual, residual.rows(self.shape.norm_eps), this, hidden_MD)
+        return hidden_MD.view(*tokens_TB.shape, -1)
+
+    def run_blocks(
+        self, residual: Residual, rows: UnscaledRows, this: Pass, out_MD: Tensor
+    ) -> None:
+        """Run all blocks on a stream whose rows the first reads; write the final norm's output."""
+        embedding = copied(rows) if any(b.shared for b in self.shape.blocks) else rows
+        layers = iter(this.cache.layers)
         for shape, weights in zip(self.shape.blocks, self.weights.blocks, strict=True):
             if shape.shared is not None and weights.shared is not None:
                 rows = self._beside(residual, embedding, shape.shared, weights.shared, layers, this)
@@ -103,9 +111,7 @@ class Model:
             ]
             for output, out_proj in mixed:
                 rows = self._add(output, out_proj, residual)
-        hidden_MD = torch.empty_like(residual.values_MD)
-        self.backend.scale_rows(rows, self.weights.final_norm, hidden_MD)
-        return hidden_MD.view(*tokens_TB.shape, -1)
+        self.backend.scale_rows(rows, self.weights.final_norm, out_MD)
 
     def logits(self, hidden_TBD: Tensor) -> Tensor:
         """Return fp32 logits [T, B, V]: bf16 ones would tie in several percent of positions."""
@@ -117,19 +123,22 @@ class Model:
 
     def _start(self, tokens_TB: Tensor) -> Residual:
         """Return the residual stream that the embeddings start."""
+        residual = self.empty_residual(tokens_TB.numel())
+        self.backend.start_residual(
+            self.weights.embed_VD, tokens_TB.flatten(), residual, scale=self.shape.embed_scale
+        )
+        return residual
+
+    def empty_residual(self, num_rows: int) -> Residual:
+        """Return a residual stream of some rows, not filled."""
         embed_VD = self.weights.embed_VD
-        num_rows, hidden_size = tokens_TB.numel(), embed_VD.shape[1]
         wide = torch.promote_types(self.dtype, torch.float32)
-        values_MD = embed_VD.new_empty(num_rows, hidden_size)
+        values_MD = embed_VD.new_empty(num_rows, embed_VD.shape[1])
         stream_MD = torch.empty_like(values_MD, dtype=wide)
         if wide == self.dtype or not self.shape.residual_fp32:
             stream_MD = values_MD
-        sums_MQ = values_MD.new_empty(num_rows, hidden_size // COLUMNS_PER_SUM, dtype=wide)
-        residual = Residual(stream_MD, values_MD, sums_MQ)
-        self.backend.start_residual(
-            embed_VD, tokens_TB.flatten(), residual, scale=self.shape.embed_scale
-        )
-        return residual
+        sums_MQ = values_MD.new_empty(num_rows, embed_VD.shape[1] // COLUMNS_PER_SUM, dtype=wide)
+        return Residual(stream_MD, values_MD, sums_MQ)
 
     def _mix(
         self, rows: UnscaledRows, mixer: Mixer, weights: PartWeights, layer: LayerCache, this: Pass
@@ -165,16 +174,16 @@ class Model:
     ) -> UnscaledRows:  # fmt: skip
         """Return the stream's rows plus what the shared layer says, the stream as it was."""
         eps = self.shape.norm_eps
-        inputs = _side_by_side(residual.rows(eps), embedding)
+        inputs = side_by_side(residual.rows(eps), embedding)
         mixed, out_proj = self._mix(inputs, shape.attention.mixer, w.attention, next(layers), this)
         assert out_proj is not None
-        rows = self.backend.linear_add(mixed, out_proj, _like(residual, zero=True), eps=eps)
+        rows = self.backend.linear_add(mixed, out_proj, like(residual, zero=True), eps=eps)
         inner, down_proj = self._mix(rows, shape.mlp.mixer, w.mlp, next(layers), this)
         assert down_proj is not None
         out_MD = torch.empty_like(residual.values_MD)
         self.backend.linear(inner, down_proj, out_MD)
         said = UnscaledRows(out_MD, None, 1, 0.0)
-        return self.backend.linear_add(said, w.linear, _like(residual, zero=False), eps=eps)
+        return self.backend.linear_add(said, w.linear, like(residual, zero=False), eps=eps)
 
     def _mlp(self, rows: UnscaledRows, w: MlpWeights, m: MlpShape) -> UnscaledRows:
         out_MF = rows.values_MK.new_empty(len(rows.values_MK), m.inner_dim)
@@ -235,49 +244,35 @@ class Model:
         this: Pass,
     ) -> UnscaledRows:  # fmt: skip
         """Attend to the committed cache and, in the block, to ancestors."""
-        now, num_slots = this.cache.current, len(this.cache.committed_B)
-        size = (this.num_tokens, num_slots)
-        qkv_MX = rows.values_MK.new_empty(len(rows.values_MK), len(w.qkv_proj))
-        self.backend.linear(rows, w.qkv_proj, qkv_MX)
-        q_TBHD = qkv_MX.new_empty(*size, a.num_heads, a.row_dim)
-        self.backend.store_keys(
-            qkv_MX.view(*size, -1), this.block.depth_R, this.cache.committed_B, w.inv_freq_X,
-            first=this.first, q_TBHD=q_TBHD, rows=layer.rows[now], cache=layer.committed,
-            previous=layer.rows[1 - now] if this.commit else None, pending=this.pending,
-        )  # fmt: skip
-        out_TBHD = torch.empty_like(q_TBHD)
+        q_TBHD = self.store_keys(rows, w, a, layer, this)
+        now, out_TBHD = this.cache.current, torch.empty_like(q_TBHD)
         num_values = self.backend.workspace_size(
-            *size, a.num_heads, a.num_kv_heads, a.row_dim, self.dtype
+            *q_TBHD.shape[:2], a.num_heads, a.num_kv_heads, a.row_dim, self.dtype
         )
         self.backend.tree_attention(
             q_TBHD, layer.committed, layer.rows[now], this.block.mask_RR, this.cache.committed_B,
             first=this.first, scale=a.scale, out_TBHD=out_TBHD,
-            workspace=qkv_MX.new_empty(num_values, dtype=torch.float32),
+            workspace=q_TBHD.new_empty(num_values, dtype=torch.float32),
         )  # fmt: skip
-        return UnscaledRows(out_TBHD.view(len(qkv_MX), -1), None, 1, 0.0)
+        return UnscaledRows(out_TBHD.view(len(rows.values_MK), -1), None, 1, 0.0)
 
+    def store_keys(
+        self, rows: UnscaledRows, w: AttentionWeights, a: AttentionShape, layer: AttentionCache,
+        this: Pass, committed_B: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """File the keys and values of a pass's rows, and return their queries [T, B, H, D].
 
-def _copy(rows: UnscaledRows) -> UnscaledRows:
-    """Return rows that stay when the stream goes on."""
-    assert rows.square_sums_MQ is not None
-    return rows._replace(
-        values_MK=rows.values_MK.clone(), square_sums_MQ=rows.square_sums_MQ.clone()
-    )
-
-
-def _side_by_side(left: UnscaledRows, right: UnscaledRows) -> UnscaledRows:
-    """Return rows that hold the columns of both, with one norm over all of them."""
-    assert left.square_sums_MQ is not None
-    assert right.square_sums_MQ is not None
-    return left._replace(
-        values_MK=torch.cat((left.values_MK, right.values_MK), dim=1),
-        square_sums_MQ=torch.cat((left.square_sums_MQ, right.square_sums_MQ), dim=1),
-    )
-
-
-def _like(residual: Residual, *, zero: bool) -> Residual:
-    """Return another residual of the same kind: zero, or a copy."""
-    stream_MD = torch.zeros_like(residual.stream_MD) if zero else residual.stream_MD.clone()
-    same = residual.values_MD is residual.stream_MD
-    values_MD = stream_MD if same else torch.empty_like(residual.values_MD)
-    return Residual(stream_MD, values_MD, torch.empty_like(residual.square_sums_MQ))
+        `committed_B` is where the block begins, behind the committed tokens by default.
+        """
+        now, cache = this.cache.current, this.cache
+        size = (this.num_tokens, len(cache.committed_B))
+        qkv_MX = rows.values_MK.new_empty(len(rows.values_MK), len(w.qkv_proj))
+        self.backend.linear(rows, w.qkv_proj, qkv_MX)
+        q_TBHD = qkv_MX.new_empty(*size, a.num_heads, a.row_dim)
+        begin_B = cache.committed_B if committed_B is None else committed_B
+        self.backend.store_keys(
+            qkv_MX.view(*size, -1), this.block.depth_R, begin_B, w.inv_freq_X,
+            first=this.first, q_TBHD=q_TBHD, rows=layer.rows[now], cache=layer.committed,
+            previous=layer.rows[1 - now] if this.commit else None, pending=this.pending,
+        )  # fmt: skip
+        return q_TBHD

@@ -179,13 +179,26 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
+class Join:
+    """How an MTP head begins: `proj` reads the norms of a token's embedding and a hidden state.
+
+    They lie side by side, the embedding first.
+    """
+
+    embed_norm: Weight
+    hidden_norm: Weight
+    proj: Weight
+
+
+@dataclass(frozen=True, slots=True)
 class ModelShape:
     """A whole language model; `lm_head` equals `embed` when the two are tied.
 
     `max_positions` is the longest context that it was trained for, where its config says that.
     `extras` are patterns of tensors that its files may hold and decoding does not need, besides
     those of every family; `copies` are beginnings of names (copy, original) of tensors that repeat
-    others.
+    others. `mtp` is the multi-token-prediction head that its checkpoint has beside it. That is a
+    shape with a `join`, whose embedding and LM head are the model's own.
     """
 
     vocab_size: int
@@ -201,6 +214,8 @@ class ModelShape:
     max_positions: int | None = None
     extras: tuple[str, ...] = ()
     copies: tuple[tuple[str, str], ...] = ()
+    join: Join | None = None
+    mtp: ModelShape | None = None
 
     @property
     def parts(self) -> Iterator[Part]:
@@ -219,6 +234,8 @@ class ModelShape:
     def weights(self) -> Iterator[Weight]:
         """Every weight at each of its uses, the embedding and the LM head included."""
         yield self.embed
+        if self.join is not None:
+            yield from (self.join.embed_norm, self.join.hidden_norm, self.join.proj)
         for block in self.blocks:
             yield block.norm
             if block.shared is not None:
@@ -238,12 +255,20 @@ class ModelShape:
             for block in self.blocks
         ]
         sizes = (self.vocab_size, self.hidden_size, self.residual_fp32, self.lm_head == self.embed)
-        return hashlib.sha256(repr((sizes, blocks)).encode()).hexdigest()
+        joined = () if self.join is None else ("join",)
+        return hashlib.sha256(repr((sizes, blocks, *joined)).encode()).hexdigest()
 
     @property
     def num_parameters(self) -> int:
-        """Values of all weights as the decoder holds them: shared ones once, adapters merged."""
-        return sum({w.keys + sum(w.adapters, ()): w.num_values for w in self.weights}.values())
+        """Values of all weights as the decoder holds them: shared ones once, adapters merged.
+
+        A head's embedding and LM head are held with its model.
+        """
+        held = {w.keys + sum(w.adapters, ()): w.num_values for w in self.weights}
+        if self.join is not None:
+            for borrowed in (self.embed, self.lm_head):
+                held.pop(borrowed.keys, None)
+        return sum(held.values())
 
     def weight_bytes(self, bytes_per_element: int) -> int:
         """Return the bytes that a pass over one token reads of the weights.

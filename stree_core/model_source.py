@@ -15,6 +15,7 @@ from stree_core.families import HF_QUANT_CONFIG, HF_QUANT_CONFIG_FILE, shape_fro
 from stree_core.files import read_json, sha256_of
 from stree_core.hub import fetch_model, is_hub_id
 from stree_core.model_shape import ModelShape
+from stree_core.mtp_shape import MTP_CONFIG, MTP_FILE
 from stree_core.profile import ModelRef
 from stree_core.shape_sheet import load_shape_sheet
 from stree_core.text import tokenizer_sha256
@@ -23,6 +24,8 @@ from stree_core.weight_index import weights_sha256
 CONFIG = "config.json"
 MAMBA_CONFIG = "mamba_config.json"
 GENERATION_CONFIG = "generation_config.json"
+MTP = "mtp"
+"""The name of a target's own head, where drafts are named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,29 @@ def sheet_source(path: Path) -> ModelSource:
     return ModelSource(ref, shape, None)
 
 
+def head_source(target: ModelSource) -> ModelSource:
+    """Return the source of a target's own MTP head, whose config is in two files where it is.
+
+    Raises CheckpointError when the target's config names none.
+    """
+    if target.shape.mtp is None:
+        raise CheckpointError(
+            f"--draft {MTP} needs a checkpoint with an MTP head, the config of {target.name} names "
+            "none; give a draft model"
+        )
+    digest = target.ref.config_sha256
+    if target.folder is not None and (target.folder / MTP_FILE).is_file():
+        both = digest + sha256_of(target.folder / MTP_FILE)
+        digest = hashlib.sha256(both.encode()).hexdigest()
+    ref = ModelRef(
+        name=MTP,
+        config_sha256=digest,
+        tokenizer_sha256=target.ref.tokenizer_sha256,
+        shape_sha256=target.shape.mtp.digest,
+    )
+    return ModelSource(ref, target.shape.mtp, target.folder)
+
+
 def _config_sha256(folder: Path) -> str:
     """Return the hash of config.json, or of it and the file that says which layers attend."""
     digest = sha256_of(folder / CONFIG)
@@ -90,14 +116,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return config.json, with what stands in further files under keys of its own.
 
     generation_config.json knows all end tokens, hf_quant_config.json how weights are quantised;
-    Mamba-in-Llama keeps its mixers in mamba_config.json. Raises CheckpointError when a file cannot
-    be read.
+    Mamba-in-Llama keeps its mixers in mamba_config.json; mtp_config.json describes a head that was
+    trained for a model whose config stays as it is. Raises CheckpointError when a file cannot be
+    read.
     """
     config = read_json(folder / CONFIG)
     if (folder / MAMBA_CONFIG).is_file():
         config["mamba_config"] = read_json(folder / MAMBA_CONFIG)
     if (folder / HF_QUANT_CONFIG_FILE).is_file():
         config[HF_QUANT_CONFIG] = read_json(folder / HF_QUANT_CONFIG_FILE)
+    if (folder / MTP_FILE).is_file():
+        config[MTP_CONFIG] = read_json(folder / MTP_FILE)
     if (folder / GENERATION_CONFIG).is_file():
         eos = read_json(folder / GENERATION_CONFIG).get("eos_token_id")
         if eos is not None:

@@ -100,12 +100,16 @@ class BlockWeights:
 
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
-    """All parameters, blocks in order; the LM head may have fewer rows than the embedding."""
+    """All parameters, blocks in order; the LM head may have fewer rows than the embedding.
+
+    `join` is a head's first projection, the norms before it folded in.
+    """
 
     embed_VD: Tensor
     blocks: tuple[BlockWeights, ...]
     final_norm: Tensor
     lm_head_VD: Tensor
+    join: Tensor | None = None
 
 
 def assemble(
@@ -122,6 +126,17 @@ def assemble(
     stream_dtype = maker.wide if shape.residual_fp32 else dtype
     final_norm = maker.scaled(shape.final_norm).to(stream_dtype)
     return ModelWeights(embed, blocks, final_norm, head[:num_logits])
+
+
+def assemble_head(shape: ModelShape, read: Read, model: ModelWeights) -> ModelWeights:
+    """Read an MTP head's own weights; its embedding and LM head are those of its model."""
+    assert shape.join is not None
+    maker = _Maker(read, model.embed_VD.dtype)
+    norms = [maker.scaled(norm) for norm in (shape.join.embed_norm, shape.join.hidden_norm)]
+    join = (maker.scaled(shape.join.proj) * torch.cat(norms)).to(model.embed_VD.dtype)
+    blocks = tuple(maker.block(block) for block in shape.blocks)
+    final_norm = maker.scaled(shape.final_norm).to(model.final_norm.dtype)
+    return ModelWeights(model.embed_VD, blocks, final_norm, model.lm_head_VD, join)
 
 
 def _same(weight: Tensor) -> Tensor:

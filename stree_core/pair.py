@@ -16,10 +16,11 @@ from stree_core.backend import (
     resolve_dtype,
 )
 from stree_core.chat import Chat
-from stree_core.checkpoint import load_model
+from stree_core.checkpoint import load_head, load_model
+from stree_core.draft import Draft, ModelDraft
 from stree_core.errors import CheckpointError, ConfigError
 from stree_core.model import Model
-from stree_core.model_source import ModelSource
+from stree_core.model_source import ModelSource, head_source
 from stree_core.profile import ModelRef, Profile
 from stree_core.text import TextCodec, load_text_codec
 
@@ -35,10 +36,10 @@ class Runtime:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A target and a draft with one tokenizer; `codec` is None where there is none to read."""
+    """A target and its draft with one tokenizer; `codec` is None where there is none to read."""
 
     target: Model
-    draft: Model
+    draft: Draft
     target_source: ModelSource
     draft_source: ModelSource
     codec: TextCodec | None
@@ -107,16 +108,25 @@ def load_pair(target: ModelSource, draft: ModelSource, runtime: Runtime) -> Pair
             f"and {draft.name} {num_known}; choose a draft made for this target"
         )
     where = _resolved(runtime)
-    codec = None
-    if target.folder is not None and target.ref.tokenizer_sha256 is not None:
-        codec = load_text_codec(target.folder, target.name, num_tokens)
-    return Pair(
-        load_model(target, *where),
-        load_model(draft, *where, num_logits=num_tokens),
-        target,
-        draft,
-        codec,
-    )
+    model = load_model(draft, *where, num_logits=num_tokens)
+    codec = _codec(target)
+    return Pair(load_model(target, *where), ModelDraft(model), target, draft, codec)
+
+
+def load_with_head(target: ModelSource, runtime: Runtime) -> Pair:
+    """Load a model and the MTP head in its checkpoint, which drafts for it.
+
+    Raises CheckpointError when it has none.
+    """
+    head, codec = head_source(target), _codec(target)
+    model = load_model(target, *_resolved(runtime))
+    return Pair(model, load_head(head, model, target.name), target, head, codec)
+
+
+def _codec(source: ModelSource) -> TextCodec | None:
+    if source.folder is None or source.ref.tokenizer_sha256 is None:
+        return None
+    return load_text_codec(source.folder, source.name, source.shape.vocab_size)
 
 
 def _resolved(runtime: Runtime) -> tuple[Backend, torch.dtype, torch.device]:

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from stree_core.cache import Cache, CacheSize
+from stree_core.draft import Draft, StepEnd
 from stree_core.model import Model
 from stree_core.row_block import RowBlock
 from stree_core.rules import GREEDY, Rule, SamplingSupport, make_rules
@@ -49,6 +51,14 @@ def make_buffers(plans: Sequence[TreePlan], num_slots: int, device: torch.device
     return StepBuffers(zeros(num_rows), active_B, zeros(FIRST_TOKEN + capacity))
 
 
+class Verified(NamedTuple):
+    """The target's hidden states and logits after each node, and the token that the rule picks."""
+
+    hidden_TBD: Tensor
+    logits_TBV: Tensor
+    chosen_TB: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Speculator:
     """A target, its draft and their memory, bound to one tree and one rule."""
@@ -56,7 +66,7 @@ class Speculator:
     plan: TreePlan
     target: Model
     target_cache: Cache
-    draft: Model | None
+    draft: Draft | None
     draft_cache: Cache | None
     buffers: StepBuffers
     rule: Rule
@@ -70,58 +80,52 @@ class Speculator:
     def step(self) -> None:
         """Run one step for all slots; results are in the buffers, the caches are ready to flip."""
         self.propose()
-        logits_TBV, chosen_TB = self.verify()
-        self.commit(logits_TBV, chosen_TB)
+        self.commit(self.verify())
 
     def record(self) -> None:
         """Run a recording step: note the accepted child, emit the target's next token alone."""
         self.propose()
-        logits_TBV, chosen_TB = self.verify()
-        self.commit(logits_TBV, chosen_TB, advance=False)
+        self.commit(self.verify(), advance=False)
 
     def propose(self) -> None:
         """Fill the tree's tokens behind the root, level by level."""
         for level in self.plan.levels:
             self.draft_level(level)
+        if self.draft is not None and self.draft_cache is not None and not self.plan.levels:
+            self.draft.pass_by(self.plan, self.buffers.tokens_RB, self.draft_cache)
 
     def draft_level(self, level: DraftLevel) -> None:
         """Run the draft on one level's inner nodes and fill the next level's tokens."""
         assert self.draft is not None
         assert self.draft_cache is not None
-        assert self.plan.draft_block is not None
-        is_root = level.first == 0
-        inputs_WB = self.buffers.tokens_RB[:2] if is_root else self.tokens_TB[level.inputs]
-        hidden_WBD = self.draft.forward(
-            inputs_WB, self.plan.draft_block, self.draft_cache, first=level.first, commit=is_root
-        )
-        logits_WBV = self.draft.logits(hidden_WBD[-1:] if is_root else hidden_WBD)
+        logits_WBV = self.draft.score(level, self.plan, self.buffers.tokens_RB, self.draft_cache)
         self.rule.draw(level, logits_WBV, self.tokens_TB)
 
-    def verify(self) -> tuple[Tensor, Tensor]:
-        """Run the target over the tree.
-
-        Returns its logits [T, B, V] and the token that the rule picks after each node [T, B].
-        """
+    def verify(self) -> Verified:
+        """Run the target over the tree."""
         hidden_TBD = self.target.forward(
             self.tokens_TB, self.plan.target_block, self.target_cache, first=0, commit=True
         )
         logits_TBV = self.target.logits(hidden_TBD)
-        return logits_TBV, self.rule.choose(logits_TBV, self.tokens_TB)
+        return Verified(hidden_TBD, logits_TBV, self.rule.choose(logits_TBV, self.tokens_TB))
 
-    def commit(self, logits_TBV: Tensor, chosen_TB: Tensor, *, advance: bool = True) -> None:
+    def commit(self, verified: Verified, *, advance: bool = True) -> None:
         """Accept a path, emit it with the bonus token and make it pending in both caches.
 
         Without `advance` the result names the last accepted node, but one token alone is emitted.
         """
-        b, plan = self.buffers, self.plan
+        b, plan, cache = self.buffers, self.plan, self.draft_cache
         memories = [_memory(plan.target_path_TL, self.target_cache)]
-        if plan.draft_block is not None:
-            assert self.draft_cache is not None
-            memories.append(_memory(plan.draft_path_TL, self.draft_cache))
+        if plan.draft_path_TL is not None and cache is not None:
+            memories.append(_memory(plan.draft_path_TL, cache))
         self.target.backend.commit_path(
-            b.tokens_RB, chosen_TB, logits_TBV, plan.tables, b.active_B, b.result_XB, memories,
-            advance=advance,
+            b.tokens_RB, verified.chosen_TB, verified.logits_TBV, plan.tables, b.active_B,
+            b.result_XB, memories, advance=advance,
         )  # fmt: skip
+        if self.draft is not None and cache is not None:
+            path_LB = self.target_cache.pending.path_BL.t()
+            end = StepEnd(verified.hidden_TBD, path_LB, b.result_XB, advance)
+            self.draft.take_over(plan, end, cache)
         self.rule.advance(b.result_XB[FIRST_TOKEN:], b.result_XB[COUNT])
 
 
@@ -130,7 +134,7 @@ def _memory(path_TL: Tensor, cache: Cache) -> PathMemory:
 
 
 def make_caches(
-    models: tuple[Model, Model | None],
+    models: tuple[Model, Draft | None],
     plans: Sequence[TreePlan],
     num_slots: int,
     num_positions: int,
@@ -156,7 +160,7 @@ def make_caches(
 
 
 def make_speculators(
-    target: Model, draft: Model | None, plans: Sequence[TreePlan], num_slots: int,
+    target: Model, draft: Draft | None, plans: Sequence[TreePlan], num_slots: int,
     num_positions: int, support: SamplingSupport = GREEDY,
 ) -> list[Speculator]:  # fmt: skip
     """Allocate the memory of a target and, where a tree has nodes, of its draft, for all trees."""

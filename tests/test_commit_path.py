@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from stree_core.draft_rows import ModelRows
 from stree_core.tree import DEFAULT_TREE, Tree
 from stree_core.tree_plan import make_plan
 from stree_kernels import commit_path as kernel
@@ -82,7 +83,7 @@ def make_step(tree: Tree, num_slots: int, device: str = "cpu") -> Step:
     def draw(high: int, *sizes: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.randint(high, sizes, generator=generator, dtype=dtype)
 
-    plan = make_plan(tree, WIDTHS, WIDTHS, torch.device("cpu"))
+    plan = make_plan(tree, WIDTHS, ModelRows(WIDTHS), torch.device("cpu"))
     tokens_RB = draw(1000, 1 + tree.num_tokens + SPARE, num_slots)
     for children in tree.children:
         # Siblings differ.
@@ -110,6 +111,8 @@ def make_step(tree: Tree, num_slots: int, device: str = "cpu") -> Step:
             draw(500, num_slots, dtype=torch.int32),
         )
         for path_TL in (plan.target_path_TL, plan.draft_path_TL)
+        # A model takes no part in a step without speculation.
+        if path_TL is not None
     ]
     step = Step(
         tokens_RB, chosen_TB, logits_TBV, plan.tables, active_B,

@@ -19,6 +19,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from stree_core.draft_rows import ModelRows
 from stree_core.tree import Tree
 from stree_core.tree_plan import make_plan
 from stree_kernels import sampling
@@ -309,7 +310,7 @@ def emitted_blocks(
     """Return the probability of every block of tokens that one step emits."""
     tokens_RB = torch.tensor([(-1, *tokens) for tokens, _, _ in outcomes]).t().contiguous()
     chosen_TB = torch.tensor([chosen for _, chosen, _ in outcomes]).t().contiguous()
-    plan = make_plan(tree, frozenset(), frozenset(), torch.device("cpu"))
+    plan = make_plan(tree, frozenset(), ModelRows(frozenset()), torch.device("cpu"))
     active_B, *counts = torch.ones(4, len(outcomes), dtype=torch.int32)
     path_BL = torch.zeros(len(outcomes), tree.depth + 1, dtype=torch.int32)
     memory = PathMemory(plan.target_path_TL, Pending(path_BL, *counts[:2]), counts[2])

@@ -24,6 +24,7 @@ from stree_autotune.runtime_table import TIMED_PATH, NoRoom, Point, RuntimeTable
 from stree_autotune.step_cost import StepCost
 from stree_autotune.term_times import PLAIN, Load
 from stree_autotune.tree_shape import TreeShape, shape_of
+from stree_core.draft_rows import ModelRows
 from stree_core.errors import MissingMeasurement
 from stree_core.tree import DEFAULT_TREE, Tree
 from stree_core.tree_plan import make_plan
@@ -73,7 +74,7 @@ WITH_ROWS = StepCost.from_table(with_rows())
 @given(tree=trees(max_nodes=40, min_nodes=1))
 @settings(max_examples=100, deadline=None)
 def test_rows_and_widths_are_those_of_the_draft_passes(tree: Tree) -> None:
-    levels = make_plan(tree, frozenset(), frozenset(), torch.device("cpu")).levels[1:]
+    levels = make_plan(tree, frozenset(), ModelRows(frozenset()), torch.device("cpu")).levels[1:]
     shape = shape_of(tree)
     assert shape.widths == tuple(len(level.nodes) for level in levels)
     assert shape.rows == tuple(level.first + len(level.nodes) for level in levels)

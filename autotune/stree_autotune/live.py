@@ -18,12 +18,20 @@ from stree_core.engine import Engine, EngineConfig, needed_positions
 from stree_core.errors import ConfigError
 from stree_core.files import require_place
 from stree_core.hub import is_hub_id
-from stree_core.model_source import ModelSource, find_source, folder_source, sheet_source
+from stree_core.model_source import (
+    MTP,
+    ModelSource,
+    find_source,
+    folder_source,
+    head_source,
+    sheet_source,
+)
 from stree_core.pair import (
     Pair,
     Runtime,
     gpu_warning,
     load_pair,
+    load_with_head,
     require_profile_fits,
 )
 from stree_core.profile import Profile, load_profile
@@ -61,9 +69,19 @@ def open_source(request: PairRequest, name: str) -> ModelSource:
     return folder_source(library.find_model(name))
 
 
+def open_sources(request: PairRequest) -> tuple[ModelSource, ModelSource]:
+    """Find the target and the draft of a request; `mtp` is the target's own head."""
+    target = open_source(request, request.target)
+    if request.draft == MTP:
+        return target, head_source(target)
+    return target, open_source(request, request.draft)
+
+
 def open_pair(request: PairRequest) -> Pair:
     """Find and load the pair of a request."""
-    target, draft = (open_source(request, name) for name in (request.target, request.draft))
+    target, draft = open_sources(request)
+    if request.draft == MTP:
+        return load_with_head(target, request.runtime)
     return load_pair(target, draft, request.runtime)
 
 

@@ -15,6 +15,7 @@ from stree_autotune.probe_steps import StepSetting, free, time_steps
 from stree_autotune.runtime_table import OFF
 from stree_autotune.stepper import occupy, prompt_reader
 from stree_autotune.timing import Work, captured, time_interleaved
+from stree_core.draft_rows import ModelRows
 from stree_core.model import Model
 from stree_core.rules import GreedyRule
 from stree_core.step import make_speculators
@@ -59,8 +60,9 @@ def _passes(model: Model, config: ProbeConfig, setting: StepSetting) -> list[Pas
     candidates: dict[int, Work] = {}
     with torch.inference_mode():
         pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        no_draft = ModelRows(frozenset())
         plans = {
-            size: make_plan(even_tree(size - 1, 2), model.conv_widths, frozenset(), device)
+            size: make_plan(even_tree(size - 1, 2), model.conv_widths, no_draft, device)
             for size in sizes
         }
         largest_plan = [plans[sizes[-1]]]

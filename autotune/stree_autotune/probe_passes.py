@@ -193,8 +193,8 @@ class _Passes:
     def _speculator(self, trees: Sequence[Tree]) -> Speculator:
         """Return a speculator for the first tree, whose caches serve all of them."""
         pair, setting = self._pair, self._setting
-        widths = (pair.target.conv_widths, pair.draft.conv_widths)
-        plans = [make_plan(tree, *widths, pair.device) for tree in trees]
+        order = (pair.target.conv_widths, pair.draft.layout)
+        plans = [make_plan(tree, *order, pair.device) for tree in trees]
         shared, *_ = make_speculators(
             pair.target, pair.draft, plans, setting.batch_size, setting.context
         )
@@ -205,7 +205,7 @@ class _Passes:
         """Return a speculator for another, smaller tree on the same caches."""
         assert self._shared is not None
         target, draft = self._pair.target, self._pair.draft
-        plan = make_plan(tree, target.conv_widths, draft.conv_widths, target.device)
+        plan = make_plan(tree, target.conv_widths, draft.layout, target.device)
         rule = GreedyRule(plan, target.backend)
         return dataclasses.replace(self._shared, plan=plan, rule=rule)
 

@@ -13,6 +13,7 @@ from stree_autotune.probe_plan import Key, even_tree
 from stree_autotune.probe_steps import TIMED_TEMPERATURE, TIMED_TOP_P, StepSetting, free
 from stree_autotune.runtime_table import SEVERAL, RulePoint
 from stree_autotune.timing import Timing, Work, captured, time_interleaved
+from stree_core.draft_rows import ModelRows
 from stree_core.pair import Pair
 from stree_core.rules import GREEDY, Rule, SampledRule, SamplingSupport, make_rules
 from stree_core.tree import Tree
@@ -91,7 +92,7 @@ def _rule_point(work: str, rows: int, timings: dict[tuple[str, int, bool], Timin
 
 def _work(pair: Pair, side: _Side, num_slots: int, logits_RV: Tensor) -> Work:
     """Return one side's work on logits that all share."""
-    plan = make_plan(side.tree, frozenset(), frozenset(), pair.device)
+    plan = make_plan(side.tree, frozenset(), ModelRows(frozenset()), pair.device)
     (rule,) = make_rules(side.support, [plan], num_slots, logits_RV.shape[1], pair.target.backend)
     _set_all(rule, side.support)
     tokens_TB = torch.zeros(plan.tree.num_tokens, num_slots, dtype=torch.int64, device=pair.device)

@@ -13,6 +13,7 @@ import torch
 from stree_autotune.runtime_table import NoRoom, Point, RuleKey, Step
 from stree_autotune.stepper import SteadyEngine, Stepper
 from stree_autotune.timing import Effort, Work, time_interleaved
+from stree_core.draft import Draft
 from stree_core.engine import EngineConfig
 from stree_core.errors import NotEnoughMemory
 from stree_core.model import Model
@@ -44,7 +45,7 @@ class StepSetting:
 
 
 def time_steps(
-    target: Model, draft: Model | None, trees: Mapping[str, Tree], rule: RuleKey,
+    target: Model, draft: Draft | None, trees: Mapping[str, Tree], rule: RuleKey,
     setting: StepSetting,
 ) -> StepTimes:  # fmt: skip
     """Time complete steps with each tree, host included.
@@ -76,7 +77,7 @@ def time_steps(
 
 
 def _time_group(
-    target: Model, draft: Model | None, trees: Mapping[str, Tree], rule: RuleKey,
+    target: Model, draft: Draft | None, trees: Mapping[str, Tree], rule: RuleKey,
     setting: StepSetting,
 ) -> tuple[list[Step], float]:  # fmt: skip
     """Return the steps of one engine, and what the host works for one."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from stree_autotune.runtime_table import TIMED_PATH
+from stree_core.draft import Draft
 from stree_core.engine import Engine, EngineConfig
 from stree_core.errors import NonFiniteLogits
 from stree_core.model import Model
@@ -87,10 +88,15 @@ class SteadyEngine(Engine):
     _ahead = 0
 
     def __init__(
-        self, target: Model, draft: Model | None, trees: Sequence[Tree], config: EngineConfig
+        self,
+        target: Model,
+        draft: Draft | Model | None,
+        trees: Sequence[Tree],
+        config: EngineConfig,
     ) -> None:
         super().__init__(target, draft, trees, config)
-        self._attends = any(model.shape.has_attention for model in self._models())
+        shapes = [target.shape] if self.draft is None else [target.shape, self.draft.shape]
+        self._attends = any(shape.has_attention for shape in shapes)
         # Two steps more may be under way when it goes back.
         room = config.num_positions // 2 - 2 * (self.depth + 1)
         self._reach = min(_REACH, max(0, room))

@@ -24,7 +24,7 @@ from stree_autotune.live import (
     PairRequest,
     encode_prompts,
     open_pair,
-    open_source,
+    open_sources,
     report,
     require_new,
 )
@@ -45,7 +45,7 @@ def run_trace(
 ) -> None:
     """Record an acceptance trace, or go on with one, and write it where tuning looks first."""
     check_name(config.dataset, "dataset")
-    target, draft = (open_source(request, name).name for name in (request.target, request.draft))
+    target, draft = (source.name for source in open_sources(request))
     name = trace_file_name(target, draft, config.dataset, config.sampling.label)
     path = data_folder(request.data) / "traces" / name
     shard = current_shard()

@@ -4,7 +4,7 @@ The work is that of `residual_ref`. A program owns a run of one row's columns; `
 and `add_residual` read what others wrote: the sums of squares of a norm.
 
 Shape letters: M rows, K columns, Q partial sums of a row, D hidden, F MLP inner,
-X = 2 F if gated, else F, V vocab.
+X = 2 F if gated, else F, V vocab, W rows of every slot, B slots, N rows of a buffer.
 """
 
 # The Triton DSL annotates its constants only.
@@ -19,7 +19,7 @@ from torch import Tensor
 from stree_kernels.laws import GATED, Activation
 from stree_kernels.linear_parts import gate, scale_factor, square_relu
 from stree_kernels.pdl import launch_options, wait_for_previous
-from stree_kernels.rows import FLOATS, require_dtypes, require_packed
+from stree_kernels.rows import FLOATS, require_dtypes, require_packed, strides
 from stree_kernels.shared_memory import prefer_as_neighbours
 from stree_kernels.unscaled import (
     COLUMNS_PER_SUM,
@@ -81,6 +81,42 @@ def _start_residual_kernel(
         embed_D.to(tl.float32) * scale, row, columns_D, valid_D, num_columns,
         stream_ptr, values_ptr, sums_ptr, BLOCK_D, PER_SUM,
     )  # fmt: skip
+
+
+@triton.jit
+def _join_rows_kernel(
+    # pointers
+    embed_ptr, tokens_ptr, hidden_ptr, source_ptr, values_ptr, sums_ptr,
+    # sizes
+    num_slots, num_columns, scale,
+    # strides
+    stride_source_w, stride_source_b,
+    # meta
+    BLOCK_D: tl.constexpr, PER_SUM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    half = tl.program_id(2)
+    valid_D = columns_D < num_columns
+    wait_for_previous(PDL)
+    slot = row % num_slots
+    if half == 0:
+        token = tl.load(tokens_ptr + row)
+        embed_D = tl.load(embed_ptr + token * num_columns + columns_D, mask=valid_D, other=0.0)
+        values_D = embed_D.to(tl.float32) * scale
+    else:
+        source_ptrs = source_ptr + row // num_slots * stride_source_w + slot * stride_source_b
+        source = tl.load(source_ptrs).to(tl.int64) * num_slots + slot
+        hidden_D = tl.load(hidden_ptr + source * num_columns + columns_D, mask=valid_D, other=0.0)
+        values_D = hidden_D.to(tl.float32)
+    stored_D = values_D.to(values_ptr.dtype.element_ty)
+    tl.store(values_ptr + (2 * row + half) * num_columns + columns_D, stored_D, mask=valid_D)
+    exact_D = stored_D.to(tl.float32)
+    squares_QD = tl.reshape(exact_D * exact_D, [BLOCK_D // PER_SUM, PER_SUM])
+    num_sums = num_columns // PER_SUM
+    sums_Q = tl.program_id(1) * (BLOCK_D // PER_SUM) + tl.arange(0, BLOCK_D // PER_SUM)
+    sums_ptrs = sums_ptr + (2 * row + half) * num_sums + sums_Q
+    tl.store(sums_ptrs, tl.sum(squares_QD, axis=1), mask=sums_Q < num_sums)
 
 
 @triton.jit
@@ -190,6 +226,36 @@ def start_residual(
         **launch_options(stream.device),
     )  # fmt: skip
     prefer_as_neighbours(kernel, stream.device, len(stream))
+
+
+def join_rows(
+    embed_VD: Tensor, tokens_WB: Tensor, hidden_NBD: Tensor, source_WB: Tensor,
+    out: UnscaledRows, *, scale: float = 1.0,
+) -> None:  # fmt: skip
+    """Write embeddings of tokens (int64) times `scale`, and hidden states beside them, to `out`.
+
+    The contract is that of `residual_ref.join_rows`; `source_WB` may have any strides.
+    """
+    values, sums = out.values_MK, out.square_sums_MQ
+    assert sums is not None
+    check_rows(out)
+    require_dtypes("the embedding, hidden states and rows", (embed_VD, hidden_NBD, values), FLOATS)
+    require_dtypes("tokens", (tokens_WB,), (torch.int64,))
+    require_dtypes("sources", (source_WB,), (torch.int32, torch.int64))
+    require_packed("the embedding", (embed_VD,), 2)
+    require_packed("tokens", (tokens_WB,), 2)
+    require_packed("hidden states", (hidden_NBD,), 3)
+    num_rows, num_slots, num_columns = tokens_WB.numel(), tokens_WB.shape[1], embed_VD.shape[1]
+    _check_shape("the sources", source_WB, tuple(tokens_WB.shape))
+    _check_shape("the hidden states", hidden_NBD, (len(hidden_NBD), num_slots, num_columns))
+    _check_shape("the rows", values, (num_rows, 2 * num_columns))
+    _check_shape("the sums of squares", sums, (num_rows, 2 * num_columns // COLUMNS_PER_SUM))
+    kernel = _join_rows_kernel[num_rows, triton.cdiv(num_columns, BLOCK), 2](
+        embed_VD, tokens_WB, hidden_NBD, source_WB, values, sums, num_slots, num_columns,
+        float(scale), *strides((source_WB,), 0), *strides((source_WB,), 1), BLOCK_D=BLOCK,
+        PER_SUM=COLUMNS_PER_SUM, num_warps=NUM_WARPS, **launch_options(values.device),
+    )  # fmt: skip
+    prefer_as_neighbours(kernel, values.device, num_rows)
 
 
 def add_residual(

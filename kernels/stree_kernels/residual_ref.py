@@ -3,7 +3,7 @@
 It is also the CPU's path. All compute in fp32 at least.
 
 Shape letters: M rows, K columns, G norm groups, D hidden, F MLP inner, X = 2 F if gated, else F,
-V vocab.
+V vocab, W rows of every slot, B slots, N rows of a buffer, Q partial sums of a row.
 """
 
 from __future__ import annotations
@@ -46,6 +46,25 @@ def add_residual(
     _write(residual.stream_MD.to(dtype) + product_MD, residual)
     if scaled is not None:
         scale_rows(residual.rows(scaled.eps), None, scaled.values_MK)
+
+
+def join_rows(
+    embed_VD: Tensor, tokens_WB: Tensor, hidden_NBD: Tensor, source_WB: Tensor,
+    out: UnscaledRows, *, scale: float = 1.0,
+) -> None:  # fmt: skip
+    """Write the embeddings of `tokens_WB` times `scale`, and hidden states beside them, to `out`.
+
+    Row w of slot b is the embedding, then `hidden_NBD[source_WB[w, b], b]`; the sums of squares of
+    `out`, of the two norms' groups, are of what it holds.
+    """
+    wide = out.square_sums_MQ
+    assert wide is not None
+    embed_WBD = embed_VD[tokens_WB].to(wide.dtype) * scale
+    slot_B = torch.arange(hidden_NBD.shape[1], device=hidden_NBD.device)
+    hidden_WBD = hidden_NBD[source_WB, slot_B].to(wide.dtype)
+    out.values_MK.copy_(torch.cat((embed_WBD, hidden_WBD), dim=-1).flatten(0, 1))
+    exact_MK = out.values_MK.to(wide.dtype)
+    wide.copy_(exact_MK.square().unflatten(1, (-1, COLUMNS_PER_SUM)).sum(2))
 
 
 def scale_rows(rows: UnscaledRows, weight_K: Tensor | None, out_MK: Tensor) -> None:
