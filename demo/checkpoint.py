@@ -13,13 +13,16 @@ import torch
 from modules import DemoModel, Shape
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
-from torch import Tensor
+from torch import Tensor, nn
 
 MAX_BYTES = 16 * 1024 * 1024
 CONTEXT_TOKENS = 2048
 TOLERANCE = 1e-3
 # <|endoftext|> opens and closes every sequence and pads batches.
 SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+
+HEAD_PREFIX = "mtp."
+HEAD_CONFIG = {"num_nextn_predict_layers": 1, "mtp_layers_block_type": ["attention", "mlp"]}
 
 TARGET = Shape(
     vocab=4096, hidden=256, layers=8, heads=8, head_dim=64, state=64, attention=(3, 7),
@@ -107,8 +110,31 @@ def load(folder: Path) -> DemoModel:
     """Return the fp32 training module with a folder's weights, on the CPU."""
     model = DemoModel(shape_of(json.loads((folder / "config.json").read_text(encoding="utf-8"))))
     weights = load_file(folder / "model.safetensors")
-    model.load_state_dict({name: weight.float() for name, weight in weights.items()})
+    own = {n: weight.float() for n, weight in weights.items() if not n.startswith(HEAD_PREFIX)}
+    model.load_state_dict(own)
     return model.eval()
+
+
+def add_head(folder: Path, head: nn.Module, record: dict[str, Any]) -> None:
+    """Add an MTP head to a target's weights, in bf16; the rest of them stays as it is.
+
+    What describes it is a file of its own, so that config.json, and all that was measured of the
+    target, stays valid.
+    """
+    weights = load_file(folder / "model.safetensors")
+    kept = {n: weight for n, weight in weights.items() if not n.startswith(HEAD_PREFIX)}
+    own = {
+        HEAD_PREFIX + name: weight.detach().to("cpu", torch.bfloat16).contiguous()
+        for name, weight in head.state_dict().items()
+    }
+    data = serialise(kept | own, metadata={"format": "pt"})
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"a demo model may have {MAX_BYTES} bytes, it has {len(data)}; shrink it")
+    temporary = folder / ".model.safetensors.part"
+    temporary.write_bytes(data)
+    temporary.rename(folder / "model.safetensors")
+    for name, content in (("mtp_config.json", HEAD_CONFIG), ("mtp_training.json", record)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def record(folder: Path) -> dict[str, Any]:

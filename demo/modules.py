@@ -178,23 +178,27 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(shape.hidden, kv_size, bias=False)
         self.o_proj = nn.Linear(shape.hidden, shape.hidden, bias=False)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def heads(self, hidden: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values [B, heads, T, dim] from position `first` on."""
         q, k, v = (
             projection(hidden).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q), rotate(k)
+        q, k = rotate(q, first), rotate(k, first)
         repeats = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        return q, k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        q, k, v = self.heads(hidden)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.o_proj(mixed.transpose(1, 2).flatten(-2))
 
 
-def rotate(heads: Tensor) -> Tensor:
-    """Return heads[B, heads, T, dim] with rotary positions 0..T-1 on the first half of dim."""
+def rotate(heads: Tensor, first: int = 0) -> Tensor:
+    """Return heads[B, heads, T, dim] with rotary positions on the first half of dim."""
     size = int(heads.shape[-1] * ROTARY_FRACTION)
     exponents = torch.arange(0, size, 2, device=heads.device).float() / size
-    positions = torch.arange(heads.shape[2], device=heads.device).float()
+    positions = first + torch.arange(heads.shape[2], device=heads.device).float()
     angles = (positions[:, None] * ROPE_THETA**-exponents).repeat(1, 2)
     turning, rest = heads.float()[..., :size], heads[..., size:]
     low, high = turning.chunk(2, -1)
@@ -288,10 +292,21 @@ class DemoModel(nn.Module):
         for layer in self.body.layers:
             layer.compile()
 
-    def forward(self, ids: Tensor) -> Tensor:
-        body = self.body
-        embed = body.embed_tokens if self.shape.intermediate else body.embeddings
-        x = embed(ids)
-        for layer in body.layers:
+    @property
+    def embed(self) -> nn.Embedding:
+        """The embedding, which is the LM head as well."""
+        found: nn.Embedding = (
+            self.body.embed_tokens if self.shape.intermediate else self.body.embeddings
+        )
+        return found
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """Return hidden states[B, T, hidden] after the final norm."""
+        x = self.embed(ids)
+        for layer in self.body.layers:
             x = layer(x)
-        return F.linear(getattr(body, self._norm)(x), embed.weight)
+        normed: Tensor = getattr(self.body, self._norm)(x)
+        return normed
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.linear(self.hidden(ids), self.embed.weight)

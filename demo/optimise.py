@@ -13,12 +13,12 @@ import measure
 import torch
 import torch.nn.functional as F
 from modules import DemoModel
-from torch import Tensor
+from torch import Tensor, nn
 
 # Steps before the step time is trusted, and the steps from one plan of the end to the next.
 WARM_STEPS, PLAN_STEPS = 20, 100
 UNPLANNED = 1_000_000
-LEARNING_RATE = {"target": 3e-3, "draft": 4e-3}
+LEARNING_RATE = {"target": 3e-3, "draft": 4e-3, "head": 3e-3}
 # Of the draft's loss; the rest is the divergence from the target's distribution.
 CROSS_ENTROPY_SHARE = 0.1
 
@@ -61,7 +61,7 @@ class Plan:
 
 
 def optimise(
-    model: DemoModel, name: str, loss_of: Callable[[Tensor], Tensor], rows: measure.Rows,
+    model: nn.Module, name: str, loss_of: Callable[[Tensor], Tensor], rows: measure.Rows,
     plan: Plan, args: argparse.Namespace,
 ) -> list[tuple[int, float]]:  # fmt: skip
     """Train until the plan's end; return (step, loss) now and then."""

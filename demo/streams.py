@@ -34,11 +34,16 @@ class Stream:
 Streams = dict[str, dict[str, Stream]]
 
 
-def prepare(settings: CorpusSettings, work: Path, again: bool) -> tuple[str, Streams]:
-    """Return tokenizer.json and each source's "train" and "held" streams, cached in `work`."""
-    cache = work / f"corpus-{settings.key}"
+def prepare(
+    settings: CorpusSettings, work: Path, again: bool, tokenizer: str = ""
+) -> tuple[str, Streams]:
+    """Return tokenizer.json and each source's "train" and "held" streams, cached in `work`.
+
+    A tokenizer that is given is taken instead of a new one.
+    """
+    cache = work / f"corpus-{settings.key}{'-given' if tokenizer else ''}"
     if again or not (cache / "streams.npz").exists():
-        _build(settings, cache)
+        _build(settings, cache, tokenizer)
     with np.load(cache / "streams.npz") as arrays:
         streams: Streams = {}
         for name in arrays.files:
@@ -49,16 +54,17 @@ def prepare(settings: CorpusSettings, work: Path, again: bool) -> tuple[str, Str
     return (cache / "tokenizer.json").read_text(encoding="utf-8"), streams
 
 
-def _build(settings: CorpusSettings, cache: Path) -> None:
+def _build(settings: CorpusSettings, cache: Path, tokenizer: str) -> None:
     start = time.perf_counter()
     sources = collect(settings)
     sizes = {name: sum(len(p) + len(c) for p, c in pairs) for name, pairs in sources.items()}
     print(f"corpus: characters {sizes} after {time.perf_counter() - start:.0f} s", flush=True)
-    # A slice of each source is enough for 4096 entries; rows of a file are few, so all count.
-    slices = [p if n == "jsonl" else p[: max(2000, len(p) // 8)] for n, p in sources.items()]
-    texts = ["".join(pair) for pairs in slices for pair in pairs]
-    # In a child: the trainer's threads must not be alive when processes are forked later.
-    (tokenizer,) = spread(train_tokenizer, [(texts, settings.vocab)], settings.workers)
+    if not tokenizer:
+        # A slice of each source is enough for 4096 entries; rows of a file are few, so all count.
+        slices = [p if n == "jsonl" else p[: max(2000, len(p) // 8)] for n, p in sources.items()]
+        texts = ["".join(pair) for pairs in slices for pair in pairs]
+        # In a child: the trainer's threads must not be alive when processes are forked later.
+        (tokenizer,) = spread(train_tokenizer, [(texts, settings.vocab)], settings.workers)
     print(f"tokenizer: after {time.perf_counter() - start:.0f} s", flush=True)
     arrays: dict[str, np.ndarray] = {}
     for name, pairs in sources.items():

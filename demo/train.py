@@ -18,6 +18,7 @@ import checkpoint
 import measure
 import torch
 from corpus import HELD_OUT_PROMPTS, CorpusSettings, read_jsonl
+from head import MtpHead, head_agreement, head_loss
 from modules import DemoModel, Scan, mamba_ssm_scan, ssd_scan
 from optimise import Plan, draft_loss, optimise, target_loss
 from polish import polish
@@ -42,6 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--prompt-weight", type=float, default=0.3, help="loss weight of prompt tokens")
     add("--minutes", type=float, default=5.0, help="training time of the target")
     add("--draft-minutes", type=float, default=2.0, help="training time of the draft")
+    add("--head-minutes", type=float, default=2.0, help="training time of the target's MTP head")
     add("--polish-minutes", type=float, default=2.0, help="time to unlearn loops; 0 for none")
     add("--polish-blend", type=float, default=0.5, help="share of what that changed to keep")
     add("--polish-tokens", type=int, default=128, help="tokens written in a round of that")
@@ -55,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--max-files", type=int, default=24_000, help="installed files to read")
     add("--scan", choices=("torch", "mamba-ssm"), default="torch")
     add("--compile", action="store_true", help="torch.compile every layer")
-    add("--only", choices=("tokenizer", "target", "draft"), help="redo one piece")
+    add("--only", choices=("tokenizer", "target", "draft", "head"), help="redo one piece")
     add("--tiny", action="store_true", help="tiny models, for a trial on a CPU")
     add("--check", action="store_true", help="compare --out with transformers, train nothing")
     add("--write-prompts", type=Path, help="write the held-out demo prompts here, then stop")
@@ -70,7 +72,15 @@ def _check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) 
         parser.error("--out is required; name a folder for the pair")
     if not 2 <= args.tokens < TAIL_TOKENS:
         parser.error(f"--tokens must be 2 to {TAIL_TOKENS - 1}, got {args.tokens}")
-    for name in ("minutes", "draft_minutes", "batch", "workers", "problems", "max_files"):
+    for name in (
+        "minutes",
+        "draft_minutes",
+        "head_minutes",
+        "batch",
+        "workers",
+        "problems",
+        "max_files",
+    ):
         if getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name)}")
     if not 1 <= args.num_prompts <= HELD_OUT_PROMPTS:
@@ -79,8 +89,9 @@ def _check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) 
         parser.error("--scan mamba-ssm needs a CUDA device; use --scan torch")
     if args.start and not (args.start / "config.json").exists():
         parser.error(f"--start must hold a trained target, got {args.start}; check the path")
-    if args.only == "draft" and not (args.out / "demo-target" / "config.json").exists():
-        parser.error(f"--only draft needs {args.out}/demo-target; train the target first")
+    alone = args.only in ("draft", "head")
+    if alone and not (args.out / "demo-target" / "config.json").exists():
+        parser.error(f"--only {args.only} needs {args.out}/demo-target; train the target first")
     try:
         args.mixture = {k: float(v) for k, v in (p.split("=") for p in args.mixture.split(","))}
         args.rows = tuple(map(int, args.rows.split(":")))
@@ -131,6 +142,36 @@ def train(
     if args.jsonl:
         record |= {"jsonl": args.jsonl.name, "rows": args.rows}
     return model.eval(), record | {"machine": machine(), "losses": losses}
+
+
+def train_head(args: argparse.Namespace, streams: Streams) -> None:
+    """Train an MTP head for the saved target, whose weights stay, and add it to its folder."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = args.out / "demo-target"
+    target = checkpoint.load(folder).to(device).requires_grad_(False)
+    torch.manual_seed(args.seed)
+    head = MtpHead(target.shape).to(device)
+    training = {source: splits["train"] for source, splits in streams.items()}
+    rows = measure.Rows(training, args.mixture, device, args.seed + 3)
+    plan, start = Plan(60 * args.head_minutes, args.steps), time.perf_counter()
+
+    def loss_of(batch: Tensor) -> Tensor:
+        return head_loss(head, target, batch, args.prompt_weight)
+
+    losses = optimise(head, "head", loss_of, rows, plan, args)
+    seconds = round(time.perf_counter() - start, 1)
+    held = {
+        source: head_agreement(head, target, splits["held"], device, args.tokens, args.batch)
+        for source, splits in streams.items()
+    }
+    record = {"model": "head", "parameters": sum(p.numel() for p in head.parameters())}
+    record |= {"seconds": seconds, "steps": plan.total, "seed": args.seed, "batch": args.batch}
+    record |= {"tokens": args.tokens, "weights": {n: round(w, 4) for n, w in rows.weights.items()}}
+    record |= {"machine": machine(), "losses": losses, "held_out_agreement_by_depth": held}
+    if args.jsonl:
+        record |= {"jsonl": args.jsonl.name, "rows": args.rows}
+    checkpoint.add_head(folder, head, record)
+    print(json.dumps(held), flush=True)
 
 
 def polish_target(target: DemoModel, args: argparse.Namespace, streams: Streams) -> dict[str, Any]:
@@ -213,8 +254,14 @@ def main() -> None:
         seed=args.seed, problems=args.problems, max_files=args.max_files, workers=args.workers,
         jsonl=str(args.jsonl or ""), rows=args.rows if args.jsonl else (0, 0),
     )  # fmt: skip
-    tokenizer, streams = prepare(settings, args.work, again=args.only == "tokenizer")
+    given = ""
+    if args.only == "head":
+        given = (args.out / "demo-target" / "tokenizer.json").read_text(encoding="utf-8")
+    tokenizer, streams = prepare(settings, args.work, args.only == "tokenizer", given)
     if args.only == "tokenizer":
+        return
+    if args.only == "head":
+        train_head(args, streams)
         return
     folders = args.out / "demo-target", args.out / "demo-draft"
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -235,6 +282,7 @@ def main() -> None:
         checkpoint.save(folders[1], draft, record)
         record["held_out"] = report(*map(checkpoint.load, folders), streams, args)
         checkpoint.save(folders[1], draft, record)
+        train_head(args, streams)
     # Another process, because this one may have loaded what a check on the CPU must not see.
     subprocess.run([sys.executable, __file__, "--check", "--out", str(args.out)], check=True)
 

@@ -67,7 +67,7 @@ def load_head(source: ModelSource, target: Model, name: str) -> MtpDraft:
         read = _random(dtype, target.device)
     else:
         files = WeightFiles(source.folder, name, target.device)
-        _require_whole_head(shape, files.keys, name)
+        _require_whole_head(shape, files.stored, name)
         read = files.read
     num_bytes = shape.num_parameters * dtype.itemsize
     what = f"holding the MTP head of {name}"

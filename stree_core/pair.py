@@ -108,9 +108,10 @@ def load_pair(target: ModelSource, draft: ModelSource, runtime: Runtime) -> Pair
             f"and {draft.name} {num_known}; choose a draft made for this target"
         )
     where = _resolved(runtime)
-    model = load_model(draft, *where, num_logits=num_tokens)
     codec = _codec(target)
-    return Pair(load_model(target, *where), ModelDraft(model), target, draft, codec)
+    model = load_model(target, *where)
+    drafting = ModelDraft(load_model(draft, *where, num_logits=num_tokens))
+    return Pair(model, drafting, target, draft, codec)
 
 
 def load_with_head(target: ModelSource, runtime: Runtime) -> Pair:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, JsonValue, model_validator
 
 from stree_core.files import load_yaml
+from stree_core.mtp_shape import MTP_CONFIG
 from stree_core.profile import Name, Printable, Strict
 
 Text = Annotated[str, Field(min_length=1, max_length=500), Printable]
@@ -24,7 +25,11 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 
 
 class ShapeSheet(Strict):
-    """What a model's config.json says, and for Mamba-in-Llama its mamba_config.json."""
+    """What a model's config.json says, and for Mamba-in-Llama its mamba_config.json.
+
+    `mtp` describes an MTP head that the published model does not have; its keys go before those of
+    `config`.
+    """
 
     schema_version: Literal[1] = 1
     kind: Literal["stree-shape"] = "stree-shape"
@@ -32,6 +37,7 @@ class ShapeSheet(Strict):
     sources: Annotated[tuple[Text, ...], Field(min_length=1, max_length=16)]
     config: Keys
     mamba_config: Keys | None = None
+    mtp: Keys | None = None
     note: Text | None = None
 
     @model_validator(mode="after")
@@ -39,8 +45,9 @@ class ShapeSheet(Strict):
         model_type = self.config.get("model_type")
         if self.mamba_config is not None and model_type != "llama":
             raise ValueError(f"{MAMBA_CONFIG} belongs to model_type llama, not to {model_type}")
-        if MAMBA_CONFIG in self.config:
-            raise ValueError(f"{MAMBA_CONFIG} stands beside config, not in it")
+        for key, field in ((MAMBA_CONFIG, MAMBA_CONFIG), (MTP_CONFIG, "mtp")):
+            if key in self.config:
+                raise ValueError(f"{field} stands beside config, not in it")
         return self
 
     @property
@@ -49,6 +56,8 @@ class ShapeSheet(Strict):
         merged: dict[str, Any] = copy.deepcopy(self.config)
         if self.mamba_config is not None:
             merged[MAMBA_CONFIG] = copy.deepcopy(self.mamba_config)
+        if self.mtp is not None:
+            merged[MTP_CONFIG] = copy.deepcopy(self.mtp)
         return merged
 
 

@@ -58,11 +58,6 @@ class WeightFiles:
         """All tensors of the files; `listed` are those that the index names where there is one."""
         return frozenset(self._files)
 
-    @property
-    def keys(self) -> frozenset[str]:
-        """The names of all weights."""
-        return frozenset(self._files)
-
     def read(self, weight: Weight) -> Tensor:
         """Return a weight in its shape, on the device, in the file's dtype, adapters merged."""
         tensors = [self._tensor(key) for key in weight.keys]

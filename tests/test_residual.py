@@ -182,6 +182,59 @@ def check_activate(
     assert out[:, -1].isnan().all(), "only the columns asked for are written"
 
 
+def check_join_rows(
+    num_rows: int, num_slots: int, hidden: int, dtype: torch.dtype, device: str, *, shared: bool
+) -> None:
+    """Compare the kernel with the reference in float64; sources are of every slot, or shared."""
+    random = torch.Generator().manual_seed(num_rows)
+    embed = normal(7, hidden).to(device, dtype)
+    states = normal(5, num_slots, hidden).to(device, dtype)
+    tokens = torch.randint(7, (num_rows, num_slots), generator=random).to(device)
+    # A table of paths is [B, L]; a tree's is the same for all slots.
+    source = torch.randint(5, (num_slots, num_rows), generator=random, dtype=torch.int32).t()
+    source = (source[:, :1].long().expand(-1, num_slots) if shared else source).to(device)
+
+    def rows(dtype: torch.dtype) -> UnscaledRows:
+        count, exact = num_rows * num_slots, torch.promote_types(dtype, torch.float32)
+        values = poisoned(count, 2 * hidden, dtype=dtype, device=device)
+        sums = poisoned(count, 2 * hidden // COLUMNS_PER_SUM, dtype=exact, device=device)
+        return UnscaledRows(values, sums, 2, EPS)
+
+    ours, truth = rows(dtype), rows(torch.float64)
+    kernel.join_rows(embed, tokens, states, source, ours, scale=SCALE)
+    reference.join_rows(embed.double(), tokens, states.double(), source, truth, scale=SCALE)
+    assert_close("values", ours.values_MK, truth.values_MK)
+    exact = ours.values_MK.double().unflatten(1, (-1, COLUMNS_PER_SUM)).square().sum(2)
+    assert ours.square_sums_MQ is not None
+    assert_close("sums", ours.square_sums_MQ, exact)
+
+
+def test_reference_joins_an_embedding_and_a_hidden_state() -> None:
+    embed, states = normal(3, 16), normal(2, 2, 16)
+    out = UnscaledRows(torch.empty(2, 32).double(), torch.empty(2, 4).double(), 2, EPS)
+    reference.join_rows(embed, torch.tensor([[2, 0]]), states, torch.tensor([[1, 0]]), out)
+    assert torch.equal(out.values_MK[0], torch.cat((embed[2], states[1, 0])))
+    assert torch.equal(out.values_MK[1], torch.cat((embed[0], states[0, 1])))
+    assert out.square_sums_MQ is not None
+    assert_close("sum", out.square_sums_MQ[0, :2].sum(), embed[2].square().sum())
+
+
+@interpreted
+@pytest.mark.parametrize("hidden", [48, 1040])
+@pytest.mark.parametrize("shared", [False, True])
+def test_interpreted_joined_rows_equal_the_reference(hidden: int, shared: bool) -> None:
+    check_join_rows(3, 2, hidden, torch.float32, "cpu", shared=shared)
+    check_join_rows(1, 1, hidden, torch.float32, "cpu", shared=shared)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [*NARROW, torch.float32], ids=str)
+@pytest.mark.parametrize("shared", [False, True])
+def test_joined_rows_equal_the_reference(dtype: torch.dtype, shared: bool) -> None:
+    for num_rows, num_slots in ((1, 1), (4, 1), (3, 5), (8, 32)):
+        check_join_rows(num_rows, num_slots, 2688, dtype, "cuda", shared=shared)
+
+
 @interpreted
 @pytest.mark.parametrize("op", ["start_residual", "add_residual"])
 @pytest.mark.parametrize("hidden", [48, 1040])

@@ -32,7 +32,7 @@ def probe(
         typer.Option(
             "--draft",
             show_default="none with a target of your own, which is then timed alone",
-            help="Name, folder or hub id.",
+            help="Name, folder or hub id; mtp is the target's own head.",
         ),
     ] = "",
     shapes: Annotated[
@@ -85,9 +85,14 @@ def _probed_names(target: str, draft: str, shapes: str) -> tuple[str, str]:
         if draft and not target:
             raise ConfigError(f"--draft {draft} needs its target; pass --target as well")
         return (target, draft) if target else (flags.DEFAULT_TARGET, flags.DEFAULT_DRAFT)
-    if target or draft:
-        raise ConfigError("--shapes stands in place of --target and --draft; pass one or the other")
-    names = shapes.split(",")
+    from stree_core.model_source import MTP
+
+    if target or draft not in ("", MTP):
+        raise ConfigError(
+            f"--shapes stands in place of --target and --draft, except --draft {MTP}; pass one or "
+            "the other"
+        )
+    names = [*shapes.split(","), *([draft] if draft else [])]
     if len(names) > 2 or not all(names):
         raise ConfigError(f"--shapes names a target, or a target and a draft, got {shapes!r}")
     return names[0], names[1] if len(names) == 2 else ""
