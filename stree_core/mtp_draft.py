@@ -92,9 +92,11 @@ class MtpDraft:
             this = Pass(block, cache, 1, depth, commit=False)
             begin_B = cache.committed_B - cache.pending.length_B
             self.file(tokens_LB, end.hidden_TBD, end.path_LB[:depth], this, begin_B)
-        slot_B = torch.arange(end.hidden_TBD.shape[1], device=self.device)
-        last_B = end.result_XB[LAST_NODE] if end.advances else torch.zeros_like(slot_B)
-        cache.features_RBD[0] = end.hidden_TBD[last_B, slot_B]
+        last_1B1 = (
+            end.result_XB[LAST_NODE, None, :, None] if end.advances else plan.node_T1[:1, None]
+        )
+        last_1BD = last_1B1.expand(1, *end.hidden_TBD.shape[1:])
+        torch.gather(end.hidden_TBD, 0, last_1BD, out=cache.features_RBD[:1])
 
     def prompt_reader(self, target: Model, num_positions: int, *, use_graph: bool) -> PromptReader:
         """Return what reads prompts with the target, the head along with it."""

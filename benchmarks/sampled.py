@@ -1,0 +1,127 @@
+"""Judge sampled texts by the target's own distribution, token by token.
+
+    python benchmarks/sampled.py [--draft mtp] [--device cuda] [--rounds 4] [--output FILE]
+
+The prompts of the demo set are continued at temperature 1 without end, by naive sampling and by
+MSS, with a tree of unequal branches. A token's place is the probability of all likelier ones, plus
+a random share of its own: over texts that follow the target's distribution, which plain one-token
+passes compute anew, places are uniform. Printed are the p-value of their chi-square over 50 bins,
+and by how many standard deviations the texts' log-likelihood is off its mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from report import RESULTS, Row, header, save, table
+from scipy import stats
+from torch import Tensor
+
+from stree_autotune.live import PairRequest, open_pair, open_prompts
+from stree_autotune.validate import RAGGED
+from stree_core.cache import CacheSize
+from stree_core.decode import generate
+from stree_core.engine import Engine, EngineConfig, needed_positions
+from stree_core.model import Model
+from stree_core.pair import Pair, Runtime
+from stree_core.row_block import make_block
+from stree_core.rules import SamplingSupport
+from stree_core.sampling import SamplingParams
+from stree_core.stop import StopRule
+
+RULES = ("naive", "mss")
+BINS = 50
+SHOWN = ("draft", "rule", "tokens", "tokens_per_step", "p_value", "surplus_deviations")
+
+
+def main() -> None:
+    options = parse()
+    request = PairRequest("demo-target", options.draft, (), Runtime(options.device, "float32"))
+    pair = open_pair(request)
+    prompts = pair.encode(open_prompts("demo", "", (), limit=options.prompts))
+    head, rows = header({}, "tests of the head", None), []
+    for rule in RULES:
+        rows.append(judged(pair, options, rule, prompts))
+        if options.output is not None:
+            save(options.output, head, rows)
+    print(table(rows, SHOWN), end="")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Sampled texts against the target's distribution")
+    parser.add_argument("--draft", default="mtp")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=4, help="seeds of every prompt")
+    parser.add_argument("--output", type=Path, default=RESULTS / "sampled-h200.json")
+    return parser.parse_args()
+
+
+def judged(pair: Pair, options: argparse.Namespace, rule: str, prompts: list[list[int]]) -> Row:
+    """Decode all prompts with several seeds and judge the texts."""
+    positions = needed_positions(max(map(len, prompts)), options.tokens, [RAGGED])
+    support = SamplingSupport(rule)  # type: ignore[arg-type]
+    config = EngineConfig(len(prompts), positions, sampling=support)
+    engine = Engine(pair.target, pair.draft, RAGGED, config)
+    places, surplus, variance, num_tokens, num_steps = [], 0.0, 0.0, 0, 0
+    for number in range(options.rounds):
+        first = number * len(prompts)
+        each = [SamplingParams(1.0, seed=first + index) for index in range(len(prompts))]
+        run = generate(engine, prompts, StopRule(options.tokens), sampling=each)
+        texts = [generation.tokens for generation in run.generations]
+        place, more, own_variance = judge(pair.target, prompts, texts)
+        places.append(place)
+        surplus, variance = surplus + more, variance + own_variance
+        num_tokens, num_steps = num_tokens + run.num_tokens, num_steps + run.num_steps
+    counts = torch.histc(torch.cat(places), bins=BINS, min=0, max=1)
+    return {
+        "draft": options.draft,
+        "rule": rule,
+        "tokens": sum(map(len, places)),
+        "tokens_per_step": round(num_tokens / num_steps, 4),
+        "p_value": float(stats.chisquare(counts.cpu().double().numpy()).pvalue),
+        "surplus_deviations": surplus / variance**0.5,
+    }
+
+
+@torch.inference_mode()
+def judge(
+    target: Model, prompts: list[list[int]], texts: list[list[int]]
+) -> tuple[Tensor, float, float]:
+    """Return the tokens' places, and how far log-likelihood is off its mean, and its variance.
+
+    All texts run side by side, one token a pass; a slot's own prompt decides where it begins.
+    """
+    whole = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+    longest = max(map(len, whole))
+    padded_BT = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens in whole])
+    padded_BT = padded_BT.to(target.device)
+    begin_B = torch.tensor([len(prompt) for prompt in prompts], device=target.device)
+    end_B = torch.tensor([len(tokens) for tokens in whole], device=target.device)
+    block = make_block([-1], target.conv_widths, target.device)
+    cache = target.make_cache(CacheSize(len(whole), 1, 1, longest))
+    generator = torch.Generator(target.device).manual_seed(0)
+    places, surplus, variance = [], 0.0, 0.0
+    for at in range(1, longest):
+        hidden = target.forward(padded_BT[:, at - 1][None], block, cache, first=0, commit=True)
+        cache.advance(torch.ones_like(cache.committed_B))
+        cache.flip()
+        counted_B = (begin_B <= at) & (at < end_B)
+        log_BV = target.logits(hidden)[0][counted_B].double().log_softmax(-1)
+        p_BV, token_B1 = log_BV.exp(), padded_BT[counted_B, at, None]
+        own_B1 = p_BV.gather(-1, token_B1)
+        lower_BV = torch.arange(p_BV.shape[1], device=p_BV.device) < token_B1
+        likelier_BV = (p_BV > own_B1) | ((p_BV == own_B1) & lower_BV)
+        share_B1 = torch.rand(own_B1.shape, generator=generator, device=p_BV.device)
+        places.append(((p_BV * likelier_BV).sum(-1, keepdim=True) + share_B1 * own_B1).flatten())
+        mean_B = (p_BV * log_BV).sum(-1)
+        surplus += float((log_BV.gather(-1, token_B1)[:, 0] - mean_B).sum())
+        variance += float(((p_BV * log_BV.square()).sum(-1) - mean_B.square()).sum())
+    return torch.cat(places), surplus, variance
+
+
+if __name__ == "__main__":
+    main()
