@@ -200,12 +200,8 @@ def row_steps(num_columns: int, *, dtype: torch.dtype = BF16) -> None:
         torch.empty(2, num_columns // COLUMNS_PER_SUM),
     )  # fmt: skip
     residual.start_residual(values, torch.zeros(2, dtype=torch.int64), stream)
-    joined = UnscaledRows(
-        torch.empty(2, 2 * num_columns, dtype=dtype),
-        torch.empty(2, 2 * num_columns // COLUMNS_PER_SUM), 2, 1e-5,
-    )  # fmt: skip
-    tokens = torch.zeros(2, 1, dtype=torch.int64)
-    residual.join_rows(values, tokens, values[:, None], tokens, joined)
+    tokens, joined = torch.zeros(2, 1, dtype=torch.int64), values.new_empty(2, 2 * num_columns)
+    residual.join_rows(values, tokens, values[:, None], tokens, joined, eps=1e-5)
     residual.add_residual(values.float(), stream)
     residual.scale_rows(stream.rows(1e-5), values[0].contiguous(), torch.empty_like(values))
     residual.activate(

@@ -106,7 +106,8 @@ def judge(
     generator = torch.Generator(target.device).manual_seed(0)
     places, surplus, variance = [], 0.0, 0.0
     for at in range(1, longest):
-        hidden = target.forward(padded_BT[:, at - 1][None], block, cache, first=0, commit=True)
+        tokens_1B = padded_BT[None, :, at - 1].contiguous()
+        hidden = target.forward(tokens_1B, block, cache, first=0, commit=True)
         cache.advance(torch.ones_like(cache.committed_B))
         cache.flip()
         counted_B = (begin_B <= at) & (at < end_B)

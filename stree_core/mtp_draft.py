@@ -32,7 +32,7 @@ from stree_core.row_block import RowBlock, make_block
 from stree_core.streams import like
 from stree_core.tree_plan import DraftLevel, TreePlan
 from stree_kernels.commit_path_ref import FIRST_TOKEN, LAST_NODE
-from stree_kernels.unscaled import COLUMNS_PER_SUM, Residual, UnscaledRows
+from stree_kernels.unscaled import Residual, UnscaledRows
 
 
 class MtpDraft:
@@ -121,16 +121,15 @@ class MtpDraft:
         self, tokens_WB: Tensor, hidden_NBD: Tensor, source_WB: Tensor
     ) -> tuple[Residual, UnscaledRows]:
         """Return the stream that tokens and hidden states start, and its rows."""
-        num_rows, width = tokens_WB.numel(), self.shape.hidden_size
-        residual, eps = like(self._body.empty_residual(num_rows), zero=True), self.shape.norm_eps
-        values_MK = residual.values_MD.new_empty(num_rows, 2 * width)
-        sums_MQ = residual.square_sums_MQ.new_empty(num_rows, 2 * width // COLUMNS_PER_SUM)
-        both = UnscaledRows(values_MK, sums_MQ, 2, eps)
-        self._body.backend.join_rows(
-            self._body.weights.embed_VD, tokens_WB, hidden_NBD, source_WB, both,
+        eps, body = self.shape.norm_eps, self._body
+        residual = like(body.empty_residual(tokens_WB.numel()), zero=True)
+        both_MK = hidden_NBD.new_empty(tokens_WB.numel(), 2 * self.shape.hidden_size)
+        body.backend.join_rows(
+            body.weights.embed_VD, tokens_WB, hidden_NBD, source_WB, both_MK, eps=eps,
             scale=self.shape.embed_scale,
         )  # fmt: skip
-        return residual, self._body.backend.linear_add(both, self._join, residual, eps=eps)
+        both = UnscaledRows(both_MK, None, 1, 0.0)
+        return residual, body.backend.linear_add(both, self._join, residual, eps=eps)
 
 
 class _HeadReader:

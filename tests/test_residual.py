@@ -194,29 +194,23 @@ def check_join_rows(
     source = torch.randint(5, (num_slots, num_rows), generator=random, dtype=torch.int32).t()
     source = (source[:, :1].long().expand(-1, num_slots) if shared else source).to(device)
 
-    def rows(dtype: torch.dtype) -> UnscaledRows:
-        count, exact = num_rows * num_slots, torch.promote_types(dtype, torch.float32)
-        values = poisoned(count, 2 * hidden, dtype=dtype, device=device)
-        sums = poisoned(count, 2 * hidden // COLUMNS_PER_SUM, dtype=exact, device=device)
-        return UnscaledRows(values, sums, 2, EPS)
-
-    ours, truth = rows(dtype), rows(torch.float64)
-    kernel.join_rows(embed, tokens, states, source, ours, scale=SCALE)
-    reference.join_rows(embed.double(), tokens, states.double(), source, truth, scale=SCALE)
-    assert_close("values", ours.values_MK, truth.values_MK)
-    exact = ours.values_MK.double().unflatten(1, (-1, COLUMNS_PER_SUM)).square().sum(2)
-    assert ours.square_sums_MQ is not None
-    assert_close("sums", ours.square_sums_MQ, exact)
+    size = (num_rows * num_slots, 2 * hidden)
+    ours = poisoned(*size, dtype=dtype, device=device)
+    truth = poisoned(*size, dtype=torch.float64, device=device)
+    kernel.join_rows(embed, tokens, states, source, ours, eps=EPS, scale=SCALE)
+    exact = (embed.double(), tokens, states.double(), source)
+    reference.join_rows(*exact, truth, eps=EPS, scale=SCALE)
+    assert_close("rows", ours, truth)
 
 
-def test_reference_joins_an_embedding_and_a_hidden_state() -> None:
+def test_reference_joins_the_norms_of_an_embedding_and_a_hidden_state() -> None:
     embed, states = normal(3, 16), normal(2, 2, 16)
-    out = UnscaledRows(torch.empty(2, 32).double(), torch.empty(2, 4).double(), 2, EPS)
-    reference.join_rows(embed, torch.tensor([[2, 0]]), states, torch.tensor([[1, 0]]), out)
-    assert torch.equal(out.values_MK[0], torch.cat((embed[2], states[1, 0])))
-    assert torch.equal(out.values_MK[1], torch.cat((embed[0], states[0, 1])))
-    assert out.square_sums_MQ is not None
-    assert_close("sum", out.square_sums_MQ[0, :2].sum(), embed[2].square().sum())
+    out = torch.empty(2, 32).double()
+    tokens, source = torch.tensor([[2, 0]]), torch.tensor([[1, 0]])
+    reference.join_rows(embed, tokens, states, source, out, eps=EPS, scale=SCALE)
+    for row, (first, second) in enumerate(((embed[2], states[1, 0]), (embed[0], states[0, 1]))):
+        halves = (functional.rms_norm(x, (16,), eps=EPS) for x in (SCALE * first, second))
+        assert_close("row", out[row], torch.cat(tuple(halves)))
 
 
 @interpreted

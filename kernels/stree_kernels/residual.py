@@ -86,17 +86,17 @@ def _start_residual_kernel(
 @triton.jit
 def _join_rows_kernel(
     # pointers
-    embed_ptr, tokens_ptr, hidden_ptr, source_ptr, values_ptr, sums_ptr,
+    embed_ptr, tokens_ptr, hidden_ptr, source_ptr, out_ptr,
     # sizes
-    num_slots, num_columns, scale,
+    num_slots, num_columns, eps, scale,
     # strides
     stride_source_w, stride_source_b,
     # meta
-    BLOCK_D: tl.constexpr, PER_SUM: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    columns_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    half = tl.program_id(2)
+    half = tl.program_id(1)
+    columns_D = tl.arange(0, BLOCK_D)
     valid_D = columns_D < num_columns
     wait_for_previous(PDL)
     slot = row % num_slots
@@ -109,14 +109,9 @@ def _join_rows_kernel(
         source = tl.load(source_ptrs).to(tl.int64) * num_slots + slot
         hidden_D = tl.load(hidden_ptr + source * num_columns + columns_D, mask=valid_D, other=0.0)
         values_D = hidden_D.to(tl.float32)
-    stored_D = values_D.to(values_ptr.dtype.element_ty)
-    tl.store(values_ptr + (2 * row + half) * num_columns + columns_D, stored_D, mask=valid_D)
-    exact_D = stored_D.to(tl.float32)
-    squares_QD = tl.reshape(exact_D * exact_D, [BLOCK_D // PER_SUM, PER_SUM])
-    num_sums = num_columns // PER_SUM
-    sums_Q = tl.program_id(1) * (BLOCK_D // PER_SUM) + tl.arange(0, BLOCK_D // PER_SUM)
-    sums_ptrs = sums_ptr + (2 * row + half) * num_sums + sums_Q
-    tl.store(sums_ptrs, tl.sum(squares_QD, axis=1), mask=sums_Q < num_sums)
+    values_D *= scale_factor(tl.sum(values_D * values_D, axis=0), num_columns, eps)
+    out_ptrs = out_ptr + (2 * row + half) * num_columns + columns_D
+    tl.store(out_ptrs, values_D.to(out_ptr.dtype.element_ty), mask=valid_D)
 
 
 @triton.jit
@@ -229,33 +224,29 @@ def start_residual(
 
 
 def join_rows(
-    embed_VD: Tensor, tokens_WB: Tensor, hidden_NBD: Tensor, source_WB: Tensor,
-    out: UnscaledRows, *, scale: float = 1.0,
+    embed_VD: Tensor, tokens_WB: Tensor, hidden_NBD: Tensor, source_WB: Tensor, out_MK: Tensor,
+    *, eps: float, scale: float = 1.0,
 ) -> None:  # fmt: skip
-    """Write embeddings of tokens (int64) times `scale`, and hidden states beside them, to `out`.
+    """Write the norms of embeddings (tokens are int64), and of hidden states beside them.
 
     The contract is that of `residual_ref.join_rows`; `source_WB` may have any strides.
     """
-    values, sums = out.values_MK, out.square_sums_MQ
-    assert sums is not None
-    check_rows(out)
-    require_dtypes("the embedding, hidden states and rows", (embed_VD, hidden_NBD, values), FLOATS)
+    require_dtypes("the embedding, hidden states and rows", (embed_VD, hidden_NBD, out_MK), FLOATS)
     require_dtypes("tokens", (tokens_WB,), (torch.int64,))
     require_dtypes("sources", (source_WB,), (torch.int32, torch.int64))
-    require_packed("the embedding", (embed_VD,), 2)
-    require_packed("tokens", (tokens_WB,), 2)
+    require_packed("the embedding, the tokens or the rows", (embed_VD, tokens_WB, out_MK), 2)
     require_packed("hidden states", (hidden_NBD,), 3)
     num_rows, num_slots, num_columns = tokens_WB.numel(), tokens_WB.shape[1], embed_VD.shape[1]
     _check_shape("the sources", source_WB, tuple(tokens_WB.shape))
     _check_shape("the hidden states", hidden_NBD, (len(hidden_NBD), num_slots, num_columns))
-    _check_shape("the rows", values, (num_rows, 2 * num_columns))
-    _check_shape("the sums of squares", sums, (num_rows, 2 * num_columns // COLUMNS_PER_SUM))
-    kernel = _join_rows_kernel[num_rows, triton.cdiv(num_columns, BLOCK), 2](
-        embed_VD, tokens_WB, hidden_NBD, source_WB, values, sums, num_slots, num_columns,
-        float(scale), *strides((source_WB,), 0), *strides((source_WB,), 1), BLOCK_D=BLOCK,
-        PER_SUM=COLUMNS_PER_SUM, num_warps=NUM_WARPS, **launch_options(values.device),
+    _check_shape("the rows", out_MK, (num_rows, 2 * num_columns))
+    kernel = _join_rows_kernel[num_rows, 2](
+        embed_VD, tokens_WB, hidden_NBD, source_WB, out_MK, num_slots, num_columns, eps,
+        float(scale), *strides((source_WB,), 0), *strides((source_WB,), 1),
+        BLOCK_D=triton.next_power_of_2(num_columns), num_warps=2 * NUM_WARPS,
+        **launch_options(out_MK.device),
     )  # fmt: skip
-    prefer_as_neighbours(kernel, values.device, num_rows)
+    prefer_as_neighbours(kernel, out_MK.device, num_rows)
 
 
 def add_residual(

@@ -3,7 +3,7 @@
 It is also the CPU's path. All compute in fp32 at least.
 
 Shape letters: M rows, K columns, G norm groups, D hidden, F MLP inner, X = 2 F if gated, else F,
-V vocab, W rows of every slot, B slots, N rows of a buffer, Q partial sums of a row.
+V vocab, W rows of every slot, B slots, N rows of a buffer.
 """
 
 from __future__ import annotations
@@ -49,22 +49,18 @@ def add_residual(
 
 
 def join_rows(
-    embed_VD: Tensor, tokens_WB: Tensor, hidden_NBD: Tensor, source_WB: Tensor,
-    out: UnscaledRows, *, scale: float = 1.0,
+    embed_VD: Tensor, tokens_WB: Tensor, hidden_NBD: Tensor, source_WB: Tensor, out_MK: Tensor,
+    *, eps: float, scale: float = 1.0,
 ) -> None:  # fmt: skip
-    """Write the embeddings of `tokens_WB` times `scale`, and hidden states beside them, to `out`.
+    """Write the norms of embeddings times `scale`, and of hidden states beside them, to `out_MK`.
 
-    Row w of slot b is the embedding, then `hidden_NBD[source_WB[w, b], b]`; the sums of squares of
-    `out`, of the two norms' groups, are of what it holds.
+    Row w of slot b is of `tokens_WB[w, b]`, then of `hidden_NBD[source_WB[w, b], b]`.
     """
-    wide = out.square_sums_MQ
-    assert wide is not None
-    embed_WBD = embed_VD[tokens_WB].to(wide.dtype) * scale
+    dtype = torch.promote_types(out_MK.dtype, torch.float32)
     slot_B = torch.arange(hidden_NBD.shape[1], device=hidden_NBD.device)
-    hidden_WBD = hidden_NBD[source_WB, slot_B].to(wide.dtype)
-    out.values_MK.copy_(torch.cat((embed_WBD, hidden_WBD), dim=-1).flatten(0, 1))
-    exact_MK = out.values_MK.to(wide.dtype)
-    wide.copy_(exact_MK.square().unflatten(1, (-1, COLUMNS_PER_SUM)).sum(2))
+    halves = (embed_VD[tokens_WB].to(dtype) * scale, hidden_NBD[source_WB, slot_B].to(dtype))
+    normed = [x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) for x in halves]
+    out_MK.copy_(torch.cat(normed, dim=-1).flatten(0, 1))
 
 
 def scale_rows(rows: UnscaledRows, weight_K: Tensor | None, out_MK: Tensor) -> None:
