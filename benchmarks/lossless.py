@@ -1,9 +1,9 @@
 """Count the texts that chains and trees decode differently from the target alone, and why.
 
-    python benchmarks/lossless.py [--device cuda] [--dtype float32] [--output FILE]
+    python benchmarks/lossless.py [--draft mtp] [--device cuda] [--dtype float32] [--output FILE]
 
 Every prompt of the demo set is continued (end tokens are ignored) without speculation, one prompt
-at a time, and with a chain and three trees, 1 and 5 at a time. Every text has a length of its own,
+at a time, and with a chain and four trees, 1 and 5 at a time. Every text has a length of its own,
 from half of --tokens to all of it, so that a batch ends raggedly. For each text that differs the
 margin is printed: by how much the logit of the token that the target alone chose exceeds the
 other's, at the first difference, seen from a fresh prefill. Behind it nothing can be compared, so
@@ -42,7 +42,17 @@ MODES = {
     "wide tree": Tree.from_paths(
         [[i] for i in range(8)] + [[i, j] for i in range(4) for j in (0, 1)]
     ),
+    "large tree": Tree.from_paths(
+        [[i] for i in range(6)]
+        + [[i, j] for i in range(4) for j in range(3)]
+        + [[0, i, j] for i in range(3) for j in range(3)]
+        + [[i, 0, 0] for i in (1, 2, 3)]
+        + [[0, 0, 0, 0], [0, 0, 0, 1], [0, 1, 0, 0], [1, 0, 0, 0]]
+        + [[0, 0, 0, 0, 0], [0, 0, 0, 0, 1], [1, 0, 0, 0, 0]]
+        + [[0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1], [1, 0, 0, 0, 0, 0]]
+    ),
 }
+"""The last has 40 nodes and depth 6."""
 
 
 def main() -> None:
@@ -77,6 +87,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Differences from the target's own text")
+    parser.add_argument("--draft", default="demo-draft")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", nargs="+", default=["float64", "float32"])
     parser.add_argument("--prompts", type=int, default=64)
@@ -90,7 +101,7 @@ def parse() -> argparse.Namespace:
 def compare(options: argparse.Namespace, dtype: str, part: int) -> list[Row]:
     """Return a row for each batch size and mode, over one part of the prompts, taken in turns."""
     torch.set_num_threads(1)
-    request = PairRequest("demo-target", "demo-draft", (), Runtime(options.device, dtype, "auto"))
+    request = PairRequest("demo-target", options.draft, (), Runtime(options.device, dtype, "auto"))
     pair = open_pair(request)
     longest, chosen = options.tokens, slice(part, options.prompts, options.processes)
     prompts = pair.encode(open_prompts("demo").texts)[chosen]
@@ -111,6 +122,7 @@ def compare(options: argparse.Namespace, dtype: str, part: int) -> list[Row]:
         ]
         rows.append(
             {
+                "draft": options.draft,
                 "dtype": dtype,
                 "batch": batch,
                 "mode": mode,

@@ -56,7 +56,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=4, help="seeds of every prompt")
-    parser.add_argument("--output", type=Path, default=RESULTS / "sampled-h200.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "sampled-cpu.json")
     return parser.parse_args()
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from stree_core.decode import Run, generate, profile_engine, stream
     from stree_core.engine import Engine, EngineConfig
     from stree_core.model_source import ModelSource, find_source
-    from stree_core.pair import Pair, Runtime, load_pair, require_profile_fits
+    from stree_core.pair import Pair, Runtime, load_pair, load_with_head, require_profile_fits
     from stree_core.policy import Policy, policy_of
     from stree_core.profile import Profile, load_profile, save_profile
     from stree_core.request import Request, Update
@@ -45,6 +45,7 @@ _HOME = {
     "generate": "decode",
     "load_pair": "pair",
     "load_profile": "profile",
+    "load_with_head": "pair",
     "policy_of": "policy",
     "profile_engine": "decode",
     "require_profile_fits": "pair",
@@ -74,6 +75,7 @@ __all__ = [
     "generate",
     "load_pair",
     "load_profile",
+    "load_with_head",
     "policy_of",
     "profile_engine",
     "require_profile_fits",

@@ -22,6 +22,7 @@ from stree_autotune.record import RecordConfig, record_trace
 from stree_autotune.trace_file import load_trace
 from stree_autotune.trace_walk import walk
 from stree_autotune.validate import RAGGED
+from stree_core.draft import ModelDraft
 from stree_core.prefill import Prefill
 from stree_core.tree import DEFAULT_TREE, Tree
 from stree_kernels.testing import assert_close
@@ -80,6 +81,23 @@ def test_trees_decode_the_targets_own_text(
     assert run.tokens_per_step > 1.3
 
 
+def test_the_targets_own_head_drafts_its_text(
+    pair: stree_core.Pair, prompts: list[list[int]], alone: stree_core.Run
+) -> None:
+    """What was recorded of the target before it had a head is still of this target."""
+    target = stree_core.find_source(MODELS / "demo-target")
+    assert target.ref.config_sha256 == load_trace(TRACES[0]).meta.target.config_sha256
+    headed = stree_core.load_with_head(
+        target, stree_core.Runtime("cpu", str(pair.target.dtype)[6:], "torch")
+    )
+    run = _run(headed, prompts, TREES["ragged"])
+    for prompt, expected, actual in zip(prompts, alone.generations, run.generations, strict=True):
+        if expected.tokens != actual.tokens:
+            assert pair.target.dtype == torch.float32, "float64 texts must be equal"
+            assert logit_margin(pair.target, prompt, expected.tokens, actual.tokens) <= 1e-4
+    assert run.tokens_per_step > 2
+
+
 def test_walking_a_trace_equals_live_decoding() -> None:
     pair = _pair("float64")
     texts = load_prompts("demo", str(MODELS / "demo-target" / "prompts.jsonl"), limit=4).texts
@@ -101,7 +119,8 @@ def test_logits_equal_transformers(name: str, prompts: list[list[int]]) -> None:
     folder = MODELS / name
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     pair = _pair("float32")
-    model = pair.target if name == "demo-target" else pair.draft
+    assert isinstance(pair.draft, ModelDraft)
+    model = pair.target if name == "demo-target" else pair.draft.model
     for prompt in prompts:
         with torch.inference_mode():
             expected = theirs(torch.tensor(prompt)[None]).logits[0, -1]

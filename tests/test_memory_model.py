@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from mtp_models import bamba_with_head
+from safetensors.torch import load_file
 from synthetic_data import make_table
 from tiny_models import save_pair
 
@@ -51,6 +53,18 @@ def test_caches_are_those_of_an_engine(tmp_path: Path) -> None:
         assert found.caches == engine.needed_bytes() == engine.cache_bytes
         longer = needed_bytes(table_of(pair, context), batch_size, trees, context=2 * context)
         assert longer.caches > found.caches
+
+
+def test_caches_of_a_head_are_those_of_an_engine(tmp_path: Path) -> None:
+    """Its embedding and LM head are its target's, which holds them already."""
+    headed = bamba_with_head(tmp_path)
+    pair = headed.pair
+    for batch_size, trees in ((3, (Tree.chain(5), Tree.chain(0))), (2, (DEFAULT_TREE, LARGE))):
+        engine = Engine(pair.target, pair.draft, trees, EngineConfig(batch_size, 80))
+        found = needed_bytes(table_of(pair, 80), batch_size, trees)
+        assert found.caches == engine.needed_bytes() == engine.cache_bytes
+        loaded = load_file(headed.folder / "model.safetensors")
+        assert found.weights == 8 * sum(tensor.numel() for tensor in loaded.values())
 
 
 def shipped(name: str) -> RuntimeTable:
@@ -101,7 +115,8 @@ def test_the_bound_is_what_a_device_allocates(batch_size: int) -> None:
     taken = torch.cuda.max_memory_allocated() - before
     found = needed_bytes(table_of(pair, 1024), batch_size, [LARGE])
     weights = sum(
-        model.shape.num_parameters * model.dtype.itemsize for model in (pair.target, pair.draft)
+        model.shape.num_parameters * pair.target.dtype.itemsize
+        for model in (pair.target, pair.draft)
     )
     assert found.weights == weights
     assert before - held <= 1.05 * weights + (32 << 20)

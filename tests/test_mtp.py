@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB_SIZE
 from torch import Tensor
 
+from stree_autotune.record import RecordConfig, record_trace
+from stree_autotune.trace_file import NO_RANK
 from stree_core import prefill
 from stree_core.backend import Backend
 from stree_core.decode import generate
@@ -250,6 +252,25 @@ def test_greedy_text_is_the_targets_own(headed: HeadedModel) -> None:
     ids = [session.submit(Request(p, s)) for p, s in zip(prompts, stops, strict=True)]
     ended = session.run()
     assert [ended[i].tokens for i in ids] == [g.tokens for g in alone.generations]
+
+
+def test_a_trace_of_a_head_is_of_its_children(bamba: HeadedModel) -> None:
+    """Recording knows the draft's interface alone; ranks are those of a plain head's tokens."""
+    config = RecordConfig("toys", num_children=VOCAB_SIZE // 2, max_new_tokens=12, num_slots=2)
+    trace = record_trace(bamba.pair, [[7], [3, 9, 4]], config)
+    assert trace.meta.draft == bamba.pair.draft_ref
+    engine = Engine(bamba.pair.target, None, OFF, EngineConfig(1, 64))
+    head = ReferenceHead(bamba.folder)
+    for number, prompt in enumerate(([7], [3, 9, 4])):
+        (text,) = generate(engine, [prompt], StopRule(12)).generations
+        history, ranks = [*prompt, text.tokens[0]], []
+        for token in text.tokens[1:]:
+            logits = head.logits(head(hidden_states(bamba.theirs, history[:-1]), history[1:]))
+            place = logits.argsort(descending=True).tolist().index(token)
+            ranks.append(place if place < config.num_children else NO_RANK)
+            history.append(token)
+        own = trace.ranks[trace.offsets[number] : trace.offsets[number + 1]]
+        assert own.tolist() == ranks
 
 
 def test_an_engine_says_what_a_head_needs(headed: HeadedModel) -> None:

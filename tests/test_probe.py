@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from mtp_models import bamba_with_head
 from tiny_models import save_pair
 
 from stree_autotune import probe as probe_module
@@ -69,6 +70,28 @@ def whole(pair: Pair) -> RuntimeTable:
             patch.setattr(module, "time_interleaved", invented)
         *_, table = probe(pair, CONFIG)
     return table
+
+
+def test_a_head_is_probed_like_a_model(clockless: Callable[[Invent], None], tmp_path: Path) -> None:
+    """Every pass and step of the same table runs; the table names the head."""
+    clockless(invented)
+    headed = bamba_with_head(tmp_path).pair
+    *_, table = probe(headed, replace(CONFIG, batch_sizes=(2,), sampled=False))
+    assert table.draft.name == "mtp"
+    assert {point.term for point in table.points} >= {"verify", "draft_root", "draft", "draft_rows"}
+    assert {step.tree for step in table.steps} >= {"off", "chain-2"}
+
+
+def test_passes_of_a_head_run(tmp_path: Path) -> None:
+    headed = bamba_with_head(tmp_path).pair
+    keys = [("draft_root", 2, 1), ("draft", 2, 2), ("draft_rows", 2, 4), ("draft_path", 2, 1)]
+    setting = StepSetting(2, 64, Effort(1, 1, 0.0), 0.0, lambda: None)
+    points, no_room = probe_passes.time_passes(headed, keys, setting)
+    assert [point.term for point in points] == [key[0] for key in keys]
+    assert not no_room
+    trees = {"off": Tree.chain(0), "chain-2": Tree.chain(2)}
+    times = probe_steps.time_steps(headed.target, headed.draft, trees, "greedy", setting)
+    assert [step.tree for step in times.steps] == list(trees)
 
 
 def test_a_prompt_is_read_right_before_models_are_timed(
