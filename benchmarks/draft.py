@@ -22,11 +22,11 @@ from stree_autotune.live import PairRequest, open_source
 from stree_autotune.probe_plan import even_tree
 from stree_autotune.stepper import occupy
 from stree_autotune.timing import Effort, Work, captured, time_interleaved
-from stree_core.backend import load_backend
+from stree_core.backend import Backend, load_backend
 from stree_core.checkpoint import load_head, random_model
 from stree_core.draft import Draft, ModelDraft
 from stree_core.model import Model
-from stree_core.model_source import head_source
+from stree_core.model_source import ModelSource, head_source
 from stree_core.pair import Runtime
 from stree_core.step import make_speculators
 from stree_core.tree_plan import make_plan
@@ -63,20 +63,20 @@ def parse() -> argparse.Namespace:
 
 
 def opened(
-    name: str, backend: object, dtype: torch.dtype, device: torch.device
+    name: str, backend: Backend, dtype: torch.dtype, device: torch.device
 ) -> tuple[Model, Draft]:
     """Return a few blocks of a target, and its head or a separate draft."""
     of_head = name.endswith(" mtp")
     source = shape_source(name.removesuffix(" mtp") if of_head else SEPARATE[0])
     few = dataclasses.replace(source.shape, blocks=source.shape.blocks[:2])
-    target = random_model(few, backend, dtype, device)  # type: ignore[arg-type]
+    target = random_model(few, backend, dtype, device)
     if of_head:
         return target, load_head(head_source(source), target, source.name)
     shape = shape_source(name).shape
-    return target, ModelDraft(random_model(shape, backend, dtype, device))  # type: ignore[arg-type]
+    return target, ModelDraft(random_model(shape, backend, dtype, device))
 
 
-def shape_source(name: str):  # type: ignore[no-untyped-def]
+def shape_source(name: str) -> ModelSource:
     return open_source(PairRequest("", "", (), Runtime(), shapes=True), name)
 
 

@@ -31,7 +31,6 @@ from stree_core.rules import SamplingSupport
 from stree_core.sampling import SamplingParams
 from stree_core.stop import StopRule
 
-RULES = ("naive", "mss")
 BINS = 50
 SHOWN = ("draft", "rule", "tokens", "tokens_per_step", "p_value", "surplus_deviations")
 
@@ -42,7 +41,7 @@ def main() -> None:
     pair = open_pair(request)
     prompts = pair.encode(open_prompts("demo", "", (), limit=options.prompts))
     head, rows = header({}, "tests of the head", None), []
-    for rule in RULES:
+    for rule in options.rules:
         rows.append(judged(pair, options, rule, prompts))
         if options.output is not None:
             save(options.output, head, rows)
@@ -53,6 +52,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Sampled texts against the target's distribution")
     parser.add_argument("--draft", default="mtp")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--rules", nargs="+", default=["naive", "mss"])
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=4, help="seeds of every prompt")
@@ -66,13 +66,15 @@ def judged(pair: Pair, options: argparse.Namespace, rule: str, prompts: list[lis
     support = SamplingSupport(rule)  # type: ignore[arg-type]
     config = EngineConfig(len(prompts), positions, sampling=support)
     engine = Engine(pair.target, pair.draft, RAGGED, config)
+    # One for all rounds: where a token is nearly certain its place is its share.
+    generator = torch.Generator(pair.device).manual_seed(0)
     places, surplus, variance, num_tokens, num_steps = [], 0.0, 0.0, 0, 0
     for number in range(options.rounds):
         first = number * len(prompts)
         each = [SamplingParams(1.0, seed=first + index) for index in range(len(prompts))]
         run = generate(engine, prompts, StopRule(options.tokens), sampling=each)
         texts = [generation.tokens for generation in run.generations]
-        place, more, own_variance = judge(pair.target, prompts, texts)
+        place, more, own_variance = judge(pair.target, prompts, texts, generator)
         places.append(place)
         surplus, variance = surplus + more, variance + own_variance
         num_tokens, num_steps = num_tokens + run.num_tokens, num_steps + run.num_steps
@@ -89,7 +91,7 @@ def judged(pair: Pair, options: argparse.Namespace, rule: str, prompts: list[lis
 
 @torch.inference_mode()
 def judge(
-    target: Model, prompts: list[list[int]], texts: list[list[int]]
+    target: Model, prompts: list[list[int]], texts: list[list[int]], generator: torch.Generator
 ) -> tuple[Tensor, float, float]:
     """Return the tokens' places, and how far log-likelihood is off its mean, and its variance.
 
@@ -103,7 +105,6 @@ def judge(
     end_B = torch.tensor([len(tokens) for tokens in whole], device=target.device)
     block = make_block([-1], target.conv_widths, target.device)
     cache = target.make_cache(CacheSize(len(whole), 1, 1, longest))
-    generator = torch.Generator(target.device).manual_seed(0)
     places, surplus, variance = [], 0.0, 0.0
     for at in range(1, longest):
         tokens_1B = padded_BT[None, :, at - 1].contiguous()

@@ -155,14 +155,17 @@ class _PairReader:
 
     @property
     def caches(self) -> tuple[Cache, Cache | None]:
+        """Both models' caches."""
         return self._target.cache, self._draft.cache
 
     def read(self, prompt: Sequence[int]) -> Tensor:
+        """Read a prompt with both."""
         hidden = self._target.consume(prompt)
         self._draft.consume(prompt[:-1])
         return hidden
 
     def catch_up(self, tokens: Sequence[int]) -> None:
+        """Read tokens with the draft."""
         self._draft.consume(tokens)
 
 

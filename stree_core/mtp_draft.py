@@ -143,9 +143,11 @@ class _HeadReader:
 
     @property
     def caches(self) -> tuple[Cache, Cache | None]:
+        """The target's cache and the head's."""
         return self._target.cache, self._follower.cache
 
     def read(self, prompt: Sequence[int]) -> Tensor:
+        """Read a prompt with the target."""
         return self._target.consume(prompt)
 
     def catch_up(self, tokens: Sequence[int]) -> None:

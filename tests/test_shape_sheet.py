@@ -40,6 +40,7 @@ NUM_PARAMETERS = {
     "mamba2-130m": 128_989_632,
     "mamba2-2.7b": 2_702_599_680,
     "mamba2-distilled-small": 151_296_048,
+    "nemotron-3-nano-mtp": 31_577_940_288,
     "nemotron-h-8b": 8_100_852_736,
 }
 # By the makers' own counts or by the sizes of their files.
@@ -142,3 +143,16 @@ def test_sheets_are_found_by_name_in_the_first_root(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../shapes/mamba2-130m", "", "/etc/x", "a/b", ".x", "x\n"])
 def test_names_cannot_leave_their_folder(name: str) -> None:
     assert find_shape_sheet([ROOT], name) is None
+
+
+def test_a_section_describes_a_head_that_the_model_has_not() -> None:
+    """As many weights as Nemotron 3.5 Lightning's head is published to have, 1.34 billion."""
+    sheet = load_shape_sheet(ROOT / "shapes" / "nemotron-3-nano-mtp.yaml")
+    shape = shape_from_config(sheet.config_dict, sheet.name)
+    assert shape.mtp is not None
+    assert shape.mtp.num_parameters == 1_335_325_952
+    published = shape_from_config(sheet.config, sheet.name)
+    assert published.mtp is None
+    assert published.digest == shape.digest
+    without = load_shape_sheet(ROOT / "shapes" / "nemotron-h-8b.yaml")
+    assert shape_from_config(without.config_dict, without.name).mtp is None

@@ -52,7 +52,7 @@ Draft = Annotated[
         "--draft",
         show_default="demo-draft for the demo target",
         autocompletion=completion.models,
-        help="Draft model: a name, a model folder or a hub id.",
+        help="Draft: a model's name, folder or hub id; mtp is the target's own head.",
     ),
 ]
 Drafts = Annotated[
