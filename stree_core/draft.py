@@ -62,6 +62,10 @@ class Draft(Protocol):
         """What its passes compute, for their cost."""
 
     @property
+    def num_scored(self) -> int:
+        """How many tokens it scores: the target's, or those of its own that the target has."""
+
+    @property
     def layout(self) -> DraftLayout:
         """The order of its rows."""
 
@@ -115,6 +119,7 @@ class ModelDraft:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.shape = model.shape
+        self.num_scored = len(model.weights.lm_head_VD)
         self.layout = ModelRows(model.conv_widths)
 
     def make_cache(self, size: CacheSize, device: torch.device | None = None) -> Cache:

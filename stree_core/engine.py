@@ -78,11 +78,12 @@ class Engine:
             trees = (trees,)
         self.policy = trees if isinstance(trees, Policy) else Policy.always(trees)
         self.trees = self.policy.trees
-        require_draft(target, draft, self.trees)
+        drafting = as_draft(draft)
+        require_draft(target, drafting, self.trees)
         self.config = config or EngineConfig()
         self.ownership = Ownership()
         self.target = target
-        self.draft = as_draft(draft) if any(tree.num_nodes for tree in self.trees) else None
+        self.draft = drafting if any(tree.num_nodes for tree in self.trees) else None
         layout = self.draft.layout if self.draft else ModelRows(frozenset())
         self._plans = [
             make_plan(tree, target.conv_widths, layout, target.device) for tree in self.trees
@@ -91,8 +92,9 @@ class Engine:
         self._epochs = [0] * self.config.num_slots
         self._draft_is_behind = False
         slots, positions = self.config.num_slots, self.config.num_positions
-        for model in self._models():
-            warn_of_long_context(model.shape, positions)
+        for model in (target, self.draft):
+            if model is not None:
+                warn_of_long_context(model.shape, positions)
         num_bytes = self.needed_bytes()
         what = f"remembering {slots} sequences of {positions} positions"
         require_memory(num_bytes, what, target.device)

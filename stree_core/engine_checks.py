@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from stree_core.draft import Draft
 from stree_core.errors import ConfigError
 from stree_core.given import prompt_ids, shown, whole_number
 from stree_core.model import Model
 from stree_core.tree import Tree
 
 
-def require_draft(target: Model, draft: Model | None, trees: Sequence[Tree]) -> None:
+def require_draft(target: Model, draft: Draft | None, trees: Sequence[Tree]) -> None:
     """Raise ConfigError unless the trees need no draft, or have one that shares the tokens."""
     most = max(tree.num_nodes for tree in trees)
     if most == 0:
@@ -18,7 +19,7 @@ def require_draft(target: Model, draft: Model | None, trees: Sequence[Tree]) -> 
     if draft is None:
         raise ConfigError(f"a tree of {most} nodes needs a draft model, got none; pass a draft")
     num_tokens, num_known = target.shape.vocab_size, draft.shape.vocab_size
-    num_scored = len(draft.weights.lm_head_VD)
+    num_scored = draft.num_scored
     if num_known < num_tokens or num_scored > num_tokens:
         raise ConfigError(
             f"a draft must know and score the target's {num_tokens} tokens, it knows {num_known} "

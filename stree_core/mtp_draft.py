@@ -43,6 +43,7 @@ class MtpDraft:
     def __init__(self, shape: ModelShape, weights: ModelWeights, target: Model) -> None:
         assert weights.join is not None
         self.shape = shape
+        self.num_scored = len(target.weights.lm_head_VD)
         self.layout = HeadRows()
         self.device = target.device
         self._body = Model(shape, weights, target.backend)
