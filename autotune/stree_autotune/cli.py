@@ -215,8 +215,9 @@ def _run() -> int:
 class _ShownLines(logging.Formatter):
     """Lines without control characters and passwords, whatever file a name in them is from."""
 
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        return shown(super().formatMessage(record))
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record's line as it may be shown."""
+        return shown(super().format(record))
 
 
 def _abandon_stdout() -> None:

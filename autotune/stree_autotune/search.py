@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 
 from stree_autotune.growth import MAX_DEPTH, refine
 from stree_autotune.memory_limit import MemoryLimit
-from stree_autotune.study import StudyPlace
+from stree_autotune.study import StudyPlace, optimize
 from stree_autotune.tree_space import OFF, Cell, TreeSpace
 from stree_autotune.trials import enqueue, suggest, tree_of
 from stree_core.errors import NoFeasibleTree
@@ -174,7 +174,7 @@ def search_batch(
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     for trial in done:
         evaluate(tree_of(trial, space))
-    study.optimize(objective, n_trials=max(0, setting.num_trials - len(done)))
+    optimize(study, objective, max(0, setting.num_trials - len(done)))
     speculating = [trial for tree, trial in found.fitting.items() if tree != OFF]
     if speculating:
         start = fastest(speculating).tree

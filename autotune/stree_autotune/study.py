@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +48,18 @@ class StudyPlace:
             direction="maximize",
             load_if_exists=True,
         )
+
+
+def optimize(
+    study: optuna.Study, objective: Callable[[optuna.Trial], float], num_trials: int
+) -> None:
+    """Run trials; raise the storage's own error where it fails, which Optuna's assertion hides."""
+    try:
+        study.optimize(objective, n_trials=num_trials)
+    except AssertionError as err:
+        if isinstance(err.__context__, StreeError):
+            raise err.__context__ from err
+        raise
 
 
 def open_storage(text: str) -> BaseStorage | None:
