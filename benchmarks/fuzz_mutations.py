@@ -98,7 +98,7 @@ def _mutated_content(generator: random.Random, content: Any) -> Any:
 def _places(content: Any) -> list[tuple[Any, Any]]:
     """Return every place of a value, as its parent and its key."""
     found: list[tuple[Any, Any]] = []
-    waiting = [content]
+    waiting = [content] if isinstance(content, dict | list) else []
     while waiting:
         parent = waiting.pop()
         keys = parent if isinstance(parent, dict) else range(len(parent))

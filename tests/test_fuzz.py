@@ -73,6 +73,13 @@ def test_what_once_failed_ends_in_one_sentence(fuzz: ModuleType, bench: Any, pat
     assert fuzz.read_one(loader, bench, path.read_bytes()) in ("accepted", "refused")
 
 
+def test_mutations_of_scalars_and_empty_files_can_be_made(fuzz: ModuleType) -> None:
+    for data in (b"3", b"[]", b"{}", b'""', b"null"):
+        for number in range(200):
+            generator = fuzz.random.Random(number)
+            assert isinstance(fuzz.mutate(generator, data, fuzz.LOADERS[6].form), bytes)
+
+
 def test_faults_and_timeouts_are_told_apart(
     fuzz: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
