@@ -111,11 +111,11 @@ def read_one(loader: Loader, bench: Bench, data: bytes) -> str:
     return "accepted"
 
 
+@quiet()
 def fuzz(
     loaders: list[Loader], num_inputs: int, seed: int, root: Path, num_workers: int = NUM_WORKERS
 ) -> dict[str, Tally]:
     """Read `num_inputs` inputs, spread evenly over the loaders, and return what became of them."""
-    quiet()
     bench = Bench(root / "shared")
     seeds = {loader.name: list(loader.seeds(bench)) for loader in loaders}
     for loader in loaders:

@@ -312,7 +312,7 @@ def read_prompts(bench: Bench, data: bytes) -> None:
 
 
 def _weight_index(bench: Bench) -> list[bytes]:
-    names = list(json.loads(_header(bench))) + ["absent"]
+    names = json.loads(_header(bench))
     shards = {name: "model.safetensors" for name in names if name != "__metadata__"}
     return [json.dumps({"metadata": {"total_size": 1}, "weight_map": shards}).encode()]
 
@@ -338,8 +338,9 @@ def _shipped(folder: str) -> list[bytes]:
 
 
 PROMPTS = b"""{"prompt": "w1 w2"}
-{"question": "w3", "answer": "w4"}
-{"turns": ["w5", "w6"]}
+{"prompt": "w3", "answer": "w4"}
+"""
+CONVERSATIONS = b"""{"messages": [{"role": "user", "content": "w5"}]}
 {"messages": [{"role": "system", "content": "w7"}, {"role": "user", "content": "w8"}]}
 """
 
@@ -374,7 +375,7 @@ LOADERS = (
         lambda b: [(b.model_folder / "tokenizer.json").read_bytes(), *TOKENIZERS], JSON,
         read_tokenizer,
     ),
-    Loader("prompts", lambda _: [PROMPTS], LINES, read_prompts),
+    Loader("prompts", lambda _: [PROMPTS, CONVERSATIONS], LINES, read_prompts),
 )  # fmt: skip
 
 
@@ -408,6 +409,12 @@ TOKENIZERS = (
 )  # fmt: skip
 
 
-def quiet() -> None:
+@contextmanager
+def quiet() -> Iterator[None]:
     """Keep the loaders' log lines and the libraries' warnings off the screen."""
+    before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)

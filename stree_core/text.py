@@ -75,6 +75,8 @@ class TextCodec:
         Special tokens are the template's own. Raises CheckpointError when the folder has no chat
         template or it cannot be rendered, ConfigError when it would leave a turn out.
         """
+        for number, chat in enumerate(chats, start=1):
+            chat.require_unicode(f"prompt {number}")
         if self._auto is None:
             self._load_auto()
         if self._auto.chat_template is None:
@@ -85,7 +87,6 @@ class TextCodec:
         return [self._encode_chat(chat, number) for number, chat in enumerate(chats, start=1)]
 
     def _encode_chat(self, chat: Chat, number: int) -> list[int]:
-        chat.require_unicode(f"prompt {number}")
         tokens = self._rendered(chat, tokenize=True)
         if len(chat.messages) > 1:
             self._require_whole(chat, number)

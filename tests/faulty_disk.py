@@ -36,12 +36,15 @@ from stree_autotune.certificate import Certificate, DepthBound, Line
 from stree_autotune.cli import main
 from stree_autotune.library import Library
 from stree_autotune.live_rows import Row
+from stree_autotune.prompt_rows import Prompt
+from stree_autotune.prompts import PromptSet
 from stree_autotune.provenance import provenance
 from stree_autotune.record import Recording
 from stree_autotune.share import push
 from stree_autotune.share_check import check_shared
 from stree_autotune.share_files import own_files
 from stree_autotune.share_index import INDEX, read_index
+from stree_core.chat import Chat
 from stree_core.errors import ConfigError
 from stree_core.profile import load_profile
 
@@ -132,11 +135,12 @@ def verbs(root: Path) -> list[Verb]:
     pair = SimpleNamespace(device=torch.device("cpu"), encode=lambda *_, **__: [[1], [2]], **refs)
     row = Row("off", 0, 1, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0)
     recorded = [(i, Recording(b"\x00", 0)) for i in range(2)]
+    prompts = PromptSet((Prompt(("prompt",), Chat.of_user("a")),))
     room = "stree_autotune."
     plotted = ("--gpu", "h200", "--dataset", "gsm8k", *TOY, "--batch-size", "1")
     validated = {
         room + "validate.open_profile_pair": lambda *_: pair,
-        room + "validate.open_prompts": lambda *_, **__: ["a"],
+        room + "validate.open_prompts": lambda *_, **__: prompts,
         room + "validate._record": lambda *_: SimpleNamespace(trace=trace),
         room + "validate._known_table": lambda *_: None,
         room + "validate._parts": lambda *_: [[]],
@@ -162,7 +166,7 @@ def verbs(root: Path) -> list[Verb]:
             "trace",
             ("trace", "--dataset", "d", "--prompts", "prompts.jsonl", *TOY, "--data", "new"),
             {
-                room + "trace.open_source": lambda _, name: SimpleNamespace(name=name),
+                room + "trace.open_sources": lambda _: [SimpleNamespace(name=n) for n in PAIR],
                 room + "trace.open_pair": lambda _: pair,
                 room + "trace.settings_of": lambda *_: {"target": "t"},
                 room + "trace.record_prompts": lambda *_: iter(recorded),

@@ -12,6 +12,7 @@ from tiny_models import VOCAB_SIZE, save_pair, word_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 
 from stree_core import text
+from stree_core.chat import Chat
 from stree_core.errors import CheckpointError, ConfigError, StreeError
 from stree_core.model_source import find_source
 from stree_core.pair import Runtime, load_pair
@@ -80,15 +81,15 @@ def test_an_unknown_token_without_a_stand_in_is_one_sentence(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("broken", LONE, ids=ascii)
-def test_half_a_character_is_named_with_its_place(tmp_path: Path, broken: str) -> None:
+def test_half_a_character_is_named_with_its_prompt(tmp_path: Path, broken: str) -> None:
     codec = load_text_codec(save(tmp_path / "model", word_tokenizer()))
-    place = next(i for i, c in enumerate(broken, start=1) if "\ud800" <= c <= "\udfff")
-    message = rf"text 2 must be valid Unicode, its character {place} is U\+D[8-F]"
-    with pytest.raises(ConfigError, match=message) as err:
+    half = next(c for c in broken if "\ud800" <= c <= "\udfff")
+    message = rf"must be valid Unicode, it holds the lone surrogate U\+{ord(half):04X}"
+    with pytest.raises(ConfigError, match=f"prompt 2 {message}") as err:
         codec.encode(["w1", broken])
     str(err.value).encode()
-    with pytest.raises(ConfigError, match=f"message 1 .* character {place} "):
-        codec.encode_chats([broken])
+    with pytest.raises(ConfigError, match=f"prompt 1 {message}"):
+        codec.encode_chats([Chat.of_user(broken)])
 
 
 @pytest.mark.parametrize("tokens", [[-1], [1 << 40], [1, -5]])
