@@ -185,7 +185,7 @@ def test_rows_are_named_by_the_line_where_they_begin(tmp_path: Path) -> None:
         (b'[{"prompt": "a"}', "must end its JSON array"),
         (b'[{"prompt": "a"}\n{"prompt": "b"}]', "line 2 must go on with , or ]"),
         (b'{"prompt": "a"},\n{"prompt": "b"}', "line 1 must be a JSON object"),
-        (gzip.compress(b'{"prompt": "a"}')[:-9], "cannot be unpacked"),
+        (gzip.compress(b'{"prompt": "a"}', mtime=0)[:-9], "cannot be unpacked"),
         (b"\x1f\x8b nothing of the kind", "cannot be unpacked"),
         (b"\x28\xb5\x2f\xfd and more", "it is zstd; unpack it first"),
         (b"PAR1", "needs the package pyarrow.*pip install"),
@@ -206,7 +206,7 @@ def test_broken_files_are_one_sentence(
 def test_reading_stops_at_the_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = json.dumps({"prompt": "a" * 900}).encode() + b"\n"
     path = tmp_path / "prompts.jsonl.gz"
-    path.write_bytes(gzip.compress(row * 5))
+    path.write_bytes(gzip.compress(row * 5, mtime=0))
     monkeypatch.setattr(prompt_files, "MAX_FILE_BYTES", 4000)
     with pytest.raises(ConfigError, match="may unpack to at most 4000 bytes"):
         texts(path)
