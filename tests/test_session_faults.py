@@ -16,6 +16,7 @@ from stree_core.decode import generate, stream
 from stree_core.engine import Engine, EngineConfig
 from stree_core.errors import ConfigError
 from stree_core.model import Model
+from stree_core.prefill import Prefill
 from stree_core.request import Request
 from stree_core.rules import SamplingSupport
 from stree_core.sampling import SamplingParams
@@ -388,13 +389,13 @@ def test_a_prompt_cut_short(
     pair: Pair, four: list[list[int]], error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After an interrupt it is read again; what fails by itself is not tried twice."""
-    check, consume = _once(error, 5), Engine._consume
+    check, consume = _once(error, 5), Prefill.consume
 
-    def cut(self: Engine, *given: Any) -> Any:
+    def cut(self: Prefill, *given: Any) -> Any:
         check()
         return consume(self, *given)
 
-    monkeypatch.setattr(Engine, "_consume", cut)
+    monkeypatch.setattr(Prefill, "consume", cut)
     session = Session(_engine(pair, 3), _chain, _words, 1)
     for request in _four():
         session.submit(request)

@@ -126,7 +126,7 @@ def test_the_tokenizer_of_transformers_is_checked_too(tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     codec = load_text_codec(folder, num_tokens=VOCAB_SIZE)
     with pytest.raises(CheckpointError, match=r"the tokenizer gives '<user>' the id \d+, "):
-        codec.encode_chats(["w1"])
+        codec.encode_chats([Chat.of_user("w1")])
 
 
 def test_vocabularies_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
