@@ -18,8 +18,8 @@ from stree_core.config_reader import (
     Keys,
     Refused,
     refuse_value,
-    shown,
 )
+from stree_core.errors import brief
 from stree_core.model_shape import (
     AttentionShape,
     Block,
@@ -280,5 +280,5 @@ def one_of(keys: Keys, name: str, default: str, known: Mapping[str, str]) -> str
     """Read a text that must be a key of `known`, and return what that maps to."""
     value = keys.text(name, default)
     if value not in known:
-        raise refuse_value(name, value, " and ".join(shown(text) for text in known))
+        raise refuse_value(name, value, " and ".join(brief(text) for text in known))
     return known[value]

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from stree_core.errors import brief
+
 Config = dict[str, Any]
 
 # Keys that change nothing about how a trained model runs: training, bookkeeping, tokens that only
@@ -23,7 +25,6 @@ _WITHOUT_EFFECT = frozenset((
     "z_loss_coefficient",
 ))  # fmt: skip
 _NEAR = 0.6
-_SHOWN = 60
 
 
 class Refused(Exception):
@@ -33,15 +34,9 @@ class Refused(Exception):
 def refuse_value(key: str, value: object, supported: str) -> Refused:
     """Return the refusal of a setting that would change the result and is not implemented."""
     return Refused(
-        f"{key} = {shown(value)} is not supported, only {supported}; "
+        f"{key} = {brief(value)} is not supported, only {supported}; "
         "use a checkpoint without that setting"
     )
-
-
-def shown(value: object) -> str:
-    """Return a value as it appears in a sentence, shortened."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,13 +194,13 @@ class Keys:
         """Return the refusal of a config without a key; a similar key that is there is named."""
         others = [key for key in self.values if key not in self._read and key != name]
         near = difflib.get_close_matches(name, others, n=1, cutoff=_NEAR)
-        hint = f", the nearest it has is {shown(self._prefix + near[0])}" if near else ""
+        hint = f", the nearest it has is {brief(self._prefix + near[0])}" if near else ""
         return Refused(f"{self.file} needs key '{self._prefix}{name}'{hint}; add it")
 
     def wrong(self, name: str, rule: str, value: object) -> Refused:
         """Return the refusal of a value that is not what `rule` asks for."""
         return Refused(
-            f"{self._prefix}{name} must be {rule}, got {shown(value)}; correct {self.file}"
+            f"{self._prefix}{name} must be {rule}, got {brief(value)}; correct {self.file}"
         )
 
     def require_divides(self, name: str, part: int, of: str, whole: int) -> None:
@@ -219,8 +214,8 @@ class Keys:
         for other in there[1:]:
             if self.values[other] != self.values[there[0]]:
                 raise Refused(
-                    f"{there[0]} = {shown(self.values[there[0]])} and {other} = "
-                    f"{shown(self.values[other])} are one setting; remove the wrong one"
+                    f"{there[0]} = {brief(self.values[there[0]])} and {other} = "
+                    f"{brief(self.values[other])} are one setting; remove the wrong one"
                 )
         return (there[0], self.values[there[0]]) if there else (names[0], None)
 

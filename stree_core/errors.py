@@ -11,6 +11,8 @@ from stree_core.shown_text import shown
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
+_MAX_SHOWN = 60
+
 
 class StreeError(Exception):
     """Base of every expected failure; the command line turns it into one line and exit code 2.
@@ -88,3 +90,13 @@ def os_sentence(err: OSError) -> str:
     """Return the sentence for a failure of the operating system that nothing nearer explained."""
     where = "a file" if err.filename is None else str(err.filename)
     return f"{where} cannot be used ({reason_of(err)}); check its path, its rights and free space"
+
+
+def brief(value: object) -> str:
+    """Return a value as it appears in a sentence, shortened."""
+    try:
+        text = repr(value)
+    except ValueError:
+        # Python refuses to print integers of thousands of digits.
+        return "a number of thousands of digits"
+    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from stree_core.config_reader import Config, Keys, Refused, shown
-from stree_core.errors import CheckpointError
+from stree_core.config_reader import Config, Keys, Refused
+from stree_core.errors import CheckpointError, brief
 from stree_core.family_bamba import bamba
 from stree_core.family_falcon_h1 import falcon_h1
 from stree_core.family_granite import granite
@@ -106,19 +106,19 @@ def _why_not(family: str, config: dict[str, Any]) -> str:
     if inner:
         kind = f" of model_type {inner_type}" if inner_type in FAMILIES else ""
         return (
-            f"model_type {shown(family)} is a model of several modalities{text_model}{kind}; "
+            f"model_type {brief(family)} is a model of several modalities{text_model}{kind}; "
             "use a checkpoint of the language model alone"
         )
     if family == "llama":
         return f"model_type llama needs {MAMBA_CONFIG_FILE} (Mamba-in-Llama), it has none; add it"
     if not family:
         made_for = config.get("architectures")
-        hint = f", the nearest it has is architectures {shown(made_for)}" if made_for else ""
+        hint = f", the nearest it has is architectures {brief(made_for)}" if made_for else ""
         return f"config.json needs key 'model_type'{hint}; add it, one of {_known()}"
     # Names that are merely alike (mamba3, jamba) belong to other recurrences.
     same = [name for name in FAMILIES if _letters(name) == _letters(family)]
     hint = f"did you mean {same[0]}?" if same else f"known: {_known()}"
-    return f"model_type must be a known family, got {shown(family)}; {hint}"
+    return f"model_type must be a known family, got {brief(family)}; {hint}"
 
 
 def _letters(name: str) -> str:
@@ -141,6 +141,6 @@ def _refuse_quantised(keys: Keys) -> None:
             method = section.section("quantization").values.get("quant_algo")
     if method is not None:
         raise Refused(
-            f"its weights are quantised ({shown(method)} by {file}) and bf16, fp16 or fp32 are "
+            f"its weights are quantised ({brief(method)} by {file}) and bf16, fp16 or fp32 are "
             "run; use the checkpoint in bf16"
         )

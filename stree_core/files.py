@@ -21,6 +21,7 @@ from stree_core.errors import (
     CheckpointError,
     ConfigError,
     UnwritableFile,
+    brief,
     nearest,
     reason_of,
     unwritable,
@@ -230,16 +231,7 @@ def _first_offence(err: ValidationError, model: type[BaseModel]) -> str:
     if offence["type"] == "missing":
         return f"key {where} is required; add it"
     message = offence["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}, got {_short_repr(offence['input'])}; mend it"
-
-
-def _short_repr(value: object) -> str:
-    try:
-        text = repr(value)
-    except ValueError:
-        # Python refuses to print integers of thousands of digits
-        return "a number of thousands of digits"
-    return text if len(text) <= 60 else text[:57] + "..."
+    return f"{where}: {message}, got {brief(offence['input'])}; mend it"
 
 
 def _keys_beside(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:

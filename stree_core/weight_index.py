@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from stree_core.errors import CheckpointError
+from stree_core.errors import CheckpointError, brief
 from stree_core.files import read_json
 
 MAX_TENSORS = 1 << 20
@@ -127,7 +127,7 @@ def require_names(names: Collection[str]) -> None:
         raise ValueError(f"it has {len(names)} tensors, at most {MAX_TENSORS} are read")
     for name in names:
         if len(name) > MAX_NAME_CHARS or not name.isprintable():
-            raise ValueError(f"a tensor is named {_brief(name)}")
+            raise ValueError(f"a tensor is named {brief(name)}")
 
 
 def damaged(path: Path, err: BaseException) -> CheckpointError:
@@ -143,14 +143,14 @@ def _read_index(path: Path) -> dict[str, Path]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
-            f"{path}: weight_map must map names of weights to files, got {_brief(weight_map)}; "
+            f"{path}: weight_map must map names of weights to files, got {brief(weight_map)}; "
             "use the index that belongs to the shards"
         )
     for key, name in weight_map.items():
         # An index never points outside its folder.
         if not isinstance(name, str) or name != Path(name).name or len(name) > MAX_NAME_CHARS:
             raise CheckpointError(
-                f"{path}: {_brief(key)} must be in a file beside the index, got {_brief(name)}; "
+                f"{path}: {brief(key)} must be in a file beside the index, got {brief(name)}; "
                 "use the index that belongs to the shards"
             )
     try:
@@ -176,14 +176,14 @@ def _parse_tensor(key: str, stored: Any, data_start: int, size: int) -> StoredTe
     entry = stored if isinstance(stored, dict) else {}
     dtype, shape, offsets = (entry.get(part) for part in ("dtype", "shape", "data_offsets"))
     if not _is_type(dtype) or not _are_sizes(shape) or not _are_sizes(offsets):
-        raise ValueError(f"{key} must have dtype, shape and data_offsets, got {_brief(stored)}")
+        raise ValueError(f"{key} must have dtype, shape and data_offsets, got {brief(stored)}")
     if len(shape) > MAX_DIMS or len(offsets) != 2 or not offsets[0] <= offsets[1]:
-        raise ValueError(f"{key} has shape {_brief(shape)} and data_offsets {_brief(offsets)}")
+        raise ValueError(f"{key} has shape {brief(shape)} and data_offsets {brief(offsets)}")
     start, end = (data_start + offset for offset in offsets)
     # No type has less than four bits a value.
     if end > size or math.prod(shape) > 2 * (end - start):
         raise ValueError(
-            f"{key} of shape {_brief(shape)} reaches to byte {end}, the file has {size}"
+            f"{key} of shape {brief(shape)} reaches to byte {end}, the file has {size}"
         )
     return StoredTensor(dtype, tuple(shape), start, end)
 
@@ -227,8 +227,3 @@ def _bin_fingerprint(path: Path) -> Iterator[bytes]:
         # The first part of a name is that of the file when it was saved.
         name = entry.filename.partition("/")[2]
         yield f"{name} {entry.file_size} {entry.CRC:08x}".encode(errors="backslashreplace")
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

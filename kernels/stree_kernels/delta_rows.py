@@ -13,12 +13,14 @@ from torch import Tensor
 
 from stree_kernels.rows import (
     FLOATS,
-    MASK_MULTIPLE,
     MAX_KEPT,
     Gate,
     Pending,
     require_dtypes,
+    require_mask,
+    require_one_buffer,
     require_packed,
+    require_row_offsets,
 )
 
 NORM_EPS = 1e-6
@@ -80,27 +82,13 @@ def check_delta(
     require_dtypes("u, the decay, beta and sums", (*solved, *vectors), (torch.float32,))
     require_dtypes("the mask", (mask,), (torch.bool,))
     require_dtypes("the path and its lengths", past.pending, (torch.int32,))
-    if mask.shape[1] % MASK_MULTIPLE or mask.stride(0) % MASK_MULTIPLE:
-        raise ValueError(
-            f"a mask has columns in multiples of {MASK_MULTIPLE}, False behind its rows, got "
-            f"{tuple(mask.shape)} with strides {mask.stride()}; pad it"
-        )
+    require_mask(mask)
     require_packed("the state", (state,), 3)
     require_packed("a row of q, k, v, u, z or the output", (*blocks, *solved), 2)
     require_packed("a row of the decay, beta, sums, mask or path", (*vectors, mask), 1)
     require_packed("the path", past.pending, 1)
-    for new, old in zip(rows, past.rows, strict=True):
-        # A dimension of size 1 may have any stride.
-        if any(new.stride(d) != old.stride(d) for d in (0, 1) if new.shape[d] > 1):
-            raise ValueError(
-                "rows and past rows lie in one buffer, got strides "
-                f"{new.stride()} and {old.stride()}; pass views of it"
-            )
-    if any(tensor.shape[1] * tensor.stride(1) >= 1 << 31 for tensor in past.rows):
-        raise ValueError(
-            "rows of one sequence lie within 2^31 values, got row strides "
-            f"{[tensor.stride(1) for tensor in past.rows]}; take fewer slots"
-        )
+    require_one_buffer(rows, past.rows)
+    require_row_offsets(past.rows)
     if past.rows.u_BRHP.shape[1] < MAX_KEPT:
         raise ValueError(
             f"past rows begin with {MAX_KEPT} buffered rows, got {past.rows.u_BRHP.shape[1]}; "

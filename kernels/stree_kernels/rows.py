@@ -143,25 +143,11 @@ def check_scan(
     require_dtypes("A, D, the bias of dt and sums", (*heads, *sums), (torch.float32,))
     require_dtypes("the mask", (mask,), (torch.bool,))
     require_dtypes("the path and its lengths", past.pending, (torch.int32,))
-    if mask.shape[1] % MASK_MULTIPLE or mask.stride(0) % MASK_MULTIPLE:
-        raise ValueError(
-            f"a mask has columns in multiples of {MASK_MULTIPLE}, False behind its rows, got "
-            f"{tuple(mask.shape)} with strides {mask.stride()}; pad it"
-        )
+    require_mask(mask)
     require_packed("the state", (state,), 3)
     require_packed("a row of x, B, C, z or the output", blocks, 2)
     require_packed("a row of dt, sums, the mask or the path", vectors, 1)
-    # A dimension of size 1 may have any stride.
-    pairs = [
-        (new.stride(dim), old.stride(dim))
-        for new, old in zip(rows, past.rows, strict=True)
-        for dim in (0, 1)
-        if new.shape[dim] > 1
-    ]
-    if any(new != old for new, old in pairs):
-        raise ValueError(
-            "rows and past rows lie in one buffer, got different strides; pass views of it"
-        )
+    require_one_buffer(rows, past.rows)
 
 
 def check_cover(num_rows: int, *sizes: int) -> None:
@@ -170,6 +156,37 @@ def check_cover(num_rows: int, *sizes: int) -> None:
         raise ValueError(
             f"buffers and tables cover every row up to the last one scored, {num_rows}, "
             f"got {', '.join(map(str, sizes))}; pass the whole block"
+        )
+
+
+def require_mask(mask: Tensor) -> None:
+    """Raise ValueError unless a tree mask is padded as the kernels read it."""
+    if mask.shape[1] % MASK_MULTIPLE or mask.stride(0) % MASK_MULTIPLE:
+        raise ValueError(
+            f"a mask has columns in multiples of {MASK_MULTIPLE}, False behind its rows, got "
+            f"{tuple(mask.shape)} with strides {mask.stride()}; pad it"
+        )
+
+
+def require_one_buffer(rows: Iterable[Tensor], past_rows: Iterable[Tensor]) -> None:
+    """Raise ValueError unless rows and past rows are views of one buffer, by their strides."""
+    for new, old in zip(rows, past_rows, strict=True):
+        # A dimension of size 1 may have any stride.
+        if any(new.stride(d) != old.stride(d) for d in (0, 1) if new.shape[d] > 1):
+            raise ValueError(
+                "rows and past rows lie in one buffer, got strides "
+                f"{new.stride()} and {old.stride()}; pass views of it"
+            )
+
+
+def require_row_offsets(past_rows: Iterable[Tensor]) -> None:
+    """Raise ValueError unless 32 bits hold the offset of every row within its sequence."""
+    row_strides = [tensor.stride(1) for tensor in past_rows]
+    sizes = [tensor.shape[1] * tensor.stride(1) for tensor in past_rows]
+    if max(sizes) >= 1 << 31:
+        raise ValueError(
+            f"rows of one sequence lie within 2^31 values, got row strides {row_strides}; "
+            "take fewer slots"
         )
 
 

@@ -26,6 +26,7 @@ from stree_kernels.rows import (
     check_cover,
     check_scan,
     gate_width,
+    require_row_offsets,
     strides,
 )
 from stree_kernels.shared_memory import prefer_shared
@@ -158,11 +159,7 @@ def _check(
             f"the scan kernel takes at most {MAX_ROWS} rows and path entries, "
             f"got {num_rows} and {capacity}; cut the block"
         )
-    if any(tensor.shape[1] * tensor.stride(1) >= 1 << 31 for tensor in past.rows):
-        raise ValueError(
-            "rows of one sequence lie within 2^31 values, got row strides "
-            f"{[tensor.stride(1) for tensor in past.rows]}; take fewer slots"
-        )
+    require_row_offsets(past.rows)
     if past.rows.x_BRXP.shape[1] < MAX_KEPT:
         raise ValueError(f"past rows begin with {MAX_KEPT} kept rows; pass the whole buffer")
     num_parts = num_heads * head_dim // block_p
