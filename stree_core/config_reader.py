@@ -107,7 +107,7 @@ class Keys:
             if default is None:
                 raise self.missing(names[0])
             return default
-        return self._number(name, value, -_MAX_NUMBER, _MAX_NUMBER)
+        return self._number(name, value)
 
     def positive(self, *names: str, default: float | None = None) -> float:
         """Read a finite number above zero."""
@@ -123,8 +123,7 @@ class Keys:
             return None
         if len(values) != length:
             raise self.wrong(name, f"a list of {length} numbers", values)
-        most = math.inf if infinite else _MAX_NUMBER
-        return [self._number(f"{name}[{i}]", v, -most, most) for i, v in enumerate(values)]
+        return [self._number(f"{name}[{i}]", v, infinite=infinite) for i, v in enumerate(values)]
 
     def flag(self, *names: str, default: bool | None = None) -> bool:
         """Read true or false."""
@@ -234,12 +233,13 @@ class Keys:
             raise self.wrong(name, f"from {bound.least} to {bound.most}", value)
         return value
 
-    def _number(self, name: str, value: Any, least: float, most: float) -> float:
+    def _number(self, name: str, value: Any, *, infinite: bool = False) -> float:
         # transformers writes infinity as an object.
         if isinstance(value, dict) and value.keys() == {"__float__"}:
             value = {"Infinity": math.inf, "-Infinity": -math.inf}.get(str(value["__float__"]))
         if not isinstance(value, int | float) or isinstance(value, bool) or value != value:
             raise self.wrong(name, "a number", value)
-        if not least <= value <= most or (isinstance(value, int) and abs(value) > _MAX_NUMBER):
-            raise self.wrong(name, f"from {least:g} to {most:g}", value)
+        if abs(value) > _MAX_NUMBER and not (infinite and abs(value) == math.inf):
+            also = ", or infinite" if infinite else ""
+            raise self.wrong(name, f"from {-_MAX_NUMBER:g} to {_MAX_NUMBER:g}{also}", value)
         return float(value)

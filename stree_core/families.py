@@ -58,6 +58,8 @@ _OTHER_RECURRENCES = {
 _TEXT_MODELS = ("text_config", "llm_config", "language_config", "thinker_config")
 """Keys under which configs of vision and omni models hold their language model's."""
 _MOST_NAMED = 40
+WIDTH_MULTIPLE = 8
+"""stree_kernels.unscaled.COLUMNS_PER_SUM, which a test compares: that module loads torch."""
 
 
 def shape_from_config(config: Config, name: str) -> ModelShape:
@@ -71,6 +73,11 @@ def shape_from_config(config: Config, name: str) -> ModelShape:
         _refuse_quantised(keys)
         keys.refuse(sliding_window=None)
         shape = FAMILIES[family](keys)
+        if shape.hidden_size % WIDTH_MULTIPLE:
+            raise Refused(
+                f"the hidden size must be a multiple of {WIDTH_MULTIPLE}, as the kernels sum "
+                f"columns, got {shape.hidden_size}; use another checkpoint"
+            )
     except Refused as err:
         raise CheckpointError(f"{name}: {err}") from err
     unread = list(keys.unread())

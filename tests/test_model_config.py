@@ -15,10 +15,11 @@ from tiny_models import ours, tiny_bamba
 
 from stree_core.engine import Engine, EngineConfig
 from stree_core.errors import CheckpointError
-from stree_core.families import shape_from_config
+from stree_core.families import WIDTH_MULTIPLE, shape_from_config
 from stree_core.model_shape import AttentionShape, Mamba2Shape, ModelShape
 from stree_core.model_source import folder_source
 from stree_core.tree import Tree
+from stree_kernels.unscaled import COLUMNS_PER_SUM
 
 Config = dict[str, Any]
 KINDS = ["mamba", "attention"]
@@ -66,6 +67,10 @@ BY_FAMILY: dict[str, list[tuple[Config, str | None]]] = {
         ({"attention_bias": True}, "attention_bias"),
         ({"time_step_limit": "wide"}, "time_step_limit must be a list, got 'wide'"),
         ({"time_step_limit": [0.1]}, "time_step_limit must be a list of 2 numbers"),
+        (
+            {"time_step_limit": [0.0, 1e300]},
+            r"to 1e\+15, or infinite, got 1e\+300",
+        ),
         ({"time_step_limit": [0.2, 0.1]}, "a least and a greatest time step"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type = 'yarn'"),
         ({"partial_rotary_factor": 1.0}, "partial_rotary_factor = 1.0 is not supported, only 0.5"),
@@ -120,6 +125,10 @@ BY_FAMILY: dict[str, list[tuple[Config, str | None]]] = {
         ({"state_size": 64}, "has state_size, which is of Zyphra's first Zamba2 format"),
     ],
     "native": [
+        (
+            {"d_model": 36, "ssm_cfg": {"layer": "Mamba2", "headdim": 8}},
+            "the hidden size must be a multiple of 8, .* got 36",
+        ),
         ({"attn_layer_idx": [1]}, r"attn_layer_idx = \[1\]"),
         ({"ssm_cfg": {}}, "layer = 'Mamba1' is not supported, only 'Mamba2'"),
         ({"d_intermediate": 64}, "d_intermediate"),
@@ -335,3 +344,7 @@ def test_a_billion_layers_are_refused_before_any_is_made() -> None:
         config = PUBLISHED[name].config | {"num_hidden_layers": 10**9}
         with pytest.raises(CheckpointError, match="num_hidden_layers must be from 1 to 1024"):
             shape_from_config(config, name)
+
+
+def test_the_multiple_of_widths_is_the_kernels_own() -> None:
+    assert WIDTH_MULTIPLE == COLUMNS_PER_SUM
