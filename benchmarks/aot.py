@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from stree_kernels import pdl
+from stree_kernels.launch import pdl
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
 """Shared memory that one block may take, by architecture (CUDA programming guide, table 30)."""

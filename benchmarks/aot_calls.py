@@ -5,29 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stree_kernels import (
-    commit_path,
-    delta_chunk_scan,
-    delta_conv,
-    delta_scan,
-    experts,
-    key_rows,
-    linear,
-    residual,
-    sampling,
-    top_tokens,
-    tree_attention,
-    tree_conv,
-    tree_scan,
-    uniforms,
-)
-from stree_kernels.commit_path_ref import PathMemory, TreeTables
-from stree_kernels.delta_chunk_scan_ref import PackedTokens
-from stree_kernels.delta_conv_ref import DeltaConvOutput, DeltaProjection
-from stree_kernels.delta_rows import DeltaHeads, DeltaPast, DeltaRows, DeltaTokens
-from stree_kernels.key_rows_ref import KeyValues
-from stree_kernels.laws import GATED, Activation
-from stree_kernels.rows import (
+from stree_kernels.attention import rope_kv_write as key_rows, tree_attention
+from stree_kernels.attention.rope_kv_write_ref import KeyValues
+from stree_kernels.delta import delta_chunk_scan, delta_conv, delta_scan
+from stree_kernels.delta.delta_chunk_scan_ref import PackedTokens
+from stree_kernels.delta.delta_conv_ref import DeltaConvOutput, DeltaProjection
+from stree_kernels.delta.rows import DeltaHeads, DeltaPast, DeltaRows, DeltaTokens
+from stree_kernels.launch.rows import (
     MASK_MULTIPLE,
     MAX_KEPT,
     Gate,
@@ -37,7 +21,12 @@ from stree_kernels.rows import (
     ScanRows,
     gate_width,
 )
-from stree_kernels.unscaled import COLUMNS_PER_SUM, Residual, UnscaledRows
+from stree_kernels.launch.settings import GATED, Activation
+from stree_kernels.linear import experts, linear, residual
+from stree_kernels.linear.deferred_norm import COLUMNS_PER_SUM, Residual, UnscaledRows
+from stree_kernels.sampling import children as sampling, commit_path, top_tokens, uniforms
+from stree_kernels.sampling.commit_path_ref import PathMemory, TreeTables
+from stree_kernels.ssm import tree_conv, tree_scan
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

@@ -26,7 +26,7 @@ from aot_calls import (
     uniform_numbers,
 )
 
-from stree_kernels.laws import Activation
+from stree_kernels.launch.settings import Activation
 
 Case = Callable[[], None]
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from stree_autotune.library import Library, shipped_root
-from stree_core.model_shape import ModelShape
-from stree_core.model_source import sheet_source
-from stree_kernels.rows import MAX_KEPT, Pending, next_num_kept
+from stree_autotune.store.library import Library, shipped_root
+from stree_core.families.model_shape import ModelShape
+from stree_core.models.source import sheet_source
+from stree_kernels.launch.rows import MAX_KEPT, Pending, next_num_kept
 
 ACCEPTED_ROWS = 3
 # Three times around for paths of three rows, once for single ones.

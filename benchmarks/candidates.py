@@ -14,7 +14,7 @@ from bench_shapes import flushing, leaf_paths
 from layer_data import UNLIMITED, LayerInputs, RepeatedRows, relative_error
 from torch import Tensor
 
-from stree_kernels.rows import Pending
+from stree_kernels.launch.rows import Pending
 
 # Bytes that a peer's states per node or per leaf may take; calls share them where all do not fit.
 MAX_SCRATCH_BYTES = 24 << 30

@@ -20,19 +20,19 @@ from report import RESULTS, Row, header, print_table, save, table
 from timing import copy_bandwidth
 from traced_pair import PAIRS, TRACE, open_named, traced_config
 
-from stree_autotune.live import open_prompts
-from stree_autotune.stepper import occupy
-from stree_autotune.timing import captured
-from stree_autotune.trace_file import Trace
-from stree_autotune.trace_rule import prompt_for
-from stree_core.decode import Run, generate
-from stree_core.engine import Engine, EngineConfig
-from stree_core.pair import Pair
-from stree_core.rules import SamplingSupport
-from stree_core.sampling import SamplingParams
-from stree_core.stop import StopRule
+from stree_autotune.live.trace_rule import prompt_for
+from stree_autotune.probe.stepper import occupy
+from stree_autotune.probe.timing import captured
+from stree_autotune.store.open_models import open_prompts
+from stree_autotune.trace.file import Trace
+from stree_core.drafting.pair import Pair
+from stree_core.engine.decode import Run, generate
+from stree_core.engine.engine import Engine, EngineConfig
+from stree_core.engine.rules import SamplingSupport
+from stree_core.engine.sampling import SamplingParams
+from stree_core.engine.stop import StopRule
 from stree_core.tree import DEFAULT_TREE, Tree
-from stree_kernels.rows import MAX_KEPT
+from stree_kernels.launch.rows import MAX_KEPT
 
 CONTEXT = 1024
 NEW_TOKENS = 128

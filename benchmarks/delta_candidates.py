@@ -14,9 +14,9 @@ from delta_data import Buffer, DeltaInputs
 from layer_data import relative_error
 from torch import Tensor
 
-from stree_core.row_block import RowBlock
-from stree_kernels.delta_scan import delta_scan
-from stree_kernels.rows import Pending
+from stree_core.models.row_block import RowBlock
+from stree_kernels.delta.delta_scan import delta_scan
+from stree_kernels.launch.rows import Pending
 
 HISTORY_ROWS = 8
 """Rows of earlier steps that SGLang's replay kernel finds in its ring: the mean of our cycle."""

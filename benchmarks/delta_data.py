@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stree_core.row_block import RowBlock, make_block
-from stree_kernels import delta_scan_ref
-from stree_kernels.delta_rows import DeltaHeads, DeltaPast, DeltaRows, DeltaTokens
-from stree_kernels.rows import MAX_KEPT, Pending, next_num_kept
+from stree_core.models.row_block import RowBlock, make_block
+from stree_kernels.delta import delta_scan_ref
+from stree_kernels.delta.rows import DeltaHeads, DeltaPast, DeltaRows, DeltaTokens
+from stree_kernels.launch.rows import MAX_KEPT, Pending, next_num_kept
 
 ACCEPTED_ROWS = 4
 PHASES = 5

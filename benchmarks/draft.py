@@ -18,18 +18,18 @@ from pathlib import Path
 import torch
 from report import RESULTS, Row, header, save, table
 
-from stree_autotune.live import PairRequest, open_source
-from stree_autotune.probe_plan import even_tree
-from stree_autotune.stepper import occupy
-from stree_autotune.timing import Effort, Work, captured, time_interleaved
-from stree_core.backend import Backend, load_backend
-from stree_core.checkpoint import load_head, random_model
-from stree_core.draft import Draft, ModelDraft
-from stree_core.model import Model
-from stree_core.model_source import ModelSource, head_source
-from stree_core.pair import Runtime
-from stree_core.step import make_speculators
-from stree_core.tree_plan import make_plan
+from stree_autotune.probe.plan import even_tree
+from stree_autotune.probe.stepper import occupy
+from stree_autotune.probe.timing import Effort, Work, captured, time_interleaved
+from stree_autotune.store.open_models import PairRequest, open_source
+from stree_core.drafting.checkpoint import load_head, random_model
+from stree_core.drafting.draft import Draft, ModelDraft
+from stree_core.drafting.pair import Runtime
+from stree_core.drafting.tree_plan import make_plan
+from stree_core.engine.step import make_speculators
+from stree_core.models.backend import Backend, load_backend
+from stree_core.models.model import Model
+from stree_core.models.source import ModelSource, head_source
 
 HEADED, SEPARATE = "nemotron-3-nano-mtp", ("mamba2-2.7b", "mamba2-130m")
 CONTEXT = 2048

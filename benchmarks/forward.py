@@ -30,12 +30,12 @@ from gate import require_green
 from report import RESULTS, Row, header, print_table, save, table
 from timing import copy_bandwidth, time_calls
 
-from stree_autotune.timing import Effort
-from stree_core.backend import load_backend
-from stree_core.cache import Cache, CacheSize
-from stree_core.checkpoint import random_model
-from stree_core.model import Model
-from stree_core.row_block import make_block
+from stree_autotune.probe.timing import Effort
+from stree_core.drafting.checkpoint import random_model
+from stree_core.models.backend import load_backend
+from stree_core.models.cache import Cache, CacheSize
+from stree_core.models.model import Model
+from stree_core.models.row_block import make_block
 
 BATCHES = (1, 8, 32)
 TOKENS = (1, 4, 8, 16, 32, 64, 128)

@@ -30,7 +30,7 @@ import torch
 from fuzz_loaders import LOADERS, Bench, Loader, quiet
 from fuzz_mutations import mutate
 
-from stree_autotune.provenance import git_sha, utc_now, versions
+from stree_autotune.store.origin import git_sha, utc_now, versions
 from stree_core.errors import StreeError
 from stree_core.files import write_atomically
 

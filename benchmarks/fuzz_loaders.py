@@ -22,44 +22,42 @@ import torch
 from fuzz_mutations import JSON, LINES, TENSORS, TRACE, YAML, Form
 from rich.console import Console
 from synthetic_data import make_table, make_trace
-from synthetic_profile import PROFILE, TABLE, write_profile
-from synthetic_profile import TRACE as TRACE_FILE
+from synthetic_profile import PROFILE, TABLE, TRACE as TRACE_FILE, write_profile
 from tiny_models import FAMILIES, tiny_mamba2, word_tokenizer
 
-from stree_autotune.accept_rates import conditional_rates, marginal_rates
-from stree_autotune.certificate import (
+from stree_autotune.cli.listing import list_rows, print_rows
+from stree_autotune.cost.runtime_cost import runtime_cost
+from stree_autotune.export.deployment import Deployment
+from stree_autotune.export.formats import FORMATS
+from stree_autotune.report.page import make_section, render
+from stree_autotune.search.certificate import (
     Certificate,
     DepthBound,
     Line,
     load_certificate,
     save_certificate,
 )
-from stree_autotune.deployment import Deployment
-from stree_autotune.export import FORMATS
-from stree_autotune.gpu_sheet import load_gpu_sheet
-from stree_autotune.library import Library, shipped_root
-from stree_autotune.listing import list_rows, print_rows
-from stree_autotune.prompts import load_prompts
-from stree_autotune.provenance import provenance
-from stree_autotune.report import make_section, render
-from stree_autotune.runtime_cost import runtime_cost
-from stree_autotune.share import pull, push
-from stree_autotune.share_files import own_files
-from stree_autotune.share_index import INDEX
-from stree_autotune.show import print_json, print_profile
-from stree_autotune.trace_file import load_trace, save_trace
-from stree_autotune.trace_walk import walk
-from stree_core.backend import load_backend
-from stree_core.checkpoint import load_model, random_model
-from stree_core.decode import generate
-from stree_core.engine import Engine, EngineConfig, needed_positions
+from stree_autotune.share.files import own_files
+from stree_autotune.share.index import INDEX
+from stree_autotune.share.remote import pull, push
+from stree_autotune.store.gpu_spec import load_gpu_sheet
+from stree_autotune.store.library import Library, shipped_root
+from stree_autotune.store.origin import provenance
+from stree_autotune.store.prompts import load_prompts
+from stree_autotune.store.show import print_profile, print_profile_json
+from stree_autotune.trace.file import load_trace, save_trace
+from stree_autotune.trace.tree_walk import conditional_rates, marginal_rates, walk
+from stree_core.drafting.checkpoint import load_model, random_model
+from stree_core.engine.decode import generate
+from stree_core.engine.engine import Engine, EngineConfig, needed_positions
+from stree_core.engine.stop import StopRule
 from stree_core.errors import StreeError
 from stree_core.files import dump_yaml, sha256_of
-from stree_core.model import Model
-from stree_core.model_source import ModelSource, folder_source, sheet_source
+from stree_core.models.backend import load_backend
+from stree_core.models.model import Model
+from stree_core.models.source import ModelSource, folder_source, sheet_source
+from stree_core.models.text import load_text_codec
 from stree_core.profile import Profile, Sampling, load_profile
-from stree_core.stop import StopRule
-from stree_core.text import load_text_codec
 from stree_core.tree import Tree
 
 CPU = torch.device("cpu")
@@ -193,7 +191,7 @@ def _show(profile: Profile) -> None:
     print_profile(profile, Console(file=text, width=200, markup=False))
     assert not set(text.getvalue()) & set("\x1b\x07\x9b"), "a control character is shown"
     with redirect_stdout(io.StringIO()):
-        print_json(profile)
+        print_profile_json(profile)
 
 
 def read_table(bench: Bench, data: bytes) -> None:

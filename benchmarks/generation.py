@@ -30,11 +30,11 @@ from peers import load_peers
 from report import RESULTS, Row, header, save, table
 from timing import copy_bandwidth
 
-from stree_core.decode import generate
-from stree_core.engine import Engine, EngineConfig
-from stree_core.model_source import folder_source
-from stree_core.pair import Runtime, load_single
-from stree_core.stop import StopRule
+from stree_core.drafting.pair import Runtime, load_single
+from stree_core.engine.decode import generate
+from stree_core.engine.engine import Engine, EngineConfig
+from stree_core.engine.stop import StopRule
+from stree_core.models.source import folder_source
 from stree_core.tree import Tree
 
 HIDDEN, LAYERS, VOCAB = 2560, 64, 50277

@@ -28,7 +28,7 @@ from peers import Op, Peers, load_peers
 from report import RESULTS, Row, header, print_table, save, table
 from timing import Measured, copy_bandwidth, num_calls, rotation, time_calls
 
-from stree_kernels.tree_scan import tree_scan
+from stree_kernels.ssm.tree_scan import tree_scan
 
 BATCHES = (1, 8, 32)
 TOKENS = (1, 8, 16, 32, 64, 128)

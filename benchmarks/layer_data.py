@@ -13,17 +13,17 @@ import torch
 from bench_shapes import LayerShape, balanced_tree, pending_phases
 from torch import Tensor
 
-from stree_core.row_block import RowBlock, make_block
-from stree_kernels import tree_scan_ref
-from stree_kernels.rows import MAX_KEPT, Past, Pending, ScanHeads, ScanRows
+from stree_core.models.row_block import RowBlock, make_block
+from stree_kernels.launch.rows import MAX_KEPT, Past, Pending, ScanHeads, ScanRows
+from stree_kernels.ssm import tree_scan_ref
 
 UNLIMITED = (0.0, float("inf"))
 
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """What one call reads and writes; rows are time-major, in the buffers of stree_core.cache:
-    kept ones, the previous block's, this block's."""
+    """What one call reads and writes; rows are time-major, in the buffers of
+    stree_core.models.cache: kept ones, the previous block's, this block's."""
 
     state_BHPN: Tensor
     all_rows: ScanRows

@@ -21,18 +21,18 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from margin import logit_margin
 from report import Row, command_line
 
-from stree_autotune.live import PairRequest, open_pair, open_prompts
-from stree_autotune.margin import logit_margin
-from stree_autotune.provenance import utc_now, versions
-from stree_autotune.validate import RAGGED
-from stree_core.backend import resolve_device
-from stree_core.decode import Run, generate
-from stree_core.engine import Engine, EngineConfig, needed_positions
+from stree_autotune.live.validation import RAGGED
+from stree_autotune.store.open_models import PairRequest, open_pair, open_prompts
+from stree_autotune.store.origin import utc_now, versions
+from stree_core.drafting.pair import Pair, Runtime, device_name
+from stree_core.engine.decode import Run, generate
+from stree_core.engine.engine import Engine, EngineConfig, needed_positions
+from stree_core.engine.stop import StopRule
 from stree_core.files import write_atomically
-from stree_core.pair import Pair, Runtime, device_name
-from stree_core.stop import StopRule
+from stree_core.models.backend import resolve_device
 from stree_core.tree import DEFAULT_TREE, Tree
 
 MODES = {

@@ -3,7 +3,7 @@
     python benchmarks/mtp.py [--batches 1 8 32] [--rules greedy mss] [--tokens 128] [--output FILE]
 
 Greedy, and sampled at temperature 1; without speculation, chains of 1 to 5 and three trees. Prompts
-of the demo set are decoded in waves (stree_autotune.live_speed): tokens/s are those of full slots,
+of the demo set are decoded in waves (stree_autotune.live.speed): tokens/s are those of full slots,
 prefill left out. With --seconds, what is not done by then is left out. Kernels of a fresh machine
 are compiled by a run with few --tokens; several may do so at once, each with a part of the cases.
 """
@@ -18,16 +18,16 @@ from pathlib import Path
 
 from report import RESULTS, Row, header, save, table
 
-from stree_autotune.live import PairRequest, open_pair, open_prompts
-from stree_autotune.live_speed import live_speed
-from stree_autotune.validate import RAGGED
-from stree_core.decode import generate
-from stree_core.engine import Engine, EngineConfig
-from stree_core.pair import Pair, Runtime
-from stree_core.rules import SamplingSupport
-from stree_core.sampling import SamplingParams
-from stree_core.session import Request
-from stree_core.stop import StopRule
+from stree_autotune.live.speed import live_speed
+from stree_autotune.live.validation import RAGGED
+from stree_autotune.store.open_models import PairRequest, open_pair, open_prompts
+from stree_core.drafting.pair import Pair, Runtime
+from stree_core.engine.decode import generate
+from stree_core.engine.engine import Engine, EngineConfig
+from stree_core.engine.rules import SamplingSupport
+from stree_core.engine.sampling import SamplingParams
+from stree_core.engine.session import Request
+from stree_core.engine.stop import StopRule
 from stree_core.tree import DEFAULT_TREE, Tree
 
 WIDE = Tree.from_paths([[i] for i in range(8)] + [[i, j] for i in range(4) for j in (0, 1)])

@@ -7,7 +7,7 @@
 
 Predictions come from what tuning reads: the pair's runtime table of this machine's device and a
 trace, through StepCost and walk. The live side decodes the prompts of that trace and times its
-steps with all slots at work (stree_autotune.live_speed), in several rounds of all modes in turns.
+steps with all slots at work (stree_autotune.live.speed), in several rounds of all modes in turns.
 The demo pair decodes its own prompts; the trace is the one that ships, recorded at another time and
 batch size. Pairs of shapes accept what a trace says (traced_pair.py), so that their tokens per step
 check the counting alone. Trees are grown from the shares of the trace's ranks and are none of those
@@ -33,21 +33,21 @@ from prediction_table import SHOWN, show, shown, summary
 from report import RESULTS, Row, command_line, header, read, save, table
 from traced_pair import DEMO, DRAFTS, PAIRS, open_named, traced_config
 
-from stree_autotune.library import Library
-from stree_autotune.live import open_prompts
-from stree_autotune.live_speed import LiveSpeed, live_speed, typical_context
-from stree_autotune.provenance import git_sha, utc_now
-from stree_autotune.runtime_table import RuntimeTable, load_runtime_table
-from stree_autotune.step_cost import StepCost
-from stree_autotune.trace_file import Trace, load_trace
-from stree_autotune.trace_rule import prompt_for
-from stree_autotune.trace_walk import walk
-from stree_core.decode import generate
-from stree_core.engine import Engine, EngineConfig, needed_positions
+from stree_autotune.cost.step_cost import StepCost
+from stree_autotune.live.speed import LiveSpeed, live_speed, typical_context
+from stree_autotune.live.trace_rule import prompt_for
+from stree_autotune.store.library import Library
+from stree_autotune.store.open_models import open_prompts
+from stree_autotune.store.origin import git_sha, utc_now
+from stree_autotune.store.runtime_table import RuntimeTable, load_runtime_table
+from stree_autotune.trace.file import Trace, load_trace
+from stree_autotune.trace.tree_walk import walk
+from stree_core.drafting.pair import Pair, device_name, short_gpu_name
+from stree_core.engine.decode import generate
+from stree_core.engine.engine import Engine, EngineConfig, needed_positions
+from stree_core.engine.request import Request
+from stree_core.engine.stop import StopRule
 from stree_core.errors import MissingMeasurement
-from stree_core.pair import Pair, device_name, short_gpu_name
-from stree_core.request import Request
-from stree_core.stop import StopRule
 from stree_core.tree import Tree
 
 CHAINS = (1, 2, 5)

@@ -10,7 +10,7 @@ from pathlib import Path
 from prediction_figure import draw
 from report import Row, markdown, read, table
 
-from stree_autotune.live_rows import error_summary
+from stree_autotune.live.rows import error_summary
 
 SHOWN = (
     "pair", "batch", "mode", "predicted tokens/s", "live tokens/s", "error", "predicted step ms",

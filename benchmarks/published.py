@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from stree_autotune.gpu_sheet import GpuSheet
-from stree_autotune.library import Library
-from stree_autotune.model_cost import model_cost
-from stree_autotune.roofline import Efficiencies, fit, pass_work, samples_of
-from stree_autotune.runtime_table import ModelCost, RuntimeTable
-from stree_core.families import shape_from_config
-from stree_core.model_source import sheet_source
-from stree_core.shape_sheet import load_shape_sheet
+from stree_autotune.cost.roofline import Efficiencies, fit, pass_work, samples_of
+from stree_autotune.cost.traffic import model_cost
+from stree_autotune.store.gpu_spec import GpuSheet
+from stree_autotune.store.library import Library
+from stree_autotune.store.runtime_table import ModelCost, RuntimeTable
+from stree_core.families.registry import shape_from_config
+from stree_core.families.shape_spec import load_shape_sheet
+from stree_core.models.source import sheet_source
 
 TARGET, DRAFT, GPU = "mamba-in-llama-8b", "mamba2-distilled-small", "rtx3090"
 CONTEXT = 600

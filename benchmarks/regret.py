@@ -8,8 +8,8 @@ are looked at: the offline search's and the measured one's, each as the fastest 
 verdict, which takes the simplest option that may be as fast. The picks, off, and the five fastest
 are then timed a second time, every tree on an engine of its own; regret is what a pick lacks to the
 fastest of these, by the second times alone. Acceptance is that of a trace, in live steps as well
-(stree_autotune.trace_rule), so tokens per step are exact and only times are measured. The demo pair
-has its own trace; the shapes mamba2-2.7b and mamba2-130m have random weights and borrow one.
+(stree_autotune.live.trace_rule), so tokens per step are exact and only times are measured. The demo
+pair has its own trace; the shapes mamba2-2.7b and mamba2-130m have random weights and borrow one.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from pathlib import Path
 import torch
 from report import RESULTS, Row, command_line, save, table
 
-from stree_autotune.live_search import NUM_LIVE_TRIALS
-from stree_autotune.live_tune import decide_live, live_search, open_question_pair
-from stree_autotune.measure import measure_steps
-from stree_autotune.provenance import git_sha, utc_now, versions
-from stree_autotune.search import Trial, search_batch
-from stree_autotune.timing import Effort
-from stree_autotune.tree_space import OFF
-from stree_autotune.tune import Question, ask
-from stree_autotune.tune_request import TuneRequest
-from stree_autotune.verdict import decide_policy
-from stree_core.backend import resolve_device
-from stree_core.pair import Pair, device_name, short_gpu_name
+from stree_autotune.live.measure import measure_steps
+from stree_autotune.live.search import NUM_LIVE_TRIALS
+from stree_autotune.live.tuning import decide_live, live_search, open_question_pair
+from stree_autotune.probe.timing import Effort
+from stree_autotune.search.request import TuneRequest
+from stree_autotune.search.study import Trial, search_batch
+from stree_autotune.search.tree_space import OFF
+from stree_autotune.search.tuning import Question, ask
+from stree_autotune.search.verdict import decide_policy
+from stree_autotune.store.origin import git_sha, utc_now, versions
+from stree_core.drafting.pair import Pair, device_name, short_gpu_name
+from stree_core.models.backend import resolve_device
 from stree_core.profile import Sampling
 from stree_core.tree import Tree
 

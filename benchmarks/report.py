@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from stree_autotune.provenance import git_sha, utc_now, versions
+from stree_autotune.store.origin import git_sha, utc_now, versions
+from stree_core.drafting.pair import device_name
 from stree_core.files import write_atomically
-from stree_core.pair import device_name
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Row = dict[str, Any]

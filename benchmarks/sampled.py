@@ -19,17 +19,17 @@ from report import RESULTS, Row, header, save, table
 from scipy import stats
 from torch import Tensor
 
-from stree_autotune.live import PairRequest, open_pair, open_prompts
-from stree_autotune.validate import RAGGED
-from stree_core.cache import CacheSize
-from stree_core.decode import generate
-from stree_core.engine import Engine, EngineConfig, needed_positions
-from stree_core.model import Model
-from stree_core.pair import Pair, Runtime
-from stree_core.row_block import make_block
-from stree_core.rules import SamplingSupport
-from stree_core.sampling import SamplingParams
-from stree_core.stop import StopRule
+from stree_autotune.live.validation import RAGGED
+from stree_autotune.store.open_models import PairRequest, open_pair, open_prompts
+from stree_core.drafting.pair import Pair, Runtime
+from stree_core.engine.decode import generate
+from stree_core.engine.engine import Engine, EngineConfig, needed_positions
+from stree_core.engine.rules import SamplingSupport
+from stree_core.engine.sampling import SamplingParams
+from stree_core.engine.stop import StopRule
+from stree_core.models.cache import CacheSize
+from stree_core.models.model import Model
+from stree_core.models.row_block import make_block
 
 BINS = 50
 SHOWN = ("draft", "rule", "tokens", "tokens_per_step", "p_value", "surplus_deviations")

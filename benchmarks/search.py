@@ -22,16 +22,15 @@ from typing import Any
 import numpy as np
 from search_baselines import METHODS
 
-from stree_autotune.certificate import Certificate, load_certificate
-from stree_autotune.certify import certify
-from stree_autotune.library import Library, shipped_root
-from stree_autotune.provenance import git_sha, utc_now, versions
-from stree_autotune.runtime_table import load_runtime_table
-from stree_autotune.search import search_batch
-from stree_autotune.step_cost import StepCost
-from stree_autotune.trace_file import Trace, load_trace
-from stree_autotune.trace_walk import Slots, walk
-from stree_autotune.tree_space import TreeSpace
+from stree_autotune.cost.step_cost import StepCost
+from stree_autotune.search.certificate import Certificate, certify, load_certificate
+from stree_autotune.search.study import search_batch
+from stree_autotune.search.tree_space import TreeSpace
+from stree_autotune.store.library import Library, shipped_root
+from stree_autotune.store.origin import git_sha, utc_now, versions
+from stree_autotune.store.runtime_table import load_runtime_table
+from stree_autotune.trace.file import Trace, load_trace
+from stree_autotune.trace.tree_walk import Slots, walk
 from stree_core.files import write_atomically
 from stree_core.tree import Tree
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from stree_autotune.growth import grow
-from stree_autotune.path_counts import index_paths, path_shares, rank_law
-from stree_autotune.trace_walk import Slots
+from stree_autotune.search.path_counts import index_paths, path_shares, rank_law
+from stree_autotune.search.tree_solver import grow
+from stree_autotune.trace.tree_walk import Slots
 from stree_core.tree import DEFAULT_TREE, Path, Tree
 
 Floats = NDArray[np.float64]

@@ -3,8 +3,8 @@
     python benchmarks/shared_memory.py [--pairs NAME ...] [--batches B ...] [--output FILE]
     python benchmarks/shared_memory.py --table FILE
 
-Every step is captured twice: as it ships (stree_kernels.shared_memory), and with the split left to
-the driver. Both are run in turns, so that only the ratio of a row says something.
+Every step is captured twice: as it ships (stree_kernels.launch.shared_memory), and with the
+shared-memory carveout left to the driver. Both are run in turns: only the ratio of a row counts.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch
 from report import RESULTS, Row, header, print_table, save, table
 from traced_pair import PAIRS, open_named
 
-from stree_autotune.probe_plan import even_tree
-from stree_autotune.stepper import SteadyEngine, Stepper, prompt_reader
-from stree_autotune.timing import Effort, time_interleaved
-from stree_core.engine import EngineConfig
-from stree_core.pair import Pair
-from stree_core.sampling import SamplingParams
+from stree_autotune.probe.plan import even_tree
+from stree_autotune.probe.stepper import SteadyEngine, Stepper, prompt_reader
+from stree_autotune.probe.timing import Effort, time_interleaved
+from stree_core.drafting.pair import Pair
+from stree_core.engine.engine import EngineConfig
+from stree_core.engine.sampling import SamplingParams
 from stree_core.tree import Tree
-from stree_kernels import shared_memory
+from stree_kernels.launch import shared_memory
 
 CONTEXT = 1024
 EFFORT = Effort(min_rounds=5, max_rounds=7, seconds=0.3)

@@ -2,7 +2,7 @@
 
     python benchmarks/step_cost.py [TABLE ...]
 
-Leaves sizes, batch sizes, whole steps and shapes out in turn (stree_autotune.accuracy), for the
+Leaves sizes, batch sizes, whole steps and shapes out in turn (accuracy), for the
 shipped tables or the given files; then predicts the step times that STree published for an RTX
 3090. Needs no GPU.
 """
@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from accuracy import Accuracy, accuracy, roofline_accuracy
 from published import published_table
 
-from stree_autotune.accuracy import Accuracy, accuracy, roofline_accuracy
-from stree_autotune.library import Library, shipped_root
-from stree_autotune.runtime_table import load_runtime_table
+from stree_autotune.store.library import Library, shipped_root
+from stree_autotune.store.runtime_table import load_runtime_table
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from stree_autotune.timing import Effort, captured, time_interleaved
+from stree_autotune.probe.timing import Effort, captured, time_interleaved
 
 Launch = Callable[[int], object]
 

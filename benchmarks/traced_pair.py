@@ -1,7 +1,7 @@
 """The pairs that are decoded: the demo pair, and shapes whose acceptance a trace decides.
 
 The shapes have random weights: their steps accept as many tokens as in a recorded trace
-(stree_autotune.trace_rule), while every pass is computed.
+(stree_autotune.live.trace_rule), while every pass is computed.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from stree_autotune.library import Library
-from stree_autotune.live import PairRequest, open_pair
-from stree_autotune.trace_file import Trace, load_trace
-from stree_autotune.trace_rule import TraceScript
-from stree_core.engine import EngineConfig
-from stree_core.pair import Pair, Runtime
-from stree_core.rules import SamplingSupport
+from stree_autotune.live.trace_rule import TraceScript
+from stree_autotune.store.library import Library
+from stree_autotune.store.open_models import PairRequest, open_pair
+from stree_autotune.trace.file import Trace, load_trace
+from stree_core.drafting.pair import Pair, Runtime
+from stree_core.engine.engine import EngineConfig
+from stree_core.engine.rules import SamplingSupport
 
 DEMO = ("demo-target", "demo-draft")
 DRAFTS = {"mamba2-2.7b": "mamba2-130m", "mamba-in-llama-8b": "mamba2-distilled-small"}

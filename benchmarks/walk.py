@@ -12,10 +12,10 @@ import sys
 import time
 from pathlib import Path
 
-from stree_autotune import growth
-from stree_autotune.growth import refine, solve
-from stree_autotune.path_counts import index_paths
-from stree_autotune.trace_walk import Slots, walk
+from stree_autotune.search import tree_solver as growth
+from stree_autotune.search.path_counts import index_paths
+from stree_autotune.search.tree_solver import refine, solve
+from stree_autotune.trace.tree_walk import Slots, walk
 from stree_core.tree import Tree
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))

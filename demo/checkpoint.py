@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 from modules import DemoModel, Shape
-from safetensors.torch import load_file
-from safetensors.torch import save as serialise
+from safetensors.torch import load_file, save as serialise
 from torch import Tensor, nn
 
 MAX_BYTES = 16 * 1024 * 1024

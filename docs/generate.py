@@ -14,16 +14,32 @@ from typing import Any
 
 import typer
 
-import stree_autotune
 import stree_core
-import stree_kernels
-from stree_autotune.cli import app
+from stree_autotune.cli.commands import app
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 KERNELS, AUTOTUNE, CORE = (
     ROOT / folder for folder in ("kernels/stree_kernels", "autotune/stree_autotune", "stree_core")
 )
+AUTOTUNE_MODULES = (
+    "store/library",
+    "store/runtime_table",
+    "trace/file",
+    "trace/tree_walk",
+    "cost/step_cost",
+    "search/tuning",
+    "report/page",
+)
+KERNEL_MODULES = (
+    "launch/rows",
+    "launch/settings",
+    "linear/deferred_norm",
+    "linear/router",
+    "delta/rows",
+    "testing",
+)
+"""Public modules of kernels without a reference; every op with one is public."""
 
 COMMANDS_HEAD = """# Commands
 
@@ -91,25 +107,40 @@ def _default(parameter: Any) -> str:
 def api_page() -> str:
     """Return the page of public names and signatures."""
     parts = [API_HEAD, f"## stree_core\n\n{_first_line(CORE / '__init__.py')}\n"]
-    for name in stree_core.__all__:
-        home = stree_core._HOME[name]
-        node = _definition(CORE / f"{home}.py", name)
+    for name in dir(stree_core):
+        path, node = _home(name)
+        home = ".".join(path.relative_to(CORE).with_suffix("").parts)
         parts += _entry(node) if node is not None else [f"- `{name}`: a constant of `{home}`."]
     parts.append(f"\n## stree_autotune\n\n{_first_line(AUTOTUNE / '__init__.py')}")
-    for module in stree_autotune.__all__:
-        parts += _module("stree_autotune", AUTOTUNE / f"{module}.py")
+    for module in AUTOTUNE_MODULES:
+        parts += _module(AUTOTUNE / f"{module}.py")
     parts.append(f"\n## stree_kernels\n\n{_first_line(KERNELS / '__init__.py')}")
-    for module in stree_kernels.__all__:
-        # a reference has the signatures of its kernel
-        if not module.endswith("_ref"):
-            parts += _module("stree_kernels", KERNELS / f"{module}.py")
+    # a reference has the signatures of its kernel
+    ops = {
+        path.with_name(path.name.replace("_ref.py", ".py")) for path in KERNELS.rglob("*_ref.py")
+    }
+    for path in sorted(ops | {KERNELS / f"{module}.py" for module in KERNEL_MODULES}):
+        parts += _module(path)
     return "\n".join(parts) + "\n"
 
 
-def _module(package: str, path: Path) -> Iterator[str]:
+def _home(name: str) -> tuple[Path, ast.FunctionDef | ast.ClassDef | None]:
+    """Return the module that a public name of stree_core comes from, and its definition there."""
+    for node in ast.walk(ast.parse((CORE / "__init__.py").read_text())):
+        if isinstance(node, ast.Dict):
+            modules: dict[str, list[str]] = ast.literal_eval(node)
+            (home,) = (module for module, names in modules.items() if name in names)
+            path = CORE / f"{home.replace('.', '/')}.py"
+            return path, _definition(path, name)
+    raise AssertionError(name)
+
+
+def _module(path: Path) -> Iterator[str]:
     """Describe the public functions and classes of a module; of a kernel's the ops alone."""
     reference = path.with_name(f"{path.stem}_ref.py")
-    yield f"\n### {package}.{path.stem}\n\n{_first_line(path)}\n"
+    package = next(folder for folder in (KERNELS, AUTOTUNE) if folder in path.parents)
+    name = ".".join(path.relative_to(package.parent).with_suffix("").parts)
+    yield f"\n### {name}\n\n{_first_line(path)}\n"
     for node in ast.parse(path.read_text()).body:
         if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
             continue

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from stree_core.tree import Tree
-from stree_kernels.delta_rows import DeltaPast, DeltaRows, DeltaTokens
-from stree_kernels.rows import MASK_MULTIPLE, MAX_KEPT, Gate, Pending, gate_width
+from stree_kernels.delta.rows import DeltaPast, DeltaRows, DeltaTokens
+from stree_kernels.launch.rows import MASK_MULTIPLE, MAX_KEPT, Gate, Pending, gate_width
 from stree_kernels.testing import assert_close, poisoned
 
 OUT_ERRORS = {

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from synthetic_profile import write_profile
 
-from stree_autotune.deployment import Deployment
-from stree_autotune.export import FORMATS
-from stree_autotune.library import Library
+from stree_autotune.export.deployment import Deployment
+from stree_autotune.export.formats import FORMATS
+from stree_autotune.store.library import Library
 
 GOLDEN = Path(__file__).with_name("golden")
 

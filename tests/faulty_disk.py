@@ -27,25 +27,20 @@ import torch
 from synthetic_data import make_table, make_trace
 from synthetic_profile import PAIR, PROFILE, TRACE, write_profile
 
-import stree_autotune.analyze_cases
-import stree_autotune.live_probe
-import stree_autotune.report
-import stree_autotune.trace
-import stree_autotune.validate  # noqa: F401
-from stree_autotune.certificate import Certificate, DepthBound, Line
-from stree_autotune.cli import main
-from stree_autotune.library import Library
-from stree_autotune.live_rows import Row
-from stree_autotune.prompt_rows import Prompt
-from stree_autotune.prompts import PromptSet
-from stree_autotune.provenance import provenance
-from stree_autotune.record import Recording
-from stree_autotune.share import push
-from stree_autotune.share_check import check_shared
-from stree_autotune.share_files import own_files
-from stree_autotune.share_index import INDEX, read_index
-from stree_core.chat import Chat
+from stree_autotune.cli.commands import main
+from stree_autotune.live.rows import Row
+from stree_autotune.search.certificate import Certificate, DepthBound, Line
+from stree_autotune.share.check import check_shared
+from stree_autotune.share.files import own_files
+from stree_autotune.share.index import INDEX, read_index
+from stree_autotune.share.remote import push
+from stree_autotune.store.library import Library
+from stree_autotune.store.origin import provenance
+from stree_autotune.store.prompt_rows import Prompt
+from stree_autotune.store.prompts import PromptSet
+from stree_autotune.trace.record import Recording
 from stree_core.errors import ConfigError
+from stree_core.models.text import Chat
 from stree_core.profile import load_profile
 
 Fault = Literal["no space", "read-only", "killed"]
@@ -139,16 +134,20 @@ def verbs(root: Path) -> list[Verb]:
     room = "stree_autotune."
     plotted = ("--gpu", "h200", "--dataset", "gsm8k", *TOY, "--batch-size", "1")
     validated = {
-        room + "validate.open_profile_pair": lambda *_: pair,
-        room + "validate.open_prompts": lambda *_, **__: prompts,
-        room + "validate._record": lambda *_: SimpleNamespace(trace=trace),
-        room + "validate._known_table": lambda *_: None,
-        room + "validate._parts": lambda *_: [[]],
-        room + "validate._stage": lambda *_: SimpleNamespace(table=table),
-        room + "validate._rows": lambda *_: [row],
+        room + "live.validation.open_profile_pair": lambda *_: pair,
+        room + "live.validation.open_prompts": lambda *_, **__: prompts,
+        room + "live.validation._record": lambda *_: SimpleNamespace(trace=trace),
+        room + "live.validation._known_table": lambda *_: None,
+        room + "live.validation._parts": lambda *_: [[]],
+        room + "live.validation._stage": lambda *_: SimpleNamespace(table=table),
+        room + "live.validation._rows": lambda *_: [row],
     }
     return [
-        Verb("tune", (*plotted, "-o", "out/x.yaml"), {room + "tune.tune": lambda _: profile}),
+        Verb(
+            "tune",
+            (*plotted, "-o", "out/x.yaml"),
+            {room + "search.tuning.tune": lambda _: profile},
+        ),
         Verb(
             "tune --storage",
             (*plotted, "--max-nodes", "2", "--trials", "1", "--storage", "s/x.journal"),
@@ -158,31 +157,31 @@ def verbs(root: Path) -> list[Verb]:
             "probe",
             ("probe", "--gpu", "h200", *TOY, "--data", "new"),
             {
-                room + "live_probe.open_pair": lambda _: pair,
-                room + "live_probe.probe": lambda *_: iter([table, table]),
+                room + "probe.report.open_pair": lambda _: pair,
+                room + "probe.report.probe": lambda *_: iter([table, table]),
             },
         ),
         Verb(
             "trace",
             ("trace", "--dataset", "d", "--prompts", "prompts.jsonl", *TOY, "--data", "new"),
             {
-                room + "trace.open_sources": lambda _: [SimpleNamespace(name=n) for n in PAIR],
-                room + "trace.open_pair": lambda _: pair,
-                room + "trace.settings_of": lambda *_: {"target": "t"},
-                room + "trace.record_prompts": lambda *_: iter(recorded),
-                room + "trace.make_trace": lambda *_: trace,
-                room + "certify.certify": lambda *_: bound,
+                room + "cli.trace.open_sources": lambda _: [SimpleNamespace(name=n) for n in PAIR],
+                room + "cli.trace.open_pair": lambda _: pair,
+                room + "cli.trace.settings_of": lambda *_: {"target": "t"},
+                room + "cli.trace.record_prompts": lambda *_: iter(recorded),
+                room + "cli.trace.make_trace": lambda *_: trace,
+                room + "search.certificate.certify": lambda *_: bound,
             },
         ),
         Verb("certify", ("certify", str(STREE_DATA / TRACE)), {
-            room + "certify.certify": lambda *_: bound}),
+            room + "search.certificate.certify": lambda *_: bound}),
         Verb("analyze --plot", ("analyze", *plotted, "--max-nodes", "2", "--plot", "x.svg"), {
-            room + "analyze_cases._other_gpus": lambda *_: [],
-            room + "analyze_cases._other_samplings": lambda *_: []}),
+            room + "report.analyze._other_gpus": lambda *_: [],
+            room + "report.analyze._other_samplings": lambda *_: []}),
         Verb("validate -o", ("validate", "-p", PROFILE_FILE, "-o", "rows.json"), validated),
         Verb("validate --write", ("validate", "-p", PROFILE_FILE, "--write"), validated),
         Verb("report", ("report", PROFILE_FILE, "-o", "out/r.html"), {
-            room + "report._scans": lambda *_: ((), ())}),
+            room + "report.page._scans": lambda *_: ((), ())}),
         Verb("export -o", ("export", PROFILE_FILE, "--to", "vllm", "-o", "out/v.json"), {}),
         Verb("push", ("push", "shelf", PROFILE_FILE), {}),
         Verb("pull", ("pull", "library", "--data", "new"), {}),

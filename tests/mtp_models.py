@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from stree_core.model_source import folder_source
-from stree_core.pair import Pair, Runtime, load_with_head
+from stree_core.drafting.pair import Pair, Runtime, load_with_head
+from stree_core.models.source import folder_source
 
 FAULTS = (
     "halves swapped",

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from chromium import chromium, find_chromium
 
-from stree_autotune.library import Library, shipped_root
-from stree_autotune.report import write_report
+from stree_autotune.report.page import write_report
+from stree_autotune.store.library import Library, shipped_root
 from stree_core.files import write_atomically
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"

@@ -16,11 +16,18 @@ from pathlib import Path
 
 from synthetic import FakeCost, latent_trace
 
-from stree_autotune.search import Candidates, SearchSetting, Trial, best_picks
-from stree_autotune.study import StudyPlace, open_storage
-from stree_autotune.tree_space import TreeSpace
-from stree_autotune.trials import enqueue, text_of
-from stree_autotune.workers import Evaluated, Worker
+from stree_autotune.live.workers import Evaluated, Worker
+from stree_autotune.search.study import (
+    Candidates,
+    SearchSetting,
+    StudyPlace,
+    Trial,
+    best_picks,
+    enqueue,
+    open_storage,
+    text_of,
+)
+from stree_autotune.search.tree_space import TreeSpace
 
 BUDGET = 14
 PATIENCE_S = 4.0

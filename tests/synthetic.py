@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from stree_autotune.trace_file import NO_RANK, Trace, TraceMeta
+from stree_autotune.trace.file import NO_RANK, Trace, TraceMeta
 from stree_core.profile import ModelRef, Provenance, Sampling
 from stree_core.tree import Tree
 

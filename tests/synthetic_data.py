@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from stree_autotune.library import trace_file_name
-from stree_autotune.runtime_table import (
+from stree_autotune.cost.memory import USABLE_SHARE, MemoryLimit
+from stree_autotune.store.library import trace_file_name
+from stree_autotune.store.runtime_table import (
     OFF,
     ModelCost,
     Point,
@@ -19,7 +20,7 @@ from stree_autotune.runtime_table import (
     TableMeasured,
     save_runtime_table,
 )
-from stree_autotune.trace_file import NO_RANK, Trace, TraceMeta, save_trace
+from stree_autotune.trace.file import NO_RANK, Trace, TraceMeta, save_trace
 from stree_core.profile import (
     GpuRef,
     Interval,
@@ -233,3 +234,10 @@ def make_profile(*rows: PolicyRow) -> Profile:
             version="0.1.0", git_sha="unknown", versions={}, seed=0, command="x", date="2026-01-01"
         ),
     )
+
+
+def limit_at(tree: Tree, batch_size: int) -> MemoryLimit:
+    """Return a memory that has just room for a tree."""
+    table = make_table()
+    needed = MemoryLimit(table.target, table.draft, 1024).needed_bytes(batch_size, tree)
+    return MemoryLimit(table.target, table.draft, 1024, "toy", needed / USABLE_SHARE + 1)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from scripts import script
 from synthetic_data import make_table
 
-from stree_autotune.accuracy import Accuracy, accuracy, roofline_accuracy
-from stree_autotune.gpu_sheet import load_gpu_sheet
-from stree_autotune.library import Library, shipped_root
-from stree_autotune.runtime_table import RuntimeTable, load_runtime_table
+from stree_autotune.store.gpu_spec import load_gpu_sheet
+from stree_autotune.store.library import Library, shipped_root
+from stree_autotune.store.runtime_table import RuntimeTable, load_runtime_table
+
+script_accuracy = script("accuracy")
+accuracy, roofline_accuracy = script_accuracy.accuracy, script_accuracy.roofline_accuracy
 
 
-def by_name(table: RuntimeTable) -> dict[tuple[str, str], Accuracy]:
+def by_name(table: RuntimeTable) -> dict[tuple[str, str], Any]:
     return {(row.left_out, row.term): row for row in accuracy(table)}
 
 

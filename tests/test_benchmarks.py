@@ -2,47 +2,31 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from scripts import script
 from synthetic import trace_of
 from synthetic_data import make_trace
 
-from stree_autotune.timing import Effort
-from stree_autotune.trace_file import NO_RANK, Trace
-from stree_core.backend import load_backend
-from stree_core.checkpoint import random_model
-from stree_core.model import Model
-from stree_core.model_shape import Block, Mamba2Shape, ModelShape
-from stree_core.model_source import ModelSource
-from stree_core.pair import Pair
-from stree_core.parts import mamba2_part, matrix, vector
+from stree_autotune.probe.timing import Effort
+from stree_autotune.trace.file import NO_RANK, Trace
+from stree_core.drafting.checkpoint import random_model
+from stree_core.drafting.pair import Pair
+from stree_core.families.model_shape import Block, Mamba2Shape, ModelShape
+from stree_core.families.weight_map import mamba2_part, matrix, vector
+from stree_core.models.backend import load_backend
+from stree_core.models.model import Model
+from stree_core.models.source import ModelSource
 from stree_core.profile import ModelRef
-from stree_kernels import tree_scan_ref
+from stree_kernels.ssm import tree_scan_ref
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
 CPU = torch.device("cpu")
 BRIEF = Effort(min_rounds=2, max_rounds=2, seconds=0.0)
-
-
-def script(name: str) -> ModuleType:
-    """Load a script under a name of its own: a published package is called `kernels`, too."""
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", FOLDER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    # Scripts find the modules beside them as if they were run.
-    sys.path.insert(0, str(FOLDER))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(FOLDER))
-    return module
 
 
 bench_shapes = script("bench_shapes")

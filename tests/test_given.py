@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from stree_core.engine.request import Request
+from stree_core.engine.sampling import SamplingParams
+from stree_core.engine.stop import StopRule
 from stree_core.errors import ConfigError
 from stree_core.given import prompt_ids, real_number, shown, token_ids, whole_number
-from stree_core.request import Request
-from stree_core.sampling import SamplingParams
-from stree_core.stop import StopRule
 
 HUGE = 10**5000
 """Python refuses to print it."""

@@ -10,7 +10,7 @@ import pytest
 from faulty_disk import PROFILE_FILE, TOY, contents, is_right, prepare, survey, verbs
 from synthetic_profile import TRACE
 
-from stree_autotune.cli import main
+from stree_autotune.cli.commands import main
 
 NAMES = [
     "tune",
@@ -56,17 +56,17 @@ def here(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     Path("file").write_text("")
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "here" / "file" / "home")
     for name in (
-        "tune.tune",
-        "live_probe.open_pair",
-        "trace.open_pair",
-        "certify.certify",
-        "analyze_cases.ask",
-        "validate.open_profile_pair",
-        "report.make_section",
-        "deployment.Deployment.changes",
-        "share._push",
-        "share._select",
-        "listing.load_profile",
+        "search.tuning.tune",
+        "probe.report.open_pair",
+        "cli.trace.open_pair",
+        "search.certificate.certify",
+        "report.analyze.ask",
+        "live.validation.open_profile_pair",
+        "report.page.make_section",
+        "export.deployment.Deployment.changes",
+        "share.remote._push",
+        "share.remote._select",
+        "cli.listing.load_profile",
     ):
         monkeypatch.setattr(f"stree_autotune.{name}", _must_not_begin)
     return tmp_path / "here"
@@ -128,7 +128,7 @@ def test_a_certificate_in_a_read_only_place_is_said_before_the_work(
 
 
 def test_a_full_stdout_is_one_sentence_and_a_closed_one_is_silent() -> None:
-    command = [sys.executable, "-c", "from stree_autotune.cli import main; main()", "list"]
+    command = [sys.executable, "-c", "from stree_autotune.cli.commands import main; main()", "list"]
     with Path("/dev/full").open("wb") as full:
         run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert run.returncode == 2

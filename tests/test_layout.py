@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import fnmatch
+import importlib
 import subprocess
 import sys
 import tomllib
@@ -26,7 +27,7 @@ MAX_COMMAND_LINES = 60
 
 
 def product_modules() -> list[Path]:
-    return sorted(path for folder in FOLDERS.values() for path in folder.glob("*.py"))
+    return sorted(path for folder in FOLDERS.values() for path in folder.rglob("*.py"))
 
 
 def relative(path: Path) -> str:
@@ -52,13 +53,43 @@ def test_folders_that_are_no_packages(folder: str) -> None:
 
 
 def test_every_package_is_listed_and_typed() -> None:
-    assert set(SETUPTOOLS["packages"]) == set(FOLDERS)
+    rooms = {name: _folder(name) for name in SETUPTOOLS["packages"]}
     for name, folder in FOLDERS.items():
         assert (folder / "__init__.py").is_file(), name
         assert (folder / "py.typed").is_file(), name
     roots = [ROOT / "kernels", ROOT / "autotune", ROOT / "stree_core", ROOT / "profiles"]
     with_code = {path.parent for root in roots for path in root.rglob("*.py")}
-    assert with_code == set(FOLDERS.values())
+    assert with_code == set(rooms.values())
+
+
+def _folder(package: str) -> Path:
+    root, *rooms = package.split(".")
+    return FOLDERS[root].joinpath(*rooms)
+
+
+ROOMS = [name for name in SETUPTOOLS["packages"] if "." in name]
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_rooms_are_small_and_export_what_they_declare(name: str) -> None:
+    folder = _folder(name)
+    assert len(list(folder.glob("*.py"))) <= 1 + 15
+    tree = ast.parse((folder / "__init__.py").read_text())
+    assert len((ast.get_docstring(tree) or "").splitlines()) == 1
+    declared = [
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        if (node.module or "").startswith(name)
+        for alias in node.names
+    ]
+    room = importlib.import_module(name)
+    if declared:
+        assert dir(room) == sorted(declared)
+    for exported in declared:
+        assert getattr(room, exported) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = room.nothing
 
 
 def test_every_shipped_file_is_package_data() -> None:
@@ -80,9 +111,13 @@ def test_importing_a_package_is_cheap() -> None:
 
 
 def test_the_public_names_are_there() -> None:
-    for name in stree_core.__all__:
+    names = dir(stree_core)
+    assert names == sorted(names)
+    assert {"Engine", "Profile", "Session", "generate", "load_pair"} <= set(names)
+    for name in names:
         assert getattr(stree_core, name) is not None
-    assert set(stree_core.__all__) == set(stree_core._HOME)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = stree_core.nothing
 
 
 @pytest.mark.parametrize("path", product_modules(), ids=relative)

@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from strategies import trees
 from synthetic_data import make_profile, policy_row
 
 from stree_core.errors import ConfigError
 from stree_core.files import dump_yaml, validate
-from stree_core.policy import policy_of
-from stree_core.profile import Profile, load_profile, require_writable, save_profile
+from stree_core.profile import Profile, load_profile, policy_of, require_writable, save_profile
 from stree_core.strict_yaml import parse_yaml
 from stree_core.tree import DEFAULT_TREE, Tree
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from test_benchmarks import script
+from scripts import script
 
-from stree_autotune.search import Trial
+from stree_autotune.search.study import Trial
 from stree_core.tree import Tree
 
 regret = script("regret")

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from stree_autotune.cli import main
-from stree_autotune.provenance import command_line
+from stree_autotune.cli.commands import main
+from stree_autotune.store.origin import command_line
 from stree_core.errors import ConfigError
 from stree_core.shown_text import clean_command, clean_url, printable, shown
 

@@ -26,10 +26,10 @@ from transformers import (
     Zamba2ForCausalLM,
 )
 
-from stree_core.backend import load_backend
-from stree_core.checkpoint import load_model
-from stree_core.model import Model
-from stree_core.model_source import folder_source
+from stree_core.drafting.checkpoint import load_model
+from stree_core.models.backend import load_backend
+from stree_core.models.model import Model
+from stree_core.models.source import folder_source
 
 VOCAB_SIZE = 96
 _TOKENS: dict[str, Any] = {

@@ -1,0 +1,149 @@
+"""What there is to tune and decode with: profiles, tables and traces of every root."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from stree_autotune.share import cache_root
+from stree_autotune.store import Library, load_runtime_table, shipped_root
+from stree_autotune.trace import load_trace
+from stree_core.errors import StreeError
+from stree_core.profile import load_profile
+from stree_core.shown_text import printable
+
+logger = logging.getLogger(__name__)
+
+WIDEST = 1000
+HEADERS = ("kind", "where", "gpu", "pair", "dataset", "sampling", "status", "age", "name")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One file; what its kind does not have is empty. `date` is when it was made, ISO 8601."""
+
+    kind: str
+    where: str
+    gpu: str
+    target: str
+    draft: str
+    dataset: str
+    sampling: str
+    status: str
+    date: str
+    path: str
+
+    @property
+    def name(self) -> str:
+        """The name by which commands find the file."""
+        return Path(self.path).stem
+
+
+Reader = Callable[[Path, str], Row]
+
+
+def list_rows(library: Library) -> list[Row]:
+    """Return every file by kind, each kind in the order in which roots are searched.
+
+    A file that cannot be read is left out with a line in the log.
+    """
+    readers: tuple[tuple[str, str, Reader], ...] = (
+        ("tuned", "yaml", _profile_row),
+        ("runtime", "yaml", _table_row),
+        ("traces", "safetensors", _trace_row),
+    )
+    rows = []
+    for folder, suffix, read in readers:
+        for root in library.roots:
+            for path in sorted((root / folder).glob(f"*.{suffix}")):
+                try:
+                    rows.append(read(path, _where(root)))
+                except StreeError as err:
+                    logger.warning("left out: %s", err)
+    return rows
+
+
+def print_rows(rows: list[Row], console: Console) -> None:
+    """Print the rows as a table, as wide as it takes: a cut name is of no use."""
+    console.width = max(console.width, WIDEST)
+    now = datetime.datetime.now(datetime.UTC)
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for header in HEADERS:
+        table.add_column(header, justify="right" if header == "age" else "left", no_wrap=True)
+    for row in rows:
+        pair = f"{row.target} + {row.draft}"
+        age = describe_age(row.date, now)
+        texts = (row.kind, row.where, row.gpu, pair, row.dataset, row.sampling, row.status)
+        table.add_row(*texts, age, printable(row.name))
+    console.print(table)
+
+
+def describe_age(date: str, now: datetime.datetime) -> str:
+    """Return how long ago an ISO date was, in days from two days on; empty for no such date."""
+    try:
+        then = datetime.datetime.fromisoformat(date)
+    except ValueError:
+        return ""
+    then = then if then.tzinfo else then.replace(tzinfo=datetime.UTC)
+    hours = (now - then).total_seconds() / 3600
+    return f"{hours / 24:.0f} d" if hours >= 48 else f"{max(0.0, hours):.0f} h"
+
+
+def _where(root: Path) -> str:
+    if root == shipped_root():
+        return "shipped"
+    return "library" if root.is_relative_to(cache_root()) else "local"
+
+
+def _profile_row(path: Path, where: str) -> Row:
+    profile = load_profile(path)
+    return Row(
+        kind="profile",
+        where=where,
+        gpu=profile.gpu.name,
+        target=profile.target.name,
+        draft=profile.draft.name,
+        dataset=profile.dataset,
+        sampling=profile.sampling.label,
+        status="estimated" if profile.estimated else "measured",
+        date=profile.provenance.date,
+        path=str(path),
+    )
+
+
+def _table_row(path: Path, where: str) -> Row:
+    table = load_runtime_table(path)
+    return Row(
+        kind="table",
+        where=where,
+        gpu=table.gpu,
+        target=table.target.name,
+        draft=table.draft.name,
+        dataset="",
+        sampling="",
+        status="measured",
+        date=table.measured.date,
+        path=str(path),
+    )
+
+
+def _trace_row(path: Path, where: str) -> Row:
+    meta = load_trace(path).meta
+    return Row(
+        kind="trace",
+        where=where,
+        gpu="",
+        target=meta.target.name,
+        draft=meta.draft.name,
+        dataset=meta.dataset,
+        sampling=meta.sampling.label,
+        status="measured",
+        date=meta.provenance.date,
+        path=str(path),
+    )

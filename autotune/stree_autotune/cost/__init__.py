@@ -1,0 +1,25 @@
+"""What a decoding step costs in time and memory, measured or estimated."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stree_kernels.lazy import exports
+
+if TYPE_CHECKING:
+    from stree_autotune.cost.memory import MemoryLimit as MemoryLimit
+    from stree_autotune.cost.step_cost import StepCost as StepCost
+    from stree_autotune.cost.terms import PER_TOKENS as PER_TOKENS
+    from stree_autotune.cost.traffic import model_cost as model_cost
+    from stree_autotune.cost.tree_shape import FEWEST_ROWS as FEWEST_ROWS
+
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        "memory": ["MemoryLimit"],
+        "step_cost": ["StepCost"],
+        "terms": ["PER_TOKENS"],
+        "traffic": ["model_cost"],
+        "tree_shape": ["FEWEST_ROWS"],
+    },
+)

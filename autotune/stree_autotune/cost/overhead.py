@@ -1,0 +1,162 @@
+"""The remainder: what whole steps cost beyond the sum of their separately measured terms.
+
+    remainder = constant + depth * per level + tokens * per token (+ branching, with siblings)
+    verify inside steps = verify(tokens) * (1 + what steps with nearly as many tokens still miss)
+
+A pass that keeps the tensor cores busy runs slower among others than by itself, and by how much
+depends on how its tokens fill the kernels' tiles: steps with as many tokens share it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stree_autotune.cost.tree_shape import TreeShape
+
+Floats = NDArray[np.float64]
+
+NEAR, DOUBT = 0.1, 0.3
+"""Standard deviation of log tokens by which steps count as near, and steps that missed nothing."""
+
+LEAST, MOST = 0.5, 2.0
+"""What verify inside steps takes of verify alone, where a busy machine says something absurd."""
+
+
+class Coefficients(NamedTuple):
+    """What the remainder is made of, in ms: `branching` counts once, where a node has siblings."""
+
+    constant: float = 0.0
+    per_level: float = 0.0
+    per_token: float = 0.0
+    branching: float = 0.0
+
+    def minus(self, other: Coefficients) -> Coefficients:
+        """Return the differences."""
+        return Coefficients(*(a - b for a, b in zip(self, other, strict=True)))
+
+    def plus(self, other: Coefficients) -> Coefficients:
+        """Return the sums."""
+        return Coefficients(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def ms(self, shape: TreeShape) -> float:
+        """Return the sum for a step with a tree of this shape."""
+        return sum(map(operator.mul, self, _features(shape)), 0.0)
+
+
+# The constant and any others, simplest first; a later set is taken only when it predicts left-out
+# steps better.
+_SETS = [(0, *more) for size in range(4) for more in itertools.combinations((1, 2, 3), size)]
+_BETTER = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class WholeStep:
+    """One measured step: its shape, the sum of its terms, verify alone, and its own time (ms)."""
+
+    shape: TreeShape
+    sum_ms: float
+    verify_ms: float
+    ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Missed:
+    """What steps took beyond the remainder, relative to verify, by their tokens."""
+
+    log_tokens_S: Floats
+    share_S: Floats
+
+    def factor(self, num_tokens: int) -> float:
+        """Return what verify is multiplied by: 1 and the mean share of steps near these tokens."""
+        distance_S = (self.log_tokens_S - np.log(num_tokens)) / NEAR
+        weight_S = np.exp(-0.5 * np.square(distance_S))
+        share = float(weight_S @ self.share_S / (weight_S.sum() + DOUBT))
+        return min(MOST, max(LEAST, 1 + share))
+
+
+@dataclass(frozen=True, slots=True)
+class Remainder:
+    """Accept, commit, host, launches; `left_out` are the errors of steps predicted from others."""
+
+    coefficients: Coefficients
+    missed: Missed | None
+    left_out: tuple[float, ...]
+
+    @property
+    def fit_error(self) -> float:
+        """Root mean square of the relative errors of left-out steps."""
+        return _root_mean_square(self.left_out)
+
+
+def fit_remainder(
+    steps: Sequence[WholeStep], floors_ms: Coefficients, *, by_tokens: bool = False
+) -> Remainder:
+    """Fit the remainder to whole steps by least squares of the relative error; needs two.
+
+    `floors_ms` bounds the coefficients from below: passes inside one graph can cost less than the
+    same passes alone, so a coefficient may be negative, but never so far that a deeper tree gets
+    cheaper. Non-negative least squares runs on what lies above the floors. Of the sets of
+    coefficients that hold the constant the one that predicts left-out steps best wins (root mean
+    square of the relative error). With `by_tokens` it says what steps miss as well.
+    """
+    best: tuple[tuple[int, ...], list[float]] | None = None
+    for chosen in _SETS:
+        if len(steps) > len(chosen):
+            errors = [
+                _error(steps, index, floors_ms, chosen, by_tokens) for index in range(len(steps))
+            ]
+            # A further coefficient must earn its place, or noise decides.
+            if best is None or _root_mean_square(errors) < _BETTER * _root_mean_square(best[1]):
+                best = chosen, errors
+    assert best is not None
+    coefficients, missed = _solve(steps, floors_ms, best[0])
+    return Remainder(coefficients, missed if by_tokens else None, tuple(best[1]))
+
+
+def _error(
+    steps: Sequence[WholeStep], index: int, floors_ms: Coefficients, chosen: tuple[int, ...],
+    by_tokens: bool,
+) -> float:  # fmt: skip
+    """Return the relative error of one step when it is predicted from the others."""
+    left_out = steps[index]
+    coefficients, missed = _solve([*steps[:index], *steps[index + 1 :]], floors_ms, chosen)
+    predicted = left_out.sum_ms + coefficients.ms(left_out.shape)
+    if by_tokens:
+        predicted += (missed.factor(left_out.shape.num_tokens) - 1) * left_out.verify_ms
+    return predicted / left_out.ms - 1
+
+
+def _solve(
+    steps: Sequence[WholeStep], floors_ms: Coefficients, chosen: tuple[int, ...]
+) -> tuple[Coefficients, Missed]:
+    """Return the coefficients, 0 where not chosen, and what the steps took beyond them."""
+    # scipy.optimize takes most of a second to import, and most commands never fit
+    from scipy.optimize import nnls
+
+    features_SC: Floats = np.array([_features(step.shape) for step in steps])[:, chosen]
+    floors_C = np.array(floors_ms)[list(chosen)]
+    ms_S = np.array([step.ms for step in steps])
+    rest_S = ms_S - np.array([step.sum_ms for step in steps])
+    above_C, _ = nnls(features_SC / ms_S[:, None], (rest_S - features_SC @ floors_C) / ms_S)
+    values = np.zeros(len(floors_ms))
+    values[list(chosen)] = above_C + floors_C
+    verify_S = np.array([step.verify_ms for step in steps])
+    share_S = (rest_S - features_SC @ (above_C + floors_C)) / verify_S
+    tokens_S = np.array([step.shape.num_tokens for step in steps])
+    return Coefficients(*values.tolist()), Missed(np.log(tokens_S), share_S)
+
+
+def _root_mean_square(errors: Sequence[float]) -> float:
+    return float(np.sqrt(np.mean(np.square(errors))))
+
+
+def _features(shape: TreeShape) -> tuple[float, ...]:
+    """Return what each coefficient is multiplied by."""
+    return 1.0, float(shape.depth), float(shape.num_tokens), float(bool(shape.branching))

@@ -1,0 +1,179 @@
+"""Step cost: the time of one decoding step with any tree, from a runtime table.
+
+    off:         whole steps, by batch size and rule
+    speculating: draft_root(B) + sum over levels below the root with children of
+                     draft(B, width) + draft_rows(B, rows up to the level's last)
+                 + verify(B, tokens) + target_store(B, storing) + draft_store(B, storing)
+                 + (tokens per step - 2) * (target_path(B) + depth * draft_path(B))
+                 + what the rule adds (branching, laws, draws, tries) by rows of logits
+                 + remainder(B, rule, depth, tokens, siblings); never shorter than the host's work
+
+The width of a level is its number of nodes with children: only those are drafted from. `storing` is
+the mean number of slots that store their states in a step.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from stree_autotune.cost.estimate import Estimate
+from stree_autotune.cost.terms import PLAIN, Factors, Load, TermTimes, spreads, term_times
+from stree_autotune.cost.tree_shape import FEWEST_ROWS, TreeShape, shape_of
+from stree_autotune.store import PairWords, RuleKey, RuntimeTable
+from stree_core.errors import MissingMeasurement
+from stree_core.tree import Tree
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """One draw: a factor per group of terms, and fit errors that all steps miss by."""
+
+    factors: Factors
+    steps_off: float
+
+
+STILL = Noise(PLAIN, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """Times of one pair on one GPU; see the module for the formula. Times are milliseconds.
+
+    `common` is a relative spread that all terms share, which an estimate has.
+    """
+
+    times: Mapping[int, TermTimes]
+    batch_sizes: tuple[int, ...]
+    spreads: Factors
+    command: str
+    load: Load = field(default_factory=Load)
+    common: float = 0.0
+    noise: Noise = STILL
+
+    @classmethod
+    def from_table(
+        cls,
+        table: RuntimeTable,
+        rule: RuleKey = "greedy",
+        context: int | None = None,
+        words: PairWords | None = None,
+    ) -> StepCost:
+        """Build the step cost of a measured table, of slots half full up to `context` tokens.
+
+        `words` are the user's for the pair, which errors repeat.
+        """
+        load = Load(rule, 0.0 if context is None else (context - table.context) / 2)
+        command = table.probe_command(words)
+        times = term_times(table, command)
+        return cls(times, table.batch_sizes, spreads(table), command, load)
+
+    @classmethod
+    def from_estimate(
+        cls,
+        estimate: Estimate,
+        rule: RuleKey = "greedy",
+        context: int | None = None,
+        words: PairWords | None = None,
+    ) -> StepCost:
+        """Build the step cost of an estimated table, whose draws spread as the estimate may err."""
+        cost = cls.from_table(estimate.table, rule, context, words)
+        moved = Factors(*(math.hypot(spread, estimate.own) for spread in cost.spreads))
+        return replace(cost, spreads=moved, common=estimate.common)
+
+    @property
+    def fit_error(self) -> float:
+        """The largest leave-one-out error of predicted whole steps, relative, over batch sizes."""
+        rule = self.load.rule
+        errors = [t.fitted(rule).fit_error for t in self.times.values() if t.remainders]
+        return max(errors, default=math.nan)
+
+    def step_ms(self, batch_size: int, tree: Tree, tokens_per_step: float | None = None) -> float:
+        """Return the time of one step with `tree`; a tree without nodes means verdict off.
+
+        With more tokens per step states are stored more often; not given, half of the tree's depth
+        is taken to be accepted. Straight between neighbouring measured batch sizes. Raises
+        MissingMeasurement outside the measured batch sizes and tree sizes, naming the command that
+        records more.
+        """
+        rate = 1 + tree.depth / 2 if tokens_per_step is None else tokens_per_step
+        return self._shape_ms(batch_size, shape_of(tree) if tree.num_nodes else None, rate)
+
+    def least_ms(
+        self, batch_size: int, num_nodes: int, depth: int, tokens_per_step: float
+    ) -> float:
+        """Return the time of the quickest step of any tree with these nodes and levels; 0 is off.
+
+        One node on every level is drafted from, and where the nodes are no chain one of them has
+        several children, and no level has rows before it: more of any never takes less. Raises as
+        `step_ms` does.
+        """
+        bushy, below = num_nodes > depth, max(0, depth - 1)
+        shape = TreeShape(
+            num_tokens=num_nodes + 1,
+            depth=depth,
+            widths=(1,) * below,
+            rows=(FEWEST_ROWS + 1,) * below,
+            branching=(1,) if bushy else (),
+            num_inner=depth,
+            most_children=2 if bushy else 1,
+        )
+        return self._shape_ms(batch_size, shape if num_nodes else None, tokens_per_step)
+
+    def _shape_ms(self, batch_size: int, shape: TreeShape | None, tokens_per_step: float) -> float:
+        load = self.load._replace(tokens_per_step=tokens_per_step)
+        if batch_size in self.times:
+            return self._ms(self.times[batch_size], shape, load)
+        below, above = self._neighbours(batch_size)
+        share = (batch_size - below) / (above - below)
+        ends = [self._ms(self.times[size], shape, load) for size in (below, above)]
+        return (1 - share) * ends[0] + share * ends[1]
+
+    def draw(self, rng: np.random.Generator) -> StepCost:
+        """Return the cost as another measurement might have found it.
+
+        Each group of terms moves by its relative spread, all together by the spread they share, and
+        all speculative steps by the fit error.
+        """
+        deviates = rng.standard_normal(len(PLAIN) + 2).tolist()
+        shared = self.common * deviates[-2]
+        moved = [math.exp(shared + s * z) for s, z in zip(self.spreads, deviates, strict=False)]
+        return replace(self, noise=Noise(Factors(*moved), deviates[-1]))
+
+    def require(self, batch_sizes: Iterable[int], max_nodes: int) -> None:
+        """Raise MissingMeasurement unless every tree of up to `max_nodes` has a time."""
+        for batch_size in batch_sizes:
+            measured = (batch_size,) if batch_size in self.times else self._neighbours(batch_size)
+            for size in measured:
+                self.times[size].require(max_nodes, self.load.rule)
+
+    def most_nodes(self, batch_sizes: Sequence[int], limit: int) -> int:
+        """Return the most nodes, up to a limit, with which every tree has a time; 0 without any."""
+        for size in range(limit, 0, -1):
+            try:
+                self.require(batch_sizes, size)
+            except MissingMeasurement:
+                continue
+            return size
+        return 0
+
+    def _neighbours(self, batch_size: int) -> tuple[int, int]:
+        index = bisect.bisect(self.batch_sizes, batch_size)
+        if not 0 < index < len(self.batch_sizes):
+            covered = "no batch size is"
+            if self.batch_sizes:
+                covered = f"batch sizes {self.batch_sizes[0]} to {self.batch_sizes[-1]} are"
+            raise MissingMeasurement(
+                f"{covered} measured, got {batch_size}; record it with "
+                f"`{self.command} --batch-size {batch_size}`"
+            )
+        return self.batch_sizes[index - 1], self.batch_sizes[index]
+
+    def _ms(self, times: TermTimes, shape: TreeShape | None, load: Load) -> float:
+        if shape is None:
+            return times.off_ms(load, self.noise.factors)
+        return times.speculative_ms(shape, load, self.noise.factors, self.noise.steps_off)

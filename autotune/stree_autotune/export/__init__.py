@@ -1,0 +1,19 @@
+"""A profile as settings of servers and simulators."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stree_kernels.lazy import exports
+
+if TYPE_CHECKING:
+    from stree_autotune.export.deployment import Deployment as Deployment
+    from stree_autotune.export.formats import run_export as run_export
+
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        "deployment": ["Deployment"],
+        "formats": ["run_export"],
+    },
+)

@@ -1,0 +1,112 @@
+"""Predicted against live, row by row: on the screen and in a profile."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from stree_autotune.store import RuntimeTable, result_console, utc_now, versions
+from stree_autotune.trace import TraceMeta
+from stree_core.drafting import Pair, device_name
+from stree_core.profile import Measured, MeasuredBlock, Profile
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One way of decoding: what was predicted of it and what it did. Errors are relative."""
+
+    mode: str
+    nodes: int
+    batch_size: int
+    predicted_tokens_per_step: float
+    live_tokens_per_step: float
+    predicted_step_ms: float
+    live_step_ms: float
+    predicted_tokens_per_s: float
+    live_tokens_per_s: float
+    texts_differing_from_off: int | None
+
+    @property
+    def speed_error(self) -> float:
+        """Relative error of the predicted tokens per second."""
+        return self.predicted_tokens_per_s / self.live_tokens_per_s - 1
+
+    @property
+    def length_error(self) -> float:
+        """Relative error of the predicted tokens per step."""
+        return self.predicted_tokens_per_step / self.live_tokens_per_step - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Heading:
+    """What all rows of a table share, as its first line says it."""
+
+    pair: str
+    prompts: str
+    predicted_from: str
+
+    @classmethod
+    def of(cls, pair: Pair, meta: TraceMeta, table: RuntimeTable) -> Heading:
+        """Return the heading of rows whose prompts were recorded as `meta`."""
+        form = ", chat template" if meta.chat else ""
+        return cls(
+            f"{pair.target_ref.name} + {pair.draft_ref.name} on {device_name(pair.device)}",
+            f"{meta.num_prompts} prompts of {meta.dataset}{form}, {meta.sampling.label}",
+            f"times of {table.measured.date}, a trace of these prompts",
+        )
+
+
+def print_rows(rows: Sequence[Row], heading: Heading) -> None:
+    """Print a table of rows, predicted beside live, and how far they are apart."""
+    console = result_console()
+    console.print(f"{heading.pair} · {heading.prompts} · batch size {rows[0].batch_size}")
+    console.print(f"predicted from {heading.predicted_from}")
+    grid = Table(box=None, pad_edge=False)
+    for title in (
+        "mode", "nodes", "tokens/step", "live", "step ms", "live", "tokens/s", "live", "error",
+    ):  # fmt: skip
+        grid.add_column(title, justify="left" if title == "mode" else "right")
+    for row in rows:
+        grid.add_row(
+            row.mode, str(row.nodes),
+            f"{row.predicted_tokens_per_step:.3f}", f"{row.live_tokens_per_step:.3f}",
+            f"{row.predicted_step_ms:.3f}", f"{row.live_step_ms:.3f}",
+            f"{row.predicted_tokens_per_s:.0f}", f"{row.live_tokens_per_s:.0f}",
+            f"{row.speed_error:+.1%}",
+        )  # fmt: skip
+    console.print(grid)
+    console.print(f"tokens/s: {error_summary([row.speed_error for row in rows])}")
+    console.print(f"tokens/step: {error_summary([row.length_error for row in rows])}")
+    differing = max(row.texts_differing_from_off or 0 for row in rows)
+    if differing:
+        console.print(
+            f"up to {differing} texts differ from decoding without speculation: rounding at "
+            "near-ties, see docs/numerics.md",
+        )
+
+
+def error_summary(errors: Sequence[float]) -> str:
+    """Return the median and the worst of relative errors, without their signs."""
+    sizes = [abs(error) for error in errors]
+    return f"median error {statistics.median(sizes):.1%}, worst {max(sizes):.1%}"
+
+
+def with_measured(profile: Profile, rows: Sequence[Row], pair: Pair) -> Profile:
+    """Return the profile with the live side of `rows` as its measured block."""
+    measured = tuple(
+        Measured(
+            batch_size=row.batch_size,
+            mode=row.mode,
+            tokens_per_step=float(f"{row.live_tokens_per_step:.6g}"),
+            step_ms=float(f"{row.live_step_ms:.6g}"),
+            tokens_per_s=float(f"{row.live_tokens_per_s:.6g}"),
+        )
+        for row in rows
+    )
+    block = MeasuredBlock(
+        gpu=device_name(pair.device), date=utc_now(), versions=versions(), rows=measured
+    )
+    return profile.model_copy(update={"measured": block})

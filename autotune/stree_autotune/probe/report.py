@@ -1,0 +1,115 @@
+"""The verb probe: a pair's runtime table, or the passes of one model alone."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from rich.table import Table
+
+from stree_autotune.probe.plan import ProbeConfig, missing_stages
+from stree_autotune.probe.run import extends, has_attention, probe
+from stree_autotune.probe.single import PassTime, probe_model
+from stree_autotune.store import (
+    PairRequest,
+    RuntimeTable,
+    check_name,
+    data_folder,
+    load_runtime_table,
+    open_pair,
+    open_source,
+    report,
+    result_console,
+    runtime_file_name,
+    save_runtime_table,
+)
+from stree_core.drafting import Pair, device_name, load_single, short_gpu_name
+from stree_core.errors import ConfigError
+from stree_core.files import require_place
+
+logger = logging.getLogger(__name__)
+
+
+def run_probe(request: PairRequest, config: ProbeConfig, *, as_json: bool, force: bool) -> None:
+    """Measure a runtime table and write it where tuning looks first."""
+    folder = data_folder(request.data) / "runtime"
+    require_place(folder / "table.yaml")
+    pair = open_pair(request)
+    if not config.gpu:
+        gpu = short_gpu_name(device_name(pair.device), pair.device)
+        config = replace(config, gpu=gpu)
+    check_name(config.gpu, "GPU")
+    names = (pair.target_ref.name, pair.draft_ref.name)
+    path = folder / runtime_file_name(config.gpu, *names)
+    known = _known_table(path, pair, config, force=force)
+    logger.info("probing %s + %s on %s", *names, device_name(pair.device))
+    # Saved after every stage: a probe that is stopped keeps what it has measured.
+    for table in probe(pair, config, logger.info, known):
+        save_runtime_table(table, path)
+    summary = {
+        "path": str(path),
+        "gpu": table.gpu,
+        "gpu_name": table.gpu_name,
+        "points": len(table.points),
+        "steps": len(table.steps),
+    }
+    text = f"wrote {path}: {len(table.points)} points, {len(table.steps)} whole steps"
+    report(text, summary, as_json)
+
+
+def run_model_probe(request: PairRequest, config: ProbeConfig, *, as_json: bool) -> None:
+    """Measure the passes of one model and print them; a table for tuning needs a draft."""
+    source = open_source(request, request.target)
+    model = load_single(source, request.runtime)
+    weights = "random weights" if source.folder is None else "its own weights"
+    gpu_name = device_name(model.device)
+    logger.info("probing %s, %s, on %s", source.name, weights, gpu_name)
+    rows = [row for rows in probe_model(model, config, logger.info) for row in rows]
+    console = result_console()
+    console.print(f"{source.name}, {weights}, context {config.context}: ms on {gpu_name}")
+    console.print(_pass_table(rows))
+    summary: dict[str, object] = {
+        "model": source.name,
+        "weights": "random" if source.folder is None else "real",
+        "gpu_name": gpu_name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "context": config.context,
+        "weight_bytes": model.shape.weight_bytes(model.dtype.itemsize),
+        "rows": [row._asdict() for row in rows],
+    }
+    text = "a runtime table, which tuning reads, needs a draft as well: pass --draft"
+    report(text, summary, as_json)
+
+
+def _pass_table(rows: list[PassTime]) -> Table:
+    """Return a table with a row for each batch size and a column for each number of tokens."""
+    sizes = sorted({row.num_tokens for row in rows})
+    table = Table(box=None, pad_edge=False)
+    for header in ("batch size", "one-token step", *(f"pass of {size}" for size in sizes)):
+        table.add_column(header, justify="right")
+    for batch_size in sorted({row.batch_size for row in rows}):
+        times = {row.num_tokens: row for row in rows if row.batch_size == batch_size}
+        steps = [row.step_ms for row in times.values() if row.step_ms is not None]
+        cells = [f"{times[size].ms:.3f}" for size in sizes]
+        table.add_row(str(batch_size), f"{steps[0]:.3f}", *cells)
+    return table
+
+
+def _known_table(
+    path: Path, pair: Pair, config: ProbeConfig, *, force: bool
+) -> RuntimeTable | None:
+    """Return the table at `path` when this probe only adds to it, None when it is new.
+
+    Raises ConfigError when the probe would change what is there, unless `force`.
+    """
+    if force or not path.exists():
+        return None
+    try:
+        known = load_runtime_table(path)
+    except ConfigError as err:
+        raise ConfigError(f"{err}, or pass --force to measure all of it again") from err
+    missing = missing_stages(config, has_attention(pair), known)
+    if not extends(known, pair, config) or not missing:
+        raise ConfigError(f"{path} exists already; pass --force to measure all of it again")
+    return known

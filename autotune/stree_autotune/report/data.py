@@ -1,0 +1,208 @@
+"""What a report shows and a profile does not hold, computed again from the profile's sources.
+
+The search is repeated with the profile's seed: the same sources give the same trials, so no profile
+needs to hold its history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stree_autotune.cost import StepCost
+from stree_autotune.search import (
+    OFF,
+    TreeSpace,
+    Trial,
+    find_source_file,
+    profile_cost,
+    profile_trace,
+    search_batch,
+)
+from stree_autotune.store import Library, RuntimeTable, load_runtime_table
+from stree_autotune.trace import Slots, Trace, longest_paths, walk
+from stree_core.errors import StreeError
+from stree_core.profile import PolicyRow, Profile
+from stree_core.tree import Tree
+
+NUM_RESAMPLES = 400
+NUM_COST_DRAWS = 50
+MOST_NODES = 64
+MOST_DEPTHS, MOST_RANKS = 8, 8
+
+
+@dataclass(frozen=True, slots=True)
+class SizePoint:
+    """The fastest tree of one size, and the 95 % interval of its tokens/s, paired with off."""
+
+    trial: Trial
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """Every tree that the search tried for one row, in order, and the fastest of each size."""
+
+    row: PolicyRow
+    off: Trial
+    trials: tuple[Trial, ...]
+    best: tuple[SizePoint, ...]
+
+    @property
+    def fastest_speculation(self) -> Trial:
+        """The fastest trial that speculates."""
+        return max((trial for trial in self.trials if trial.tree != OFF), key=_rate)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ranks:
+    """Where the target's tokens stood among the draft's choices, by depth below a step's start.
+
+    shares: per depth and rank, of the steps whose tokens before that depth were all recorded
+    choices. The last two columns are the ranks beyond MOST_RANKS together, and none.
+    """
+
+    shares: NDArray[np.float64]
+    num_steps: tuple[int, ...]
+
+
+def scan(profile: Profile, trace: Trace, cost: StepCost) -> tuple[Scan, ...]:
+    """Repeat the search of every row; raise MissingMeasurement when the cost knows too little."""
+    batch_sizes = [row.batch_size for row in profile.policy]
+    seed, most = profile.provenance.seed, cost.most_nodes(batch_sizes, MOST_NODES) or 1
+    space = TreeSpace.of(trace, most)
+    bootstrap = _Bootstrap.of(space.slots, cost, seed)
+    scans = []
+    for row in profile.policy:
+        result = search_batch(space, cost, row.batch_size, seed=seed)
+        best: dict[int, Trial] = {}
+        for trial in sorted(result.trials, key=_rate):
+            best[trial.tree.num_nodes] = trial
+        points = bootstrap.points(row.batch_size, [best[n] for n in sorted(best)], result.off)
+        scans.append(Scan(row, result.off, result.trials, points))
+    return tuple(scans)
+
+
+def reach_shares(trace: Trace, tree: Tree) -> tuple[float, ...]:
+    """Return per node the share of the walk's steps that accept it; 1 for the root."""
+    slots = Slots.of(trace)
+    ends_S = longest_paths(slots, np.asarray(tree.parents, np.intp))
+    ends = ends_S[_start_slots(slots, trace, tree)]
+    counts = np.bincount(ends, minlength=tree.num_tokens)
+    for node in range(tree.num_nodes, 0, -1):
+        counts[tree.parents[node]] += counts[node]
+    return tuple((counts / max(1, counts[0])).tolist())
+
+
+def rank_shares(trace: Trace, tree: Tree) -> Ranks:
+    """Return where the target's tokens stood at the steps that `tree` takes over the trace."""
+    slots = Slots.of(trace)
+    num_children = slots.num_children
+    slot = _start_slots(slots, trace, tree)
+    columns = MOST_RANKS + 2
+    shares, num_steps = [], []
+    for _ in range(MOST_DEPTHS):
+        slot = slot[slots.positions_S[slot] >= 0]
+        if not len(slot):
+            break
+        ranks = slots.ranks_S[slot]
+        kinds = np.where(ranks < MOST_RANKS, ranks, MOST_RANKS)
+        kinds = np.where(ranks == num_children, MOST_RANKS + 1, kinds)
+        shares.append(np.bincount(kinds, minlength=columns) / len(slot))
+        num_steps.append(len(slot))
+        slot = slot[ranks < num_children] + 1
+    return Ranks(np.array(shares), tuple(num_steps))
+
+
+def trial_of(trace: Trace, cost: StepCost, batch_size: int, tree: Tree) -> Trial:
+    """Return what is predicted of any tree."""
+    tokens_per_step = walk(trace, tree).tokens_per_step
+    return Trial.at(
+        batch_size, tree, tokens_per_step, cost.step_ms(batch_size, tree, tokens_per_step)
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Bootstrap:
+    """Resampled prompts [R, P] and as many draws of the step cost, the same for every tree."""
+
+    slots: Slots
+    weights_RP: NDArray[np.float64]
+    costs: tuple[StepCost, ...]
+    starts: dict[Tree, NDArray[np.float64]]
+
+    @classmethod
+    def of(cls, slots: Slots, cost: StepCost, seed: int) -> _Bootstrap:
+        """Draw resamples of the slots' prompts and of the cost."""
+        rng = np.random.default_rng(seed)
+        num_prompts = len(slots.first_P)
+        shares = np.full(num_prompts, 1 / num_prompts)
+        weights = rng.multinomial(num_prompts, shares, size=NUM_RESAMPLES).astype(np.float64)
+        draws = tuple(cost.draw(rng) for _ in range(NUM_COST_DRAWS))
+        return cls(slots, weights, draws, {})
+
+    def points(self, batch_size: int, trials: Sequence[Trial], off: Trial) -> tuple[SizePoint, ...]:
+        """Return trials with the intervals of their gains over off, in tokens/s."""
+        off_ms, found = self._ms(batch_size, OFF), []
+        for trial in trials:
+            ratios = off_ms / self._ms(batch_size, trial.tree)
+            low, high = np.quantile(ratios, (0.025, 0.975)) * off.tokens_per_s
+            found.append(SizePoint(trial, float(low), float(high)))
+        return tuple(found)
+
+    def _ms(self, batch_size: int, tree: Tree) -> NDArray[np.float64]:
+        if tree not in self.starts:
+            self.starts[tree] = self.weights_RP @ walk(self.slots, tree).starts_P
+        rate = self.slots.num_positions / float(self.starts[tree].mean())
+        drawn = np.array([cost.step_ms(batch_size, tree, rate) for cost in self.costs])
+        times: NDArray[np.float64] = self.starts[tree] * np.resize(drawn, NUM_RESAMPLES)
+        return times
+
+
+def _start_slots(slots: Slots, trace: Trace, tree: Tree) -> NDArray[np.intp]:
+    """Return the slots where steps with `tree` start."""
+    slot_of_position = np.flatnonzero(slots.positions_S >= 0)
+    return slot_of_position[walk(trace, tree).starts]
+
+
+def _rate(trial: Trial) -> float:
+    return trial.tokens_per_s
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """The very files that a profile names, and why some are missing."""
+
+    trace: Trace | None
+    table: RuntimeTable | None
+    cost: StepCost | None
+    missing: tuple[str, ...]
+
+
+def find_evidence(profile: Profile, library: Library) -> Evidence:
+    """Return what can be found of the files that a profile was made from."""
+    missing: list[str] = []
+    runtime = profile.sources.runtime
+    trace = _attempt(lambda: profile_trace(profile, library), missing)
+    table = _attempt(
+        lambda: load_runtime_table(find_source_file(runtime, "runtime", library)), missing
+    )
+    cost = None if table is None else _attempt(lambda: profile_cost(profile, library), missing)
+    return Evidence(trace, table, cost, tuple(missing))
+
+
+def _attempt(load: Callable[[], T], missing: list[str]) -> T | None:
+    try:
+        return load()
+    except StreeError as err:
+        sentence = str(err)
+        missing.append(f"{sentence[0].upper()}{sentence[1:]}.")
+        return None

@@ -1,0 +1,88 @@
+"""Which tree to use: solver, Optuna study, certificate, verdict."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stree_kernels.lazy import exports
+
+if TYPE_CHECKING:
+    from stree_autotune.search.certificate import (
+        Certificate as Certificate,
+        certificate_path as certificate_path,
+        certify_file as certify_file,
+        describe as describe,
+        has_certificate as has_certificate,
+    )
+    from stree_autotune.search.profile_sources import (
+        find_source_file as find_source_file,
+        profile_cost as profile_cost,
+        profile_trace as profile_trace,
+    )
+    from stree_autotune.search.request import TuneRequest as TuneRequest
+    from stree_autotune.search.study import (
+        EXACT as EXACT,
+        Candidates as Candidates,
+        SearchResult as SearchResult,
+        SearchSetting as SearchSetting,
+        StepCost as StepCost,
+        StudyPlace as StudyPlace,
+        Trial as Trial,
+        enqueue as enqueue,
+        enqueue_tree as enqueue_tree,
+        fastest as fastest,
+        open_storage as open_storage,
+        search_batch as search_batch,
+        search_result as search_result,
+        suggest as suggest,
+        text_of as text_of,
+        tree_from_text as tree_from_text,
+    )
+    from stree_autotune.search.tree_space import OFF as OFF, TreeSpace as TreeSpace
+    from stree_autotune.search.tuning import (
+        Question as Question,
+        ask as ask,
+        best_draft as best_draft,
+        tune as tune,
+    )
+    from stree_autotune.search.verdict import (
+        CrossFit as CrossFit,
+        Decision as Decision,
+        decide as decide,
+    )
+
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        "certificate": [
+            "Certificate",
+            "certificate_path",
+            "certify_file",
+            "describe",
+            "has_certificate",
+        ],
+        "profile_sources": ["find_source_file", "profile_cost", "profile_trace"],
+        "request": ["TuneRequest"],
+        "study": [
+            "Candidates",
+            "EXACT",
+            "SearchResult",
+            "SearchSetting",
+            "StepCost",
+            "StudyPlace",
+            "Trial",
+            "enqueue",
+            "enqueue_tree",
+            "fastest",
+            "open_storage",
+            "search_batch",
+            "search_result",
+            "suggest",
+            "text_of",
+            "tree_from_text",
+        ],
+        "tree_space": ["OFF", "TreeSpace"],
+        "tuning": ["Question", "ask", "best_draft", "tune"],
+        "verdict": ["CrossFit", "Decision", "decide"],
+    },
+)

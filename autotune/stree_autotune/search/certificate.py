@@ -1,0 +1,290 @@
+"""The certificate of a trace: the fewest starts that any static tree can have on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, Protocol
+
+import numpy as np
+from pydantic import Field
+
+from stree_autotune.search.dual_bound import (
+    FIRST_STAGES,
+    STAGES,
+    Blocks,
+    Floats,
+    bound,
+    fit_weights,
+)
+from stree_autotune.search.path_counts import index_paths
+from stree_autotune.search.tree_solver import solve
+from stree_autotune.store import command, provenance
+from stree_autotune.trace import Slots, Trace, load_trace, walk_nested
+from stree_core.errors import ConfigError
+from stree_core.files import dump_yaml, load_yaml, sha256_of, write_atomically
+from stree_core.profile import Provenance, Sha256, Strict
+from stree_core.tree import MAX_NODES, Tree
+
+Count = Annotated[int, Field(ge=0, le=1 << 40)]
+Starts = Annotated[float, Field(ge=-1e15, le=1e15, allow_inf_nan=False)]
+Price = Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
+Counts = Annotated[tuple[Count, ...], Field(min_length=1, max_length=MAX_NODES)]
+
+
+class Line(NamedTuple):
+    """Every tree with n nodes has at least starts - price * n starts."""
+
+    starts: Starts
+    price: Price
+
+
+class DepthBound(Strict):
+    """Lines for all trees of at most `max_depth` levels; without it, for all trees."""
+
+    max_depth: Annotated[int, Field(ge=1, le=MAX_NODES)] | None = None
+    lines: Annotated[tuple[Line, ...], Field(min_length=1, max_length=64)]
+
+    def least_starts(self, num_nodes: int) -> float:
+        """Return the fewest starts that a tree with this many nodes can have."""
+        return max(line.starts - line.price * num_nodes for line in self.lines)
+
+
+class LeastTime(Protocol):
+    """What a step takes at least with any tree of some nodes and levels; 0 nodes means off."""
+
+    def least_ms(
+        self, batch_size: int, num_nodes: int, depth: int, tokens_per_step: float
+    ) -> float:
+        """Return the milliseconds of the quickest step, which more tokens per step may lengthen.
+
+        Tokens per step over this time must not fall as the tokens grow.
+        """
+
+
+class Certificate(Strict):
+    """Bounds for one trace; `chains` and `stars` hold the starts of those with 1, 2, ... nodes."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["stree-certificate"] = "stree-certificate"
+    trace_sha256: Sha256
+    num_positions: Count
+    chains: Counts
+    stars: Counts
+    bounds: Annotated[tuple[DepthBound, ...], Field(min_length=1, max_length=16)]
+    provenance: Provenance
+
+    @cached_property
+    def _sizes(self) -> dict[int, list[tuple[tuple[int, int], float]]]:
+        return {}
+
+    def least_starts(self, num_nodes: int, depth: int) -> float:
+        """Return the fewest starts of any tree with exactly these nodes and levels.
+
+        0 for shapes that no tree on the trace has.
+        """
+        if depth == num_nodes and num_nodes <= len(self.chains):
+            return self.chains[num_nodes - 1]
+        if depth == 1:
+            return self.stars[num_nodes - 1] if num_nodes <= len(self.stars) else self.num_positions
+        # a step covers its levels and the bonus token
+        least = self.num_positions / (depth + 1)
+        for depth_bound in self.bounds:
+            if depth_bound.max_depth is None or depth_bound.max_depth >= depth:
+                least = max(least, depth_bound.least_starts(num_nodes))
+        return least
+
+    @cached_property
+    def most_tokens_per_step(self) -> tuple[float, ...]:
+        """The most tokens per step of any static tree with at most 1, 2, ... nodes."""
+        least = (
+            min(self.least_starts(num_nodes, depth) for depth in range(1, num_nodes + 1))
+            for num_nodes in range(1, MAX_NODES + 1)
+        )
+        return tuple(
+            self.num_positions / starts if starts else 1.0 for starts in accumulate(least, min)
+        )
+
+    def most_tokens_per_s(self, cost: LeastTime, batch_size: int, max_nodes: int) -> float:
+        """Return a rate that no tree of up to `max_nodes` nodes, nor off, is predicted to exceed.
+
+        For every number of nodes and levels, the most tokens per step of such trees over the least
+        time of such trees: the two need not be the same tree's, so the rate may be out of reach.
+        """
+        off_ms = cost.least_ms(batch_size, 0, 0, 1.0)
+        if self.num_positions == 0:
+            # a trace of prompts that ended at once: no tree emits anything more
+            return 1000 * batch_size / off_ms
+        least_ms = self.num_positions * off_ms
+        for size, starts in self._sizes_up_to(max_nodes):
+            if starts:
+                rate = self.num_positions / starts
+                least_ms = min(least_ms, starts * cost.least_ms(batch_size, *size, rate))
+        return 1000 * batch_size * self.num_positions / least_ms
+
+    def _sizes_up_to(self, max_nodes: int) -> list[tuple[tuple[int, int], float]]:
+        """Return every number of nodes and levels with the least starts, computed once."""
+        if max_nodes not in self._sizes:
+            self._sizes[max_nodes] = [
+                ((num_nodes, depth), self.least_starts(num_nodes, depth))
+                for num_nodes in range(1, max_nodes + 1)
+                for depth in range(1, num_nodes + 1)
+            ]
+        return self._sizes[max_nodes]
+
+
+def certificate_path(trace: Path) -> Path:
+    """Return where the certificate of a trace file lies."""
+    return trace.with_suffix(".certificate.yaml")
+
+
+def load_certificate(trace: Path) -> Certificate | None:
+    """Return the certificate beside a trace file, None when there is none.
+
+    Raises ConfigError when it is malformed or belongs to another trace.
+    """
+    path = certificate_path(trace)
+    if not path.is_file():
+        return None
+    certificate = load_yaml(path, Certificate)
+    if certificate.trace_sha256 != sha256_of(trace):
+        raise ConfigError(
+            f"{path} must belong to the trace beside it, which has changed since; "
+            f"make it again with `{command('certify', trace)}`"
+        )
+    return certificate
+
+
+def has_certificate(trace: Path) -> bool:
+    """True when a sound certificate of this very trace lies beside it."""
+    try:
+        return load_certificate(trace) is not None
+    except ConfigError:
+        return False
+
+
+def save_certificate(certificate: Certificate, trace: Path) -> Path:
+    """Write a certificate atomically beside its trace file; return where."""
+    path = certificate_path(trace)
+    write_atomically(path, dump_yaml(certificate))
+    return path
+
+
+DEPTHS = (2, 3, 4, 6, 8, 10, 12, 16, 24, 32)
+"""Trees of up to so many levels have bounds of their own: their steps are quicker, and no mixture
+of a few much deeper trees stands in for them."""
+
+ALWAYS_DEPTH = 4
+LEAST_GAIN = 0.02
+"""Share of starts that chains of the next depth must save for a bound at that depth to pay."""
+
+LISTED_DEPTH = 64
+"""Paths deeper than this are taken to come for free in the bound on all trees."""
+
+SIZES = (2, 4, 8, 16, 32, 64, 128, MAX_NODES)
+"""Numbers of nodes at which a bound is tightest; every line holds for all."""
+
+DESCRIBED_SIZES = (1, 2, 4, 8, 16, 32, 64)
+GROWTH_DEPTH = 16
+LEAST_PRICE = 0.5
+"""Starts that a node must save; below, a line says nothing that its neighbour does not."""
+
+PRUNING = 3
+"""Paths with fewer blocks than a third of the price are left out while weights are sought."""
+
+SIGNIFICANT = 9
+
+
+def certify_file(path: Path, progress: Callable[[str], None] | None = None) -> Certificate:
+    """Certify a trace file and write the certificate beside it."""
+    certificate = certify(load_trace(path), sha256_of(path), progress)
+    save_certificate(certificate, path)
+    return certificate
+
+
+def describe(certificate: Certificate) -> str:
+    """Return one line: the most tokens per step with up to some numbers of nodes."""
+    most = certificate.most_tokens_per_step
+    values = ", ".join(f"{most[size - 1]:.2f} ({size})" for size in DESCRIBED_SIZES)
+    return f"  most tokens per step of any static tree (with up to so many nodes): {values}"
+
+
+def certify(
+    trace: Trace, trace_sha256: str, progress: Callable[[str], None] | None = None
+) -> Certificate:
+    """Bound the tokens per step of every static tree on a trace.
+
+    `progress` gets one line per depth.
+    """
+    slots = Slots.of(trace)
+    chains = _nested_starts(slots, Tree.chain(LISTED_DEPTH))
+    bounds = []
+    for max_depth in (*_depths(chains), None):
+        bounds.append(_depth_bound(slots, max_depth))
+        if progress is not None:
+            levels = "any number of" if max_depth is None else f"up to {max_depth}"
+            progress(f"bounded trees of {levels} levels")
+    stars = Tree.from_paths([rank] for rank in range(slots.num_children))
+    return Certificate(
+        trace_sha256=trace_sha256,
+        num_positions=slots.num_positions,
+        chains=chains,
+        stars=_nested_starts(slots, stars),
+        bounds=tuple(bounds),
+        provenance=provenance(trace.meta.seed),
+    )
+
+
+def _depths(chains: Sequence[int]) -> list[int]:
+    """Return the depths for bounds of their own: all that are small, and those that still gain."""
+    depths = [depth for depth in DEPTHS if depth <= ALWAYS_DEPTH]
+    for before, depth in pairwise(depth for depth in DEPTHS if depth >= ALWAYS_DEPTH):
+        if chains[depth - 1] <= (1 - LEAST_GAIN) * chains[before - 1]:
+            depths.append(depth)
+    return depths
+
+
+def _nested_starts(slots: Slots, tree: Tree) -> tuple[int, ...]:
+    """Return the starts of a chain's or star's beginnings with 1, 2, ... nodes."""
+    sizes = range(1, tree.num_tokens)
+    values = walk_nested(slots, tree, range(tree.num_tokens), sizes)
+    return tuple(round(slots.num_positions / value) for value in values.tolist())
+
+
+def _depth_bound(slots: Slots, max_depth: int | None) -> DepthBound:
+    """Fit weights from the lowest price up, each from the ones before."""
+    deeper = max_depth is None
+    depth = LISTED_DEPTH if max_depth is None else max_depth
+    blocks = Blocks.of(slots, depth, deeper=deeper)
+    prices, starts = _prices(slots, min(depth, GROWTH_DEPTH))
+    weights = np.full(slots.num_positions, starts / max(slots.num_positions, 1))
+    lines = []
+    for number, price in enumerate(prices):
+        frequent = Blocks.of(slots, depth, deeper=deeper, min_count=int(price / PRUNING))
+        stages = (*FIRST_STAGES, *STAGES) if number == 0 else STAGES
+        weights = fit_weights(frequent, weights, price, stages)
+        if deeper:
+            weights = np.maximum(weights, 0.0)
+        price = float(f"{price:.{SIGNIFICANT}g}")
+        # rounded down, so that the file claims no more than was shown
+        lines.append(Line(np.floor(bound(blocks, weights, price) * 100) / 100, price))
+    return DepthBound(max_depth=max_depth, lines=tuple(lines))
+
+
+def _prices(slots: Slots, depth: int) -> tuple[list[float], float]:
+    """Return what a node saves about each of SIZES, ascending, and the starts of the last tree."""
+    index = index_paths(slots, max_nodes=MAX_NODES, max_depth=depth)
+    growth = solve(index, depth=depth, width=slots.num_children, num_nodes=MAX_NODES).growth
+    every = np.arange(len(growth.added))
+    starts = slots.num_positions / walk_nested(slots, growth.tree, growth.added, every.tolist())
+    prices = {max(_saved_per_node(starts, size), LEAST_PRICE) for size in SIZES}
+    return sorted(prices), float(starts[-1])
+
+
+def _saved_per_node(starts: Floats, size: int) -> float:
+    """Return the mean starts that a node saves between half and twice the size."""
+    last = len(starts) - 1
+    low, high = min(size // 2, max(last - 1, 0)), min(2 * size, last)
+    return float(starts[low] - starts[high]) / max(high - low, 1)

@@ -1,0 +1,97 @@
+"""The trees that one trace chooses for every cell: depth cap, width cap and number of nodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from stree_autotune.search.path_counts import PathIndex, index_paths
+from stree_autotune.search.tree_solver import MAX_DEPTH, solve, sub_tree
+from stree_autotune.trace import Ints, Slots, Trace, walk, walk_nested
+from stree_core.errors import ConfigError
+from stree_core.tree import MAX_NODES, Tree
+
+WIDTHS = (1, 2, 3, 4, 6, 8, 16)
+
+OFF = Tree.chain(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What Optuna chooses; the inner solver finds the tree."""
+
+    depth: int
+    width: int
+    num_nodes: int
+
+    @classmethod
+    def of(cls, tree: Tree) -> Cell:
+        """Return the tightest cell that holds `tree`."""
+        return cls(tree.depth, tree.max_children, tree.num_nodes)
+
+
+@dataclass(frozen=True, eq=False)
+class TreeSpace:
+    """The trees of one trace: each cell solved once, each tree walked once for all batch sizes."""
+
+    slots: Slots
+    index: PathIndex
+    max_nodes: int
+    solved: dict[Cell, Tree] = field(default_factory=dict)
+    walked: dict[Tree, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, trace: Trace, max_nodes: int, prompts: Ints | None = None) -> TreeSpace:
+        """Index a trace, or the prompts with the given indices, for trees up to `max_nodes` nodes.
+
+        Raises ConfigError when max_nodes is out of range.
+        """
+        if not 1 <= max_nodes <= MAX_NODES:
+            raise ConfigError(
+                f"max_nodes must lie between 1 and {MAX_NODES}, got {max_nodes}; change --max-nodes"
+            )
+        slots = Slots.of(trace, prompts)
+        return cls(slots, index_paths(slots, max_nodes=max_nodes, max_depth=MAX_DEPTH), max_nodes)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The width caps that the trace can tell apart."""
+        return tuple(width for width in WIDTHS if width <= self.slots.num_children)
+
+    def solve(self, cell: Cell) -> Tree:
+        """Return the cell's tree; it may have fewer nodes when the caps leave no room for more."""
+        if cell not in self.solved:
+            self.solved[cell] = self._solve(cell)
+        return self.solved[cell]
+
+    def _solve(self, cell: Cell) -> Tree:
+        if cell.width == 1 or cell.num_nodes <= 1:
+            return Tree.chain(min(cell.depth, cell.num_nodes))
+        found = solve(self.index, depth=cell.depth, width=cell.width, num_nodes=cell.num_nodes)
+        self.walked[found.growth.tree] = found.tokens_per_step
+        return found.growth.tree
+
+    def tokens_per_step(self, tree: Tree) -> float:
+        """Return the exact tokens per step of a tree on this trace."""
+        if tree not in self.walked:
+            self.walked[tree] = walk(self.slots, tree).tokens_per_step
+        return self.walked[tree]
+
+    @cached_property
+    def survey(self) -> tuple[tuple[Cell, Tree], ...]:
+        """Every size of one growth per depth cap, walked: the picks that trials start from."""
+        picks = []
+        width = self.widths[-1]
+        for depth in range(1, MAX_DEPTH + 1):
+            found = solve(self.index, depth=depth, width=width, num_nodes=self.max_nodes)
+            growth = found.growth
+            sizes = range(1, len(growth.added))
+            values = walk_nested(self.slots, growth.tree, growth.added, sizes)
+            parents, added = np.array(growth.tree.parents), np.array(growth.added)
+            for size, value in zip(sizes, values.tolist(), strict=True):
+                tree = sub_tree(parents, np.flatnonzero(added <= size))
+                self.walked[tree] = value
+                picks.append((Cell(depth, width, size), tree))
+        return tuple(picks)

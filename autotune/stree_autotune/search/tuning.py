@@ -1,0 +1,335 @@
+"""From a question (pair, GPU, dataset, batch sizes) to a profile: load, check, decide, record."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from stree_autotune.cost import MemoryLimit, StepCost, runtime_cost
+from stree_autotune.search.certificate import Certificate, certificate_path, load_certificate
+from stree_autotune.search.request import TuneRequest, probe_command_of, within_measured
+from stree_autotune.search.study import NUM_TRIALS, SearchSetting, StudyPlace, Trial, open_storage
+from stree_autotune.search.verdict import Decision, decide_policy
+from stree_autotune.store import (
+    Library,
+    RuntimeTable,
+    provenance,
+    require_same_model,
+    require_same_shape,
+)
+from stree_autotune.trace import Trace, load_trace
+from stree_core.errors import ConfigError
+from stree_core.files import sha256_of
+from stree_core.profile import (
+    GpuRef,
+    Interval,
+    MeasuredBlock,
+    ModelRef,
+    PolicyRow,
+    Predicted,
+    Profile,
+    Sampling,
+    Source,
+    Sources,
+    TreeText,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """A trace and its certificate, None when it has none, and how the profile names the two."""
+
+    trace: Trace
+    source: Source
+    certificate: Certificate | None
+    certificate_source: Source | None
+
+
+def load_acceptance(
+    library: Library,
+    pair: tuple[str, str],
+    dataset: str,
+    borrowed: str,
+    *,
+    sampling: Sampling,
+    max_nodes: int,
+    command: str,
+) -> Acceptance:
+    """Return the trace of a pair (target, draft) or the borrowed one, with its certificate.
+
+    The certificate speaks of trees of up to `max_nodes`; `command` records the trace. Raises
+    ConfigError for a trace of another dataset or sampling setting, MissingMeasurement when there is
+    none.
+    """
+    path = (
+        library.find_trace_file(borrowed)
+        if borrowed
+        else library.find_trace(*pair, dataset, sampling.label, command)
+    )
+    trace = load_trace(path) if borrowed else _load_own(path, command)
+    if dataset and trace.meta.dataset != dataset:
+        raise ConfigError(
+            f"trace {path.name} must be of the asked dataset, got {trace.meta.dataset} for "
+            f"{dataset}; pass --dataset {trace.meta.dataset}"
+        )
+    if trace.meta.sampling != sampling:
+        raise ConfigError(
+            f"trace {path.name} must have the asked sampling, got {trace.meta.sampling.label}; "
+            f"record another with `{command}`"
+        )
+    notes = []
+    if borrowed:
+        notes.append(f"borrowed from {trace.meta.target.name} + {trace.meta.draft.name}")
+    if not trace.reliable:
+        notes.append(f"only {trace.meta.num_prompts} prompts; a reliable trace has at least 64")
+    certificate, certificate_source = load_certificate(path), None
+    if certificate is not None:
+        note = (
+            f"within: of the best possible static tree of up to {max_nodes} nodes on this "
+            "trace, in predicted tokens/s"
+        )
+        certificate_source = source_of(
+            library, certificate_path(path), note, estimated=bool(borrowed)
+        )
+    source = source_of(library, path, "; ".join(notes), estimated=bool(borrowed))
+    return Acceptance(trace, source, certificate, certificate_source)
+
+
+def _load_own(path: Path, command: str) -> Trace:
+    try:
+        return load_trace(path)
+    except ConfigError as err:
+        raise ConfigError(f"{err} (`{command} --force`)") from err
+
+
+def source_of(library: Library, path: Path, note: str, *, estimated: bool) -> Source:
+    """Return how a profile names a file."""
+    return Source(
+        name=library.label(path),
+        sha256=sha256_of(path),
+        status="estimated" if estimated else "measured",
+        note=note or None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """The step cost of the asked pair and GPU, and the table it was made from."""
+
+    table: RuntimeTable
+    cost: StepCost
+    source: Source
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A request and all that its answer follows from, loaded and checked against each other."""
+
+    request: TuneRequest
+    runtime: Runtime
+    acceptance: Acceptance
+    refs: tuple[ModelRef, ModelRef]
+    memory: MemoryLimit
+
+    @property
+    def trace(self) -> Trace:
+        """The acceptance trace."""
+        return self.acceptance.trace
+
+    @property
+    def name(self) -> str:
+        """What tells this question's studies from those of others in one storage."""
+        request, (target, draft) = self.request, self.refs
+        parts = (
+            f"{target.name} + {draft.name} on {request.gpu}",
+            f"{self.trace.meta.dataset} {request.sampling.label}",
+            f"context {request.context}, up to {request.max_nodes} nodes",
+            f"table {self.runtime.source.sha256[:12]}, trace {self.acceptance.source.sha256[:12]}",
+        )
+        return ", ".join(parts)
+
+    def profile(
+        self, decisions: Sequence[Decision], measured: MeasuredBlock | None = None
+    ) -> Profile:
+        """Return the profile of these decisions."""
+        request = self.request
+        return Profile(
+            target=self.refs[0],
+            draft=self.refs[1],
+            gpu=GpuRef(name=request.gpu, status=self.runtime.source.status),
+            dataset=self.trace.meta.dataset,
+            sampling=request.sampling,
+            chat=self.trace.meta.chat,
+            context=request.context,
+            policy=tuple(_policy_row(decision, self.gap(decision)) for decision in decisions),
+            measured=measured,
+            sources=Sources(
+                runtime=self.runtime.source,
+                trace=self.acceptance.source,
+                certificate=self.acceptance.certificate_source,
+            ),
+            provenance=provenance(request.seed),
+        )
+
+    def gap(self, decision: Decision) -> float | None:
+        """Return by which share any tree may at most be predicted to be faster, None if unknown."""
+        certificate, cost = self.acceptance.certificate, self.runtime.cost
+        if certificate is None:
+            return None
+        batch_size = decision.batch_size
+        trial = Trial.at(
+            batch_size,
+            decision.tree,
+            decision.tokens_per_step,
+            cost.step_ms(batch_size, decision.tree, decision.tokens_per_step),
+        )
+        most = certificate.most_tokens_per_s(cost, batch_size, self.request.max_nodes)
+        return max(0.0, most / trial.tokens_per_s - 1)
+
+
+def tune(request: TuneRequest) -> Profile:
+    """Decide every batch size of `request` and return the profile; raises what `ask` raises."""
+    question = ask(request)
+    place = StudyPlace(
+        open_storage(request.storage), f"offline, {question.name}, seed {request.seed}"
+    )
+    setting = SearchSetting(request.num_trials or NUM_TRIALS, place, question.memory)
+    decisions = decide_policy(
+        question.trace,
+        question.runtime.cost,
+        question.request.batch_sizes,
+        max_nodes=question.request.max_nodes,
+        seed=request.seed,
+        setting=setting,
+    )
+    return question.profile(decisions)
+
+
+def ask(request: TuneRequest) -> Question:
+    """Load what a request is about.
+
+    Raises ConfigError for unknown names and files that do not belong together, MissingMeasurement
+    for tables and traces that were never recorded.
+    """
+    library = Library.open(request.data)
+    target, draft = library.model_name(request.target), library.model_name(request.draft)
+    runtime = _load_runtime(library, request, target, draft)
+    request = within_measured(request, runtime.cost)
+    acceptance = load_acceptance(
+        library,
+        (target, draft),
+        request.dataset,
+        request.acceptance_from,
+        sampling=request.sampling,
+        max_nodes=request.max_nodes,
+        command=request.trace_command(),
+    )
+    refs = _require_one_pair(library, request, runtime, acceptance.trace, acceptance.source)
+    runtime.cost.require(request.batch_sizes, request.max_nodes)
+    table = runtime.table
+    memory = MemoryLimit(table.target, table.draft, request.context)
+    sheet = library.gpu_sheet(request.gpu)
+    if sheet is not None:
+        memory = replace(memory, gpu=sheet.name, memory_bytes=1e9 * sheet.memory_gb)
+    return Question(request, runtime, acceptance, refs, memory)
+
+
+def _load_runtime(library: Library, request: TuneRequest, target: str, draft: str) -> Runtime:
+    command = probe_command_of(library, request)
+    found = library.find_runtime(request.gpu, target, draft, command)
+    table, cost, estimate = runtime_cost(
+        library, found.path, request.gpu, request.sampling, request.context, request.words
+    )
+    note = f"{table.gpu_name}, {table.dtype}, {table.backend}"
+    if estimate is not None:
+        note = estimate.rule
+    note += (
+        f"; whole steps are predicted with an error of {100 * cost.fit_error:.1f} % (leave one out)"
+    )
+    return Runtime(table, cost, source_of(library, found.path, note, estimated=not found.is_exact))
+
+
+def _require_one_pair(
+    library: Library, request: TuneRequest, runtime: Runtime, trace: Trace, trace_source: Source
+) -> tuple[ModelRef, ModelRef]:
+    """Return the target and the draft as the profile names them.
+
+    Their weights are those that the trace was recorded with, since acceptance depends on them.
+    Raises ConfigError unless table, trace and, where they are there, folders are of one pair; a
+    borrowed trace may be of any.
+    """
+    table, borrowed = runtime.table, trace_source.status == "estimated"
+    roles = (
+        (table.target, trace.meta.target, request.target),
+        (table.draft, trace.meta.draft, request.draft),
+    )
+    table_file = f"runtime table {PurePosixPath(runtime.source.name).name}"
+    trace_file = f"trace {PurePosixPath(trace_source.name).name}"
+    refs = []
+    for timed, traced, name in roles:
+        here = library.find_source(name)
+        if here is not None:
+            again = f"record it again with `{table.probe_command(request.words)} --force`"
+            require_same_shape(timed, here.ref, table_file, "folder", again)
+            if not borrowed:
+                again = f"record it again with `{request.trace_command('--force')}`"
+                require_same_model(traced, here.ref, trace_file, "folder", again)
+            known = None if borrowed else traced.weights_sha256
+            refs.append(here.ref.model_copy(update={"weights_sha256": known}))
+        elif borrowed:
+            refs.append(timed.ref)
+        else:
+            again = "record the older of the two again"
+            require_same_shape(timed, traced, table_file, trace_file, again)
+            refs.append(traced)
+    return refs[0], refs[1]
+
+
+def _policy_row(decision: Decision, gap: float | None) -> PolicyRow:
+    low, high = decision.speedup_interval
+    return PolicyRow(
+        batch_size=decision.batch_size,
+        verdict=decision.verdict,
+        tree=TreeText(paths=decision.tree.paths),
+        predicted=Predicted(
+            tokens_per_step=_rounded(decision.tokens_per_step),
+            step_ms=_rounded(decision.step_ms),
+            tokens_per_s=_rounded(decision.tokens_per_s),
+            speedup=_rounded(decision.speedup),
+            speedup_interval=Interval(low=_rounded(low), high=_rounded(high)),
+            gap=None if gap is None else _rounded(gap),
+        ),
+        reason=decision.reason,
+    )
+
+
+def _rounded(value: float) -> float:
+    """Return `value` to six digits: what rounding hides, no measurement resolves."""
+    return float(f"{value:.6g}")
+
+
+logger = logging.getLogger(__name__)
+
+
+def best_draft(request: TuneRequest, tune: Callable[[TuneRequest], Profile]) -> Profile:
+    """Tune every draft of a request, whose names stand between commas; return the best profile.
+
+    Raises ConfigError for an empty or repeated name, and whatever `tune` raises.
+    """
+    names = request.draft.split(",")
+    if not all(names) or len(set(names)) < len(names):
+        raise ConfigError(f"--draft names different drafts, got {request.draft!r}; list each once")
+    profiles = {name: tune(replace(request, draft=name)) for name in names}
+    if len(names) > 1:
+        for name, profile in profiles.items():
+            logger.info("draft %s: %.3fx off, mean of batch sizes", name, _mean_speedup(profile))
+    return max(profiles.values(), key=_mean_speedup)
+
+
+def _mean_speedup(profile: Profile) -> float:
+    """Return the geometric mean over batch sizes; off is the same target's for every draft."""
+    logs = [math.log(row.predicted.speedup) for row in profile.policy]
+    return math.exp(sum(logs) / len(logs))

@@ -1,0 +1,144 @@
+"""Files that tuning reads and writes, and where they are found."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stree_kernels.lazy import exports
+
+if TYPE_CHECKING:
+    from stree_autotune.store.advice import (
+        PairWords as PairWords,
+        command as command,
+        probe_command as probe_command,
+        repeated as repeated,
+        trace_command as trace_command,
+    )
+    from stree_autotune.store.gpu_spec import GpuSheet as GpuSheet
+    from stree_autotune.store.library import (
+        DEFAULT_DATA as DEFAULT_DATA,
+        GREEDY as GREEDY,
+        SEPARATOR as SEPARATOR,
+        Library as Library,
+        check_name as check_name,
+        data_folder as data_folder,
+        is_path as is_path,
+        profile_model_name as profile_model_name,
+        require_same_model as require_same_model,
+        require_same_shape as require_same_shape,
+        shipped_root as shipped_root,
+        trace_file_name as trace_file_name,
+    )
+    from stree_autotune.store.open_models import (
+        PairRequest as PairRequest,
+        chat_warning as chat_warning,
+        encode_prompts as encode_prompts,
+        open_pair as open_pair,
+        open_profile_pair as open_profile_pair,
+        open_prompts as open_prompts,
+        open_source as open_source,
+        open_sources as open_sources,
+        require_new as require_new,
+    )
+    from stree_autotune.store.origin import (
+        command_line as command_line,
+        git_sha as git_sha,
+        provenance as provenance,
+        utc_now as utc_now,
+        version_of as version_of,
+        versions as versions,
+    )
+    from stree_autotune.store.progress import ProgressBar as ProgressBar
+    from stree_autotune.store.prompts import PromptSet as PromptSet, parse_rows as parse_rows
+    from stree_autotune.store.runtime_table import (
+        OFF as OFF,
+        SEVERAL as SEVERAL,
+        STORES as STORES,
+        TIMED_PATH as TIMED_PATH,
+        ModelCost as ModelCost,
+        NoRoom as NoRoom,
+        Point as Point,
+        RuleKey as RuleKey,
+        RulePoint as RulePoint,
+        RuntimeTable as RuntimeTable,
+        Step as Step,
+        TableMeasured as TableMeasured,
+        Term as Term,
+        Work as Work,
+        load_runtime_table as load_runtime_table,
+        rule_key as rule_key,
+        runtime_file_name as runtime_file_name,
+        save_runtime_table as save_runtime_table,
+    )
+    from stree_autotune.store.show import (
+        print_json as print_json,
+        print_profile as print_profile,
+        print_profile_json as print_profile_json,
+        report as report,
+        result_console as result_console,
+        title as title,
+    )
+
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        "advice": ["PairWords", "command", "probe_command", "repeated", "trace_command"],
+        "gpu_spec": ["GpuSheet"],
+        "library": [
+            "DEFAULT_DATA",
+            "GREEDY",
+            "Library",
+            "SEPARATOR",
+            "check_name",
+            "data_folder",
+            "is_path",
+            "profile_model_name",
+            "require_same_model",
+            "require_same_shape",
+            "shipped_root",
+            "trace_file_name",
+        ],
+        "open_models": [
+            "PairRequest",
+            "chat_warning",
+            "encode_prompts",
+            "open_pair",
+            "open_profile_pair",
+            "open_prompts",
+            "open_source",
+            "open_sources",
+            "require_new",
+        ],
+        "origin": ["command_line", "git_sha", "provenance", "utc_now", "version_of", "versions"],
+        "progress": ["ProgressBar"],
+        "prompts": ["PromptSet", "parse_rows"],
+        "runtime_table": [
+            "ModelCost",
+            "NoRoom",
+            "OFF",
+            "Point",
+            "RuleKey",
+            "RulePoint",
+            "RuntimeTable",
+            "SEVERAL",
+            "STORES",
+            "Step",
+            "TIMED_PATH",
+            "TableMeasured",
+            "Term",
+            "Work",
+            "load_runtime_table",
+            "rule_key",
+            "runtime_file_name",
+            "save_runtime_table",
+        ],
+        "show": [
+            "print_json",
+            "print_profile",
+            "print_profile_json",
+            "report",
+            "result_console",
+            "title",
+        ],
+    },
+)

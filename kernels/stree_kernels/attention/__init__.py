@@ -1,0 +1,1 @@
+"""Attention over a committed cache and a token tree."""

@@ -1,0 +1,1 @@
+"""Gated delta rule layers over a token tree: convolution, scan and chunked prefill."""

@@ -1,0 +1,1 @@
+"""How kernels are launched: dependent launch, shared memory, and the rows that ops exchange."""

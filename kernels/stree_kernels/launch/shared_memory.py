@@ -1,0 +1,83 @@
+"""How a multiprocessor's memory is split between L1 cache and shared memory while a kernel runs.
+
+A kernel that says nothing runs with the split that it finds: its time then depends on what ran
+before it, another engine's kernels among them. One that streams a weight through registers wants
+cache, where its loads are under way; one that keeps tiles wants shared memory for all programs that
+a multiprocessor could run at once. Programs of neighbours overlap only where the split suits both.
+Source: CUDA driver API, CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+
+from stree_kernels.launch.pdl import capability
+
+MEASURED_CAPABILITY = 90
+"""What is preferred is known from there alone; elsewhere the driver decides."""
+
+NEIGHBOURS_PERCENT = 58
+"""What a multiprocessor full of the scan's programs takes on an H200: 132 of 228 KiB."""
+_PREFERRED_CARVEOUT = 9
+_REGISTERS, _RESERVED_BYTES = 1 << 16, 1024
+_preferred: dict[int, int] = {}
+
+
+def prefer_cache(kernel: Any, device: torch.device) -> None:
+    """Let later launches of a compiled kernel find as much cache as its own shared memory allows.
+
+    `kernel` is what a launch returned; nothing happens where kernels are interpreted.
+    """
+    if capability(device) == MEASURED_CAPABILITY:
+        _prefer(kernel.function, 0)
+
+
+def prefer_shared(kernel: Any, device: torch.device, num_programs: int) -> None:
+    """Let later launches of `num_programs` find shared memory for a multiprocessor's part of them.
+
+    That is for no more than its registers allow at once: what remains is cache.
+    `kernel` is what a launch returned; nothing happens where kernels are interpreted.
+    """
+    if capability(device) != MEASURED_CAPABILITY:
+        return
+    threads = 32 * kernel.metadata.num_warps
+    by_registers = max(1, _REGISTERS // (max(1, kernel.n_regs) * threads))
+    properties = _properties(device)
+    at_once = min(by_registers, -(-num_programs // properties.multi_processor_count))
+    needed = at_once * (kernel.metadata.shared + _RESERVED_BYTES)
+    percent = -(-100 * needed // properties.shared_memory_per_multiprocessor)
+    _prefer(kernel.function, min(100, percent))
+
+
+def prefer_as_neighbours(kernel: Any, device: torch.device, num_rows: int) -> None:
+    """Let later launches of a kernel on `num_rows` find the split of those before and after it.
+
+    It needs little of either. With one row every neighbour streams; with more the scan keeps tiles.
+    Nothing happens where kernels are interpreted.
+    """
+    if capability(device) == MEASURED_CAPABILITY:
+        _prefer(kernel.function, 0 if num_rows == 1 else NEIGHBOURS_PERCENT)
+
+
+def _prefer(function: int, percent: int) -> None:
+    """Set the share of shared memory that a function prefers, unless it does already."""
+    if _preferred.get(function) == percent:
+        return
+    code = _driver().cuFuncSetAttribute(ctypes.c_void_p(function), _PREFERRED_CARVEOUT, percent)
+    if code:
+        raise RuntimeError(f"CUDA driver error {code} while preferring {percent} % shared memory")
+    _preferred[function] = percent
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+@functools.cache
+def _properties(device: torch.device) -> Any:
+    return torch.cuda.get_device_properties(device)

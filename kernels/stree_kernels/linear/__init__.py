@@ -1,0 +1,1 @@
+"""Projections of a few rows, with norms, activations, residuals and experts."""

@@ -1,0 +1,171 @@
+"""Multiply unscaled rows by a weight: the projections of a decoding step, one launch each.
+
+The work is that of `linear_ref`. Few rows take one Triton kernel, which streams the weight once and
+does what follows the product; more rows take cuBLAS between row-wise kernels.
+
+Shape letters: M rows, K columns in, N columns out, D hidden, F MLP inner, X = 2 F if gated, else F.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stree_kernels.launch.rows import FLOATS, require_dtypes, require_packed
+from stree_kernels.launch.settings import GATED, Activation
+from stree_kernels.launch.shared_memory import prefer_as_neighbours, prefer_cache
+from stree_kernels.linear.deferred_norm import Residual, UnscaledRows, check_residual, check_rows
+from stree_kernels.linear.gemv_kernel import GemvConfig, launch_gemv
+from stree_kernels.linear.linear_kernel import LinearConfig, launch_linear
+from stree_kernels.linear.residual import activate, add_residual, scale_rows
+
+GROUP_MULTIPLE = 32
+"""What the columns of a norm group are a multiple of: a group may end at no other column."""
+MAX_COLUMNS = 8192
+MAX_WEIGHT_ROWS = 16384
+"""The largest weight that the tensor cores' kernel takes: beyond it cuBLAS is as fast."""
+NARROW = 2048
+"""A weight of fewer columns ends so soon that our kernel's early start tells with more rows too,
+and that more cache for its loads does not pay for taking it from the neighbours."""
+
+# Never autotuned: the order of additions, and with it the tokens, depends on the config. Chosen
+# from times on an H200 (docs/kernels.md).
+GEMV_CONFIGS = {
+    1024: GemvConfig(8, 4, 1, depth=8),
+    2048: GemvConfig(8, 4, 2, depth=8),
+    MAX_COLUMNS: GemvConfig(8, 2, 2, depth=8),
+}
+"""The config for one row by the most columns that it is for."""
+WIDEST_GEMV_CONFIG = GemvConfig(8, 2, 4, depth=4)
+FEW_ROWS_CONFIG = LinearConfig(16, 4, depth=20, rows_depth=5, weight_first=True)
+MORE_ROWS_CONFIG = LinearConfig(16, 4, depth=10, rows_depth=4)
+
+
+def pick_config(num_rows: int, weight_NK: Tensor) -> LinearConfig | GemvConfig | None:
+    """Return the config for some rows and a weight, None where cuBLAS is faster."""
+    num_weight_rows, num_columns = weight_NK.shape
+    if num_rows == 1:
+        configs = GEMV_CONFIGS.items()
+        return next((c for most, c in configs if num_columns <= most), WIDEST_GEMV_CONFIG)
+    if weight_NK.dtype == torch.float32:
+        return None
+    if num_columns > MAX_COLUMNS or num_weight_rows > MAX_WEIGHT_ROWS:
+        return None
+    if num_rows <= 8:
+        return FEW_ROWS_CONFIG
+    return MORE_ROWS_CONFIG if num_rows <= 16 and num_columns < NARROW else None
+
+
+def linear(rows: UnscaledRows, weight_NK: Tensor, out_MN: Tensor) -> None:
+    """Write norm(rows) @ weight.T to `out_MN`, in its dtype; its rows may be apart.
+
+    The contract is that of `linear_ref.linear`. Allocates where it takes several launches.
+    Raises ValueError when a size, dtype or stride is beyond what the kernel takes.
+    """
+    num_rows = len(rows.values_MK)
+    _check(rows, weight_NK, out_MN, (num_rows, len(weight_NK)))
+    config = pick_config(num_rows, weight_NK)
+    if config is not None:
+        launch(config, rows, weight_NK, out_MN)
+    else:
+        _matmul(rows, weight_NK, out_MN)
+
+
+def linear_activated(
+    rows: UnscaledRows, weight_XK: Tensor, out_MF: Tensor, activation: Activation
+) -> None:
+    """Write the activation of norm(rows) @ weight.T to `out_MF`.
+
+    The contract is that of `linear_ref.linear_activated`. Allocates where it takes several
+    launches.
+    Raises ValueError when a size, dtype or stride is beyond what the kernel takes.
+    """
+    num_rows, num_products = len(rows.values_MK), len(weight_XK)
+    num_inner = num_products // 2 if activation in GATED else num_products
+    _check(rows, weight_XK, out_MF, (num_rows, num_inner))
+    config = pick_config(num_rows, weight_XK)
+    if config is not None:
+        launch(config, rows, weight_XK, out_MF, activation=activation)
+    else:
+        product_MX = weight_XK.new_empty(num_rows, num_products)
+        _matmul(rows, weight_XK, product_MX)
+        activate(product_MX, out_MF, activation)
+
+
+def linear_add(
+    rows: UnscaledRows, weight_DK: Tensor, residual: Residual, *, eps: float
+) -> UnscaledRows:
+    """Add norm(rows) @ weight.T to the residual stream; return its rows for the next projection.
+
+    The contract is that of `linear_ref.linear_add`. Where the next projection takes cuBLAS the rows
+    come with their norm applied. Allocates where it takes several launches.
+    Raises ValueError when a size, dtype or stride is beyond what the kernel takes.
+    """
+    num_rows = len(rows.values_MK)
+    check_residual(residual)
+    _check(rows, weight_DK, residual.stream_MD, (num_rows, len(weight_DK)))
+    config = pick_config(num_rows, weight_DK)
+    if config is not None:
+        launch(config, rows, weight_DK, residual.stream_MD, residual=residual)
+        return residual.rows(eps)
+    product_MD = torch.empty_like(residual.stream_MD, dtype=torch.float32)
+    # One scale for a whole row may wait until the product is added; groups may not.
+    late = rows.num_groups == 1
+    _matmul(rows._replace(square_sums_MQ=None) if late else rows, weight_DK, product_MD)
+    scaled = UnscaledRows(torch.empty_like(residual.values_MD), None, 1, eps)
+    add_residual(product_MD, residual, rows if late else None, scaled)
+    return scaled
+
+
+def launch(
+    config: LinearConfig | GemvConfig, rows: UnscaledRows, weight: Tensor, out: Tensor,
+    *, activation: Activation | None = None, residual: Residual | None = None,
+) -> None:  # fmt: skip
+    """Run the kernel that `config` is of; `out` is the stream of a residual."""
+    if isinstance(config, GemvConfig):
+        kernel = launch_gemv(config, rows, weight, out, activation=activation, residual=residual)
+    else:
+        kernel = launch_linear(config, rows, weight, out, activation=activation, residual=residual)
+    if weight.shape[1] >= NARROW:
+        prefer_cache(kernel, weight.device)
+    else:
+        prefer_as_neighbours(kernel, weight.device, len(out))
+
+
+def _scaled(rows: UnscaledRows) -> UnscaledRows:
+    """Return the rows times their norm, rounded, in a buffer of their own."""
+    if rows.square_sums_MQ is None:
+        return rows
+    scaled_MK = torch.empty_like(rows.values_MK)
+    scale_rows(rows, None, scaled_MK)
+    return UnscaledRows(scaled_MK, None, 1, rows.eps)
+
+
+def _matmul(rows: UnscaledRows, weight_NK: Tensor, out_MN: Tensor) -> None:
+    """Write norm(rows) @ weight.T by cuBLAS, in the dtype of `out_MN`."""
+    scaled_MK = _scaled(rows).values_MK
+    if out_MN.dtype == scaled_MK.dtype:
+        torch.mm(scaled_MK, weight_NK.T, out=out_MN)
+    else:
+        torch.mm(scaled_MK, weight_NK.T, out_dtype=out_MN.dtype, out=out_MN)
+
+
+def _check(rows: UnscaledRows, weight: Tensor, out: Tensor, out_shape: tuple[int, int]) -> None:
+    """Raise ValueError for what the kernel cannot take."""
+    check_rows(rows)
+    require_dtypes("the rows and the weight", (rows.values_MK, weight), FLOATS)
+    require_dtypes("the output", (out,), (weight.dtype, torch.float32))
+    require_packed("the weight", (weight,), 2)
+    require_packed("a row of the output", (out,), 1)
+    num_inner = rows.values_MK.shape[1]
+    if weight.shape[1] != num_inner or out.shape != out_shape:
+        raise ValueError(
+            f"a weight has a column for each of the {num_inner} of the rows, and the output is "
+            f"{out_shape}, got {tuple(weight.shape)} and {tuple(out.shape)}; pass one layer's"
+        )
+    multiple = 16 if rows.num_groups == 1 else GROUP_MULTIPLE
+    if num_inner // rows.num_groups % multiple:
+        raise ValueError(
+            f"a norm group, or a row without, is a multiple of {multiple} columns, got "
+            f"{num_inner // rows.num_groups}; use the torch backend"
+        )

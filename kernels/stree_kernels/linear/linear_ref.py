@@ -1,0 +1,46 @@
+"""Multiply unscaled rows by a weight, in plain torch: what the kernels are compared with.
+
+It is also the CPU's path.
+
+Shape letters: M rows, K columns in, N columns out, D hidden, F MLP inner, X = 2 F if gated, else F.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stree_kernels.launch.settings import Activation
+from stree_kernels.linear.deferred_norm import Residual, UnscaledRows
+from stree_kernels.linear.residual_ref import activated, add_residual, normalised
+
+
+def linear(rows: UnscaledRows, weight_NK: Tensor, out_MN: Tensor) -> None:
+    """Write norm(rows) @ weight.T to `out_MN`, in its dtype. Computes in fp32 at least."""
+    out_MN.copy_(_product(rows, weight_NK))
+
+
+def linear_activated(
+    rows: UnscaledRows, weight_XK: Tensor, out_MF: Tensor, activation: Activation
+) -> None:
+    """Write the activation of norm(rows) @ weight.T to `out_MF`.
+
+    The weight of a gated activation holds the rows of gate, then those of up.
+    """
+    out_MF.copy_(activated(_product(rows, weight_XK), activation))
+
+
+def linear_add(
+    rows: UnscaledRows, weight_DK: Tensor, residual: Residual, *, eps: float
+) -> UnscaledRows:
+    """Add norm(rows) @ weight.T to the residual stream; all parts of `residual` are written.
+
+    Returns the stream's rows for the next projection, whose norm has this `eps`.
+    """
+    add_residual(_product(rows, weight_DK), residual)
+    return residual.rows(eps)
+
+
+def _product(rows: UnscaledRows, weight_NK: Tensor) -> Tensor:
+    dtype = torch.promote_types(weight_NK.dtype, torch.float32)
+    return normalised(rows).to(dtype) @ weight_NK.to(dtype).T

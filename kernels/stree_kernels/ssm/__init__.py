@@ -1,0 +1,1 @@
+"""State-space layers over a token tree: convolution and scan."""

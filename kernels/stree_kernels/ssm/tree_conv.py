@@ -1,0 +1,203 @@
+"""Advance a conv state along an accepted path and convolve a token tree, in one Triton kernel.
+
+The work is that of `tree_conv_ref`. One program owns a block of one sequence's columns: it loads
+their K state columns, advances and stores them, then convolves all rows against its registers, tile
+by tile. No program reads what another one writes. The state is advanced before the wait for the
+previous kernels: these write neither it nor the previous step's rows.
+
+Shape letters: B batch, R rows of a block buffer, T rows scored by this pass, L path capacity,
+C conv channels, E columns of a row (C and those passed on), W conv width, K = W - 1.
+"""
+
+# The Triton DSL annotates its constants only and grows tuples in loops.
+# mypy: disallow-incomplete-defs=False, disable-error-code="assignment"
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stree_kernels.launch.pdl import launch_options, release_next, wait_for_previous
+from stree_kernels.launch.rows import (
+    FLOATS,
+    Pending,
+    check_cover,
+    require_dtypes,
+    require_packed,
+    strides,
+)
+from stree_kernels.launch.shared_memory import prefer_as_neighbours
+
+WIDTHS = (2, 3, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class ConvConfig:
+    """How a launch is cut: rows of a tile, channels of a program, its warps of 32 threads."""
+
+    block_rows: int
+    block_channels: int
+    num_warps: int
+
+
+# Never autotuned: the kernel updates the state in place.
+CONFIGS = (
+    ConvConfig(block_rows=1, block_channels=128, num_warps=2),
+    ConvConfig(block_rows=16, block_channels=64, num_warps=4),
+    ConvConfig(block_rows=32, block_channels=64, num_warps=4),
+)
+
+
+def pick_config(num_tokens: int) -> ConvConfig:
+    """Return the config whose tile holds `num_tokens` rows, else the largest."""
+    return next((config for config in CONFIGS if num_tokens <= config.block_rows), CONFIGS[-1])
+
+
+@triton.jit
+def advance_window(columns, prev_ptr, stride_prev_r, path_ptr, length, channel, exists):
+    """The last K of (state columns, rows along the path)."""
+    advanced = ()
+    for k in tl.static_range(len(columns)):
+        entry = k + length - len(columns)
+        row = tl.load(path_ptr + entry, mask=entry >= 0, other=0).to(tl.int64)
+        kept = tl.load(
+            prev_ptr + row * stride_prev_r + channel, mask=exists & (entry >= 0), other=0.0
+        ).to(tl.float32)
+        for column in tl.static_range(len(columns)):
+            kept = tl.where(k + length == column, columns[column], kept)
+        advanced = advanced + (kept,)
+    return advanced
+
+
+@triton.jit
+def convolve(
+    current, rows_T, within, columns, weights, bias, inputs_ptr, stride_inputs_r, ancestors_ptr,
+    channel, exists,
+):  # fmt: skip
+    """bias + the weighted window of each row [T, C], whose own value is `current`."""
+    valid = within[:, None] & exists[None, :]
+    total = bias[None, :] + weights[len(columns)][None, :] * current
+    for k in tl.static_range(len(columns)):
+        source = tl.load(ancestors_ptr + rows_T * len(columns) + k, mask=within, other=0)
+        row = source - len(columns)
+        offsets = row.to(tl.int64)[:, None] * stride_inputs_r + channel[None, :]
+        in_block = valid & (row >= 0)[:, None]
+        value = tl.load(inputs_ptr + offsets, mask=in_block, other=0.0).to(tl.float32)
+        for column in tl.static_range(len(columns)):
+            value = tl.where((source == column)[:, None], columns[column][None, :], value)
+        total += weights[len(columns) - 1 - k][None, :] * value
+    return total
+
+
+@triton.jit(do_not_specialize=["first", "num_rows"])
+def _tree_conv_kernel(
+    # pointers
+    state_ptr, inputs_ptr, weight_ptr, bias_ptr, ancestors_ptr, out_ptr,
+    prev_ptr, path_ptr, length_ptr,
+    # sizes
+    num_channels, row_size, first, num_rows,
+    # strides
+    stride_state_b, stride_inputs_b, stride_out_b, stride_prev_b, stride_path_b,
+    stride_inputs_r, stride_out_r, stride_prev_r,
+    # meta
+    NUM_COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    release_next(PDL)
+    sequence = tl.program_id(1).to(tl.int64)
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    exists = channel < num_channels
+    state_ptrs = state_ptr + sequence * stride_state_b + channel * NUM_COLUMNS
+    weight_ptrs = weight_ptr + channel * (NUM_COLUMNS + 1)
+    columns, weights = (), ()
+    for k in tl.static_range(NUM_COLUMNS):
+        column = tl.load(state_ptrs + k, mask=exists, other=0.0)
+        columns = columns + (column.to(tl.float32),)
+    for k in tl.static_range(NUM_COLUMNS + 1):
+        weight = tl.load(weight_ptrs + k, mask=exists, other=0.0)
+        weights = weights + (weight.to(tl.float32),)
+    bias = tl.load(bias_ptr + channel, mask=exists, other=0.0).to(tl.float32)
+    if path_ptr is not None:
+        columns = advance_window(
+            columns, prev_ptr + sequence * stride_prev_b, stride_prev_r,
+            path_ptr + sequence * stride_path_b, tl.load(length_ptr + sequence), channel, exists,
+        )  # fmt: skip
+        for k in tl.static_range(NUM_COLUMNS):
+            tl.store(state_ptrs + k, columns[k], mask=exists)
+    wait_for_previous(PDL)
+    for start in range(first, num_rows, BLOCK_T):
+        rows_T = start + tl.arange(0, BLOCK_T)
+        valid = (rows_T < num_rows)[:, None] & (channel < row_size)[None, :]
+        offsets = rows_T.to(tl.int64)[:, None] * stride_inputs_r + channel[None, :]
+        current = tl.load(
+            inputs_ptr + sequence * stride_inputs_b + offsets, mask=valid, other=0.0
+        ).to(tl.float32)
+        conv = convolve(
+            current, rows_T, rows_T < num_rows, columns, weights, bias,
+            inputs_ptr + sequence * stride_inputs_b, stride_inputs_r, ancestors_ptr, channel,
+            exists,
+        )  # fmt: skip
+        result = tl.where(exists[None, :], conv / (1.0 + tl.exp(-conv)), current)
+        out_ptrs = out_ptr + sequence * stride_out_b + rows_T.to(tl.int64)[:, None] * stride_out_r
+        tl.store(out_ptrs + channel[None, :], result, mask=valid)
+
+
+def tree_conv(
+    state_BCK: Tensor,
+    inputs_BRE: Tensor,
+    weight_CW: Tensor,
+    bias_C: Tensor,
+    ancestors_RK: Tensor,
+    *,
+    first: int,
+    num_tokens: int,
+    out_BRE: Tensor,
+    previous_BRE: Tensor | None,
+    pending: Pending | None,
+) -> None:
+    """Advance the state along `pending`, then convolve rows first..first + num_tokens - 1.
+
+    The contract is that of `tree_conv_ref.tree_conv`, with all in one dtype of `FLOATS`.
+    Raises ValueError when a size, dtype or stride is beyond what the kernel takes.
+    """
+    num_rows = first + num_tokens
+    path, length = (pending.path_BL, pending.length_B) if pending else (None, None)
+    prev = previous_BRE if pending else None
+    _check(state_BCK, inputs_BRE, weight_CW, bias_C, ancestors_RK, out_BRE, prev, pending, num_rows)
+    batch, num_channels, num_columns = state_BCK.shape
+    by_sequence = (state_BCK, inputs_BRE, out_BRE, prev, path)
+    steps = strides(by_sequence, 0) + strides((inputs_BRE, out_BRE, prev), 1)
+    config = pick_config(num_tokens)
+    row_size = inputs_BRE.shape[2]
+    grid = (triton.cdiv(row_size, config.block_channels), batch)
+    kernel = _tree_conv_kernel[grid](
+        state_BCK, inputs_BRE, weight_CW, bias_C, ancestors_RK, out_BRE, prev, path, length,
+        num_channels, row_size, first, num_rows, *steps, NUM_COLUMNS=num_columns,
+        BLOCK_C=config.block_channels, BLOCK_T=config.block_rows, num_warps=config.num_warps,
+        num_stages=1, **launch_options(inputs_BRE.device),
+    )  # fmt: skip
+    prefer_as_neighbours(kernel, inputs_BRE.device, batch * num_tokens)
+
+
+def _check(
+    state: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor, ancestors: Tensor, out: Tensor,
+    prev: Tensor | None, pending: Pending | None, num_rows: int,
+) -> None:  # fmt: skip
+    """Raise ValueError for what the kernel cannot take."""
+    num_columns = state.shape[2]
+    if num_columns + 1 not in WIDTHS or weight.shape[1] != num_columns + 1:
+        raise ValueError(
+            f"the conv kernel takes widths {WIDTHS}, one more than the state's columns, got "
+            f"{weight.shape[1]} and {num_columns}; use the torch backend"
+        )
+    check_cover(num_rows, inputs.shape[1], out.shape[1], ancestors.shape[0])
+    if pending and prev is None:
+        raise ValueError("a pending path needs the rows it names, got none; pass `previous_BRE`")
+    blocks = (inputs, out) if prev is None else (inputs, out, prev)
+    require_dtypes("the state, inputs and output", (state, *blocks), FLOATS)
+    indices = (ancestors, *(pending or ()))
+    require_dtypes("the ancestors, the path and its length", indices, (torch.int32,))
+    require_packed("the state, the weight or the ancestors", (state, weight, ancestors), 2)
+    require_packed("a row of inputs or output", (*blocks, bias, *(pending or ())), 1)

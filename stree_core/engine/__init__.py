@@ -1,0 +1,52 @@
+"""Decoding: draft, verify, accept and commit, for requests that join and leave."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stree_kernels.lazy import exports
+
+if TYPE_CHECKING:
+    from stree_core.engine.decode import (
+        Run as Run,
+        generate as generate,
+        profile_engine as profile_engine,
+        stream as stream,
+    )
+    from stree_core.engine.engine import (
+        Engine as Engine,
+        EngineConfig as EngineConfig,
+        needed_positions as needed_positions,
+    )
+    from stree_core.engine.request import Request as Request, Update as Update
+    from stree_core.engine.rules import (
+        GREEDY as GREEDY,
+        GreedyRule as GreedyRule,
+        Rule as Rule,
+        SampledRule as SampledRule,
+        SamplingSupport as SamplingSupport,
+        make_rules as make_rules,
+    )
+    from stree_core.engine.sampling import SamplingParams as SamplingParams
+    from stree_core.engine.session import Session as Session
+    from stree_core.engine.step import (
+        Speculator as Speculator,
+        make_speculators as make_speculators,
+    )
+    from stree_core.engine.step_result import StepResult as StepResult
+    from stree_core.engine.stop import Generation as Generation, StopRule as StopRule
+
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        "decode": ["Run", "generate", "profile_engine", "stream"],
+        "engine": ["Engine", "EngineConfig", "needed_positions"],
+        "request": ["Request", "Update"],
+        "rules": ["GREEDY", "GreedyRule", "Rule", "SampledRule", "SamplingSupport", "make_rules"],
+        "sampling": ["SamplingParams"],
+        "session": ["Session"],
+        "step": ["Speculator", "make_speculators"],
+        "step_result": ["StepResult"],
+        "stop": ["Generation", "StopRule"],
+    },
+)

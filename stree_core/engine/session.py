@@ -1,0 +1,293 @@
+"""Continuous batching: requests join free slots, run to their own end, and leave at once.
+
+On a GPU the engine is one step ahead of what the host has read: while it works on a step, the
+tokens of the one before are cut, reported and, where a request ends, its slot is given to the next.
+
+The caller's code (decoder, choice of the tree) may raise anything. So a step's tokens are first
+noted for every request, and only then looked at, one request at a time: a request's next tokens
+stay noted until its decoder has returned.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+from stree_core.engine.engine import Engine, require_tree
+from stree_core.engine.request import Request, Running, Update
+from stree_core.engine.step_result import StepResult
+from stree_core.engine.stop import Finish, Generation, careful
+from stree_core.errors import ConfigError, StreeError
+from stree_core.given import shown
+
+ChooseTree = Callable[[int], int]
+"""Returns which of an engine's trees a step takes, by the number of active sequences."""
+
+_CUT_SHORT = "a request runs until its output ends, its step was cut short; submit it again"
+
+
+class Session:
+    """Runs requests on an engine's slots. A request that fails ends alone.
+
+    `choose_tree` stands in place of the engine's policy, for measurements. `decode` turns token ids
+    into text; requests with stop strings need it. `lookahead` is how many steps are under way while
+    the host reads: by default 1 on a GPU, where they cost it no time.
+
+    An engine serves one session at a time: raises ConfigError while another has requests on it.
+    One that is closed or has nothing to do makes way for this one, and raises when it is used.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        choose_tree: ChooseTree | None = None,
+        decode: Callable[[list[int]], str] | None = None,
+        lookahead: int | None = None,
+    ) -> None:
+        self._engine = engine
+        on_gpu = engine.target.device.type == "cuda"
+        self._lookahead = int(on_gpu) if lookahead is None else lookahead
+        self._choose_tree = choose_tree or engine.policy.choose
+        self._decode = careful(decode) if decode is not None else None
+        self._waiting: deque[tuple[int, Request]] = deque()
+        self._slots: list[Running | None] = [None] * engine.config.num_slots
+        self._updates: list[Update] = []
+        self._ended: dict[int, Generation] = {}
+        self._num_submitted = 0
+        self._is_stepping = False
+        self.num_steps = 0
+        self.prefill_seconds = 0.0
+        engine.ownership.take(self)
+        engine.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def busy(self) -> bool:
+        """True while a request waits, runs, or has an update that nobody has read."""
+        return bool(self._waiting or self._updates or self._num_active or self._num_under_way)
+
+    @property
+    def _num_under_way(self) -> int:
+        """Steps launched and not collected; none once the engine serves another session."""
+        return self._engine.num_under_way if self._engine.ownership.held_by(self) else 0
+
+    def submit(self, request: Request) -> int:
+        """Queue a request and return its id; ids count from 0.
+
+        Raises ConfigError when it has stop strings and the session cannot decode, or when the
+        session is closed or has made way for another.
+        """
+        self._engine.ownership.require(self)
+        if not isinstance(request, Request):
+            raise ConfigError(f"a session takes a Request, got {shown(request)}; make one")
+        if request.stop.strings and self._decode is None:
+            raise ConfigError(
+                "stop strings need a session that decodes tokens, this one does not; pass decode"
+            )
+        request_id = self._num_submitted
+        self._num_submitted += 1
+        self._waiting.append((request_id, request))
+        return request_id
+
+    def cancel(self, request_id: int) -> None:
+        """End a request now; its last update says so. An id that has ended is ignored."""
+        for waiting in self._waiting:
+            if waiting[0] == request_id:
+                self._waiting.remove(waiting)
+                self._end(Running(*waiting), [], "cancelled")
+                return
+        for slot, running in enumerate(self._slots):
+            if running is not None and running.request_id == request_id:
+                self._leave(slot)
+                self._end(running, [], "cancelled")
+
+    def close(self) -> None:
+        """Forget all requests and updates; the engine is free for another session.
+
+        Raises ConfigError within a step, from a decoder say.
+        """
+        self._require_between_steps()
+        self._waiting.clear()
+        self._updates.clear()
+        self._slots = [None] * len(self._slots)
+        self._engine.ownership.leave(self)
+
+    def step(self) -> list[Update]:
+        """Admit what fits, launch a step, and return what the step before it has brought.
+
+        What `decode` raises ends the request whose tokens it was given. All other exceptions of the
+        caller's code, KeyboardInterrupt from `decode` among them, come out of here and change
+        nothing: the next call goes on where this one left off. Only where the engine's own step is
+        cut short, by an interrupt or a fault, the requests in it end with an error.
+        """
+        self._engine.ownership.require(self)
+        self._require_between_steps()
+        self._is_stepping = True
+        try:
+            # What an exception left over comes first: an output must not outgrow its slot unseen.
+            self._look()
+            self._admit()
+            self._advance()
+            self._look()
+        finally:
+            self._is_stepping = False
+        updates, self._updates = self._updates, []
+        return updates
+
+    def run(self) -> dict[int, Generation]:
+        """Step until nothing is left; return the generations of what ended, by request id.
+
+        After an exception the next call returns those that ended before it, too.
+        """
+        while self.busy:
+            for update in self.step():
+                if update.generation is not None:
+                    self._ended[update.request_id] = update.generation
+        ended, self._ended = self._ended, {}
+        return ended
+
+    @property
+    def _num_active(self) -> int:
+        return sum(running is not None for running in self._slots)
+
+    def _require_between_steps(self) -> None:
+        if self._is_stepping:
+            raise ConfigError(
+                "a session does one thing at a time, this one is within a step; step and close it "
+                "from outside of its own callbacks"
+            )
+
+    def _may_go_on(self) -> bool:
+        """Return whether a request may need more than the steps under way, of a token each."""
+        return any(
+            len(running.generation.tokens) + self._num_under_way
+            < running.request.stop.max_new_tokens
+            for running in self._slots
+            if running is not None
+        )
+
+    def _admit(self) -> None:
+        """Give free slots to waiting requests."""
+        if not self._waiting or None not in self._slots:
+            return
+        # A prefill would wait for the step under way, whose time is not its own.
+        self._engine.wait()
+        start = time.perf_counter()
+        for slot in range(len(self._slots)):
+            while self._slots[slot] is None and self._waiting:
+                self._start_next(slot)
+                self._look_at(slot)
+        self.prefill_seconds += time.perf_counter() - start
+
+    def _start_next(self, slot: int) -> None:
+        """Prefill the request that has waited longest; one that cannot be served ends at once.
+
+        An interrupt leaves it waiting: nobody has seen a token of it.
+        """
+        running = Running(*self._waiting[0])
+        request = running.request
+        try:
+            self._engine.require_fits(len(request.prompt), request.stop.max_new_tokens)
+            first = self._engine.prefill(slot, request.prompt, request.sampling)
+        except StreeError as err:
+            self._waiting.popleft()
+            self._end(running, [], "error", str(err))
+        except BaseException as err:
+            # torch may raise anything, and an interrupt may come: the slot must not run on.
+            self._engine.release(slot)
+            if isinstance(err, Exception):
+                self._waiting.popleft()
+                self._end(running, [], "error", _CUT_SHORT)
+            raise
+        else:
+            self._waiting.popleft()
+            running.noted.append([first])
+            self._slots[slot] = running
+
+    def _advance(self) -> None:
+        """Launch a step if one may be needed, and note what the steps before it have brought."""
+        goes_on = self._may_go_on()
+        if goes_on:
+            which = require_tree(self._choose_tree(self._num_active), len(self._engine.trees))
+            with self._whole_or_ended():
+                self._engine.launch(which)
+                self.num_steps += 1
+        # What is under way when nobody goes on is waited for.
+        while self._num_under_way > (self._lookahead if goes_on else 0):
+            self._engine.wait(1)
+            with self._whole_or_ended():
+                self._note(self._engine.collect())
+
+    @contextmanager
+    def _whole_or_ended(self) -> Iterator[None]:
+        """End the requests in all slots where the engine's work inside is cut short."""
+        try:
+            yield
+        except StreeError as err:
+            self._end_all(str(err))
+        except BaseException:
+            # torch may raise anything, and an interrupt may come: what slots hold is unknown now.
+            self._end_all(_CUT_SHORT)
+            raise
+
+    def _end_all(self, error: str) -> None:
+        for slot, running in enumerate(self._slots):
+            if running is not None:
+                self._slots[slot] = None
+                self._end(running, [], "error", error)
+        self._engine.clear()
+
+    def _note(self, result: StepResult) -> None:
+        """Note a step's tokens for all requests that ran in it."""
+        slots = zip(self._slots, result.healthy, result.tokens, strict=True)
+        for running, is_healthy, tokens in slots:
+            if running is not None and (tokens or not is_healthy):
+                running.noted.append(tokens if is_healthy else [])
+
+    def _look(self) -> None:
+        for slot in range(len(self._slots)):
+            self._look_at(slot)
+
+    def _look_at(self, slot: int) -> None:
+        """Report what is noted for the request in a slot; it leaves the slot when it ends."""
+        running = self._slots[slot]
+        while running is not None and running.noted:
+            kept, finish, error = running.cut_oldest(self._decode)
+            if running is not self._slots[slot]:
+                # The decoder has cancelled it.
+                return
+            emitted, generation = running.noted.popleft(), running.generation
+            if generation.tokens and error is None:
+                generation.accept_lengths.append(min(len(emitted) - 1, len(kept)))
+            generation.tokens += kept
+            if finish is None:
+                self._updates.append(Update(running.request_id, kept, None))
+                continue
+            self._leave(slot)
+            self._end(running, kept, finish, error)
+            return
+
+    def _leave(self, slot: int) -> None:
+        self._engine.release(slot)
+        self._slots[slot] = None
+
+    def _end(
+        self, running: Running, tokens: list[int], finish: Finish, error: str | None = None
+    ) -> None:
+        running.generation.finish = finish
+        running.generation.error = error
+        self._updates.append(Update(running.request_id, tokens, running.generation))

@@ -1,0 +1,323 @@
+"""What a model is made of: a typed list of residual blocks, and where their weights are stored.
+
+Shape letters are those of stree_kernels.launch.rows. A block is `x + sum of parts(norm(x))`; a
+layer with a mixer and an MLP is two blocks, attention beside Mamba2 is one block of two parts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from stree_kernels.launch.settings import GATED, Activation, RouterLaw
+
+LEAST_ROW_DIM = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Mamba2Shape:
+    """One Mamba2 mixer (arXiv:2405.21060); neighbouring heads may share x, B and C.
+
+    `norm_groups` and `norm_eps` are of the norm after the gate; 0 groups is no norm.
+    """
+
+    num_heads: int
+    num_x_heads: int
+    num_b_groups: int
+    num_c_groups: int
+    head_dim: int
+    state_dim: int
+    conv_width: int
+    conv_bias: bool
+    dt_limit: tuple[float, float]
+    norm_groups: int
+    norm_eps: float
+
+    @property
+    def inner_dim(self) -> int:
+        """Width of the output and of the gate."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def conv_sections(self) -> tuple[int, int, int]:
+        """Channels of x, B and C."""
+        return (
+            self.num_x_heads * self.head_dim,
+            self.num_b_groups * self.state_dim,
+            self.num_c_groups * self.state_dim,
+        )
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels that pass the convolution: x, B and C."""
+        return sum(self.conv_sections)
+
+    @property
+    def proj_sections(self) -> tuple[int, int, int, int, int]:
+        """Columns of the input projection: gate, x, B, C, dt."""
+        return (self.inner_dim, *self.conv_sections, self.num_heads)
+
+    @property
+    def proj_dim(self) -> int:
+        """All columns of the input projection."""
+        return sum(self.proj_sections)
+
+
+@dataclass(frozen=True, slots=True)
+class Llama3Scaling:
+    """How Llama 3.1 stretches rotations whose wavelength is long beside its first context."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_positions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary positions: the first `dim` dims of each head are rotated."""
+
+    theta: float
+    dim: int
+    scaling: Llama3Scaling | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """One grouped-query attention mixer; `scale` multiplies scores, `rope` None is no positions."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    rope: Rope | None
+
+    @property
+    def row_dim(self) -> int:
+        """Width of a head as it is computed and kept: kernels take powers of two, the rest is 0."""
+        return max(LEAST_ROW_DIM, 1 << (self.head_dim - 1).bit_length())
+
+
+@dataclass(frozen=True, slots=True)
+class MlpShape:
+    """One MLP."""
+
+    inner_dim: int
+    activation: Activation
+
+    @property
+    def up_dim(self) -> int:
+        """Rows of the first projection: gate and up, or up alone."""
+        return self.inner_dim * (2 if self.activation in GATED else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class MoeShape:
+    """Routed expert MLPs; with `latent_dim` they work between two projections to that width."""
+
+    num_experts: int
+    expert: MlpShape
+    router: RouterLaw
+    latent_dim: int | None = None
+
+
+Mixer = Mamba2Shape | AttentionShape | MlpShape | MoeShape
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One tensor of a model: checkpoint tensors stacked along their first dim, viewed as `shape`.
+
+    `row_scales` are runs of rows (count, factor); none is all ones. `adapters` holds for each key,
+    if for any, the keys of two low-rank factors whose product `second @ first` is added to it.
+    """
+
+    keys: tuple[str, ...]
+    shape: tuple[int, ...]
+    row_scales: tuple[tuple[int, float], ...] = ()
+    adapters: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def num_values(self) -> int:
+        """Values of the tensor."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A mixer and its weights, by the names that stree_core.models.weights gives them."""
+
+    mixer: Mixer
+    weights: Mapping[str, Weight]
+
+
+@dataclass(frozen=True, slots=True)
+class SharedBlock:
+    """A transformer layer beside the stream, whose output only the block's own parts read.
+
+    It attends from the stream and the embedding side by side, and has no residual of its own:
+    `linear(mlp(norm(attention(norm([x, embedding])))))` is added to what the parts' norm reads.
+    Source: Zamba2 (arXiv:2411.15242).
+    """
+
+    attention_norm: Weight
+    attention: Part
+    mlp_norm: Weight
+    mlp: Part
+    linear: Weight
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Parts that read the same norm of the stream and are added to it."""
+
+    norm: Weight
+    parts: tuple[Part, ...]
+    shared: SharedBlock | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """How an MTP head begins: `proj` reads the norms of a token's embedding and a hidden state.
+
+    They lie side by side, the embedding first.
+    """
+
+    embed_norm: Weight
+    hidden_norm: Weight
+    proj: Weight
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """A whole language model; `lm_head` equals `embed` when the two are tied.
+
+    `max_positions` is the longest context that it was trained for, where its config says that.
+    `extras` are patterns of tensors that its files may hold and decoding does not need, besides
+    those of every family; `copies` are beginnings of names (copy, original) of tensors that repeat
+    others. `mtp` is the multi-token-prediction head that its checkpoint has beside it. That is a
+    shape with a `join`, whose embedding and LM head are the model's own.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    norm_eps: float
+    residual_fp32: bool
+    eos_token_ids: tuple[int, ...]
+    embed: Weight
+    embed_scale: float
+    blocks: tuple[Block, ...]
+    final_norm: Weight
+    lm_head: Weight
+    max_positions: int | None = None
+    extras: tuple[str, ...] = ()
+    copies: tuple[tuple[str, str], ...] = ()
+    join: Join | None = None
+    mtp: ModelShape | None = None
+
+    @property
+    def parts(self) -> Iterator[Part]:
+        """All parts in the order in which they run."""
+        for block in self.blocks:
+            if block.shared is not None:
+                yield from (block.shared.attention, block.shared.mlp)
+            yield from block.parts
+
+    @property
+    def has_attention(self) -> bool:
+        """True when some part keeps keys and values, so that the context length costs time."""
+        return any(isinstance(part.mixer, AttentionShape) for part in self.parts)
+
+    @property
+    def weights(self) -> Iterator[Weight]:
+        """Every weight at each of its uses, the embedding and the LM head included."""
+        yield self.embed
+        if self.join is not None:
+            yield from (self.join.embed_norm, self.join.hidden_norm, self.join.proj)
+        for block in self.blocks:
+            yield block.norm
+            if block.shared is not None:
+                yield from (block.shared.attention_norm, block.shared.mlp_norm, block.shared.linear)
+        for part in self.parts:
+            yield from part.weights.values()
+        yield from (self.final_norm, self.lm_head)
+
+    @property
+    def digest(self) -> str:
+        """A hash of everything that time depends on: sizes and mixers, not keys nor values."""
+        blocks = [
+            (
+                [part.mixer for part in block.parts],
+                block.shared and (block.shared.attention.mixer, block.shared.mlp.mixer),
+            )
+            for block in self.blocks
+        ]
+        sizes = (self.vocab_size, self.hidden_size, self.residual_fp32, self.lm_head == self.embed)
+        joined = () if self.join is None else ("join",)
+        return hashlib.sha256(repr((sizes, blocks, *joined)).encode()).hexdigest()
+
+    @property
+    def num_parameters(self) -> int:
+        """Values of all weights as the decoder holds them: shared ones once, adapters merged.
+
+        A head's embedding and LM head are held with its model.
+        """
+        held = {w.keys + sum(w.adapters, ()): w.num_values for w in self.weights}
+        if self.join is not None:
+            for borrowed in (self.embed, self.lm_head):
+                held.pop(borrowed.keys, None)
+        return sum(held.values())
+
+    def weight_bytes(self, bytes_per_element: int) -> int:
+        """Return the bytes that a pass over one token reads of the weights.
+
+        The embedding is a look-up of a few rows: it counts through the LM head only. Of experts,
+        those that one token goes to count.
+        """
+        total = sum(weight.num_values for weight in self.weights) - self.embed.num_values
+        for part in self.parts:
+            if isinstance(part.mixer, MoeShape):
+                resting = part.mixer.num_experts - part.mixer.router.num_chosen
+                stacks = part.weights["up_proj"].num_values + part.weights["down_proj"].num_values
+                total -= stacks * resting // part.mixer.num_experts
+        return total * bytes_per_element
+
+    def state_bytes(self, bytes_per_element: int) -> int:
+        """Return the bytes of one sequence's recurrent state; SSM states are at least fp32."""
+        total = 0
+        for part in self.parts:
+            if isinstance(part.mixer, Mamba2Shape):
+                mamba = part.mixer
+                total += max(4, bytes_per_element) * mamba.inner_dim * mamba.state_dim
+                total += bytes_per_element * mamba.conv_dim * (mamba.conv_width - 1)
+        return total
+
+    def kv_bytes_per_token(self, bytes_per_element: int) -> int:
+        """Return the bytes of keys and values that one committed token adds."""
+        return bytes_per_element * sum(
+            2 * part.mixer.num_kv_heads * part.mixer.row_dim
+            for part in self.parts
+            if isinstance(part.mixer, AttentionShape)
+        )
+
+
+logger = logging.getLogger(__name__)
+
+
+def warn_of_long_context(shape: ModelShape, num_positions: int) -> None:
+    """Say once when slots hold more positions than the model's `max_position_embeddings`."""
+    if shape.max_positions is not None and num_positions > shape.max_positions:
+        _warn(num_positions, shape.max_positions)
+
+
+@lru_cache
+def _warn(num_positions: int, longest: int) -> None:
+    logger.warning(
+        "slots of %d positions exceed max_position_embeddings = %d: later text may degrade",
+        num_positions,
+        longest,
+    )

@@ -1,0 +1,278 @@
+"""The tensors of a model as the forward pass takes them, and how they come from a checkpoint.
+
+A norm's weights are folded into the projections that read it, a family's multipliers into the
+weights that they multiply; both before the one rounding to the model's dtype.
+
+Shape letters: V vocabulary, D hidden size, C conv channels, W conv width, X angles, E experts,
+F MLP inner, Z = 2 F if gated, else F.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from stree_core.families import (
+    AttentionShape,
+    Block,
+    Llama3Scaling,
+    Mamba2Shape,
+    MlpShape,
+    ModelShape,
+    Part,
+    SharedBlock,
+    Weight,
+)
+from stree_kernels.launch.rows import ScanHeads
+
+Read = Callable[[Weight], Tensor]
+"""Returns a weight in its shape, on the model's device, in any float dtype, not yet scaled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mamba2Weights:
+    """Parameters of a Mamba2 mixer; the norms before it and after its gate are folded in."""
+
+    in_proj: Tensor
+    conv_CW: Tensor
+    conv_bias_C: Tensor
+    heads: ScanHeads
+    out_proj: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionWeights:
+    """Parameters of an attention mixer; queries, keys and values are one projection.
+
+    `inv_freq_X` are the rotation's angles per position.
+    """
+
+    qkv_proj: Tensor
+    o_proj: Tensor
+    inv_freq_X: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class MlpWeights:
+    """Parameters of an MLP; gate and up are one projection."""
+
+    up_proj: Tensor
+    down_proj: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class MoeWeights:
+    """Parameters of routed experts; the norm before them is not folded in, the router is wide."""
+
+    norm_D: Tensor
+    router_ED: Tensor
+    bias_E: Tensor | None
+    latent_in: Tensor | None
+    up_EZD: Tensor
+    down_EDF: Tensor
+    latent_out: Tensor | None
+
+
+PartWeights = Mamba2Weights | AttentionWeights | MlpWeights | MoeWeights
+
+
+@dataclass(frozen=True, slots=True)
+class SharedWeights:
+    """Parameters of the transformer layer beside the stream."""
+
+    attention: AttentionWeights
+    mlp: MlpWeights
+    linear: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class BlockWeights:
+    """Parameters of one block, its parts in order."""
+
+    parts: tuple[PartWeights, ...]
+    shared: SharedWeights | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelWeights:
+    """All parameters, blocks in order; the LM head may have fewer rows than the embedding.
+
+    `join` is a head's first projection, the norms before it folded in.
+    """
+
+    embed_VD: Tensor
+    blocks: tuple[BlockWeights, ...]
+    final_norm: Tensor
+    lm_head_VD: Tensor
+    join: Tensor | None = None
+
+
+def assemble(
+    shape: ModelShape, read: Read, dtype: torch.dtype, num_logits: int | None = None
+) -> ModelWeights:
+    """Read all weights one by one and return them as `dtype`.
+
+    The LM head keeps the first `num_logits` tokens, all by default.
+    """
+    maker = _Maker(read, dtype)
+    embed = maker.plain(shape.embed)
+    blocks = tuple(maker.block(block) for block in shape.blocks)
+    head = embed if shape.lm_head == shape.embed else maker.plain(shape.lm_head)
+    stream_dtype = maker.wide if shape.residual_fp32 else dtype
+    final_norm = maker.scaled(shape.final_norm).to(stream_dtype)
+    return ModelWeights(embed, blocks, final_norm, head[:num_logits])
+
+
+def assemble_head(shape: ModelShape, read: Read, model: ModelWeights) -> ModelWeights:
+    """Read an MTP head's own weights; its embedding and LM head are those of its model."""
+    assert shape.join is not None
+    maker = _Maker(read, model.embed_VD.dtype)
+    norms = [maker.scaled(norm) for norm in (shape.join.embed_norm, shape.join.hidden_norm)]
+    join = (maker.scaled(shape.join.proj) * torch.cat(norms)).to(model.embed_VD.dtype)
+    blocks = tuple(maker.block(block) for block in shape.blocks)
+    final_norm = maker.scaled(shape.final_norm).to(model.final_norm.dtype)
+    return ModelWeights(model.embed_VD, blocks, final_norm, model.lm_head_VD, join)
+
+
+def _same(weight: Tensor) -> Tensor:
+    return weight
+
+
+class _Maker:
+    """Makes the parameters of parts; weights that several blocks share are made once."""
+
+    def __init__(self, read: Read, dtype: torch.dtype) -> None:
+        self._read = read
+        self._dtype = dtype
+        self.wide = torch.promote_types(dtype, torch.float32)
+        self._shared: dict[tuple[Weight, Weight | None], Tensor] = {}
+
+    def scaled(self, weight: Weight) -> Tensor:
+        """Return a weight times its factors, in fp32 at least."""
+        values = self._read(weight).to(self.wide)
+        if weight.row_scales:
+            counts, factors = zip(*weight.row_scales, strict=True)
+            factor = torch.tensor(factors, dtype=self.wide, device=values.device)
+            factor = factor.repeat_interleave(torch.tensor(counts, device=values.device))
+            values = values * factor.view(-1, *[1] * (values.ndim - 1))
+        return values
+
+    def plain(self, weight: Weight, norm: Weight | None = None) -> Tensor:
+        """Return a weight in the model's dtype, times that of the norm that its rows come from."""
+        if norm is None and not weight.row_scales:
+            return self._read(weight).to(self._dtype).contiguous()
+        values = self.scaled(weight)
+        if norm is not None:
+            values = values * self.scaled(norm)
+        return values.to(self._dtype).contiguous()
+
+    def block(self, block: Block) -> BlockWeights:
+        """Make one block."""
+        parts = tuple(self._part(part, block.norm) for part in block.parts)
+        return BlockWeights(parts, None if block.shared is None else self._beside(block.shared))
+
+    def _part(self, part: Part, norm: Weight) -> PartWeights:
+        if isinstance(part.mixer, Mamba2Shape):
+            return self._mamba2(part, norm)
+        if isinstance(part.mixer, AttentionShape):
+            return self._attention(part, norm)
+        return self._mlp(part, norm) if isinstance(part.mixer, MlpShape) else self._moe(part, norm)
+
+    def _mamba2(self, part: Part, norm: Weight) -> Mamba2Weights:
+        weights = part.weights
+        conv = self.plain(weights["conv"])
+        # Kept in fp32 at least: they act in exponents.
+        a_log, skip, dt_bias = (self.scaled(weights[n]) for n in ("a_log", "skip", "dt_bias"))
+        return Mamba2Weights(
+            in_proj=self.plain(weights["in_proj"], norm),
+            conv_CW=conv,
+            conv_bias_C=(
+                self.plain(weights["conv_bias"])
+                if "conv_bias" in weights
+                else conv.new_zeros(conv.shape[0])
+            ),
+            heads=ScanHeads(-a_log.exp(), skip, dt_bias),
+            out_proj=self.plain(weights["out_proj"], weights.get("norm")),
+        )
+
+    def _attention(self, part: Part, norm: Weight) -> AttentionWeights:
+        assert isinstance(part.mixer, AttentionShape)
+        qkv_proj = self._once(part.weights["qkv_proj"], norm, partial(_widened, part.mixer, 0))
+        o_proj = self._once(part.weights["o_proj"], None, partial(_widened, part.mixer, 1))
+        angles = inv_freq(part.mixer, self._dtype, qkv_proj.device)
+        return AttentionWeights(qkv_proj, o_proj, angles)
+
+    def _mlp(self, part: Part, norm: Weight) -> MlpWeights:
+        up_proj, down_proj = part.weights["up_proj"], part.weights["down_proj"]
+        return MlpWeights(self._once(up_proj, norm), self._once(down_proj))
+
+    def _moe(self, part: Part, norm: Weight) -> MoeWeights:
+        weights = part.weights
+
+        def maybe(name: str) -> Tensor | None:
+            return self.plain(weights[name]) if name in weights else None
+
+        return MoeWeights(
+            norm_D=self.scaled(norm),
+            router_ED=self.scaled(weights["router"]),
+            bias_E=self.scaled(weights["bias"]) if "bias" in weights else None,
+            latent_in=maybe("latent_in"),
+            up_EZD=self.plain(weights["up_proj"]),
+            down_EDF=self.plain(weights["down_proj"]),
+            latent_out=maybe("latent_out"),
+        )
+
+    def _beside(self, shared: SharedBlock) -> SharedWeights:
+        return SharedWeights(
+            self._attention(shared.attention, shared.attention_norm),
+            self._mlp(shared.mlp, shared.mlp_norm),
+            self.plain(shared.linear),
+        )
+
+    def _once(
+        self, weight: Weight, norm: Weight | None = None, finish: Callable[[Tensor], Tensor] = _same
+    ) -> Tensor:
+        key = (weight, norm)
+        if key not in self._shared:
+            self._shared[key] = finish(self.plain(weight, norm))
+        return self._shared[key]
+
+
+def _widened(a: AttentionShape, dim: int, weight: Tensor) -> Tensor:
+    """Return a projection whose heads along `dim` are filled up with zeros to the rows' width."""
+    if a.row_dim == a.head_dim:
+        return weight
+    heads = weight.unflatten(dim, (-1, a.head_dim)).movedim(dim + 1, -1)
+    filled: Tensor = functional.pad(heads, (0, a.row_dim - a.head_dim))
+    return filled.movedim(-1, dim + 1).flatten(dim, dim + 1).contiguous()
+
+
+def inv_freq(shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the angle per position of each pair of rotated dims, in fp32 at least.
+
+    Without rotary positions all angles are 0: a rotation by 0 changes nothing, and is exact.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    if shape.rope is None:
+        return torch.zeros(shape.head_dim // 2, dtype=wide, device=device)
+    rope = shape.rope
+    exponent = torch.arange(0, rope.dim, 2, dtype=wide, device=device) / rope.dim
+    plain = 1.0 / rope.theta**exponent
+    return plain if rope.scaling is None else _stretched(plain, rope.scaling)
+
+
+def _stretched(plain: Tensor, scaling: Llama3Scaling) -> Tensor:
+    """Divide slow angles by the factor, keep fast ones, and blend those between.
+
+    Source: the reference code of Llama 3.1, as in transformers' rope type `llama3`.
+    """
+    turns = scaling.original_positions * plain / (2 * math.pi)
+    spread = scaling.high_freq_factor - scaling.low_freq_factor
+    kept = ((turns - scaling.low_freq_factor) / spread).clamp(0, 1)
+    return plain * (kept + (1 - kept) / scaling.factor)

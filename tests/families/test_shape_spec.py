@@ -1,0 +1,158 @@
+"""Shape sheets: what ships loads, means what was published, and malformed ones are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import stree_profiles
+import yaml
+
+from stree_core.errors import ConfigError
+from stree_core.families.registry import shape_from_config
+from stree_core.families.shape_spec import find_shape_sheet, load_shape_sheet
+
+ROOT = Path(next(iter(stree_profiles.__path__)))
+SHEETS = sorted((ROOT / "shapes").glob("*.yaml"))
+
+# Counted by hand from the published extents, a tied LM head once.
+#
+# mamba2-130m: 24 layers of in_proj (1536 z + 1536 x + 2 * 128 B and C + 24 dt = 3352) * 768
+# = 2 574 336, conv 1792 * (4 + 1) = 8960, dt_bias, A_log and D 72, gated norm 1536, out_proj
+# 768 * 1536 = 1 179 648, norm 768: 3 765 320 each; embedding 50 288 * 768, final norm 768.
+#
+# nemotron-h-8b: 24 Mamba2 of 18 560 * 4096 + 10 240 * 5 + 384 + 8192 + 4096 * 8192 + 4096
+# = 109 640 064; 24 MLPs of 2 * 4096 * 21 504 + 4096 = 176 164 864; 4 attentions of
+# (2 * 4096 + 2 * 1024) * 4096 + 4096 = 41 947 136; two of 131 072 * 4096; final norm 4096.
+#
+# mamba-in-llama: Llama's own count less its even layers' attention, plus a Mamba2 in each: of 8b
+# 8 030 261 248 + 16 * (10 272 * 4096 + 6144 * 5 + 96 + 4096 + 4096 * 4096 - 41 943 040).
+#
+# mamba2-distilled-small: 2 layers of 2568 * 1024 + 1536 * 5 + 24 + 1024 + 1024 * 1024, MLPs of
+# 3 * 2048 * 1024 and two norms; embedding 128 256 * 1024, final norm 1024.
+NUM_PARAMETERS = {
+    "granite-4-h-1b": 1_461_538_368,
+    "mamba-in-llama-3b": 3_346_305_008,
+    "mamba-in-llama-8b": 8_301_352_448,
+    "mamba2-1.3b": 1_343_757_312,
+    "mamba2-130m": 128_989_632,
+    "mamba2-2.7b": 2_702_599_680,
+    "mamba2-distilled-small": 151_296_048,
+    "nemotron-3-nano-mtp": 31_577_940_288,
+    "nemotron-h-8b": 8_100_852_736,
+}
+# By the makers' own counts or by the sizes of their files.
+PUBLISHED = {
+    "mamba-in-llama-8b": 33.2e9 / 4,
+    "mamba2-1.3b": 1.34e9,
+    "mamba2-130m": 129e6,
+    "mamba2-2.7b": 2.70e9,
+    "nemotron-h-8b": 8.10e9,
+}
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """Yield the values inside nested mappings and lists."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for inner in value:
+            yield from leaves(inner)
+    else:
+        yield value
+
+
+def test_every_sheet_is_counted() -> None:
+    assert [path.stem for path in SHEETS] == sorted(NUM_PARAMETERS)
+
+
+@pytest.mark.parametrize("path", SHEETS, ids=lambda path: path.stem)
+def test_shipped_sheets_give_the_published_model(path: Path) -> None:
+    sheet = load_shape_sheet(path)
+    assert sheet.name == path.stem
+    shape = shape_from_config(sheet.config_dict, sheet.name)
+    assert shape.num_parameters == NUM_PARAMETERS[sheet.name]
+    published = PUBLISHED.get(sheet.name, NUM_PARAMETERS[sheet.name])
+    assert shape.num_parameters == pytest.approx(published, rel=0.01)
+
+
+@pytest.mark.parametrize("path", SHEETS, ids=lambda path: path.stem)
+def test_no_number_was_read_as_text(path: Path) -> None:
+    # YAML takes 1e-05 for a word: it wants 1.0e-05.
+    for leaf in leaves(load_shape_sheet(path).config_dict):
+        assert not (isinstance(leaf, str) and leaf[:1].isdigit()), leaf
+
+
+def test_layers_of_one_kind_each() -> None:
+    sheet = load_shape_sheet(ROOT / "shapes" / "nemotron-h-8b.yaml")
+    pattern = str(sheet.config["hybrid_override_pattern"])
+    assert len(pattern) == sheet.config["num_hidden_layers"]
+    assert [pattern.count(kind) for kind in "M-*"] == [24, 24, 4]
+
+
+def test_the_second_file_goes_under_its_key() -> None:
+    sheet = load_shape_sheet(ROOT / "shapes" / "mamba-in-llama-3b.yaml")
+    merged = sheet.config_dict
+    assert merged["mamba_config"] == sheet.mamba_config
+    assert {key: value for key, value in merged.items() if key != "mamba_config"} == sheet.config
+    merged["mamba_config"]["attn_layers"].clear()
+    assert sheet.config_dict["mamba_config"]["attn_layers"] == list(range(1, 28, 2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nam": "x"}, r"unknown key nam; did you mean name\?"),
+        ({"name": None}, "name: "),
+        ({"kind": "stree-gpu"}, "kind: "),
+        ({"schema_version": 2}, "schema_version: "),
+        ({"sources": []}, "sources: "),
+        ({"sources": ["x" * 501]}, r"sources\.0: "),
+        ({"config": {}}, "config: "),
+        ({"config": {str(number): 0 for number in range(201)}}, "config: "),
+        ({"config": {"model_type": "llama", "mamba_config": {}}}, "stands beside config"),
+        ({"config": {"model_type": "mamba2"}, "mamba_config": {"d_xb": 1}}, "belongs to .* llama"),
+        ({"note": ""}, "note: "),
+    ],
+)
+def test_malformed_sheets(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    content = {
+        "schema_version": 1, "kind": "stree-shape", "name": "x", "sources": ["a"],
+        "config": {"model_type": "mamba2"},
+    }  # fmt: skip
+    path = tmp_path / "x.yaml"
+    path.write_text(yaml.safe_dump(content))
+    assert load_shape_sheet(path).note is None
+    path.write_text(yaml.safe_dump(content | changes))
+    with pytest.raises(ConfigError, match=message):
+        load_shape_sheet(path)
+
+
+def test_sheets_are_found_by_name_in_the_first_root(tmp_path: Path) -> None:
+    own = tmp_path / "shapes" / "mamba2-130m.yaml"
+    own.parent.mkdir()
+    own.write_text("x")
+    assert find_shape_sheet([tmp_path, ROOT], "mamba2-130m") == own
+    assert find_shape_sheet([tmp_path, ROOT], "mamba2-2.7b") == ROOT / "shapes" / "mamba2-2.7b.yaml"
+    assert find_shape_sheet([tmp_path], "mamba2-2.7b") is None
+    assert find_shape_sheet([], "mamba2-130m") is None
+
+
+@pytest.mark.parametrize("name", ["../shapes/mamba2-130m", "", "/etc/x", "a/b", ".x", "x\n"])
+def test_names_cannot_leave_their_folder(name: str) -> None:
+    assert find_shape_sheet([ROOT], name) is None
+
+
+def test_a_section_describes_a_head_that_the_model_has_not() -> None:
+    """As many weights as Nemotron 3.5 Lightning's head is published to have, 1.34 billion."""
+    sheet = load_shape_sheet(ROOT / "shapes" / "nemotron-3-nano-mtp.yaml")
+    shape = shape_from_config(sheet.config_dict, sheet.name)
+    assert shape.mtp is not None
+    assert shape.mtp.num_parameters == 1_335_325_952
+    published = shape_from_config(sheet.config, sheet.name)
+    assert published.mtp is None
+    assert published.digest == shape.digest
+    without = load_shape_sheet(ROOT / "shapes" / "nemotron-h-8b.yaml")
+    assert shape_from_config(without.config_dict, without.name).mtp is None

@@ -1,0 +1,153 @@
+"""Steps that follow a trace, and tuning by live measurements, on a tiny pair."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic import latent_trace
+from tiny_models import random_texts, save_pair
+
+from stree_autotune.cli.commands import main
+from stree_autotune.live.measure import TracedSteps, measure_steps
+from stree_autotune.probe.timing import Effort
+from stree_autotune.search.tree_space import OFF
+from stree_autotune.store.library import Library
+from stree_autotune.trace.file import Trace
+from stree_autotune.trace.tree_walk import walk
+from stree_core.drafting.pair import Pair, Runtime, load_pair
+from stree_core.models.source import folder_source
+from stree_core.profile import load_profile
+from stree_core.tree import DEFAULT_TREE, Tree
+
+PAIR = ("--target", "tiny-target", "--draft", "tiny-draft")
+SMALL = ("--batch-size", "1", "--max-nodes", "6", "--context", "64")
+WIDE = Tree.from_paths([[0], [1], [2], [0, 0]])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("measure")
+    save_pair(root / "stree-data")
+    return root
+
+
+@pytest.fixture(scope="module")
+def pair(folder: Path) -> Pair:
+    models = folder / "stree-data" / "models"
+    sources = (folder_source(models / name) for name in ("tiny-target", "tiny-draft"))
+    return load_pair(*sources, Runtime("cpu", "float32", "torch"))
+
+
+@pytest.fixture(scope="module")
+def trace() -> Trace:
+    return latent_trace(2, num_prompts=6, length=30, num_children=4)
+
+
+def test_steps_accept_what_the_trace_says(pair: Pair, trace: Trace) -> None:
+    trees = [WIDE, Tree.chain(3), DEFAULT_TREE]
+    steps = TracedSteps(pair, trace, 512, 2, trees)
+    expected = np.minimum(trace.ranks, trace.meta.num_children).tolist()
+    expected *= 3
+    written: list[list[int]] = [[], []]
+    keep, starts = steps.engine.collect, []
+
+    def collect() -> object:
+        result = keep()
+        for own, tokens in zip(written, result.tokens, strict=True):
+            own += tokens
+        return result
+
+    steps.engine.collect = collect  # type: ignore[method-assign]
+    for number in range(40):
+        steps.step(number % len(trees))
+        starts += steps.script.position_B.tolist() if number == 0 else []
+    for own, behind in zip(written, starts, strict=True):
+        assert len(own) > 40, "some children were accepted"
+        # After the first step a slot stands as far behind its start as it has written.
+        lengths = [n for n in range(1, 6) if expected[behind - n : behind] == own[:n]]
+        assert lengths
+        start = behind - lengths[0]
+        assert own == expected[start : start + len(own)]
+
+
+@pytest.mark.parametrize("tree", [WIDE, Tree.chain(2), DEFAULT_TREE], ids=["wide", "chain", "12"])
+def test_tokens_per_step_are_those_of_the_walk(pair: Pair, trace: Trace, tree: Tree) -> None:
+    one = Trace(
+        trace.ranks,
+        np.array([0, len(trace.ranks)]),
+        trace.meta.model_copy(update={"num_prompts": 1}),
+    )
+    steps = TracedSteps(pair, one, 1024, 1, [tree])
+    walked = walk(one, tree)
+    steps.step(0)
+    steps.script.position_B.zero_()
+    for _ in range(len(walked.starts)):
+        steps.step(0)
+    assert abs(int(steps.script.position_B[0]) - len(one.ranks)) <= tree.depth
+
+
+def test_times_of_many_trees(pair: Pair, trace: Trace) -> None:
+    trees = [OFF, WIDE, Tree.chain(2), WIDE]
+    steps = measure_steps(pair, trace, 64, 2, trees, Effort(2, 3, 0.0))
+    assert set(steps) == set(trees)
+    assert all(step.ms > 0 for step in steps.values())
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[object, str, str]:
+    monkeypatch.setattr(sys, "argv", ["stree-tune", *arguments])
+    with pytest.raises(SystemExit) as left:
+        main()
+    return left.value.code, *capsys.readouterr()
+
+
+def test_tuning_by_measurement(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(folder)
+    caplog.set_level(logging.INFO)
+    (folder / "prompts.jsonl").write_text(
+        "\n".join(f'{{"question": "{text}"}}' for text in random_texts(8))
+    )
+    record = ("--dataset", "toys", "--prompts", "prompts.jsonl", "--max-new-tokens", "30")
+    assert run(monkeypatch, capsys, "probe", *PAIR, *SMALL, "--effort", "quick")[0] == 0
+    assert run(monkeypatch, capsys, "trace", *record, *PAIR)[0] == 0
+    asked = ("--gpu", "cpu", "--dataset", "toys", *PAIR, *SMALL, "--measure", "--trials", "4")
+    code, out, err = run(monkeypatch, capsys, *asked)
+    assert code == 0, err
+    profile = load_profile(Path("stree-profile.yaml"))
+    assert profile.measured is not None
+    rows = profile.measured.rows
+    assert len(rows) == 4
+    assert rows[0].tokens_per_s == max(row.tokens_per_s for row in rows)
+    assert {"off", "chain 1"} <= {row.mode for row in rows}
+    assert all(row.spread_ms is not None for row in rows)
+    (row,) = profile.policy
+    assert row.predicted.step_ms in {measured.step_ms for measured in rows}
+    assert "measured live on" in out
+    assert "trial 0: 0 nodes" in caplog.text
+
+    caplog.clear()
+    assert run(monkeypatch, capsys, *asked)[0] == 0
+    assert "going on after 4 measured trees" in caplog.text
+    assert "trial 0: " not in caplog.text
+    journals = list(Path("stree-data/studies").iterdir())
+    assert [path.name for path in journals if path.suffix == ".journal"] == [
+        "cpu--tiny-target--tiny-draft.journal"
+    ]
+
+
+def test_measuring_needs_the_gpu_that_is_asked_about(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    code, _, err = run(monkeypatch, capsys, "--gpu", "h100", "--dataset", "gsm8k", "--measure")
+    assert code == 2
+    assert "on the GPU that it is asked about" in err
+    assert Library.open().gpu_sheet("h100") is not None

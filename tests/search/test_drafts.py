@@ -1,0 +1,63 @@
+"""Of several drafts the one is kept that is fastest over all batch sizes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from synthetic_data import make_table, make_trace, write_library
+
+from stree_autotune.cli.commands import main
+from stree_autotune.trace.file import NO_RANK
+from stree_core.profile import load_profile
+
+ASKED = ("--gpu", "h200", "--dataset", "gsm8k", "--target", "toy-target", "--max-nodes", "8")
+SIZES = ("--batch-size", "1", "--batch-size", "8")
+
+
+def tune(
+    patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str], *more: str
+) -> tuple[object, str]:
+    patch.setattr(sys, "argv", ["stree-tune", *ASKED, *SIZES, *more])
+    with pytest.raises(SystemExit) as left:
+        main()
+    return left.value.code, capture.readouterr().err
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two drafts at one price: that of all tests, and one that misses every second position."""
+    for draft, first_miss in (("good-draft", None), ("poor-draft", 0)):
+        trace = make_trace("toy-target", draft)
+        if first_miss is not None:
+            trace.ranks[first_miss::2] = NO_RANK
+        table = make_table(target="toy-target", draft=draft)
+        write_library(tmp_path / "stree-data", table, trace)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("names", ["poor-draft,good-draft", "good-draft,poor-draft"])
+def test_the_best_draft_is_kept(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    names: str,
+) -> None:
+    caplog.set_level("INFO")
+    assert tune(monkeypatch, capsys, "--draft", names)[0] == 0
+    assert load_profile(folder / "stree-profile.yaml").draft.name == "good-draft"
+    assert "draft poor-draft: " in caplog.text
+    assert tune(monkeypatch, capsys, "--draft", "poor-draft")[0] == 0
+    assert load_profile(folder / "stree-profile.yaml").draft.name == "poor-draft"
+
+
+@pytest.mark.parametrize("names", ["good-draft,", "good-draft,good-draft"])
+def test_drafts_are_listed_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], names: str
+) -> None:
+    code, err = tune(monkeypatch, capsys, "--draft", names)
+    assert code == 2
+    assert "list each once" in err

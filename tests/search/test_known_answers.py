@@ -1,0 +1,109 @@
+"""Verdicts where the right answer is known without any search."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from scripts import script
+from synthetic import FakeCost, latent_trace, ordered_trees, trace_of
+
+from stree_autotune.search.path_counts import index_paths, path_shares
+from stree_autotune.search.tree_solver import MAX_DEPTH, grow
+from stree_autotune.search.verdict import Decision, decide_policy
+from stree_autotune.trace.file import NO_RANK, Trace
+from stree_autotune.trace.tree_walk import Slots
+from stree_core.tree import Tree
+
+
+@pytest.fixture(scope="module")
+def trace() -> Trace:
+    return latent_trace(0, num_prompts=64, length=80, phi=0.3, prompt_sd=0.5)
+
+
+def decide(trace: Trace, cost: FakeCost, batch_sizes: tuple[int, ...] = (1,)) -> list[Decision]:
+    return list(decide_policy(trace, cost, batch_sizes, max_nodes=32, seed=0))
+
+
+def test_a_useless_draft_is_off() -> None:
+    useless = trace_of([[NO_RANK] * 40] * 20, 8)
+    free = FakeCost(off_ms=1.0, verify_ms=1.0, per_token_ms=1e-6, per_level_ms=1e-6)
+    decision = decide(useless, free)[0]
+    assert decision.verdict == "off"
+    assert decision.tokens_per_step == 1.0
+
+
+def test_a_perfect_draft_is_a_chain_as_long_as_allowed() -> None:
+    perfect = trace_of([[0] * 200] * 20, 8)
+    decision = decide(perfect, FakeCost(pad=1))[0]
+    assert decision.tree == Tree.chain(MAX_DEPTH)
+
+
+def test_free_verification_is_a_wide_tree(trace: Trace) -> None:
+    free = FakeCost(per_token_ms=0.0, per_level_ms=0.6, pad=1)
+    decision = decide(trace, free)[0]
+    assert decision.verdict == "tree"
+    assert decision.tree.max_children >= 5
+    assert decision.tree.num_nodes > 3 * decision.tree.depth
+
+
+def test_dear_verification_is_a_chain(trace: Trace) -> None:
+    dear = FakeCost(off_ms=3.0, verify_ms=2.4, per_token_ms=0.5, per_level_ms=0.0, pad=1)
+    decision = decide(trace, dear)[0]
+    assert decision.verdict == "chain"
+    # where a token costs nearly a step, not even that pays
+    assert decide(trace, FakeCost(verify_ms=0.5, per_token_ms=2.5, pad=1))[0].verdict == "off"
+
+
+def test_a_large_batch_that_computes_is_off(trace: Trace) -> None:
+    # at batch 1 a step is all memory traffic, at 64 time grows with tokens
+    class ComputeBound(FakeCost):
+        def step_ms(
+            self, batch_size: int, tree: Tree, tokens_per_step: float | None = None
+        ) -> float:
+            return max(3.0, 0.05 * batch_size * tree.num_tokens) + 0.1 * tree.depth
+
+    small, large = decide(trace, ComputeBound(), (1, 64))
+    assert small.verdict == "tree"
+    assert large.verdict == "off"
+
+
+laws = st.lists(st.floats(0.01, 0.9), min_size=1, max_size=4).map(
+    lambda parts: (np.array(parts) / max(1.0, sum(parts))).tolist()
+)
+
+
+def independent_value(law: list[float], tree: Tree) -> float:
+    return sum(float(np.prod([law[rank] for rank in path])) for path in tree.paths)
+
+
+@given(laws, st.integers(1, 6), st.integers(1, 4))
+@settings(max_examples=30, deadline=None)
+def test_the_exact_recursion_against_every_tree(
+    law: list[float], num_nodes: int, depth: int
+) -> None:
+    value, tree = script("search_baselines").best_tree(law, num_nodes, depth)
+    allowed = (
+        tree
+        for size in range(num_nodes + 1)
+        for tree in ordered_trees(size)
+        if tree.depth <= depth and tree.max_children <= len(law)
+    )
+    assert value == pytest.approx(max(independent_value(law, tree) for tree in allowed))
+    assert value == pytest.approx(independent_value(law, tree))
+    assert tree.num_nodes <= num_nodes
+    assert tree.depth <= depth
+
+
+@pytest.mark.parametrize("num_nodes", [5, 17, 40])
+@pytest.mark.parametrize("depth", [2, 4, 10])
+def test_growth_is_the_exact_recursion_for_independent_ranks(num_nodes: int, depth: int) -> None:
+    trace = latent_trace(0, num_prompts=300)
+    index = index_paths(Slots.of(trace), max_nodes=num_nodes, max_depth=depth)
+    law = index.rank_law_K
+    shares = path_shares(index)
+    for level in index.levels[1:]:
+        shares[level] = law[index.ranks[level]] * shares[index.parents[level]]
+    grown = grow(index, shares, depth=depth, width=10, num_nodes=num_nodes).tree
+    value = script("search_baselines").best_tree(law, num_nodes, depth)[0]
+    assert independent_value(law.tolist(), grown) == pytest.approx(value, rel=1e-3)
