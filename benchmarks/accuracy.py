@@ -15,7 +15,7 @@ import numpy as np
 
 from stree_autotune.cost.roofline import Sample, fit, log_errors, samples_of
 from stree_autotune.cost.step_cost import StepCost
-from stree_autotune.store.gpu_spec import GpuSheet
+from stree_autotune.store.gpu_spec import GpuSpec
 from stree_autotune.store.runtime_table import OFF, Point, RuntimeTable
 
 PASSES = ("verify", "draft", "draft_root")
@@ -59,7 +59,7 @@ def accuracy(table: RuntimeTable) -> list[Accuracy]:
     return rows
 
 
-def roofline_accuracy(tables: Sequence[RuntimeTable], sheet: GpuSheet) -> list[Accuracy]:
+def roofline_accuracy(tables: Sequence[RuntimeTable], spec: GpuSpec) -> list[Accuracy]:
     """Return how a roofline fitted to tables of one GPU errs on what was left out."""
     samples = list(dict.fromkeys(s for table in tables for s in samples_of(table)))
     rows = []
@@ -72,7 +72,7 @@ def roofline_accuracy(tables: Sequence[RuntimeTable], sheet: GpuSheet) -> list[A
             rest = [sample for sample in samples if key(sample) != group]
             mine = [sample for sample in samples if key(sample) == group]
             if rest:
-                errors = np.expm1(log_errors(mine, fit(rest, sheet), sheet))
+                errors = np.expm1(log_errors(mine, fit(rest, spec), spec))
                 rows.append(Accuracy.of(f"roofline, {what}", str(group), errors.tolist()))
     return rows
 

@@ -13,7 +13,7 @@ from stree_kernels.delta.delta_conv_ref import DeltaConvOutput, DeltaProjection
 from stree_kernels.delta.rows import DeltaHeads, DeltaPast, DeltaRows, DeltaTokens
 from stree_kernels.launch.rows import (
     MASK_MULTIPLE,
-    MAX_KEPT,
+    MAX_BUFFERED,
     Gate,
     Past,
     Pending,
@@ -23,7 +23,7 @@ from stree_kernels.launch.rows import (
 )
 from stree_kernels.launch.settings import GATED, Activation
 from stree_kernels.linear import experts, linear, residual
-from stree_kernels.linear.deferred_norm import COLUMNS_PER_SUM, Residual, UnscaledRows
+from stree_kernels.linear.deferred_norm import COLUMNS_PER_SUM, DeferredNorm, Residual
 from stree_kernels.sampling import children as sampling, commit_path, top_tokens, uniforms
 from stree_kernels.sampling.commit_path_ref import PathMemory, TreeTables
 from stree_kernels.ssm import tree_conv, tree_scan
@@ -38,22 +38,24 @@ def scan(
     """Run a scan of few or many programs."""
     batch, heads, groups = (64 if many else 1), 16, 2
     sections = (heads * head_dim, groups * state_dim, groups * state_dim, heads)
-    buffer = torch.empty(MAX_KEPT + 2 * tokens, batch, sum(sections), dtype=dtype).transpose(0, 1)
+    buffer = torch.empty(MAX_BUFFERED + 2 * tokens, batch, sum(sections), dtype=dtype).transpose(
+        0, 1
+    )
     x, b, c, dt = buffer.split(sections, dim=-1)
     all_rows = ScanRows(
         x.unflatten(-1, (heads, head_dim)), dt, b.unflatten(-1, (groups, state_dim))
     )
-    rows = ScanRows(*(tensor[:, MAX_KEPT:] for tensor in all_rows))
+    rows = ScanRows(*(tensor[:, MAX_BUFFERED:] for tensor in all_rows))
     out = torch.empty(tokens, batch, heads, head_dim, dtype=dtype).transpose(0, 1)
     num_sums = heads * head_dim // gate_width(head_dim, state_dim, dtype)
     sums = torch.empty(tokens, batch, num_sums).transpose(0, 1)
     tree_scan.tree_scan(
         torch.empty(batch, heads, head_dim, state_dim, dtype=state), rows,
-        c[:, MAX_KEPT : MAX_KEPT + tokens].unflatten(-1, (groups, state_dim)),
+        c[:, MAX_BUFFERED : MAX_BUFFERED + tokens].unflatten(-1, (groups, state_dim)),
         make_mask(tokens), ScanHeads(*torch.empty(3, heads)), first=0,
         dt_limit=(0.0, 1.0), out_BTHP=out,
         gate=Gate(torch.empty_like(out), sums) if gated else None,
-        past=Past(all_rows, MAX_KEPT, pending(batch), commit),
+        past=Past(all_rows, MAX_BUFFERED, pending(batch), commit),
     )  # fmt: skip
 
 
@@ -63,7 +65,7 @@ def delta(
 ) -> None:  # fmt: skip
     """Run a gated delta scan of few or many programs, of a whole block or of its last rows."""
     batch, heads, key_heads = (64 if many else 1), 16, 8
-    num_rows = MAX_KEPT + 2 * (first + tokens)
+    num_rows = MAX_BUFFERED + 2 * (first + tokens)
 
     def rows(count: int, *size: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(count, batch, *size, dtype=dtype).transpose(0, 1)
@@ -76,14 +78,14 @@ def delta(
     num_sums = heads * head_dim // gate_width(head_dim, state_dim, dtype)
     delta_scan.delta_scan(
         torch.empty(batch, heads, head_dim, state_dim),
-        DeltaRows(*(tensor[:, MAX_KEPT:] for tensor in all_rows)),
+        DeltaRows(*(tensor[:, MAX_BUFFERED:] for tensor in all_rows)),
         DeltaTokens(
             rows(tokens, key_heads, state_dim), torch.empty_like(out),
             rows(tokens, heads, dtype=FP32),
         ),
         make_mask(first + tokens), first=first, out_BTHP=out,
         gate=Gate(torch.empty_like(out), rows(tokens, num_sums, dtype=FP32)) if gated else None,
-        past=DeltaPast(all_rows, MAX_KEPT, pending(batch), first == 0),
+        past=DeltaPast(all_rows, MAX_BUFFERED, pending(batch), first == 0),
     )  # fmt: skip
 
 
@@ -140,7 +142,7 @@ def projections(
     # The scan sums 64 columns at a time, two runs for each of 32 groups of 128.
     num_sums = num_inner // COLUMNS_PER_SUM if groups == 1 else 2 * groups
     sums = torch.empty(num_rows, num_sums)
-    rows = UnscaledRows(torch.empty(num_rows, num_inner, dtype=dtype), sums, groups, 1e-5)
+    rows = DeferredNorm(torch.empty(num_rows, num_inner, dtype=dtype), sums, groups, 1e-5)
     weight = torch.empty(num_columns, num_inner, dtype=dtype)
     out = torch.empty(num_rows, num_columns, dtype=dtype)
     linear.linear(rows, weight, out)
@@ -163,7 +165,7 @@ def mlp(num_rows: int, hidden: int, inner: int, activation: Activation) -> None:
         stream.rows(1e-5), torch.empty(num_products, hidden, dtype=BF16), out, activation
     )
     down = torch.empty(hidden, inner, dtype=BF16)
-    linear.linear_add(UnscaledRows(out, None, 1, 0.0), down, stream, eps=1e-5)
+    linear.linear_add(DeferredNorm(out, None, 1, 0.0), down, stream, eps=1e-5)
 
 
 def moe(
@@ -206,7 +208,7 @@ def attention(tokens: int, group: int, head_dim: int, *, dtype: torch.dtype = BF
     cache = KeyValues(*torch.empty(2, 1, positions, kv_heads, head_dim, dtype=dtype))
     q = torch.empty(tokens, 1, heads, head_dim, dtype=dtype)
     counts = torch.zeros(1, dtype=torch.int32)
-    key_rows.store_keys(
+    key_rows.rope_kv_write(
         torch.empty(tokens, 1, (heads + 2 * kv_heads) * head_dim, dtype=dtype),
         torch.zeros(tokens, dtype=torch.int32), counts, torch.empty(head_dim // 2), first=0,
         q_TBHD=q, rows=rows, cache=cache, previous=rows, pending=pending(1),

@@ -9,8 +9,8 @@ import torch
 
 from stree_autotune.store.library import Library, shipped_root
 from stree_core.families.model_shape import ModelShape
-from stree_core.models.source import sheet_source
-from stree_kernels.launch.rows import MAX_KEPT, Pending, next_num_kept
+from stree_core.models.source import spec_source
+from stree_kernels.launch.rows import MAX_BUFFERED, Pending, next_num_buffered
 
 ACCEPTED_ROWS = 3
 # Three times around for paths of three rows, once for single ones.
@@ -90,29 +90,29 @@ def accepted_path(num_tokens: int) -> list[int]:
 def pending_phases(num_tokens: int, batch: int, device: torch.device) -> list[Pending]:
     """Return what is pending in PHASES calls after one another, for every sequence alike.
 
-    A step accepts `accepted_path` rows, one without a tree, and kept rows gather until the state is
-    advanced by all of them, as in a decoder.
+    A step accepts `accepted_path` rows, one without a tree, and buffered rows gather until the
+    state is advanced by all of them, as in a decoder.
     """
     accepted = accepted_path(num_tokens)
     path = torch.tensor([accepted] * batch, dtype=torch.int32, device=device)
     length = torch.full((batch,), len(accepted), dtype=torch.int32, device=device)
     phases = [Pending(path, length, torch.zeros_like(length))]
     while len(phases) < PHASES:
-        phases.append(Pending(path, length, next_num_kept(phases[-1])))
+        phases.append(Pending(path, length, next_num_buffered(phases[-1])))
     return phases
 
 
 def flushing(phases: list[Pending]) -> Pending:
     """Return a pending path that does not fit, so that a call advances and stores the state."""
-    path, length, num_kept = phases[0]
-    return Pending(path, length, torch.full_like(num_kept, MAX_KEPT))
+    path, length, num_buffered = phases[0]
+    return Pending(path, length, torch.full_like(num_buffered, MAX_BUFFERED))
 
 
 def model_shape(name: str) -> ModelShape:
-    """Return the shape of a shipped sheet."""
-    return sheet_source(Library.open().find_shape(name)).shape
+    """Return the shape of a shipped spec."""
+    return spec_source(Library.open().find_shape(name)).shape
 
 
 def shape_names() -> list[str]:
-    """Return the names of all shipped sheets."""
+    """Return the names of all shipped specs."""
     return sorted(path.stem for path in (shipped_root() / "shapes").glob("*.yaml"))

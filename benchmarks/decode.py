@@ -32,7 +32,7 @@ from stree_core.engine.rules import SamplingSupport
 from stree_core.engine.sampling import SamplingParams
 from stree_core.engine.stop import StopRule
 from stree_core.tree import DEFAULT_TREE, Tree
-from stree_kernels.launch.rows import MAX_KEPT
+from stree_kernels.launch.rows import MAX_BUFFERED
 
 CONTEXT = 1024
 NEW_TOKENS = 128
@@ -152,9 +152,9 @@ def forward_ms(engine: Engine) -> float:
     speculator, forward = engine.speculator, captured_forward(engine)
     pending = speculator.target_cache.pending
     times = []
-    for num_kept in range(MAX_KEPT + 1):
+    for num_buffered in range(MAX_BUFFERED + 1):
         with torch.inference_mode():
-            pending.num_kept_B.fill_(num_kept)
+            pending.num_buffered_B.fill_(num_buffered)
             pending.length_B.fill_(1)
         times.append(timed(forward))
     return sum(times) / len(times)

@@ -48,7 +48,7 @@ def _ours(inputs: DeltaInputs, block: RowBlock, phases: list[Pending]) -> Candid
         buffer = inputs.buffers[call % len(inputs.buffers)]
         scan(buffer, buffer.state_BHPN, phases[call % len(phases)])
 
-    # The storing phase shows both the outputs and the state.
+    # The flushing phase shows both the outputs and the state.
     o_true, state_true = inputs.truth(phases[-1], block)
     buffer = inputs.buffers[0]
     state = buffer.state_BHPN.clone()

@@ -18,7 +18,7 @@ from torch.nn import functional
 from stree_core.models.row_block import RowBlock, make_block
 from stree_kernels.delta import delta_scan_ref
 from stree_kernels.delta.rows import DeltaHeads, DeltaPast, DeltaRows, DeltaTokens
-from stree_kernels.launch.rows import MAX_KEPT, Pending, next_num_kept
+from stree_kernels.launch.rows import MAX_BUFFERED, Pending, next_num_buffered
 
 ACCEPTED_ROWS = 4
 PHASES = 5
@@ -137,7 +137,7 @@ class DeltaInputs:
 
     def past(self, buffer: Buffer, pending: Pending) -> DeltaPast:
         """Return what a call commits: a path of the previous block's rows, behind buffered ones."""
-        return DeltaPast(buffer.all_rows, MAX_KEPT, pending, commit=True)
+        return DeltaPast(buffer.all_rows, MAX_BUFFERED, pending, commit=True)
 
     def truth(self, pending: Pending, block: RowBlock) -> tuple[Tensor, Tensor]:
         """Return o_BTHP and the state after the call on buffer 0, from the float64 reference."""
@@ -150,7 +150,7 @@ class DeltaInputs:
         delta_scan_ref.delta_scan(
             state, rows, DeltaTokens(*(tensor.double() for tensor in buffer.tokens)),
             block.mask_RR, first=0, out_BTHP=out, gate=None,
-            past=DeltaPast(all_rows, MAX_KEPT, pending, commit=True),
+            past=DeltaPast(all_rows, MAX_BUFFERED, pending, commit=True),
         )  # fmt: skip
         return out, state
 
@@ -181,7 +181,7 @@ def _draw(
     normal: functools.partial[Tensor],
 ) -> Buffer:  # fmt: skip
     """Return rows as they lie in memory after the conv, and a state."""
-    num_rows = MAX_KEPT + max(tokens, ACCEPTED_ROWS) + tokens
+    num_rows = MAX_BUFFERED + max(tokens, ACCEPTED_ROWS) + tokens
     rows_BRC = normal(num_rows, batch, sum(shape.sections), dtype=torch.bfloat16).transpose(0, 1)
     q, k, v = rows_BRC.split(shape.sections, dim=-1)
     q, k = (x.unflatten(-1, (shape.num_key_heads, shape.state_dim)) for x in (q, k))
@@ -211,5 +211,5 @@ def pending_phases(batch: int, device: torch.device) -> list[Pending]:
     length = torch.full((batch,), ACCEPTED_ROWS, dtype=torch.int32, device=device)
     phases = [Pending(path.contiguous(), length, torch.zeros_like(length))]
     while len(phases) < PHASES:
-        phases.append(Pending(path.contiguous(), length, next_num_kept(phases[-1])))
+        phases.append(Pending(path.contiguous(), length, next_num_buffered(phases[-1])))
     return phases

@@ -5,9 +5,9 @@
 
 A pass replays the path that the step before accepted, runs the model on the tree's tokens and forms
 fp32 logits of every row, as in a decoding step; drafting and acceptance are not part of it. A pass
-of one token replays one row: plain decoding. The passes of several steps, as kept rows gather and
-are written to the states, are one CUDA graph. `weight_floor_ms` is what reading the weights once
-takes at the bandwidth of a large copy, bytes read and written, measured in the same run.
+of one token replays one row: plain decoding. The passes of several steps, as buffered rows gather
+and are written to the states, are one CUDA graph. `weight_floor_ms` is what reading the weights
+once takes at the bandwidth of a large copy, bytes read and written, measured in the same run.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ from stree_autotune.search.certificate import (
 from stree_autotune.share.files import own_files
 from stree_autotune.share.index import INDEX
 from stree_autotune.share.remote import pull, push
-from stree_autotune.store.gpu_spec import load_gpu_sheet
+from stree_autotune.store.gpu_spec import load_gpu_spec
 from stree_autotune.store.library import Library, shipped_root
 from stree_autotune.store.origin import provenance
 from stree_autotune.store.prompts import load_prompts
@@ -55,7 +55,7 @@ from stree_core.errors import StreeError
 from stree_core.files import dump_yaml, sha256_of
 from stree_core.models.backend import load_backend
 from stree_core.models.model import Model
-from stree_core.models.source import ModelSource, folder_source, sheet_source
+from stree_core.models.source import ModelSource, folder_source, spec_source
 from stree_core.models.text import load_text_codec
 from stree_core.profile import Profile, Sampling, load_profile
 from stree_core.tree import Tree
@@ -240,8 +240,8 @@ class _Cost:
 
 def read_gpu_sheet(bench: Bench, data: bytes) -> None:
     """Load, and estimate a table for the GPU."""
-    sheet = load_gpu_sheet(bench.place("gpus/new.yaml", data))
-    sheet.likeness(load_gpu_sheet(bench.data / "gpus" / "h200.yaml"))
+    spec = load_gpu_spec(bench.place("gpus/new.yaml", data))
+    spec.likeness(load_gpu_spec(bench.data / "gpus" / "h200.yaml"))
     library = Library((bench.root / "input", bench.data))
     with suppress(StreeError):
         runtime_cost(library, bench.data / TABLE, "new", Sampling(), 1024)
@@ -249,7 +249,7 @@ def read_gpu_sheet(bench: Bench, data: bytes) -> None:
 
 def read_shape(bench: Bench, data: bytes) -> None:
     """Load, and count what a model of the shape takes."""
-    source = sheet_source(bench.place("shape.yaml", data))
+    source = spec_source(bench.place("shape.yaml", data))
     _build(source)
 
 
@@ -354,8 +354,8 @@ LOADERS = (
         lambda b: [(b.data / TRACE_FILE).with_suffix(".certificate.yaml").read_bytes()],
         YAML, read_certificate,
     ),
-    Loader("GPU sheet", lambda _: _shipped("gpus"), YAML, read_gpu_sheet),
-    Loader("shape sheet", lambda _: _shipped("shapes"), YAML, read_shape),
+    Loader("GPU spec", lambda _: _shipped("gpus"), YAML, read_gpu_sheet),
+    Loader("shape spec", lambda _: _shipped("shapes"), YAML, read_shape),
     Loader("library index", lambda b: [(b.shelf / INDEX).read_bytes()], JSON, read_index),
     Loader("config.json", lambda b: b.configs, JSON, read_config),
     Loader(

@@ -14,7 +14,7 @@ from bench_shapes import LayerShape, balanced_tree, pending_phases
 from torch import Tensor
 
 from stree_core.models.row_block import RowBlock, make_block
-from stree_kernels.launch.rows import MAX_KEPT, Past, Pending, ScanHeads, ScanRows
+from stree_kernels.launch.rows import MAX_BUFFERED, Past, Pending, ScanHeads, ScanRows
 from stree_kernels.ssm import tree_scan_ref
 
 UNLIMITED = (0.0, float("inf"))
@@ -23,7 +23,7 @@ UNLIMITED = (0.0, float("inf"))
 @dataclass(frozen=True, slots=True)
 class Buffer:
     """What one call reads and writes; rows are time-major, in the buffers of
-    stree_core.models.cache: kept ones, the previous block's, this block's."""
+    stree_core.models.cache: buffered ones, the previous block's, this block's."""
 
     state_BHPN: Tensor
     all_rows: ScanRows
@@ -34,7 +34,7 @@ class Buffer:
     def rows(self) -> ScanRows:
         """The rows that are scored."""
         tokens = self.c_BTGN.shape[1]
-        return ScanRows(*(tensor[:, MAX_KEPT + tokens :] for tensor in self.all_rows))
+        return ScanRows(*(tensor[:, MAX_BUFFERED + tokens :] for tensor in self.all_rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +80,8 @@ class LayerInputs:
         return self.truth(Pending(*(torch.zeros_like(table) for table in self.phases[0])))[0]
 
     def past(self, buffer: Buffer, pending: Pending) -> Past:
-        """Return what a call commits: a path of the previous block's rows, behind kept ones."""
-        return Past(buffer.all_rows, MAX_KEPT, pending, commit=True)
+        """Return what a call commits: a path of the previous block's rows, behind buffered ones."""
+        return Past(buffer.all_rows, MAX_BUFFERED, pending, commit=True)
 
     def truth(self, pending: Pending) -> tuple[Tensor, Tensor]:
         """Return y_BTHP and the state after the call on buffer 0, from the float64 reference."""
@@ -127,9 +127,9 @@ def _draw_rows(
     shape: LayerShape, batch: int, tokens: int, dtype: torch.dtype,
     normal: functools.partial[Tensor],
 ) -> tuple[ScanRows, Tensor]:  # fmt: skip
-    """Return kept rows and two blocks as they lie in memory after a conv, and C of the last."""
+    """Return buffered rows and two blocks as they lie in memory after a conv, and C of the last."""
     sections = (*shape.conv_dims, shape.num_heads)
-    rows_BRE = normal(MAX_KEPT + 2 * tokens, batch, sum(sections), dtype=dtype).transpose(0, 1)
+    rows_BRE = normal(MAX_BUFFERED + 2 * tokens, batch, sum(sections), dtype=dtype).transpose(0, 1)
     x, b, c, dt = rows_BRE.split(sections, dim=-1)
     all_rows = ScanRows(
         x.unflatten(-1, (shape.num_x_heads, shape.head_dim)),

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from stree_autotune.cost.roofline import Efficiencies, fit, pass_work, samples_of
 from stree_autotune.cost.traffic import model_cost
-from stree_autotune.store.gpu_spec import GpuSheet
+from stree_autotune.store.gpu_spec import GpuSpec
 from stree_autotune.store.library import Library
 from stree_autotune.store.runtime_table import ModelCost, RuntimeTable
 from stree_core.families.registry import shape_from_config
-from stree_core.families.shape_spec import load_shape_sheet
-from stree_core.models.source import sheet_source
+from stree_core.families.shape_spec import load_shape_spec
+from stree_core.models.source import spec_source
 
 TARGET, DRAFT, GPU = "mamba-in-llama-8b", "mamba2-distilled-small", "rtx3090"
 CONTEXT = 600
@@ -73,13 +73,13 @@ class Prediction:
 
 
 def predictions(
-    tables: Sequence[RuntimeTable], measured: GpuSheet, library: Library
+    tables: Sequence[RuntimeTable], measured: GpuSpec, library: Library
 ) -> list[Prediction]:
     """Predict every row with host terms fitted to the others."""
-    sheet = library.gpu_sheet(GPU)
-    assert sheet is not None
+    spec = library.gpu_spec(GPU)
+    assert spec is not None
     found = fit([s for table in tables for s in samples_of(table)], measured)
-    passes = np.array([_passes_ms(row, found, sheet, library) for row in ROWS])
+    passes = np.array([_passes_ms(row, found, spec, library) for row in ROWS])
     terms = np.array([_host_terms(row) for row in ROWS], dtype=np.float64)
     left = np.array([row.ms for row in ROWS]) - passes
     predicted = []
@@ -90,7 +90,7 @@ def predictions(
     return predicted
 
 
-def published_table(tables: Sequence[RuntimeTable], measured: GpuSheet, library: Library) -> str:
+def published_table(tables: Sequence[RuntimeTable], measured: GpuSpec, library: Library) -> str:
     """Return the rows with their predictions as Markdown."""
     lines = [
         "**RTX 3090, Mamba-in-Llama 8B, published; predicted by a roofline fitted on "
@@ -118,19 +118,19 @@ def _host_ms(terms: NDArray[np.float64], left: NDArray[np.float64]) -> NDArray[n
     return found
 
 
-def _passes_ms(row: Published, found: Efficiencies, sheet: GpuSheet, library: Library) -> float:
+def _passes_ms(row: Published, found: Efficiencies, spec: GpuSpec, library: Library) -> float:
     """Return the roofline's time of a step: a draft pass a level, and the target's pass."""
     target, draft = _target(row.layers, library), _model(DRAFT, library)
     tokens = 1 + row.depth * row.width
-    total = found.ms(pass_work(target, 1, tokens, CONTEXT, tokens, BYTES), sheet)
+    total = found.ms(pass_work(target, 1, tokens, CONTEXT, tokens, BYTES), spec)
     if row.depth:
         work = pass_work(draft, 1, row.width, CONTEXT, row.width, BYTES)
-        total += row.depth * found.ms(work, sheet)
+        total += row.depth * found.ms(work, spec)
     return total
 
 
 def _model(name: str, library: Library) -> ModelCost:
-    source = sheet_source(library.find_shape(name))
+    source = spec_source(library.find_shape(name))
     return model_cost(source.shape, source.ref, BYTES)
 
 
@@ -139,7 +139,7 @@ def _target(layers: str, library: Library) -> ModelCost:
     if layers != "all Mamba":
         return _model(TARGET, library)
     path = library.find_shape(TARGET)
-    config = load_shape_sheet(path).config_dict
+    config = load_shape_spec(path).config_dict
     config["mamba_config"]["attn_layers"] = []
-    source = replace(sheet_source(path), shape=shape_from_config(config, TARGET))
+    source = replace(spec_source(path), shape=shape_from_config(config, TARGET))
     return model_cost(source.shape, source.ref, BYTES)

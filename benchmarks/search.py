@@ -30,7 +30,7 @@ from stree_autotune.store.library import Library, shipped_root
 from stree_autotune.store.origin import git_sha, utc_now, versions
 from stree_autotune.store.runtime_table import load_runtime_table
 from stree_autotune.trace.file import Trace, load_trace
-from stree_autotune.trace.tree_walk import Slots, walk
+from stree_autotune.trace.tree_walk import FlatTrace, walk
 from stree_core.files import write_atomically
 from stree_core.tree import Tree
 
@@ -59,23 +59,23 @@ class Half:
     """Some prompts of a trace, the trees each method may choose from, and what they make."""
 
     def __init__(self, trace: Trace, prompts: np.ndarray) -> None:
-        self.slots = Slots.of(trace, prompts)
+        self.flat = FlatTrace.of(trace, prompts)
         self.space = TreeSpace.of(trace, MAX_NODES, prompts)
         self.starts_of: dict[Tree, int] = {}
         self.families = {
-            name: list(dict.fromkeys(make(self.slots, MAX_NODES))) for name, make in METHODS.items()
+            name: list(dict.fromkeys(make(self.flat, MAX_NODES))) for name, make in METHODS.items()
         }
 
     def starts(self, tree: Tree) -> int:
         """Return the steps that all prompts take with a tree."""
         if tree not in self.starts_of:
-            self.starts_of[tree] = int(walk(self.slots, tree).starts_P.sum())
+            self.starts_of[tree] = int(walk(self.flat, tree).starts_P.sum())
         return self.starts_of[tree]
 
     def ms(self, tree: Tree, cost: StepCost, batch_size: int) -> float:
         """Return the predicted time of all prompts, one after another."""
         starts = self.starts(tree)
-        return starts * cost.step_ms(batch_size, tree, self.slots.num_positions / starts)
+        return starts * cost.step_ms(batch_size, tree, self.flat.num_positions / starts)
 
     def choose(self, method: str, cost: StepCost, batch_size: int) -> Tree:
         """Return the tree that a method takes for these prompts."""

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from stree_autotune.search.path_counts import index_paths, path_shares, rank_law
+from stree_autotune.search.path_counts import index_paths, path_shares, rank_distribution
 from stree_autotune.search.tree_solver import grow
-from stree_autotune.trace.tree_walk import Slots
+from stree_autotune.trace.tree_walk import FlatTrace
 from stree_core.tree import DEFAULT_TREE, Path, Tree
 
 Floats = NDArray[np.float64]
@@ -18,54 +18,55 @@ DEPTH = 10
 LONGEST_CHAIN = 64
 
 
-def path_frequency(slots: Slots, max_nodes: int) -> Iterator[Tree]:
+def path_frequency(flat: FlatTrace, max_nodes: int) -> Iterator[Tree]:
     """Take the n most frequent paths over all positions, smoothed as ours, for every n."""
-    index = index_paths(slots, max_nodes=max_nodes, max_depth=DEPTH)
+    index = index_paths(flat, max_nodes=max_nodes, max_depth=DEPTH)
     shares = path_shares(index)
     for size in range(1, max_nodes + 1):
-        yield grow(index, shares, depth=DEPTH, width=slots.num_children, num_nodes=size).tree
+        yield grow(index, shares, depth=DEPTH, width=flat.num_children, num_nodes=size).tree
 
 
-def iid_best_first(slots: Slots, max_nodes: int) -> Iterator[Tree]:
-    """Take the n largest products of the rank law, for every n: optimal for independent ranks."""
-    law = rank_law(slots)
-    yield from _best_first([law] * DEPTH, max_nodes)
+def iid_best_first(flat: FlatTrace, max_nodes: int) -> Iterator[Tree]:
+    """Take the n largest products of the rank distribution, for every n: optimal for independent
+    ranks."""
+    distribution = rank_distribution(flat)
+    yield from _best_first([distribution] * DEPTH, max_nodes)
 
 
-def medusa_greedy(slots: Slots, max_nodes: int) -> Iterator[Tree]:
+def medusa_greedy(flat: FlatTrace, max_nodes: int) -> Iterator[Tree]:
     """Take the n largest products of how often each offset's head has each rank right."""
-    laws = []
+    distributions = []
     for offset in range(DEPTH):
-        slot = np.flatnonzero(slots.positions_S >= 0)
-        inside = slot[slot + offset < len(slots.ranks_S)] + offset
-        ranks = slots.ranks_S[inside[slots.positions_S[inside] >= 0]]
-        counts = np.bincount(ranks, minlength=slots.num_children + 1)[: slots.num_children]
-        laws.append(counts / max(len(ranks), 1))
-    yield from _best_first(laws, max_nodes)
+        place = np.flatnonzero(flat.positions_S >= 0)
+        inside = place[place + offset < len(flat.ranks_S)] + offset
+        ranks = flat.ranks_S[inside[flat.positions_S[inside] >= 0]]
+        counts = np.bincount(ranks, minlength=flat.num_children + 1)[: flat.num_children]
+        distributions.append(counts / max(len(ranks), 1))
+    yield from _best_first(distributions, max_nodes)
 
 
-def sequoia(slots: Slots, max_nodes: int) -> Iterator[Tree]:
+def sequoia(flat: FlatTrace, max_nodes: int) -> Iterator[Tree]:
     """Solve the rank vector as counted exactly, for every size and a few depths."""
-    ranks = slots.ranks_S[slots.positions_S >= 0]
-    counts = np.bincount(ranks, minlength=slots.num_children + 1)[: slots.num_children]
-    law = counts / max(len(ranks), 1)
+    ranks = flat.ranks_S[flat.positions_S >= 0]
+    counts = np.bincount(ranks, minlength=flat.num_children + 1)[: flat.num_children]
+    distribution = counts / max(len(ranks), 1)
     for depth in (1, 2, 3, 4, 6, DEPTH):
         for size in range(1, max_nodes + 1):
-            yield best_tree(law, size, depth)[1]
+            yield best_tree(distribution, size, depth)[1]
 
 
-def best_chain(slots: Slots, max_nodes: int) -> Iterator[Tree]:
+def best_chain(flat: FlatTrace, max_nodes: int) -> Iterator[Tree]:
     """Take every chain."""
     for length in range(1, min(max_nodes, LONGEST_CHAIN) + 1):
         yield Tree.chain(length)
 
 
-def default_tree(slots: Slots, max_nodes: int) -> Iterator[Tree]:
+def default_tree(flat: FlatTrace, max_nodes: int) -> Iterator[Tree]:
     """Take the tree that STree publishes, as it is."""
     yield DEFAULT_TREE
 
 
-METHODS: dict[str, Callable[[Slots, int], Iterator[Tree]]] = {
+METHODS: dict[str, Callable[[FlatTrace, int], Iterator[Tree]]] = {
     "path-frequency top-n": path_frequency,
     "iid best-first": iid_best_first,
     "Sequoia-style DP": sequoia,
@@ -77,18 +78,20 @@ METHODS: dict[str, Callable[[Slots, int], Iterator[Tree]]] = {
 _TABLES: dict[tuple[bytes, int, int], tuple[list[Floats], list[NDArray[np.intp]]]] = {}
 
 
-def best_tree(law: Sequence[float] | Floats, num_nodes: int, depth: int) -> tuple[float, Tree]:
+def best_tree(
+    distribution: Sequence[float] | Floats, num_nodes: int, depth: int
+) -> tuple[float, Tree]:
     """Return the most accepted tokens of a tree under independent ranks, and such a tree.
 
-    Exact for any law, falling or not: a max-plus recursion over first rank and levels left, which
-    splits the nodes between a child's own subtree and its later siblings.
+    Exact for any distribution, falling or not: a max-plus recursion over first rank and levels
+    left, which splits the nodes between a child's own subtree and its later siblings.
     """
-    law = np.asarray(law, np.float64)
-    key = (law.tobytes(), 1 << int(num_nodes).bit_length(), depth)
+    distribution = np.asarray(distribution, np.float64)
+    key = (distribution.tobytes(), 1 << int(num_nodes).bit_length(), depth)
     if key not in _TABLES:
-        _TABLES[key] = _solve(law, key[1], depth)
+        _TABLES[key] = _solve(distribution, key[1], depth)
     values, splits = _TABLES[key]
-    num_ranks = len(law)
+    num_ranks = len(distribution)
 
     def paths(nodes: int, rank: int, level: int, parent: Path) -> Iterator[Path]:
         while nodes and rank < num_ranks and level:
@@ -102,14 +105,16 @@ def best_tree(law: Sequence[float] | Floats, num_nodes: int, depth: int) -> tupl
     return float(values[depth][0, num_nodes]), Tree.from_paths(paths(num_nodes, 0, depth, ()))
 
 
-def _solve(law: Floats, max_nodes: int, depth: int) -> tuple[list[Floats], list[NDArray[np.intp]]]:
+def _solve(
+    distribution: Floats, max_nodes: int, depth: int
+) -> tuple[list[Floats], list[NDArray[np.intp]]]:
     """Return values and splits [ranks + 1, nodes + 1] by levels left."""
-    shape = (len(law) + 1, max_nodes + 1)
+    shape = (len(distribution) + 1, max_nodes + 1)
     values, splits = [np.zeros(shape)], [np.zeros(shape, np.intp)]
     for _ in range(depth):
         value, split = np.zeros(shape), np.zeros(shape, np.intp)
-        for rank in reversed(range(len(law))):
-            own = law[rank] * (1 + values[-1][0])
+        for rank in reversed(range(len(distribution))):
+            own = distribution[rank] * (1 + values[-1][0])
             for nodes in range(1, max_nodes + 1):
                 # m nodes go to this rank, itself included; none means that the siblings end here
                 sums = own[:nodes] + value[rank + 1, :nodes][::-1]
@@ -120,18 +125,18 @@ def _solve(law: Floats, max_nodes: int, depth: int) -> tuple[list[Floats], list[
     return values, splits
 
 
-def _best_first(laws: Sequence[Floats], max_nodes: int) -> Iterator[Tree]:
+def _best_first(distributions: Sequence[Floats], max_nodes: int) -> Iterator[Tree]:
     """Yield the tree of the n largest products that are reachable, for every n."""
-    heap: list[tuple[float, Path]] = [(-float(laws[0][0]), (0,))]
+    heap: list[tuple[float, Path]] = [(-float(distributions[0][0]), (0,))]
     paths: list[Path] = []
     while heap and len(paths) < max_nodes:
         negative, path = heapq.heappop(heap)
         paths.append(path)
         yield Tree.from_paths(paths)
         rank, level = path[-1], len(path)
-        parent_share = -negative / max(float(laws[level - 1][rank]), 1e-12)
-        if rank + 1 < len(laws[level - 1]):
-            share = parent_share * float(laws[level - 1][rank + 1])
+        parent_share = -negative / max(float(distributions[level - 1][rank]), 1e-12)
+        if rank + 1 < len(distributions[level - 1]):
+            share = parent_share * float(distributions[level - 1][rank + 1])
             heapq.heappush(heap, (-share, (*path[:-1], rank + 1)))
-        if level < len(laws):
-            heapq.heappush(heap, (negative * float(laws[level][0]), (*path, 0)))
+        if level < len(distributions):
+            heapq.heappush(heap, (negative * float(distributions[level][0]), (*path, 0)))

@@ -29,11 +29,11 @@ def main() -> None:
         print(f"**{title}**\n\n{as_markdown(accuracy(table))}")
     library = Library.open()
     for gpu in sorted({table.gpu for table in tables}):
-        sheet = library.gpu_sheet(gpu)
+        spec = library.gpu_spec(gpu)
         mine = [table for table in tables if table.gpu == gpu]
-        if sheet is not None:
-            print(f"**{gpu}: roofline**\n\n{as_markdown(roofline_accuracy(mine, sheet))}")
-            print(published_table(mine, sheet, library))
+        if spec is not None:
+            print(f"**{gpu}: roofline**\n\n{as_markdown(roofline_accuracy(mine, spec))}")
+            print(published_table(mine, spec, library))
 
 
 def as_markdown(rows: list[Accuracy]) -> str:

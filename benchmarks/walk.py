@@ -12,10 +12,10 @@ import sys
 import time
 from pathlib import Path
 
-from stree_autotune.search import tree_solver as growth
+from stree_autotune.search import tree_solver
 from stree_autotune.search.path_counts import index_paths
 from stree_autotune.search.tree_solver import refine, solve
-from stree_autotune.trace.tree_walk import Slots, walk
+from stree_autotune.trace.tree_walk import FlatTrace, walk
 from stree_core.tree import Tree
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -27,25 +27,25 @@ SINGLE_WALKS = 20
 
 def main() -> None:
     """Time refinement from a tree that leaves it much to do, and single walks."""
-    slots = Slots.of(latent_trace(0, num_prompts=880, phi=0.5, prompt_sd=0.5))
-    index = index_paths(slots, max_nodes=NUM_NODES, max_depth=10)
-    good = solve(index, depth=10, width=10, num_nodes=NUM_NODES).growth.tree
+    flat = FlatTrace.of(latent_trace(0, num_prompts=880, phi=0.5, prompt_sd=0.5))
+    index = index_paths(flat, max_nodes=NUM_NODES, max_depth=10)
+    good = solve(index, depth=10, width=10, num_nodes=NUM_NODES).grown.tree
     tried: list[Tree] = []
-    growth.MAX_ADDS, growth.MAX_DROPS, growth.MAX_SWAPS = 20, 16, 256
+    tree_solver.MAX_ADDS, tree_solver.MAX_DROPS, tree_solver.MAX_SWAPS = 20, 16, 256
 
     def objective(tree: Tree, tokens_per_step: float) -> float:
         tried.append(tree)
         return tokens_per_step
 
     started = time.process_time()
-    refine(slots, good, objective, max_nodes=NUM_NODES)
+    refine(flat, good, objective, max_nodes=NUM_NODES)
     together = len(tried) / (time.process_time() - started)
     started = time.process_time()
     for _ in range(SINGLE_WALKS):
-        walk(slots, good)
+        walk(flat, good)
     alone = SINGLE_WALKS / (time.process_time() - started)
     print(
-        f"{slots.num_positions} positions, trees of {NUM_NODES} nodes: {together:.0f} trees per "
+        f"{flat.num_positions} positions, trees of {NUM_NODES} nodes: {together:.0f} trees per "
         f"CPU second side by side ({len(tried)} tried), {alone:.0f} one by one"
     )
 

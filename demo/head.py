@@ -37,10 +37,10 @@ class HeadAttention(Attention):
         later = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)
         parts = [scores.masked_fill(later, -math.inf)]
         parts += [(q * k[:, :, :rows]).sum(-1, keepdim=True) for k, _ in seen[1:]]
-        law = (torch.cat(parts, -1) * self.head_dim**-0.5).float().softmax(-1).to(v.dtype)
-        mixed = law[..., :rows] @ first_v[:, :, :rows]
+        distribution = (torch.cat(parts, -1) * self.head_dim**-0.5).float().softmax(-1).to(v.dtype)
+        mixed = distribution[..., :rows] @ first_v[:, :, :rows]
         for place, (_, own_v) in enumerate(seen[1:]):
-            mixed = mixed + law[..., rows + place, None] * own_v[:, :, :rows]
+            mixed = mixed + distribution[..., rows + place, None] * own_v[:, :, :rows]
         out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(-2))
         return out
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stree_core.tree import Tree
 from stree_kernels.delta.rows import DeltaPast, DeltaRows, DeltaTokens
-from stree_kernels.launch.rows import MASK_MULTIPLE, MAX_KEPT, Gate, Pending, gate_width
+from stree_kernels.launch.rows import MASK_MULTIPLE, MAX_BUFFERED, Gate, Pending, gate_width
 from stree_kernels.testing import assert_close, poisoned
 
 OUT_ERRORS = {
@@ -41,8 +41,9 @@ STATE_ERROR = 1e-5
 
 @dataclass(frozen=True)
 class DeltaCase:
-    """The tensors of one scan: buffers of kept rows, the previous block and this one, each block
-    followed by a row of NaN, and the NaN of what is not kept and of what is to be solved for."""
+    """The tensors of one scan: buffers of buffered rows, the previous block and this one, each
+    block followed by a row of NaN, and the NaN of what is not kept and of what is to be solved
+    for."""
 
     state: Tensor
     buffer: DeltaRows
@@ -118,7 +119,7 @@ def make_case(
     beta_range: tuple[float, float] = (0.0, 1.0), decay_range: tuple[float, float] = (0.0, 0.5),
     per_channel: bool = False,
 ) -> DeltaCase:  # fmt: skip
-    """Build a case in float64, buffers time-major, with kept rows and a path per sequence.
+    """Build a case in float64, buffers time-major, with buffered rows and a path per sequence.
 
     Keys are `alike` when they share a direction: 1 is all the same.
     """
@@ -127,7 +128,7 @@ def make_case(
     kept = kept or [0] * batch
     key_heads = key_heads or heads
     num_previous = 1 + max((row for path in paths for row in path), default=0)
-    previous, current = MAX_KEPT, MAX_KEPT + num_previous + 1
+    previous, current = MAX_BUFFERED, MAX_BUFFERED + num_previous + 1
     num_rows = current + tree.num_tokens + 1
 
     def normal(*shape: int) -> Tensor:
@@ -147,7 +148,7 @@ def make_case(
     for tensor in (u, k, g):
         tensor[:, [current - 1, num_rows - 1]] = torch.nan
         for sequence, count in enumerate(kept):
-            tensor[sequence, count:MAX_KEPT] = torch.nan
+            tensor[sequence, count:MAX_BUFFERED] = torch.nan
     u[:, current:] = torch.nan
     # What stands after a path is any row of the block, also one that nothing has written.
     path_BL = torch.full((batch, capacity), num_previous, dtype=torch.int32)
@@ -186,11 +187,11 @@ def numpy_rows(case: DeltaCase, sequence: int, row: int) -> tuple[Any, Any, Any]
 def by_recurrence(case: DeltaCase, parents: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Return the state after all accepted rows, o and u of all rows, node after node."""
     states, outs, solved = case.state.double().cpu().numpy().copy(), [], []
-    path_BL, length_B, num_kept_B = (tensor.cpu() for tensor in case.pending)
+    path_BL, length_B, num_buffered_B = (tensor.cpu() for tensor in case.pending)
     num_heads = states.shape[1]
     for sequence, committed in enumerate(states):
         path = path_BL[sequence, : length_B[sequence]].tolist()
-        for row in (*range(num_kept_B[sequence]), *(case.previous + row for row in path)):
+        for row in (*range(num_buffered_B[sequence]), *(case.previous + row for row in path)):
             u, k, factor = numpy_rows(case, sequence, row)
             committed[:] = committed * factor[:, None, :] + u[:, :, None] * k[:, None, :]
         after: dict[int, Any] = {-1: committed}

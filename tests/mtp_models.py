@@ -181,8 +181,8 @@ class ReferenceHead:
         k, v = (t.repeat_interleave(heads // kv_heads, 1) for t in (k, v))
         scores = torch.einsum("nhd,mhd->hnm", q, k) * q.shape[-1] ** -0.5
         later = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
-        law = scores.masked_fill(later, -torch.inf).softmax(-1)
-        mixed = torch.einsum("hnm,mhd->nhd", law, v).flatten(1)
+        distribution = scores.masked_fill(later, -torch.inf).softmax(-1)
+        mixed = torch.einsum("hnm,mhd->nhd", distribution, v).flatten(1)
         return mixed @ self.weights[prefix + "o_proj.weight"].T
 
     def _rotated(self, x_NHD: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from stree_core.models.cache import CacheSize
 from stree_core.models.model import Model
 from stree_core.models.row_block import make_block
 from stree_core.tree import Tree
-from stree_kernels.sampling.children_ref import softmax_law
+from stree_kernels.sampling.children_ref import softmax_distribution
 
 NUM_TOKENS = 6
 PROMPT = [1, 2]
@@ -27,7 +27,7 @@ TREES = {
     "off": Tree.chain(0),
     "chain": Tree.chain(3),
     "ragged": Tree.from_paths([[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0]]),
-    # More children than tokens: a law can have fewer than it is asked for.
+    # More children than tokens: a distribution can have fewer than it is asked for.
     "star": Tree.from_paths([[0], [1], [2], [3], [4]]),
 }
 PARAMS = {
@@ -49,8 +49,8 @@ def decode(
 
 
 @torch.inference_mode()
-def laws_of(target: Model, texts: list[list[int]], params: SamplingParams) -> Tensor:
-    """Return the law [T, B, V] of every token of the texts, one token after another."""
+def distributions_of(target: Model, texts: list[list[int]], params: SamplingParams) -> Tensor:
+    """Return the distribution [T, B, V] of every token of the texts, one token after another."""
     tokens_TB = torch.tensor([PROMPT + text for text in texts]).t()
     block = make_block([-1], target.conv_widths, target.device)
     cache = target.make_cache(CacheSize(len(texts), 1, 1, len(tokens_TB)))
@@ -58,27 +58,28 @@ def laws_of(target: Model, texts: list[list[int]], params: SamplingParams) -> Te
     for slot in range(len(texts)):
         settings.set(slot, params)
     seen_BV = torch.zeros(len(texts), NUM_TOKENS, dtype=torch.bool)
-    laws = []
+    distributions = []
     for tokens_B in tokens_TB[:-1]:
         hidden = target.forward(tokens_B[None], block, cache, first=0, commit=True)
         cache.advance(torch.ones_like(cache.committed_B))
         cache.flip()
         seen_BV.scatter_(1, tokens_B[:, None], value=True)
         scores_1BV = processed(target.logits(hidden), settings, seen_BV[None], truncates=True)
-        laws.append(softmax_law(scores_1BV, settings.temperature_B))
-    return torch.cat(laws[len(PROMPT) - 1 :]).double()
+        distributions.append(softmax_distribution(scores_1BV, settings.temperature_B))
+    return torch.cat(distributions[len(PROMPT) - 1 :]).double()
 
 
 def judge(target: Model, texts: list[list[int]], params: SamplingParams) -> tuple[float, float]:
-    """Return how uniform the tokens' places in their laws are, and how surprising they are.
+    """Return how uniform the tokens' places in their distributions are, and how surprising they
+    are.
 
     The first is the p-value of a chi-square over places, likeliest tokens first; the second the sum
     of log p(token) beyond its mean, in standard deviations.
     """
-    p_TBV = laws_of(target, texts, params)
+    p_TBV = distributions_of(target, texts, params)
     token_TB1 = torch.tensor(texts).t()[..., None]
     own_TB1 = p_TBV.gather(-1, token_TB1)
-    assert own_TB1.min() > 0, "a token that the law excludes"
+    assert own_TB1.min() > 0, "a token that the distribution excludes"
     generator = torch.Generator().manual_seed(0)
     share_TB1 = torch.rand(own_TB1.shape, generator=generator, dtype=torch.float64)
     lower_TBV = torch.arange(NUM_TOKENS) < token_TB1

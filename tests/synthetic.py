@@ -14,7 +14,7 @@ from stree_core.profile import ModelRef, Provenance, Sampling
 from stree_core.tree import Tree
 
 SHARES = (0.52, 0.14, 0.07, 0.045, 0.03, 0.02, 0.015, 0.012, 0.01, 0.008)
-"""A plausible law of ranks 0, 1, ...; what is missing to 1 is the share of misses."""
+"""A plausible distribution of ranks 0, 1, ...; what is missing to 1 is the share of misses."""
 
 
 def meta(num_prompts: int, num_children: int) -> TraceMeta:
@@ -53,7 +53,7 @@ def latent_trace(
     num_children: int = 10,
     shares: tuple[float, ...] = SHARES,
 ) -> Trace:
-    """Draw ranks with the marginal law `shares` from a Gaussian per position.
+    """Draw ranks with the marginal distribution `shares` from a Gaussian per position.
 
     phi is the Gaussian's AR(1) coefficient, prompt_sd the spread of its level between prompts; with
     both 0 the ranks are independent. Prompts have `length` positions, every fifth one half of it.

@@ -164,8 +164,10 @@ def make_trace(
 ) -> Trace:
     """A trace of independent ranks: 0 in 60 %, none in 20 % of positions."""
     rng = np.random.default_rng(7)
-    law = [0.6, 0.12, 0.05, 0.03, 0.2]
-    ranks = rng.choice([0, 1, 2, 3, NO_RANK], p=law, size=num_prompts * length).astype(np.uint8)
+    distribution = [0.6, 0.12, 0.05, 0.03, 0.2]
+    ranks = rng.choice([0, 1, 2, 3, NO_RANK], p=distribution, size=num_prompts * length).astype(
+        np.uint8
+    )
     offsets = np.arange(num_prompts + 1, dtype=np.int64) * length
     meta = TraceMeta(
         target=model_ref(target),

@@ -9,7 +9,7 @@ import pytest
 from scripts import script
 from synthetic_data import make_table
 
-from stree_autotune.store.gpu_spec import load_gpu_sheet
+from stree_autotune.store.gpu_spec import load_gpu_spec
 from stree_autotune.store.library import Library, shipped_root
 from stree_autotune.store.runtime_table import RuntimeTable, load_runtime_table
 
@@ -43,7 +43,7 @@ def test_a_fault_is_found_where_it_is() -> None:
 def test_shapes_are_left_out_of_the_roofline() -> None:
     root = shipped_root()
     tables = [load_runtime_table(path) for path in sorted((root / "runtime").glob("h200--*.yaml"))]
-    rows = roofline_accuracy(tables, load_gpu_sheet(root / "gpus" / "h200.yaml"))
+    rows = roofline_accuracy(tables, load_gpu_spec(root / "gpus" / "h200.yaml"))
     shapes = {row.term: row for row in rows if row.left_out == "roofline, shape"}
     assert {"mamba2-2.7b", "mamba2-130m"} <= set(shapes)
     # From models of milliseconds to one of microseconds and back: it is far off, and says so.
@@ -55,8 +55,8 @@ def test_published_times_are_predicted_within_a_fifth(monkeypatch: pytest.Monkey
     import published  # type: ignore[import-not-found]
 
     paths = sorted((shipped_root() / "runtime").glob("h200--*.yaml"))
-    sheet = load_gpu_sheet(shipped_root() / "gpus" / "h200.yaml")
-    found = published.predictions([*map(load_runtime_table, paths)], sheet, Library.open())
+    spec = load_gpu_spec(shipped_root() / "gpus" / "h200.yaml")
+    found = published.predictions([*map(load_runtime_table, paths)], spec, Library.open())
     assert len(found) == len(published.ROWS)
     assert max(abs(prediction.error) for prediction in found) < 0.2
     assert all(prediction.passes_ms < prediction.row.ms for prediction in found)

@@ -37,7 +37,7 @@ from stree_core.models import (
     like,
     make_block,
 )
-from stree_kernels.linear.deferred_norm import Residual, UnscaledRows
+from stree_kernels.linear.deferred_norm import DeferredNorm, Residual
 from stree_kernels.sampling.commit_path_ref import FIRST_TOKEN, LAST_NODE
 
 
@@ -122,11 +122,11 @@ class MtpDraft:
         (layer, *_) = this.cache.layers
         assert isinstance(layer, AttentionCache)
         _, rows = self._joined(tokens_WB, hidden_NBD, source_WB)
-        self._body.store_keys(rows, *self._attention, layer, this, begin_B)
+        self._body.rope_kv_write(rows, *self._attention, layer, this, begin_B)
 
     def _joined(
         self, tokens_WB: Tensor, hidden_NBD: Tensor, source_WB: Tensor
-    ) -> tuple[Residual, UnscaledRows]:
+    ) -> tuple[Residual, DeferredNorm]:
         """Return the stream that tokens and hidden states start, and its rows."""
         eps, body = self.shape.norm_eps, self._body
         residual = like(body.empty_residual(tokens_WB.numel()), zero=True)
@@ -135,7 +135,7 @@ class MtpDraft:
             body.weights.embed_VD, tokens_WB, hidden_NBD, source_WB, both_MK, eps=eps,
             scale=self.shape.embed_scale,
         )  # fmt: skip
-        both = UnscaledRows(both_MK, None, 1, 0.0)
+        both = DeferredNorm(both_MK, None, 1, 0.0)
         return residual, body.backend.linear_add(both, self._join, residual, eps=eps)
 
 

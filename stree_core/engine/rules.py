@@ -1,7 +1,8 @@
 """How a step draws children and what the target picks after a node: greedy, naive, MSS.
 
-A rule never waits for the device. What it picks after a node follows the target's law whatever the
-children are (stree_kernels.sampling.children_ref), so every rule is lossless for every tree.
+A rule never waits for the device. What it picks after a node follows the target's distribution
+whatever the children are (stree_kernels.sampling.children_ref), so every rule is lossless for every
+tree.
 
 Shape letters: T tree tokens, B slots, V vocabulary, W rows of a level, C children, I inner nodes,
 L path capacity.
@@ -122,8 +123,9 @@ class SlotMemory:
 class SampledRule:
     """Naive sampling or MSS, with settings of their own for every slot.
 
-    Naive: children are the draft's likeliest tokens, the target's token is drawn from its law. MSS:
-    children are drawn from the draft's law without replacement and tried in that order.
+    Naive: children are the draft's likeliest tokens, the target's token is drawn from its
+    distribution. MSS: children are drawn from the draft's distribution without replacement and
+    tried in that order.
     """
 
     def __init__(

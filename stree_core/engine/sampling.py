@@ -59,7 +59,7 @@ class SamplingParams:
 
     @property
     def truncates(self) -> bool:
-        """True when some tokens are cut off from the law."""
+        """True when some tokens are cut off from the distribution."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
     @property
@@ -139,8 +139,10 @@ def _kept(scores_NBV: Tensor, settings: SlotSettings) -> Tensor:
     temperature_B1 = settings.temperature_B[:, None]
     heated_NBV = scores_NBV / torch.where(temperature_B1 == 0, 1, temperature_B1)
     ascending_NBV, token_NBV = heated_NBV.sort(dim=-1, stable=True)
-    kept_B = torch.where(settings.top_k_B == 0, num_tokens, settings.top_k_B).clamp(max=num_tokens)
-    first_NB1 = (num_tokens - kept_B)[:, None].expand(*scores_NBV.shape[:2], 1)
+    buffered_B = torch.where(settings.top_k_B == 0, num_tokens, settings.top_k_B).clamp(
+        max=num_tokens
+    )
+    first_NB1 = (num_tokens - buffered_B)[:, None].expand(*scores_NBV.shape[:2], 1)
     least_NB1 = ascending_NBV.gather(-1, first_NB1)
     ascending_NBV = ascending_NBV.masked_fill(ascending_NBV < least_NB1, -torch.inf)
     # The likeliest token, the last, always stays.

@@ -116,7 +116,7 @@ def _strings(given: object) -> tuple[str, ...]:
 class Generation:
     """One request's output.
 
-    `tokens` holds the first token, which prefill emits, and all kept ones; `accept_lengths` the
+    `tokens` holds the first token, which prefill emits, and all buffered ones; `accept_lengths` the
     accepted draft tokens of every step, the last step's as far as they were kept. `error` says what
     went wrong where `finish` is "error".
     """

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
         shape_from_config as shape_from_config,
     )
     from stree_core.families.shape_spec import (
-        find_shape_sheet as find_shape_sheet,
-        load_shape_sheet as load_shape_sheet,
+        find_shape_spec as find_shape_spec,
+        load_shape_spec as load_shape_spec,
     )
 
 __getattr__, __dir__ = exports(
@@ -55,6 +55,6 @@ __getattr__, __dir__ = exports(
         ],
         "mtp_shape": ["MTP_CONFIG", "MTP_FILE", "PREFIX"],
         "registry": ["HF_QUANT_CONFIG", "HF_QUANT_CONFIG_FILE", "shape_from_config"],
-        "shape_spec": ["find_shape_sheet", "load_shape_sheet"],
+        "shape_spec": ["find_shape_spec", "load_shape_spec"],
     },
 )

@@ -18,7 +18,7 @@ from stree_core.families.config_keys import (
 from stree_core.families.config_reader import EXPERTS, WIDTH, Bound, Keys
 from stree_core.families.model_shape import Block, MlpShape, ModelShape, MoeShape, Part
 from stree_core.families.weight_map import attention_part, mamba2_part, mlp_part, moe_part
-from stree_kernels.launch.settings import RouterLaw
+from stree_kernels.launch.settings import Routing
 
 POSITIONS = {"rope": "rope", "nope": "nope"}
 
@@ -73,7 +73,7 @@ def _feed_forward(keys: Keys, layer: str, into_stream: float) -> tuple[Part, ...
     moe = MoeShape(
         num_experts,
         MlpShape(keys.count(WIDTH, "intermediate_size"), "swiglu"),
-        RouterLaw("softmax", keys.count(Bound(1, num_experts), "num_experts_per_tok")),
+        Routing("softmax", keys.count(Bound(1, num_experts), "num_experts_per_tok")),
     )
     prefix = layer + "block_sparse_moe."
     experts = moe_part(

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from stree_kernels.launch.settings import GATED, Activation, RouterLaw
+from stree_kernels.launch.settings import GATED, Activation, Routing
 
 LEAST_ROW_DIM = 16
 
@@ -121,7 +121,7 @@ class MoeShape:
 
     num_experts: int
     expert: MlpShape
-    router: RouterLaw
+    router: Routing
     latent_dim: int | None = None
 
 

@@ -29,7 +29,7 @@ from stree_core.families.config_reader import (
 from stree_core.families.model_shape import Block, MlpShape, ModelShape, MoeShape, Part
 from stree_core.families.mtp_shape import mtp_kinds, with_mtp
 from stree_core.families.weight_map import attention_part, mamba2_part, mlp_part, moe_part, vector
-from stree_kernels.launch.settings import RouterLaw
+from stree_kernels.launch.settings import Routing
 
 MLP, EXPERT_LAYER = "mlp", "moe"
 PATTERN = "hybrid_override_pattern"
@@ -125,10 +125,10 @@ def _mlp(inner_dim: int, width: int, prefix: str) -> Part:
     return mlp_part(MlpShape(inner_dim, "relu2"), width, prefix, up_names=("up_proj.weight",))
 
 
-def _router(keys: Keys, num_experts: int) -> RouterLaw:
+def _router(keys: Keys, num_experts: int) -> Routing:
     num_groups = keys.count(EXPERTS, "n_group", default=1)
     keys.require_divides("n_group", num_groups, "n_routed_experts", num_experts)
-    return RouterLaw(
+    return Routing(
         "sigmoid",
         keys.count(Bound(1, num_experts), "num_experts_per_tok"),
         num_groups=num_groups,

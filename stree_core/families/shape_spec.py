@@ -1,4 +1,4 @@
-"""Shape sheets: the published config of a model without its weights, enough to time it."""
+"""Shape specs: the published config of a model without its weights, enough to time it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAMBA_CONFIG = "mamba_config"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 
 
-class ShapeSheet(Strict):
+class ShapeSpec(Strict):
     """What a model's config.json says, and for Mamba-in-Llama its mamba_config.json.
 
     `mtp` describes an MTP head that the published model does not have; its keys go before those of
@@ -41,7 +41,7 @@ class ShapeSheet(Strict):
     note: Text | None = None
 
     @model_validator(mode="after")
-    def _mamba_config_is_of_a_llama(self) -> ShapeSheet:
+    def _mamba_config_is_of_a_llama(self) -> ShapeSpec:
         model_type = self.config.get("model_type")
         if self.mamba_config is not None and model_type != "llama":
             raise ValueError(f"{MAMBA_CONFIG} belongs to model_type llama, not to {model_type}")
@@ -61,12 +61,12 @@ class ShapeSheet(Strict):
         return merged
 
 
-def load_shape_sheet(path: Path) -> ShapeSheet:
-    """Read a shape sheet; raise ConfigError when it is malformed."""
-    return load_yaml(path, ShapeSheet)
+def load_shape_spec(path: Path) -> ShapeSpec:
+    """Read a shape spec; raise ConfigError when it is malformed."""
+    return load_yaml(path, ShapeSpec)
 
 
-def find_shape_sheet(roots: Iterable[Path], name: str) -> Path | None:
+def find_shape_spec(roots: Iterable[Path], name: str) -> Path | None:
     """Return the first shapes/NAME.yaml below the roots, None when there is none."""
     if not _NAME.fullmatch(name):
         return None

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         find_source as find_source,
         folder_source as folder_source,
         head_source as head_source,
-        sheet_source as sheet_source,
+        spec_source as spec_source,
     )
     from stree_core.models.text import (
         Chat as Chat,
@@ -75,7 +75,7 @@ __getattr__, __dir__ = exports(
             "find_source",
             "folder_source",
             "head_source",
-            "sheet_source",
+            "spec_source",
         ],
         "text": ["Chat", "Message", "TextCodec", "load_text_codec"],
         "weight_files": ["WeightFiles"],

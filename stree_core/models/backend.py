@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from stree_core.errors import BackendUnavailable, nearest
-from stree_kernels.linear.deferred_norm import UnscaledRows
+from stree_kernels.linear.deferred_norm import DeferredNorm
 
 _OPS = {
     "tree_conv": "ssm.tree_conv",
@@ -22,7 +22,7 @@ _OPS = {
     "add_residual": "linear.residual",
     "scale_rows": "linear.residual",
     "expert_mlps": "linear.experts",
-    "store_keys": "attention.rope_kv_write",
+    "rope_kv_write": "attention.rope_kv_write",
     "tree_attention": "attention.tree_attention",
     "workspace_size": "attention.tree_attention",
     "fill_uniforms": "sampling.uniforms",
@@ -46,13 +46,13 @@ class Backend:
     tree_scan: Callable[..., None]
     linear: Callable[..., None]
     linear_activated: Callable[..., None]
-    linear_add: Callable[..., UnscaledRows]
+    linear_add: Callable[..., DeferredNorm]
     start_residual: Callable[..., None]
     join_rows: Callable[..., None]
     add_residual: Callable[..., None]
     scale_rows: Callable[..., None]
     expert_mlps: Callable[..., None]
-    store_keys: Callable[..., None]
+    rope_kv_write: Callable[..., None]
     tree_attention: Callable[..., None]
     workspace_size: Callable[..., int]
     fill_uniforms: Callable[..., None]

@@ -1,4 +1,4 @@
-"""What a model remembers between passes: states, kept rows, keys, values, two blocks' rows.
+"""What a model remembers between passes: states, buffered rows, keys, values, two blocks' rows.
 
 Shape letters: B slots, R rows of a block, S committed positions, L path capacity, E columns of a
 row after the conv (x, B, C, dt), others as in stree_kernels.launch.rows. Row buffers are time-major
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stree_core.families import AttentionShape, Mamba2Shape, ModelShape
 from stree_kernels.attention.rope_kv_write_ref import KeyValues
-from stree_kernels.launch.rows import MAX_KEPT, Pending, ScanRows, advance_pending
+from stree_kernels.launch.rows import MAX_BUFFERED, Pending, ScanRows, advance_pending
 
 
 class RowSet(NamedTuple):
@@ -36,7 +36,7 @@ class RowSet(NamedTuple):
 class Mamba2Cache:
     """One Mamba2 mixer: committed states, per set the projected rows, and the conv's rows.
 
-    `rows_RBE` begins with the MAX_KEPT kept rows; the rows of both sets follow. `sets` and
+    `rows_RBE` begins with the MAX_BUFFERED buffered rows; the rows of both sets follow. `sets` and
     `all_rows` are views.
     """
 
@@ -113,7 +113,7 @@ class Cache:
         self.committed_B[slot] = other.committed_B[0]
         self.pending.path_BL[slot] = 0
         self.pending.length_B[slot] = other.pending.length_B[0]
-        self.pending.num_kept_B[slot] = other.pending.num_kept_B[0]
+        self.pending.num_buffered_B[slot] = other.pending.num_buffered_B[0]
         if self.features_RBD is not None and other.features_RBD is not None:
             self.features_RBD[0, slot] = other.features_RBD[0, 0]
         here, there = 1 - self.current, 1 - other.current
@@ -122,7 +122,7 @@ class Cache:
                 mine.conv_BCK[slot] = theirs.conv_BCK[0]
                 mine.ssm_BHPN[slot] = theirs.ssm_BHPN[0]
                 mine.proj_RB[here][0, slot] = theirs.proj_RB[there][0, 0]
-                mine.rows_RBE[:MAX_KEPT, slot] = theirs.rows_RBE[:MAX_KEPT, 0]
+                mine.rows_RBE[:MAX_BUFFERED, slot] = theirs.rows_RBE[:MAX_BUFFERED, 0]
                 mine.rows_RBE[mine.sets[here].start, slot] = theirs.rows_RBE[
                     theirs.sets[there].start, 0
                 ]
@@ -175,7 +175,7 @@ def _mamba2_cache(
         return torch.zeros(*shape, dtype=dtype, device=device)
 
     proj_RB = (zeros(rows, slots, m.proj_dim), zeros(rows, slots, m.proj_dim))
-    rows_RBE = zeros(MAX_KEPT + 2 * rows, slots, m.conv_dim + m.num_heads)
+    rows_RBE = zeros(MAX_BUFFERED + 2 * rows, slots, m.conv_dim + m.num_heads)
     first, second = (_row_set(m, proj_RB[which], rows_RBE, which) for which in (0, 1))
     return Mamba2Cache(
         zeros(slots, m.conv_dim, m.conv_width - 1),
@@ -188,7 +188,7 @@ def _mamba2_cache(
 
 
 def _row_set(m: Mamba2Shape, proj_RBX: Tensor, rows_RBE: Tensor, which: int) -> RowSet:
-    start = MAX_KEPT + which * len(proj_RBX)
+    start = MAX_BUFFERED + which * len(proj_RBX)
     outputs_BRE = rows_RBE[start : start + len(proj_RBX)].transpose(0, 1)
     *_, c, _ = outputs_BRE.split((*m.conv_sections, m.num_heads), dim=-1)
     return RowSet(

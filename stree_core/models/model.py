@@ -45,7 +45,7 @@ from stree_core.models.weights import (
     SharedWeights,
 )
 from stree_kernels.launch.rows import Gate, Past, Pending, gate_width
-from stree_kernels.linear.deferred_norm import COLUMNS_PER_SUM, Residual, UnscaledRows
+from stree_kernels.linear.deferred_norm import COLUMNS_PER_SUM, DeferredNorm, Residual
 from stree_kernels.linear.router import choose_experts
 
 
@@ -102,7 +102,7 @@ class Model:
         return hidden_MD.view(*tokens_TB.shape, -1)
 
     def run_blocks(
-        self, residual: Residual, rows: UnscaledRows, this: Pass, out_MD: Tensor
+        self, residual: Residual, rows: DeferredNorm, this: Pass, out_MD: Tensor
     ) -> None:
         """Run all blocks on a stream whose rows the first reads; write the final norm's output."""
         embedding = copied(rows) if any(b.shared for b in self.shape.blocks) else rows
@@ -123,7 +123,7 @@ class Model:
         """Return fp32 logits [T, B, V]: bf16 ones would tie in several percent of positions."""
         weight_VD = self.weights.lm_head_VD
         logits_TBV = weight_VD.new_empty(*hidden_TBD.shape[:2], len(weight_VD), dtype=torch.float32)
-        rows = UnscaledRows(hidden_TBD.flatten(0, 1), None, 1, 0.0)
+        rows = DeferredNorm(hidden_TBD.flatten(0, 1), None, 1, 0.0)
         self.backend.linear(rows, weight_VD, logits_TBV.flatten(0, 1))
         return logits_TBV
 
@@ -147,8 +147,8 @@ class Model:
         return Residual(stream_MD, values_MD, sums_MQ)
 
     def _mix(
-        self, rows: UnscaledRows, mixer: Mixer, weights: PartWeights, layer: LayerCache, this: Pass
-    ) -> tuple[UnscaledRows, Tensor | None]:
+        self, rows: DeferredNorm, mixer: Mixer, weights: PartWeights, layer: LayerCache, this: Pass
+    ) -> tuple[DeferredNorm, Tensor | None]:
         """Return a part's output before its last projection, and that; None where there is none."""
         if isinstance(weights, Mamba2Weights):
             assert isinstance(layer, Mamba2Cache)
@@ -165,8 +165,8 @@ class Model:
         return self._moe(rows, weights, mixer), weights.latent_out
 
     def _add(
-        self, output: UnscaledRows, out_proj: Tensor | None, residual: Residual
-    ) -> UnscaledRows:
+        self, output: DeferredNorm, out_proj: Tensor | None, residual: Residual
+    ) -> DeferredNorm:
         """Add a part's output to the stream; return its rows for the next projection."""
         eps = self.shape.norm_eps
         if out_proj is not None:
@@ -175,9 +175,9 @@ class Model:
         return residual.rows(eps)
 
     def _beside(
-        self, residual: Residual, embedding: UnscaledRows, shape: SharedBlock, w: SharedWeights,
+        self, residual: Residual, embedding: DeferredNorm, shape: SharedBlock, w: SharedWeights,
         layers: Iterator[LayerCache], this: Pass,
-    ) -> UnscaledRows:  # fmt: skip
+    ) -> DeferredNorm:  # fmt: skip
         """Return the stream's rows plus what the shared layer says, the stream as it was."""
         eps = self.shape.norm_eps
         inputs = side_by_side(residual.rows(eps), embedding)
@@ -188,15 +188,15 @@ class Model:
         assert down_proj is not None
         out_MD = torch.empty_like(residual.values_MD)
         self.backend.linear(inner, down_proj, out_MD)
-        said = UnscaledRows(out_MD, None, 1, 0.0)
+        said = DeferredNorm(out_MD, None, 1, 0.0)
         return self.backend.linear_add(said, w.linear, like(residual, zero=False), eps=eps)
 
-    def _mlp(self, rows: UnscaledRows, w: MlpWeights, m: MlpShape) -> UnscaledRows:
+    def _mlp(self, rows: DeferredNorm, w: MlpWeights, m: MlpShape) -> DeferredNorm:
         out_MF = rows.values_MK.new_empty(len(rows.values_MK), m.inner_dim)
         self.backend.linear_activated(rows, w.up_proj, out_MF, m.activation)
-        return UnscaledRows(out_MF, None, 1, 0.0)
+        return DeferredNorm(out_MF, None, 1, 0.0)
 
-    def _moe(self, rows: UnscaledRows, w: MoeWeights, m: MoeShape) -> UnscaledRows:
+    def _moe(self, rows: DeferredNorm, w: MoeWeights, m: MoeShape) -> DeferredNorm:
         hidden_MD = torch.empty_like(rows.values_MK)
         self.backend.scale_rows(rows, w.norm_D, hidden_MD)
         logits_ME = hidden_MD.to(w.router_ED.dtype) @ w.router_ED.T
@@ -205,18 +205,18 @@ class Model:
         if w.latent_in is not None:
             out_dtype = hidden_MD.dtype
             latent_ML = hidden_MD.new_empty(len(hidden_MD), len(w.latent_in))
-            self.backend.linear(UnscaledRows(hidden_MD, None, 1, 0.0), w.latent_in, latent_ML)
+            self.backend.linear(DeferredNorm(hidden_MD, None, 1, 0.0), w.latent_in, latent_ML)
             hidden_MD = latent_ML
         out_MD = torch.empty_like(hidden_MD, dtype=out_dtype)
         self.backend.expert_mlps(
             hidden_MD, choice_MC, share_MC, w.up_EZD, w.down_EDF, out_MD,
             activation=m.expert.activation,
         )  # fmt: skip
-        return UnscaledRows(out_MD, None, 1, 0.0)
+        return DeferredNorm(out_MD, None, 1, 0.0)
 
     def _mamba2(
-        self, rows: UnscaledRows, w: Mamba2Weights, m: Mamba2Shape, layer: Mamba2Cache, this: Pass
-    ) -> UnscaledRows:
+        self, rows: DeferredNorm, w: Mamba2Weights, m: Mamba2Shape, layer: Mamba2Cache, this: Pass
+    ) -> DeferredNorm:
         current = this.cache.current
         now, before = layer.sets[current], layer.sets[1 - current]
         proj_TB = layer.proj_RB[current][this.first : this.end]
@@ -242,15 +242,15 @@ class Model:
         )  # fmt: skip
         gated_MX = y_TBHP.view(len(rows.values_MK), -1)
         if not m.norm_groups:
-            return UnscaledRows(gated_MX, None, 1, 0.0)
-        return UnscaledRows(gated_MX, sums_TBQ.view(len(gated_MX), -1), m.norm_groups, m.norm_eps)
+            return DeferredNorm(gated_MX, None, 1, 0.0)
+        return DeferredNorm(gated_MX, sums_TBQ.view(len(gated_MX), -1), m.norm_groups, m.norm_eps)
 
     def _attention(
-        self, rows: UnscaledRows, w: AttentionWeights, a: AttentionShape, layer: AttentionCache,
+        self, rows: DeferredNorm, w: AttentionWeights, a: AttentionShape, layer: AttentionCache,
         this: Pass,
-    ) -> UnscaledRows:  # fmt: skip
+    ) -> DeferredNorm:  # fmt: skip
         """Attend to the committed cache and, in the block, to ancestors."""
-        q_TBHD = self.store_keys(rows, w, a, layer, this)
+        q_TBHD = self.rope_kv_write(rows, w, a, layer, this)
         now, out_TBHD = this.cache.current, torch.empty_like(q_TBHD)
         num_values = self.backend.workspace_size(
             *q_TBHD.shape[:2], a.num_heads, a.num_kv_heads, a.row_dim, self.dtype
@@ -260,10 +260,10 @@ class Model:
             first=this.first, scale=a.scale, out_TBHD=out_TBHD,
             workspace=q_TBHD.new_empty(num_values, dtype=torch.float32),
         )  # fmt: skip
-        return UnscaledRows(out_TBHD.view(len(rows.values_MK), -1), None, 1, 0.0)
+        return DeferredNorm(out_TBHD.view(len(rows.values_MK), -1), None, 1, 0.0)
 
-    def store_keys(
-        self, rows: UnscaledRows, w: AttentionWeights, a: AttentionShape, layer: AttentionCache,
+    def rope_kv_write(
+        self, rows: DeferredNorm, w: AttentionWeights, a: AttentionShape, layer: AttentionCache,
         this: Pass, committed_B: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """File the keys and values of a pass's rows, and return their queries [T, B, H, D].
@@ -276,7 +276,7 @@ class Model:
         self.backend.linear(rows, w.qkv_proj, qkv_MX)
         q_TBHD = qkv_MX.new_empty(*size, a.num_heads, a.row_dim)
         begin_B = cache.committed_B if committed_B is None else committed_B
-        self.backend.store_keys(
+        self.backend.rope_kv_write(
             qkv_MX.view(*size, -1), this.block.depth_R, begin_B, w.inv_freq_X,
             first=this.first, q_TBHD=q_TBHD, rows=layer.rows[now], cache=layer.committed,
             previous=layer.rows[1 - now] if this.commit else None, pending=this.pending,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stree_kernels.launch.rows import MASK_MULTIPLE, conv_ancestors
-from stree_kernels.linear.deferred_norm import Residual, UnscaledRows
+from stree_kernels.linear.deferred_norm import DeferredNorm, Residual
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def make_block(
     return RowBlock(len(parents), mask.to(device), depths.to(device), ancestors)
 
 
-def copied(rows: UnscaledRows) -> UnscaledRows:
+def copied(rows: DeferredNorm) -> DeferredNorm:
     """Return rows that stay when the stream goes on."""
     assert rows.square_sums_MQ is not None
     return rows._replace(
@@ -54,7 +54,7 @@ def copied(rows: UnscaledRows) -> UnscaledRows:
     )
 
 
-def side_by_side(left: UnscaledRows, right: UnscaledRows) -> UnscaledRows:
+def side_by_side(left: DeferredNorm, right: DeferredNorm) -> DeferredNorm:
     """Return rows that hold the columns of both, with one norm over all of them."""
     assert left.square_sums_MQ is not None
     assert right.square_sums_MQ is not None

@@ -17,7 +17,7 @@ from stree_core.families import (
     MTP_CONFIG,
     MTP_FILE,
     ModelShape,
-    load_shape_sheet,
+    load_shape_spec,
     shape_from_config,
 )
 from stree_core.files import read_json, sha256_of
@@ -77,11 +77,11 @@ def folder_source(folder: Path, name: str | None = None) -> ModelSource:
     return ModelSource(ref, shape, folder)
 
 
-def sheet_source(path: Path) -> ModelSource:
-    """Return the source of a shape sheet; raise ConfigError when it is malformed."""
-    sheet = load_shape_sheet(path)
-    shape = shape_from_config(sheet.config_dict, sheet.name)
-    ref = ModelRef(name=sheet.name, config_sha256=sha256_of(path), shape_sha256=shape.digest)
+def spec_source(path: Path) -> ModelSource:
+    """Return the source of a shape spec; raise ConfigError when it is malformed."""
+    spec = load_shape_spec(path)
+    shape = shape_from_config(spec.config_dict, spec.name)
+    ref = ModelRef(name=spec.name, config_sha256=sha256_of(path), shape_sha256=shape.digest)
     return ModelSource(ref, shape, None)
 
 

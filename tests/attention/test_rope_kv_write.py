@@ -54,7 +54,7 @@ class Case:
         q = new(num_tokens, num_slots, self.num_heads, self.head_dim)
         kept = (len(self.depth), num_slots, *self.cache.key.shape[2:])
         rows = KeyValues(new(*kept), new(*kept))
-        op.store_keys(
+        op.rope_kv_write(
             self.qkv, self.depth, self.committed, self.inv_freq, first=first, q_TBHD=q, rows=rows,
             cache=self.cache, previous=self.previous, pending=self.pending,
         )  # fmt: skip

@@ -14,7 +14,7 @@ from tiny_models import save_pair
 
 from stree_autotune.cost.memory import CHAINS, fits, largest_batch, needed_bytes
 from stree_autotune.cost.traffic import model_cost
-from stree_autotune.store.gpu_spec import load_gpu_sheet
+from stree_autotune.store.gpu_spec import load_gpu_spec
 from stree_autotune.store.library import Library, shipped_root
 from stree_autotune.store.runtime_table import RuntimeTable, load_runtime_table
 from stree_core.drafting import prefill
@@ -75,17 +75,17 @@ def test_the_largest_batch_is_the_last_that_fits() -> None:
     table = shipped("h200--mamba2-2.7b--mamba2-130m")
     batches = []
     for gpu in ("rtx4090", "l40s", "h100", "h200"):
-        sheet = load_gpu_sheet(shipped_root() / "gpus" / f"{gpu}.yaml")
+        spec = load_gpu_spec(shipped_root() / "gpus" / f"{gpu}.yaml")
         for rule in ("greedy", "mss_truncated"):
-            most = largest_batch(table, sheet, LARGE, rule)
-            assert fits(table, sheet, most, LARGE, rule)
-            assert not fits(table, sheet, most + 1, LARGE, rule)
+            most = largest_batch(table, spec, LARGE, rule)
+            assert fits(table, spec, most, LARGE, rule)
+            assert not fits(table, spec, most + 1, LARGE, rule)
             batches.append(most)
     greedy, sampled = batches[::2], batches[1::2]
     assert greedy == sorted(greedy)
     assert all(few < many for few, many in zip(sampled, greedy, strict=True))
     # 80 GB less 5.7 of weights and 1.6 reserved, by hand: 64 layers of 80 x 64 x 128 states in fp32
-    # are 168 MB a sequence, kept rows and those of 65 tokens 0.3 GB, logits 13 MB
+    # are 168 MB a sequence, buffered rows and those of 65 tokens 0.3 GB, logits 13 MB
     assert 120 < greedy[2] < 180
 
 
@@ -93,9 +93,9 @@ def test_a_model_larger_than_the_memory_fits_nowhere() -> None:
     table = make_table()
     large = table.target.model_copy(update={"held_bytes": 10**12})
     table = table.model_copy(update={"target": large})
-    sheet = load_gpu_sheet(shipped_root() / "gpus" / "b200.yaml")
-    assert largest_batch(table, sheet, Tree.chain(2)) == 0
-    assert not fits(table, sheet, 1, Tree.chain(2))
+    spec = load_gpu_spec(shipped_root() / "gpus" / "b200.yaml")
+    assert largest_batch(table, spec, Tree.chain(2)) == 0
+    assert not fits(table, spec, 1, Tree.chain(2))
 
 
 @pytest.mark.gpu

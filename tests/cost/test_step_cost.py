@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from strategies import trees
 from synthetic_data import TREES, make_table, step_ms
 
-from stree_autotune.cost.overhead import DOUBT, NEAR, Coefficients, Missed, WholeStep, fit_remainder
+from stree_autotune.cost.overhead import DOUBT, NEAR, Coefficients, Missed, WholeStep, fit_overhead
 from stree_autotune.cost.step_cost import StepCost
 from stree_autotune.cost.terms import PLAIN, Load
-from stree_autotune.cost.traffic import MAX_KEPT
+from stree_autotune.cost.traffic import MAX_BUFFERED
 from stree_autotune.cost.tree_shape import TreeShape, shape_of
 from stree_autotune.store.runtime_table import TIMED_PATH, NoRoom, Point, RuntimeTable, Step
 from stree_core.drafting.tree_plan import ModelRows, make_plan
@@ -205,7 +205,7 @@ def test_the_share_of_steps_that_store(tokens: int) -> None:
     kept, stored = 0, 0
     for _ in range(10_000):
         kept += tokens
-        if kept > MAX_KEPT:
+        if kept > MAX_BUFFERED:
             kept, stored = 0, stored + 1
     # the formula is a mean over where a path may end
     assert Load(tokens_per_step=tokens).store_share == pytest.approx(stored / 10_000, rel=0.15)
@@ -229,8 +229,8 @@ def test_the_first_slot_that_stores_may_cost_most() -> None:
     steps, without = times
     for rate in (1.0, 2.5, 6.0):
         load = Load(tokens_per_step=rate)
-        storing = 8 * load.store_share
-        expected = 0.6 * storing if storing < 1 else 0.6 + 0.2 * (storing - 1)
+        flushing = 8 * load.store_share
+        expected = 0.6 * flushing if flushing < 1 else 0.6 + 0.2 * (flushing - 1)
         more = steps.sum_ms(shape, load, PLAIN) - without.sum_ms(shape, load, PLAIN)
         assert more == pytest.approx(expected)
     every = Load(tokens_per_step=60.0)
@@ -283,7 +283,7 @@ def test_a_further_node_never_makes_a_step_cheaper(tree: Tree) -> None:
 
 
 def shape(depth: int, num_tokens: int, *branching: int) -> TreeShape:
-    """Return a shape as far as the remainder sees it."""
+    """Return a shape as far as the overhead sees it."""
     return TreeShape(num_tokens, depth, (), (), branching, depth, 1 + len(branching))
 
 
@@ -300,7 +300,7 @@ def test_remainder_recovers_its_coefficients() -> None:
     steps = [whole(s, 2.0, 2.0 + wanted.ms(s)) for s in shapes]
     assert steps[0].ms == pytest.approx(2.0 + 0.3 - 0.04 + 0.004)
     assert steps[5].ms == pytest.approx(2.0 + 0.3 - 0.08 + 0.034 + 0.05)
-    found = fit_remainder(steps, Coefficients(-1.0, -0.5), by_tokens=True)
+    found = fit_overhead(steps, Coefficients(-1.0, -0.5), by_tokens=True)
     assert found.coefficients == pytest.approx(wanted)
     assert found.fit_error == pytest.approx(0.0, abs=1e-9)
     assert found.missed is not None
@@ -310,7 +310,7 @@ def test_remainder_recovers_its_coefficients() -> None:
 def test_remainder_takes_siblings_alone_where_they_tell() -> None:
     steps = [whole(shape(d, d + 1), 1.0, 1.2) for d in (1, 2, 4, 6)]
     steps += [whole(shape(d, t, 1), 1.0, 1.5) for d, t in ((1, 9), (2, 5), (3, 17))]
-    found = fit_remainder(steps, NO_FLOORS).coefficients
+    found = fit_overhead(steps, NO_FLOORS).coefficients
     assert found == pytest.approx(Coefficients(0.2, branching=0.3))
 
 
@@ -341,7 +341,7 @@ def test_verify_inside_steps_is_what_these_show_and_still_rises() -> None:
 
 def test_remainder_never_undoes_more_than_a_pass() -> None:
     steps = [whole(shape(d, 9), 1.0 + d, 1.0) for d in (1, 2, 3, 4)]
-    found = fit_remainder(steps, Coefficients(-0.1, -0.25)).coefficients
+    found = fit_overhead(steps, Coefficients(-0.1, -0.25)).coefficients
     assert found.per_level == pytest.approx(-0.25)
 
 
@@ -362,7 +362,7 @@ def test_leave_one_out_error_against_plain_least_squares() -> None:
             solution, *_ = np.linalg.lstsq(design[rest], wanted[rest], rcond=None)
             missed.append(design[i] @ solution - wanted[i])
         errors[powers] = math.sqrt(np.mean(np.square(missed)))
-    found = fit_remainder(steps, NO_FLOORS)
+    found = fit_overhead(steps, NO_FLOORS)
     assert found.fit_error == pytest.approx(errors[0, 1], rel=1e-6)
     assert errors[0, 1] < errors[0,]
 
@@ -370,13 +370,13 @@ def test_leave_one_out_error_against_plain_least_squares() -> None:
 def test_a_left_out_step_is_told_by_those_with_as_many_tokens() -> None:
     slow = [whole(shape(d, 33), 2.0, 2.8) for d in (1, 2, 3, 4)]
     steps = [*slow, *(whole(shape(d, t), 2.0, 2.1) for d, t in ((1, 2), (2, 9), (3, 16), (4, 64)))]
-    alone, near = (fit_remainder(steps, Coefficients(), by_tokens=told) for told in (False, True))
+    alone, near = (fit_overhead(steps, Coefficients(), by_tokens=told) for told in (False, True))
     assert near.fit_error < 0.7 * alone.fit_error
 
 
 def test_two_steps_fit_a_constant_alone() -> None:
     steps = [whole(shape(1, 2), 1.0, 1.5), whole(shape(2, 3), 2.0, 2.5)]
-    assert fit_remainder(steps, NO_FLOORS).coefficients == pytest.approx(Coefficients(0.5))
+    assert fit_overhead(steps, NO_FLOORS).coefficients == pytest.approx(Coefficients(0.5))
 
 
 def test_draws_follow_the_spread_and_the_seed() -> None:

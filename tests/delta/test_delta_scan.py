@@ -25,7 +25,7 @@ from torch import Tensor
 from stree_core.tree import Tree
 from stree_kernels.delta import delta_scan as kernel, delta_scan_ref as reference
 from stree_kernels.delta.rows import DeltaRows, DeltaTokens
-from stree_kernels.launch.rows import MAX_KEPT, Pending, next_num_kept
+from stree_kernels.launch.rows import MAX_BUFFERED, Pending, next_num_buffered
 from stree_kernels.testing import assert_close, poisoned
 
 FEW = settings(max_examples=20, deadline=None, derandomize=True)
@@ -36,7 +36,7 @@ EXACT = {"tolerance": OUT_ERRORS[torch.float64]}
 
 @FEW
 @given(
-    tree=trees(max_nodes=14, max_depth=5), kept=st.integers(0, MAX_KEPT),
+    tree=trees(max_nodes=14, max_depth=5), kept=st.integers(0, MAX_BUFFERED),
     key_heads=st.sampled_from([1, 2, 4]), gated=st.booleans(), per_channel=st.booleans(),
 )  # fmt: skip
 def test_reference_equals_the_recurrence_on_every_path(
@@ -55,7 +55,7 @@ def test_reference_equals_the_recurrence_on_every_path(
     assert_close("o", case.scan(reference), o, **EXACT)
     assert_close("u", case.rows.u_BRHP[:, : tree.num_tokens], u, **EXACT)
     for sequence, num_rows in enumerate((kept + 3, 5)):
-        if num_rows > MAX_KEPT:
+        if num_rows > MAX_BUFFERED:
             assert_close("state", case.state[sequence], state[sequence], **EXACT)
         else:
             assert torch.equal(case.state[sequence], before[sequence])
@@ -111,7 +111,7 @@ class Decoder:
         self.random = np.random.default_rng(seed)
         device = case.state.device
         self.set_rows = self.max_tokens + 1
-        size = (len(case.state), MAX_KEPT + 2 * self.set_rows)
+        size = (len(case.state), MAX_BUFFERED + 2 * self.set_rows)
         self.buffer = DeltaRows(
             *(poisoned(*size, *t.shape[2:], dtype=t.dtype, device=device) for t in case.buffer)
         )
@@ -125,7 +125,7 @@ class Decoder:
         """Score one tree; return o along the accepted path, and what it must be."""
         size = int(self.random.integers(1, self.max_tokens + 1))
         tree = random_tree(self.random, size, 6)
-        current, previous = (MAX_KEPT + (number + turn) % 2 * self.set_rows for turn in (0, 1))
+        current, previous = (MAX_BUFFERED + (number + turn) % 2 * self.set_rows for turn in (0, 1))
         order = torch.from_numpy(self.random.permutation(self.max_tokens)[:size])
         order = order.to(self.truth.device)
         for mine, theirs in zip(self.buffer[1:], self.case.rows[1:], strict=True):
@@ -139,11 +139,13 @@ class Decoder:
         out = step.scan(self.op)
         path = tree.node_paths[int(self.random.integers(size))]
         expected = self._feed(step, path)
-        num_kept = next_num_kept(self.pending)
-        self.num_flushes += int((self.pending.num_kept_B + self.pending.length_B > MAX_KEPT).any())
+        num_buffered = next_num_buffered(self.pending)
+        self.num_flushes += int(
+            (self.pending.num_buffered_B + self.pending.length_B > MAX_BUFFERED).any()
+        )
         table = torch.zeros_like(self.pending.path_BL)
         table[:, : len(path)] = torch.tensor(path, dtype=torch.int32)
-        self.pending = Pending(table, torch.full_like(num_kept, len(path)), num_kept)
+        self.pending = Pending(table, torch.full_like(num_buffered, len(path)), num_buffered)
         return out[:, list(path)], expected
 
     def _feed(self, step: DeltaCase, path: Sequence[int]) -> Tensor:
@@ -196,9 +198,11 @@ def check_kernel(
     assert_close("u", u, u_true, tolerance=max(slack**4 * SOLVED_ERRORS[dtype], coarse))
     assert_close("state", ours.state, truth.state, tolerance=max(STATE_ERROR, coarse))
     assert ours.buffer.u_BRHP[:, ours.current + num_tokens].isnan().all(), "rows behind stay"
-    for sequence, num_kept in enumerate(next_num_kept(truth.pending).tolist()):
+    for sequence, num_buffered in enumerate(next_num_buffered(truth.pending).tolist()):
         for mine, theirs in zip(ours.buffer, truth.buffer, strict=True):
-            assert torch.equal(mine[sequence, :num_kept].double(), theirs[sequence, :num_kept])
+            assert torch.equal(
+                mine[sequence, :num_buffered].double(), theirs[sequence, :num_buffered]
+            )
 
 
 KERNEL_CASES = {

@@ -1,7 +1,7 @@
-"""Live decoding at temperatures above 0 against the target's own law, computed by itself.
+"""Live decoding at temperatures above 0 against the target's own distribution, computed by itself.
 
 A tiny target over a handful of tokens: long texts are judged position by position, short ones as a
-whole, against laws from plain forward passes.
+whole, against distributions from plain forward passes.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from sampled_case import (
     TREES,
     Pair,
     decode,
+    distributions_of,
     judge,
-    laws_of,
 )
 from scipy import stats
 from tiny_models import ours, perturbed
@@ -73,13 +73,14 @@ def test_every_token_follows_the_targets_law(
     assert (tokens_per_step > 1.1) == (tree != "off")
     uniform, surplus = judge(pair[0], texts, params)
     assert uniform > 1e-4
-    assert abs(surplus) < 4, "texts are more or less likely than the law's own"
+    assert abs(surplus) < 4, "texts are more or less likely than the distribution's own"
 
 
 def test_children_tried_out_of_order_would_be_noticed(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The published sampler tries children sorted by the draft's law, which is not lossless."""
+    """The published sampler tries children sorted by the draft's distribution, which is not
+    lossless."""
     choose = sampling_ref.choose_by_mss
 
     def choose_sorted(p: Tensor, q_NBV: Tensor, children_NBC: Tensor, *numbers: Tensor) -> Tensor:
@@ -102,7 +103,7 @@ def test_short_texts_follow_the_joint_law(pair: Pair, rule: RuleName) -> None:
         for text in texts:
             counts[tuple(text)] = counts.get(tuple(text), 0) + 1
     every = list(itertools.product(range(NUM_TOKENS), repeat=length))
-    p_TBV = laws_of(pair[0], [list(text) for text in every], params)
+    p_TBV = distributions_of(pair[0], [list(text) for text in every], params)
     token_TB1 = torch.tensor(every).t()[..., None]
     exact = p_TBV.gather(-1, token_TB1)[..., 0].prod(0)
     assert math.isclose(exact.sum().item(), 1, rel_tol=1e-4)
@@ -192,7 +193,7 @@ def test_a_penalty_alone_is_greedy_with_other_scores(pair: Pair) -> None:
         run = generate(engine, [PROMPT], StopRule(30), sampling=params)
         texts.append(run.generations[0].tokens)
     assert texts[0] == texts[1]
-    choices = laws_of(pair[0], texts[:1], params)[:, 0].argmax(-1)
+    choices = distributions_of(pair[0], texts[:1], params)[:, 0].argmax(-1)
     assert texts[0] == choices.tolist()
 
 

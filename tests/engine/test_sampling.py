@@ -1,4 +1,5 @@
-"""Sampling laws against transformers' own processors, and the ranges of sampling parameters.
+"""Sampling distributions against transformers' own processors, and the ranges of sampling
+parameters.
 
 Shape letters: N rows, B slots, V vocabulary.
 """
@@ -24,7 +25,7 @@ from transformers.generation.logits_process import (
 
 from stree_core.engine.sampling import SamplingParams, SlotSettings, make_settings, processed
 from stree_core.errors import ConfigError
-from stree_kernels.sampling.children_ref import softmax_law
+from stree_kernels.sampling.children_ref import softmax_distribution
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 """Largest difference of one probability. The same sums in another order differ by roundings."""
@@ -54,12 +55,12 @@ def settings_of(slots: Sequence[SamplingParams], dtype: torch.dtype) -> SlotSett
     return settings
 
 
-def law(
+def distribution(
     logits_NBV: Tensor, settings: SlotSettings, seen_NBV: Tensor | None, *, truncates: bool
 ) -> Tensor:
     """Return the probabilities [N, B, V] that slots sample from."""
     scores_NBV = processed(logits_NBV, settings, seen_NBV, truncates=truncates)
-    return softmax_law(scores_NBV, settings.temperature_B)
+    return softmax_distribution(scores_NBV, settings.temperature_B)
 
 
 def random_logits(
@@ -78,7 +79,8 @@ def random_seen(logits_NBV: Tensor) -> Tensor:
 
 
 def transformers_law(logits_V: Tensor, params: SamplingParams, seen_V: Tensor) -> Tensor:
-    """Return the law [V] of transformers' `generate`, whose arguments have two dimensions."""
+    """Return the distribution [V] of transformers' `generate`, whose arguments have two
+    dimensions."""
     processors: list[Any] = []
     if params.penalises:
         processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
@@ -114,7 +116,7 @@ def test_laws_equal_those_of_transformers(num_tokens: int, tied: bool, dtype: to
     logits_NBV = random_logits(4, len(SLOTS), num_tokens, dtype, tied=tied)
     seen_NBV = random_seen(logits_NBV)
     before = logits_NBV.clone()
-    p_NBV = law(logits_NBV, settings_of(SLOTS, dtype), seen_NBV, truncates=True)
+    p_NBV = distribution(logits_NBV, settings_of(SLOTS, dtype), seen_NBV, truncates=True)
     assert torch.equal(logits_NBV, before), "logits are read alone"
     assert p_NBV.dtype == dtype
     for n, (p_BV, logits_BV, seen_BV) in enumerate(zip(p_NBV, logits_NBV, seen_NBV, strict=True)):
@@ -130,7 +132,7 @@ def test_tokens_of_logit_minus_infinity_stay_impossible(dtype: torch.dtype) -> N
     logits_NBV = random_logits(2, len(SLOTS), 50, dtype)
     logits_NBV[..., ::3] = -torch.inf
     seen_NBV = random_seen(logits_NBV)
-    p_NBV = law(logits_NBV, settings_of(SLOTS, dtype), seen_NBV, truncates=True)
+    p_NBV = distribution(logits_NBV, settings_of(SLOTS, dtype), seen_NBV, truncates=True)
     assert p_NBV[..., ::3].max() == 0
     for b, params in enumerate(SLOTS):
         expected_V = transformers_law(logits_NBV[1, b], params, seen_NBV[1, b])
@@ -141,7 +143,7 @@ def test_tokens_of_logit_minus_infinity_stay_impossible(dtype: torch.dtype) -> N
 def test_top_p_cuts_what_is_exactly_the_rest() -> None:
     params = SamplingParams(temperature=1.0, top_p=0.75)
     logits_NBV = torch.zeros(2, 1, 4)
-    p_NBV = law(logits_NBV, settings_of([params], torch.float32), None, truncates=True)
+    p_NBV = distribution(logits_NBV, settings_of([params], torch.float32), None, truncates=True)
     expected_V = transformers_law(logits_NBV[0, 0], params, torch.zeros(4, dtype=torch.bool))
     assert expected_V.count_nonzero() == 3
     torch.testing.assert_close(p_NBV, expected_V.expand_as(p_NBV))
@@ -151,7 +153,7 @@ def test_top_p_cuts_what_is_exactly_the_rest() -> None:
 def test_a_greedy_slot_takes_the_lowest_of_the_likeliest(truncates: bool) -> None:
     logits_NBV = torch.tensor([[[1.0, 3.0, -1.0, 3.0, 2.0]]]).expand(2, 3, 5)
     slots = (SamplingParams(), SamplingParams(temperature=1), SamplingParams(top_k=2, top_p=0.5))
-    p_NBV = law(logits_NBV, settings_of(slots, torch.float32), None, truncates=truncates)
+    p_NBV = distribution(logits_NBV, settings_of(slots, torch.float32), None, truncates=truncates)
     assert p_NBV[:, 0].tolist() == p_NBV[:, 2].tolist() == [[0, 1, 0, 0, 0]] * 2
     torch.testing.assert_close(p_NBV[:, 1], logits_NBV[:, 1].softmax(-1))
 
@@ -160,12 +162,14 @@ def test_a_penalty_changes_seen_tokens_alone() -> None:
     logits_NBV = torch.tensor([[[2.0, -2.0, 1.5, -3.0]]]).expand(1, 2, 4)
     seen_NBV = torch.tensor([[[True, True, False, False], [False] * 4]])
     slots = (SamplingParams(temperature=1, repetition_penalty=2),) * 2
-    p_NBV = law(logits_NBV, settings_of(slots, torch.float32), seen_NBV, truncates=False)
+    p_NBV = distribution(logits_NBV, settings_of(slots, torch.float32), seen_NBV, truncates=False)
     scores_2V = torch.tensor([[1.0, -4.0, 1.5, -3.0], [2.0, -2.0, 1.5, -3.0]])
     torch.testing.assert_close(p_NBV[0], scores_2V.softmax(-1))
     # The penalty comes before a greedy slot's choice too.
     greedy = settings_of((SamplingParams(repetition_penalty=2),) * 2, torch.float32)
-    assert law(logits_NBV, greedy, seen_NBV, truncates=False).argmax(-1).tolist() == [[2, 0]]
+    assert distribution(logits_NBV, greedy, seen_NBV, truncates=False).argmax(-1).tolist() == [
+        [2, 0]
+    ]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -182,7 +186,7 @@ def test_truncation_that_cuts_nothing_changes_nothing(num_tokens: int, dtype: to
     logits_NBV = random_logits(3, len(slots), num_tokens, dtype)
     settings = settings_of(slots, dtype)
     cut_NBV, plain_NBV = (
-        law(logits_NBV, settings, None, truncates=truncates) for truncates in (True, False)
+        distribution(logits_NBV, settings, None, truncates=truncates) for truncates in (True, False)
     )
     torch.testing.assert_close(cut_NBV, plain_NBV, rtol=0, atol=TOLERANCE[dtype])
     assert torch.equal(cut_NBV > 0, plain_NBV > 0)

@@ -142,7 +142,7 @@ def test_a_source_of_another_content_is_not_taken(root: Path, tmp_path: Path) ->
 def test_carried_over_times_are_carried_over_again(root: Path) -> None:
     profile = load_profile(next((root / "tuned").iterdir()))
     profile = profile.model_copy(update={"gpu": GpuRef(name="h100", status="estimated")})
-    with pytest.raises(MissingMeasurement, match="no sheet of h200 is there"):
+    with pytest.raises(MissingMeasurement, match="no spec of h200 is there"):
         profile_cost(profile, Library((root,)))
     carried = profile_cost(profile, Library((root, shipped_root())))
     measured = StepCost.from_table(make_table("h200", *PAIR))

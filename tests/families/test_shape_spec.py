@@ -1,4 +1,4 @@
-"""Shape sheets: what ships loads, means what was published, and malformed ones are refused."""
+"""Shape specs: what ships loads, means what was published, and malformed ones are refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import yaml
 
 from stree_core.errors import ConfigError
 from stree_core.families.registry import shape_from_config
-from stree_core.families.shape_spec import find_shape_sheet, load_shape_sheet
+from stree_core.families.shape_spec import find_shape_spec, load_shape_spec
 
 ROOT = Path(next(iter(stree_profiles.__path__)))
 SHEETS = sorted((ROOT / "shapes").glob("*.yaml"))
@@ -70,35 +70,35 @@ def test_every_sheet_is_counted() -> None:
 
 @pytest.mark.parametrize("path", SHEETS, ids=lambda path: path.stem)
 def test_shipped_sheets_give_the_published_model(path: Path) -> None:
-    sheet = load_shape_sheet(path)
-    assert sheet.name == path.stem
-    shape = shape_from_config(sheet.config_dict, sheet.name)
-    assert shape.num_parameters == NUM_PARAMETERS[sheet.name]
-    published = PUBLISHED.get(sheet.name, NUM_PARAMETERS[sheet.name])
+    spec = load_shape_spec(path)
+    assert spec.name == path.stem
+    shape = shape_from_config(spec.config_dict, spec.name)
+    assert shape.num_parameters == NUM_PARAMETERS[spec.name]
+    published = PUBLISHED.get(spec.name, NUM_PARAMETERS[spec.name])
     assert shape.num_parameters == pytest.approx(published, rel=0.01)
 
 
 @pytest.mark.parametrize("path", SHEETS, ids=lambda path: path.stem)
 def test_no_number_was_read_as_text(path: Path) -> None:
     # YAML takes 1e-05 for a word: it wants 1.0e-05.
-    for leaf in leaves(load_shape_sheet(path).config_dict):
+    for leaf in leaves(load_shape_spec(path).config_dict):
         assert not (isinstance(leaf, str) and leaf[:1].isdigit()), leaf
 
 
 def test_layers_of_one_kind_each() -> None:
-    sheet = load_shape_sheet(ROOT / "shapes" / "nemotron-h-8b.yaml")
-    pattern = str(sheet.config["hybrid_override_pattern"])
-    assert len(pattern) == sheet.config["num_hidden_layers"]
+    spec = load_shape_spec(ROOT / "shapes" / "nemotron-h-8b.yaml")
+    pattern = str(spec.config["hybrid_override_pattern"])
+    assert len(pattern) == spec.config["num_hidden_layers"]
     assert [pattern.count(kind) for kind in "M-*"] == [24, 24, 4]
 
 
 def test_the_second_file_goes_under_its_key() -> None:
-    sheet = load_shape_sheet(ROOT / "shapes" / "mamba-in-llama-3b.yaml")
-    merged = sheet.config_dict
-    assert merged["mamba_config"] == sheet.mamba_config
-    assert {key: value for key, value in merged.items() if key != "mamba_config"} == sheet.config
+    spec = load_shape_spec(ROOT / "shapes" / "mamba-in-llama-3b.yaml")
+    merged = spec.config_dict
+    assert merged["mamba_config"] == spec.mamba_config
+    assert {key: value for key, value in merged.items() if key != "mamba_config"} == spec.config
     merged["mamba_config"]["attn_layers"].clear()
-    assert sheet.config_dict["mamba_config"]["attn_layers"] == list(range(1, 28, 2))
+    assert spec.config_dict["mamba_config"]["attn_layers"] == list(range(1, 28, 2))
 
 
 @pytest.mark.parametrize(
@@ -124,35 +124,35 @@ def test_malformed_sheets(tmp_path: Path, changes: dict[str, Any], message: str)
     }  # fmt: skip
     path = tmp_path / "x.yaml"
     path.write_text(yaml.safe_dump(content))
-    assert load_shape_sheet(path).note is None
+    assert load_shape_spec(path).note is None
     path.write_text(yaml.safe_dump(content | changes))
     with pytest.raises(ConfigError, match=message):
-        load_shape_sheet(path)
+        load_shape_spec(path)
 
 
 def test_sheets_are_found_by_name_in_the_first_root(tmp_path: Path) -> None:
     own = tmp_path / "shapes" / "mamba2-130m.yaml"
     own.parent.mkdir()
     own.write_text("x")
-    assert find_shape_sheet([tmp_path, ROOT], "mamba2-130m") == own
-    assert find_shape_sheet([tmp_path, ROOT], "mamba2-2.7b") == ROOT / "shapes" / "mamba2-2.7b.yaml"
-    assert find_shape_sheet([tmp_path], "mamba2-2.7b") is None
-    assert find_shape_sheet([], "mamba2-130m") is None
+    assert find_shape_spec([tmp_path, ROOT], "mamba2-130m") == own
+    assert find_shape_spec([tmp_path, ROOT], "mamba2-2.7b") == ROOT / "shapes" / "mamba2-2.7b.yaml"
+    assert find_shape_spec([tmp_path], "mamba2-2.7b") is None
+    assert find_shape_spec([], "mamba2-130m") is None
 
 
 @pytest.mark.parametrize("name", ["../shapes/mamba2-130m", "", "/etc/x", "a/b", ".x", "x\n"])
 def test_names_cannot_leave_their_folder(name: str) -> None:
-    assert find_shape_sheet([ROOT], name) is None
+    assert find_shape_spec([ROOT], name) is None
 
 
 def test_a_section_describes_a_head_that_the_model_has_not() -> None:
     """As many weights as Nemotron 3.5 Lightning's head is published to have, 1.34 billion."""
-    sheet = load_shape_sheet(ROOT / "shapes" / "nemotron-3-nano-mtp.yaml")
-    shape = shape_from_config(sheet.config_dict, sheet.name)
+    spec = load_shape_spec(ROOT / "shapes" / "nemotron-3-nano-mtp.yaml")
+    shape = shape_from_config(spec.config_dict, spec.name)
     assert shape.mtp is not None
     assert shape.mtp.num_parameters == 1_335_325_952
-    published = shape_from_config(sheet.config, sheet.name)
+    published = shape_from_config(spec.config, spec.name)
     assert published.mtp is None
     assert published.digest == shape.digest
-    without = load_shape_sheet(ROOT / "shapes" / "nemotron-h-8b.yaml")
+    without = load_shape_spec(ROOT / "shapes" / "nemotron-h-8b.yaml")
     assert shape_from_config(without.config_dict, without.name).mtp is None

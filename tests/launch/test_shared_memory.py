@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stree_kernels.launch import shared_memory
-from stree_kernels.launch.shared_memory import prefer_as_neighbours, prefer_cache, prefer_shared
+from stree_kernels.launch.shared_memory import match_neighbours, prefer_cache, prefer_shared
 
 DEVICE = torch.device("cuda", 0)
 H200_SHARED_BYTES, H200_MULTIPROCESSORS = 233472, 132
@@ -76,8 +76,8 @@ def test_more_than_all_is_all(driver: Driver) -> None:
 def test_what_lies_between_takes_the_split_of_its_neighbours(driver: Driver) -> None:
     # Four programs of the scan, 32 KiB each, fill a multiprocessor.
     prefer_shared(kernel(32768), DEVICE, 9999)
-    prefer_as_neighbours(kernel(0, function=2), DEVICE, num_rows=8)
-    prefer_as_neighbours(kernel(0, function=2), DEVICE, num_rows=1)
+    match_neighbours(kernel(0, function=2), DEVICE, num_rows=8)
+    match_neighbours(kernel(0, function=2), DEVICE, num_rows=1)
     assert driver.told == [(1, 58), (2, 58), (2, 0)]
 
 
@@ -95,7 +95,7 @@ def test_elsewhere_the_driver_decides(monkeypatch: pytest.MonkeyPatch, capabilit
     # Where kernels are interpreted a launch returns nothing.
     prefer_cache(None, DEVICE)
     prefer_shared(None, DEVICE, 1)
-    prefer_as_neighbours(None, DEVICE, 1)
+    match_neighbours(None, DEVICE, 1)
     assert not driver.told
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from stree_kernels.launch.settings import GATED
 from stree_kernels.linear import linear as kernel, linear_ref as reference
-from stree_kernels.linear.deferred_norm import COLUMNS_PER_SUM, Residual, UnscaledRows
+from stree_kernels.linear.deferred_norm import COLUMNS_PER_SUM, DeferredNorm, Residual
 from stree_kernels.linear.gemv_kernel import GemvConfig
 from stree_kernels.linear.linear_kernel import LinearConfig
 from stree_kernels.linear.residual_ref import normalised
@@ -39,13 +39,13 @@ class Case:
     num_groups: int
     num_sums: int | None
 
-    def rows(self) -> UnscaledRows:
+    def rows(self) -> DeferredNorm:
         """Return the input; its sums of squares are exact for its values."""
         if self.num_sums is None:
-            return UnscaledRows(self.values, None, 1, EPS)
+            return DeferredNorm(self.values, None, 1, EPS)
         dtype = torch.promote_types(self.values.dtype, torch.float32)
         runs = self.values.to(dtype).unflatten(1, (self.num_sums, -1))
-        return UnscaledRows(self.values, runs.square().sum(2), self.num_groups, EPS)
+        return DeferredNorm(self.values, runs.square().sum(2), self.num_groups, EPS)
 
     def to(self, dtype: torch.dtype, device: str = "cpu") -> Case:
         """Return a copy in another dtype; the stream of a 16-bit case stays in fp32."""

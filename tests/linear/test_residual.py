@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from stree_kernels.launch.settings import GATED, Activation
 from stree_kernels.linear import residual as kernel, residual_ref as reference
-from stree_kernels.linear.deferred_norm import COLUMNS_PER_SUM, Residual, UnscaledRows
+from stree_kernels.linear.deferred_norm import COLUMNS_PER_SUM, DeferredNorm, Residual
 from stree_kernels.testing import TOLERANCES, assert_close, poisoned
 
 EPS = 1e-3
@@ -40,10 +40,10 @@ def residual_of(stream: Tensor, dtype: torch.dtype) -> Residual:
     return Residual(stream, values, sums)
 
 
-def unscaled(values: Tensor, num_groups: int, num_sums: int) -> UnscaledRows:
+def unscaled(values: Tensor, num_groups: int, num_sums: int) -> DeferredNorm:
     """Return rows with the sums of squares of their values."""
     exact = values.to(torch.promote_types(values.dtype, torch.float32))
-    return UnscaledRows(values, exact.unflatten(1, (num_sums, -1)).square().sum(2), num_groups, EPS)
+    return DeferredNorm(values, exact.unflatten(1, (num_sums, -1)).square().sum(2), num_groups, EPS)
 
 
 def test_reference_starts_from_the_embedding() -> None:
@@ -106,7 +106,7 @@ def test_reference_norm_equals_that_of_torch(num_groups: int) -> None:
 
 def test_reference_without_a_norm_leaves_the_rows() -> None:
     values, out = normal(5, 96), poisoned(5, 96, dtype=torch.float64)
-    reference.scale_rows(UnscaledRows(values, None, 1, EPS), None, out)
+    reference.scale_rows(DeferredNorm(values, None, 1, EPS), None, out)
     assert torch.equal(out, values)
 
 

@@ -11,19 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from stree_kernels.launch.settings import RouterLaw
+from stree_kernels.launch.settings import Routing
 from stree_kernels.linear.router import choose_experts
 from stree_kernels.testing import assert_close
 
 LAWS = {
-    "softmax": RouterLaw("softmax", 3),
-    "softmax, one": RouterLaw("softmax", 1),
-    "sigmoid": RouterLaw("sigmoid", 3),
-    "sigmoid, scaled": RouterLaw("sigmoid", 3, scale=2.5),
-    "sigmoid, not normalised": RouterLaw("sigmoid", 3, normalised=False, scale=2.5),
-    "groups": RouterLaw("sigmoid", 3, num_groups=4, num_open_groups=2),
-    "one open group": RouterLaw("sigmoid", 2, num_groups=3, num_open_groups=1, scale=0.5),
-    "all groups open": RouterLaw("sigmoid", 4, num_groups=4, num_open_groups=4),
+    "softmax": Routing("softmax", 3),
+    "softmax, one": Routing("softmax", 1),
+    "sigmoid": Routing("sigmoid", 3),
+    "sigmoid, scaled": Routing("sigmoid", 3, scale=2.5),
+    "sigmoid, not normalised": Routing("sigmoid", 3, normalised=False, scale=2.5),
+    "groups": Routing("sigmoid", 3, num_groups=4, num_open_groups=2),
+    "one open group": Routing("sigmoid", 2, num_groups=3, num_open_groups=1, scale=0.5),
+    "all groups open": Routing("sigmoid", 4, num_groups=4, num_open_groups=4),
 }
 
 
@@ -33,32 +33,34 @@ def normal(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=random, dtype=torch.float64)
 
 
-def shares_of_row(logits: list[float], bias: list[float], law: RouterLaw) -> dict[int, float]:
+def shares_of_row(
+    logits: list[float], bias: list[float], distribution: Routing
+) -> dict[int, float]:
     """Return the experts of one row, best first, each with its share."""
-    if law.kind == "softmax":
-        chosen = sorted(range(len(logits)), key=lambda e: -logits[e])[: law.num_chosen]
+    if distribution.kind == "softmax":
+        chosen = sorted(range(len(logits)), key=lambda e: -logits[e])[: distribution.num_chosen]
         powers = {expert: math.exp(logits[expert]) for expert in chosen}
         return {expert: power / sum(powers.values()) for expert, power in powers.items()}
     score = [1 / (1 + math.exp(-logit)) for logit in logits]
     ranked = [s + b for s, b in zip(score, bias, strict=True)]
-    size = len(logits) // law.num_groups
-    groups = [range(g * size, (g + 1) * size) for g in range(law.num_groups)]
+    size = len(logits) // distribution.num_groups
+    groups = [range(g * size, (g + 1) * size) for g in range(distribution.num_groups)]
     groups.sort(key=lambda group: -sum(sorted(ranked[e] for e in group)[-2:]))
-    may_open = [expert for group in groups[: law.num_open_groups] for expert in group]
-    if law.num_open_groups == law.num_groups:
+    may_open = [expert for group in groups[: distribution.num_open_groups] for expert in group]
+    if distribution.num_open_groups == distribution.num_groups:
         may_open = list(range(len(logits)))
-    chosen = sorted(may_open, key=lambda e: -ranked[e])[: law.num_chosen]
-    total = sum(score[expert] for expert in chosen) if law.normalised else 1.0
-    return {expert: score[expert] / total * law.scale for expert in chosen}
+    chosen = sorted(may_open, key=lambda e: -ranked[e])[: distribution.num_chosen]
+    total = sum(score[expert] for expert in chosen) if distribution.normalised else 1.0
+    return {expert: score[expert] / total * distribution.scale for expert in chosen}
 
 
-def check_law(logits_ME: Tensor, bias_E: Tensor | None, law: RouterLaw) -> None:
+def check_law(logits_ME: Tensor, bias_E: Tensor | None, distribution: Routing) -> None:
     """Compare a choice with the loop."""
-    choice_MC, share_MC = choose_experts(logits_ME, bias_E, law)
+    choice_MC, share_MC = choose_experts(logits_ME, bias_E, distribution)
     assert choice_MC.dtype == torch.int64
     assert share_MC.dtype == logits_ME.dtype
     bias = [0.0] * logits_ME.shape[1] if bias_E is None else bias_E.tolist()
-    rows = [shares_of_row(row, bias, law) for row in logits_ME.tolist()]
+    rows = [shares_of_row(row, bias, distribution) for row in logits_ME.tolist()]
     assert choice_MC.tolist() == [list(row) for row in rows]
     shares = torch.tensor([list(row.values()) for row in rows], dtype=torch.float64)
     assert_close("shares", share_MC, shares)
@@ -79,13 +81,13 @@ def test_bias_decides_the_choice_but_not_the_shares(name: str) -> None:
 
 
 def test_scores_below_zero_stay_within_the_open_groups() -> None:
-    law = RouterLaw("sigmoid", 4, num_groups=2, num_open_groups=1)
+    distribution = Routing("sigmoid", 4, num_groups=2, num_open_groups=1)
     bias = torch.tensor([-9.0] * 4 + [-5.0] * 4, dtype=torch.float64)
-    choice, _ = choose_experts(normal(5, 8), bias, law)
+    choice, _ = choose_experts(normal(5, 8), bias, distribution)
     assert (choice >= 4).all(), "a closed group is worse than any score"
 
 
 def test_fp32_logits_give_fp32_shares() -> None:
     logits = normal(7, 12).float()
-    for law in (LAWS["softmax"], LAWS["groups"]):
-        check_law(logits, None, law)
+    for distribution in (LAWS["softmax"], LAWS["groups"]):
+        check_law(logits, None, distribution)

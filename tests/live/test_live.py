@@ -184,17 +184,17 @@ def test_one_model_is_timed_alone(run: Runner) -> None:
 
 
 def test_shapes_are_timed_with_random_weights(run: Runner, folder: Path) -> None:
-    sheets = folder / "stree-data" / "shapes"
-    sheets.mkdir(exist_ok=True)
+    specs = folder / "stree-data" / "shapes"
+    specs.mkdir(exist_ok=True)
     for name, layers in (("deep", 3), ("flat", 1)):
-        sheet = {
+        spec = {
             "schema_version": 1, "kind": "stree-shape", "name": name, "sources": ["this test"],
             "config": {
                 "d_model": 32, "n_layer": layers, "vocab_size": 90,
                 "ssm_cfg": {"layer": "Mamba2", "d_state": 16, "headdim": 16},
             },
         }  # fmt: skip
-        (sheets / f"{name}.yaml").write_text(json.dumps(sheet))
+        (specs / f"{name}.yaml").write_text(json.dumps(spec))
     few = ("--batch-size", "1", "--max-nodes", "4", "--context", "64", "--effort", "quick")
     code, out, err = run("probe", "--shapes", "deep", *few)
     assert code == 0, err

@@ -150,4 +150,4 @@ def test_measuring_needs_the_gpu_that_is_asked_about(
     code, _, err = run(monkeypatch, capsys, "--gpu", "h100", "--dataset", "gsm8k", "--measure")
     assert code == 2
     assert "on the GPU that it is asked about" in err
-    assert Library.open().gpu_sheet("h100") is not None
+    assert Library.open().gpu_spec("h100") is not None

@@ -196,7 +196,7 @@ def place(space: TreeSpace, tmp_path: Path) -> StudyPlace:
 
 
 def pulseless(place: StudyPlace, space: TreeSpace, budget: int) -> Worker:
-    """Return a worker that others take for dead: it is never entered, so it has no pulse."""
+    """Return a worker that others take for dead: it is never entered, so it has no heartbeat."""
     return Worker(place.open(1), space, budget)
 
 
@@ -231,8 +231,8 @@ def test_a_tree_that_changes_hands_leaves_no_room_for_another(
     space: TreeSpace, place: StudyPlace, lost: Claim, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watched = place.open(1)
-    with Worker(watched, space, 1) as heir, Worker(place.open(1), space, 1) as other:
-        assert heir.claim(1) == []
+    with Worker(watched, space, 1) as retry, Worker(place.open(1), space, 1) as other:
+        assert retry.claim(1) == []
         meanwhile = []
 
         def between(name: str) -> None:
@@ -248,7 +248,7 @@ def test_a_tree_that_changes_hands_leaves_no_room_for_another(
         between("add_trial")
         between("tell")
         clock.now = PATIENCE_S + 1
-        (own,) = heir.claim(1)
+        (own,) = retry.claim(1)
         assert own.tree == lost.tree
         assert meanwhile == [[]] * 4
 

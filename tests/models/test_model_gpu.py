@@ -39,7 +39,7 @@ from stree_core.models.model import Model
 from stree_core.models.row_block import make_block
 from stree_core.models.weights import assemble
 from stree_kernels.launch.rows import advance_pending
-from stree_kernels.launch.settings import RouterLaw
+from stree_kernels.launch.settings import Routing
 from stree_kernels.testing import assert_close
 
 NUM_SLOTS = 3
@@ -55,8 +55,8 @@ UNPLACED = AttentionShape(12, 4, 128, 0.01, None)
 ODD = AttentionShape(8, 8, 40, 0.2, Rope(10000.0, 40))
 SWIGLU, RELU2, GEGLU = MlpShape(512, "swiglu"), MlpShape(512, "relu2"), MlpShape(512, "geglu")
 # All experts are chosen: a choice near a tie would turn rounding into another result.
-SOFTMAX = MoeShape(4, MlpShape(96, "swiglu"), RouterLaw("softmax", 4))
-SIGMOID = MoeShape(6, MlpShape(96, "relu2"), RouterLaw("sigmoid", 6, scale=1.5), 128)
+SOFTMAX = MoeShape(4, MlpShape(96, "swiglu"), Routing("softmax", 4))
+SIGMOID = MoeShape(6, MlpShape(96, "relu2"), Routing("sigmoid", 6, scale=1.5), 128)
 # Blocks of parts side by side; "beside" stands for the shared layer before the next block's parts.
 MODELS: dict[str, tuple[bool, list[list[Mixer]]]] = {
     "mamba2": (True, [[MAMBA], [MAMBA], [GROUPED]]),

@@ -14,7 +14,7 @@ from mtp_models import bamba_with_head
 from tiny_models import save_pair
 
 from stree_autotune.cost.step_cost import StepCost
-from stree_autotune.cost.traffic import MAX_KEPT, model_cost
+from stree_autotune.cost.traffic import MAX_BUFFERED, model_cost
 from stree_autotune.probe import (
     passes as probe_passes,
     rules as probe_rules,
@@ -189,7 +189,7 @@ def test_few_steps_are_some_of_all(max_nodes: int) -> None:
     assert {kind for kind, *_ in all_keys - keys} == {"steps"}
     for batch_size in few.batch_sizes:
         timed = {key[2] for key in keys if key[:2] == ("steps", batch_size)}
-        assert {"off", "chain-1", "chain-2"} <= timed, "a remainder needs two"
+        assert {"off", "chain-1", "chain-2"} <= timed, "a overhead needs two"
 
 
 def test_few_steps_predict_every_rule(whole: RuntimeTable) -> None:
@@ -299,7 +299,7 @@ def test_the_plan_covers_both_sides_of_every_padding_step() -> None:
 
 
 def test_the_shape_says_what_a_cache_holds(pair: Pair) -> None:
-    assert kernel_rows.MAX_KEPT == MAX_KEPT
+    assert kernel_rows.MAX_BUFFERED == MAX_BUFFERED
     cost = model_cost(pair.target.shape, pair.target_ref, pair.target.dtype.itemsize)
     assert cost.held_bytes == pair.target.shape.num_parameters * pair.target.dtype.itemsize
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stree_kernels.sampling import children as kernel, children_ref as reference
-from stree_kernels.sampling.children_ref import softmax_law
+from stree_kernels.sampling.children_ref import softmax_distribution
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests cover this")
 TEMPERATURES = torch.tensor([0.7, 0.0, 1.0, 1.6])
@@ -58,7 +58,7 @@ def check_sampled(num_rows: int, num_scores: int, device: str) -> None:
     token_NB = ours[-1].cpu()
     assert token_NB[-1, 2:].tolist() == [num_scores // 3, num_scores // 2]
     assert torch.equal(token_NB[:, 1], truth[-1][:, 1]), "greedy"
-    p_NBV = softmax_law(scores_NBV.double(), TEMPERATURES.double())
+    p_NBV = softmax_distribution(scores_NBV.double(), TEMPERATURES.double())
     p_NBV[-1, 2:] = torch.nn.functional.one_hot(token_NB[-1, 2:], num_scores).double()
     after_NB = p_NBV.cumsum(-1).gather(-1, token_NB[..., None])[..., 0]
     p_NB = p_NBV.gather(-1, token_NB[..., None])[..., 0]
@@ -116,7 +116,7 @@ def check_tries(num_inner: int, num_scores: int, num_children: int, device: str)
     chosen_TB, expected_TB = ours[-1].cpu(), truth[-1]
     # Greedy slots keep what was there, the reference repeats their likeliest token.
     assert (chosen_TB[:, 1] == -7).all()
-    assert chosen_TB[0, 2] == -7, "a law that breaks down"
+    assert chosen_TB[0, 2] == -7, "a distribution that breaks down"
     differ = (chosen_TB != expected_TB)[:, [0, 2, 3]].sum().item()
     assert differ <= num_inner * len(TEMPERATURES) // 100
     taken = (chosen_TB[:num_inner, None] == arguments[5][arguments[4]])[..., [0, 2, 3]].any(1)

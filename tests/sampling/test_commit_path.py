@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stree_core.drafting.tree_plan import ModelRows, make_plan
 from stree_core.tree import DEFAULT_TREE, Tree
-from stree_kernels.launch.rows import MAX_KEPT, Pending
+from stree_kernels.launch.rows import MAX_BUFFERED, Pending
 from stree_kernels.sampling import commit_path as kernel, commit_path_ref as reference
 from stree_kernels.sampling.commit_path_ref import (
     COUNT,
@@ -103,8 +103,8 @@ def make_step(tree: Tree, num_slots: int, device: str = "cpu") -> Step:
             path_TL,
             Pending(
                 draw(50, num_slots, capacity, dtype=torch.int32),
-                draw(MAX_KEPT, num_slots, dtype=torch.int32),
-                draw(MAX_KEPT, num_slots, dtype=torch.int32),
+                draw(MAX_BUFFERED, num_slots, dtype=torch.int32),
+                draw(MAX_BUFFERED, num_slots, dtype=torch.int32),
             ),
             draw(500, num_slots, dtype=torch.int32),
         )
@@ -159,8 +159,8 @@ def test_a_path_is_followed_as_far_as_it_matches(name: str) -> None:
         own = before.logits_TBV[range(tree.num_tokens), slot, chosen]
         assert result[HEALTHY] == own.isfinite().all()
         for old, new in zip(before.memories, after.memories, strict=True):
-            total = int(old.pending.num_kept_B[slot] + old.pending.length_B[slot])
-            assert new.pending.num_kept_B[slot] == (total if total <= MAX_KEPT else 0)
+            total = int(old.pending.num_buffered_B[slot] + old.pending.length_B[slot])
+            assert new.pending.num_buffered_B[slot] == (total if total <= MAX_BUFFERED else 0)
             assert new.pending.length_B[slot] == len(emitted) * active
             assert new.committed_B[slot] == old.committed_B[slot] + len(emitted) * active
             assert torch.equal(new.pending.path_BL[slot][: tree.depth + 1], old.path_TL[node].int())

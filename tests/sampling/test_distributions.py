@@ -1,4 +1,4 @@
-"""Every rule emits the target's law exactly: sums over all random outcomes, in float64.
+"""Every rule emits the target's distribution exactly: sums over all random outcomes, in float64.
 
 No probability of a test comes from the formula under test. What a rule does for a uniform number is
 measured on the rule itself, by bisection for the points where its answer changes.
@@ -29,7 +29,8 @@ from stree_kernels.sampling.top_tokens_ref import top_tokens
 
 Tokens = tuple[int, ...]
 Outcomes = list[tuple[Tokens, float, list[float]]]
-"""Children of a node, their probability, and the law of the token after the node given them."""
+"""Children of a node, their probability, and the distribution of the token after the node given
+them."""
 
 LAST = {torch.float32: 1 - 2.0**-24, torch.float64: 1 - 2.0**-53}
 """The largest number below 1."""
@@ -57,14 +58,14 @@ def share(holds: Callable[[Tensor], Tensor], shape: Sequence[int], dtype: torch.
 
 
 def law_of(choose: Callable[[Tensor], Tensor], num_rows: int, like_V: Tensor) -> Tensor:
-    """Return the law [N, V] of a choice that never falls as its number [N, V] grows."""
+    """Return the distribution [N, V] of a choice that never falls as its number [N, V] grows."""
     id_V = torch.arange(len(like_V))
     cdf_NV = share(lambda u_NV: choose(u_NV) <= id_V, (num_rows, len(id_V)), like_V.dtype)
     return cdf_NV.diff(prepend=torch.zeros(num_rows, 1), dim=-1)
 
 
 def sampled_laws(p_NV: Tensor) -> Tensor:
-    """Return the laws [N, V] of `sample_from`."""
+    """Return the distributions [N, V] of `sample_from`."""
     num_rows, num_tokens = p_NV.shape
     p_NVV = p_NV[:, None].expand(-1, num_tokens, -1)
     return law_of(lambda u_NV: sample_from(p_NVV, u_NV), num_rows, p_NV[0])
@@ -94,7 +95,7 @@ def mss_laws(
     p_NV: Tensor, q_NV: Tensor, children_NC: Tensor,
     choose_by_mss: Callable[..., Tensor] = choose_by_mss,
 ) -> Tensor:  # fmt: skip
-    """Return the laws [N, V] of the token that `choose_by_mss` returns for given children.
+    """Return the distributions [N, V] of the token that `choose_by_mss` returns for given children.
 
     A try is rejected by the largest number; where even that takes the child, nothing is left.
     """
@@ -148,7 +149,7 @@ def draws(q_V: Tensor, num_children: int) -> dict[Tokens, float]:
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """Return the total variation of two laws."""
+    """Return the total variation of two distributions."""
     return (a - b).abs().sum().item() / 2
 
 
@@ -157,7 +158,7 @@ def normalised(mass: Tensor) -> Tensor:
 
 
 def pairs_of_laws(num_tokens: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return laws (p, q) of many kinds, in float64."""
+    """Return distributions (p, q) of many kinds, in float64."""
     generator = torch.Generator().manual_seed(num_tokens)
     normal_4V = torch.randn(4, num_tokens, generator=generator, dtype=torch.float64)
     p, q = normal_4V[:2].softmax(-1)
@@ -188,17 +189,20 @@ def mss_outcomes(
     reorder: Callable[[Tokens], Tokens] = lambda children: children,
     choose: Callable[..., Tensor] = choose_by_mss,
 ) -> list[Outcomes]:  # fmt: skip
-    """Return what may happen at nodes with these laws, over all children and random numbers."""
+    """Return what may happen at nodes with these distributions, over all children and random
+    numbers."""
     drawn_N = [draws(q_V, num_children) for q_V in normalised(q_NV.double())]
     row = torch.tensor([n for n, drawn in enumerate(drawn_N) for _ in drawn])
     children = torch.tensor([reorder(children) for drawn in drawn_N for children in drawn])
-    laws = iter(mss_laws(p_NV[row], q_NV[row], children, choose).tolist())
-    return [[(children, w, next(laws)) for children, w in drawn.items()] for drawn in drawn_N]
+    distributions = iter(mss_laws(p_NV[row], q_NV[row], children, choose).tolist())
+    return [
+        [(children, w, next(distributions)) for children, w in drawn.items()] for drawn in drawn_N
+    ]
 
 
 def mean_law(outcomes: Outcomes) -> Tensor:
-    """Return the law [V] of the token after a node, whatever its children are."""
-    weighted = [[draw * p for p in law] for _, draw, law in outcomes]
+    """Return the distribution [V] of the token after a node, whatever its children are."""
+    weighted = [[draw * p for p in distribution] for _, draw, distribution in outcomes]
     return torch.tensor(weighted, dtype=torch.float64).sum(0)
 
 
@@ -208,7 +212,9 @@ def test_mss_returns_the_targets_law(
     num_tokens: int, num_children: int, dtype: torch.dtype
 ) -> None:
     pairs = pairs_of_laws(num_tokens)
-    p_NV, q_NV = (torch.stack(laws).to(dtype) for laws in zip(*pairs.values(), strict=True))
+    p_NV, q_NV = (
+        torch.stack(distributions).to(dtype) for distributions in zip(*pairs.values(), strict=True)
+    )
     outcomes = mss_outcomes(p_NV, q_NV, num_children)
     errors = {
         name: distance(mean_law(outcomes[n]), normalised(p_NV[n].double()))
@@ -221,7 +227,9 @@ def test_mss_returns_the_targets_law(
 @pytest.mark.parametrize(("num_tokens", "num_children"), [(2, 2), (4, 3), (5, 4)])
 def test_the_kernel_returns_the_targets_law(num_tokens: int, num_children: int) -> None:
     pairs = pairs_of_laws(num_tokens)
-    p_NV, q_NV = (torch.stack(laws).float() for laws in zip(*pairs.values(), strict=True))
+    p_NV, q_NV = (
+        torch.stack(distributions).float() for distributions in zip(*pairs.values(), strict=True)
+    )
     outcomes = mss_outcomes(p_NV, q_NV, num_children, choose=kernel_mss)
     errors = {
         name: distance(mean_law(outcomes[n]), normalised(p_NV[n].double()))
@@ -274,12 +282,12 @@ def test_mss_never_returns_a_token_of_probability_zero(dtype: torch.dtype) -> No
 
 
 def node_outcomes(rule: str, p_NV: Tensor, q_NV: Tensor, num_children: int) -> list[Outcomes]:
-    """Return what a rule may do at nodes with these laws."""
+    """Return what a rule may do at nodes with these distributions."""
     if rule == "mss" and num_children:
         return mss_outcomes(p_NV, q_NV, num_children)
     top_NC = top_tokens(q_NV.float(), num_children) if num_children else torch.empty(len(q_NV), 0)
     rows = zip(top_NC.tolist(), sampled_laws(p_NV).tolist(), strict=True)
-    return [[(tuple(children), 1.0, law)] for children, law in rows]
+    return [[(tuple(children), 1.0, distribution)] for children, distribution in rows]
 
 
 def tree_outcomes(
@@ -292,11 +300,11 @@ def tree_outcomes(
         longer = []
         for tokens, chosen, weight in partial:
             context = tuple(tokens[n] for n in tree.node_paths[node][1:])
-            for children, draw, law in outcomes_at(context, len(tree.children[node])):
+            for children, draw, distribution in outcomes_at(context, len(tree.children[node])):
                 # Breadth-first order: the next free nodes are this one's children.
                 longer += [
                     ((*tokens, *children), (*chosen, token), weight * draw * p)
-                    for token, p in enumerate(law)
+                    for token, p in enumerate(distribution)
                     if p > 0
                 ]
         partial = longer
@@ -325,10 +333,10 @@ def emitted_blocks(
 
 
 def emission_error(tree: Tree, rule: str, seed: int) -> tuple[float, int]:
-    """Return how far emitted tokens are from the target's law, and the longest block.
+    """Return how far emitted tokens are from the target's distribution, and the longest block.
 
-    What a step emits, continued by the target alone, must have the target's law. Every context
-    has laws of its own.
+    What a step emits, continued by the target alone, must have the target's distribution. Every
+    context has distributions of its own.
     """
     contexts = [c for n in range(tree.depth + 1) for c in itertools.product(range(3), repeat=n)]
     generator = torch.Generator().manual_seed(seed)

@@ -29,7 +29,7 @@ from stree_autotune.store.library import Library, shipped_root
 from stree_autotune.store.runtime_table import load_runtime_table
 from stree_autotune.store.show import print_profile, result_console
 from stree_autotune.trace.file import NO_RANK, Trace, load_trace, save_trace
-from stree_autotune.trace.tree_walk import Slots, walk
+from stree_autotune.trace.tree_walk import FlatTrace, walk
 from stree_core.errors import ConfigError
 from stree_core.profile import Sampling
 from stree_core.tree import Tree
@@ -72,17 +72,17 @@ def certified() -> dict[str, tuple[Trace, Certificate]]:
 def test_any_weights_bound_any_tree(
     trace: Trace, order: list[tuple[int, ...]], data: st.DataObject
 ) -> None:
-    tree, slots = Tree.from_paths(order), Slots.of(trace)
+    tree, flat = Tree.from_paths(order), FlatTrace.of(trace)
     depth = data.draw(st.integers(1, 4))
     price = data.draw(st.sampled_from([0.0, 0.3, 1.0, 4.0]))
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
-    weights = rng.random(slots.num_positions) * data.draw(st.sampled_from([0.3, 1.0, 2.0]))
-    least = bound(Blocks.of(slots, depth, deeper=True), weights, price) - price * tree.num_nodes
+    weights = rng.random(flat.num_positions) * data.draw(st.sampled_from([0.3, 1.0, 2.0]))
+    least = bound(Blocks.of(flat, depth, deeper=True), weights, price) - price * tree.num_nodes
     assert least <= starts(trace, tree) + 1e-9
     if tree.depth <= depth:
         # weights may be negative where no block stands for deeper ones
         weights -= 0.3
-        least = bound(Blocks.of(slots, depth), weights, price) - price * tree.num_nodes
+        least = bound(Blocks.of(flat, depth), weights, price) - price * tree.num_nodes
         assert least <= starts(trace, tree) + 1e-9
 
 
@@ -90,37 +90,37 @@ def test_any_weights_bound_any_tree(
 @settings(max_examples=30, deadline=None)
 def test_the_bound_covers_the_worst_tree(trace: Trace, seed: int) -> None:
     # the most that a tree's excesses can be, by trying every tree
-    slots = Slots.of(trace)
+    flat = FlatTrace.of(trace)
     rng = np.random.default_rng(seed)
-    weights, price = rng.random(slots.num_positions), float(rng.random())
-    before = np.zeros(len(slots.ranks_S) + 1)
-    before[np.flatnonzero(slots.positions_S >= 0) + 1] = weights
+    weights, price = rng.random(flat.num_positions), float(rng.random())
+    before = np.zeros(len(flat.ranks_S) + 1)
+    before[np.flatnonzero(flat.positions_S >= 0) + 1] = weights
     before = np.cumsum(before)
     two_levels = [tree for n in range(7) for tree in ordered_trees(n) if tree.depth <= 2]
     narrow = [tree for tree in two_levels if tree.max_children <= 4]
     worst = -np.inf
     for tree in narrow:
         paths, total = set(tree.paths), 0.0
-        for slot in np.flatnonzero(slots.positions_S >= 0).tolist():
+        for place in np.flatnonzero(flat.positions_S >= 0).tolist():
             length = 0
-            while tuple(slots.ranks_S[slot : slot + length + 1].tolist()) in paths:
+            while tuple(flat.ranks_S[place : place + length + 1].tolist()) in paths:
                 length += 1
-            total += max(0.0, float(before[slot + length + 1] - before[slot]) - 1)
+            total += max(0.0, float(before[place + length + 1] - before[place]) - 1)
         worst = max(worst, total - price * tree.num_nodes)
-    least = bound(Blocks.of(slots, 2), weights, price)
+    least = bound(Blocks.of(flat, 2), weights, price)
     assert least <= weights.sum() - worst + 1e-9
     # trees with more nodes than were tried might still be worse, none is at a price like this
-    dear = bound(Blocks.of(slots, 2), weights, 1000.0)
+    dear = bound(Blocks.of(flat, 2), weights, 1000.0)
     alone = sum(max(0.0, weight - 1) for weight in weights.tolist())
     assert dear == pytest.approx(weights.sum() - alone)
 
 
 @pytest.mark.parametrize("deeper", [False, True])
 def test_slopes_are_those_of_the_value(deeper: bool) -> None:
-    slots = Slots.of(latent_trace(3, num_prompts=8, length=30))
-    blocks = Blocks.of(slots, 3, deeper=deeper)
+    flat = FlatTrace.of(latent_trace(3, num_prompts=8, length=30))
+    blocks = Blocks.of(flat, 3, deeper=deeper)
     rng = np.random.default_rng(0)
-    weights, way = rng.random(slots.num_positions), rng.standard_normal(slots.num_positions)
+    weights, way = rng.random(flat.num_positions), rng.standard_normal(flat.num_positions)
     value, slope = _evaluate(blocks, weights, 2.0, 0.1)
     ahead, behind = (_evaluate(blocks, weights + s * 1e-6 * way, 2.0, 0.1)[0] for s in (1, -1))
     assert (ahead - behind) / 2e-6 == pytest.approx(slope @ way, rel=1e-4)
@@ -130,8 +130,8 @@ def test_slopes_are_those_of_the_value(deeper: bool) -> None:
 
 def test_blocks_by_hand() -> None:
     trace = trace_of([[0, 2, NO_RANK], [0]], 3)
-    blocks = Blocks.of(Slots.of(trace), 2)
-    # slots: 0 1 2 | 3 4 are marks | 5 | 6 7 are marks
+    blocks = Blocks.of(FlatTrace.of(trace), 2)
+    # flat: 0 1 2 | 3 4 are marks | 5 | 6 7 are marks
     pairs = list(zip(blocks.start_E.tolist(), blocks.end_E.tolist(), strict=True))
     assert pairs == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3), (5, 6), (5, 7)]
     assert blocks.first_E.tolist() == [0, 3, 5, 6]
@@ -143,7 +143,7 @@ def test_blocks_by_hand() -> None:
         (slice(2, 3), [1]),
         (slice(3, 4), [1]),
     ]
-    deeper = Blocks.of(Slots.of(trace), 1, deeper=True)
+    deeper = Blocks.of(FlatTrace.of(trace), 1, deeper=True)
     assert (0, 3) in zip(deeper.start_E.tolist(), deeper.end_E.tolist(), strict=True)
 
 
@@ -182,9 +182,9 @@ def test_never_below_random_large_trees(
 
 
 def test_fitting_raises_the_bound() -> None:
-    slots = Slots.of(latent_trace(1, num_prompts=20, length=40, phi=0.5))
-    blocks = Blocks.of(slots, 3)
-    flat = np.full(slots.num_positions, 0.4)
+    flat = FlatTrace.of(latent_trace(1, num_prompts=20, length=40, phi=0.5))
+    blocks = Blocks.of(flat, 3)
+    flat = np.full(flat.num_positions, 0.4)
     values = [bound(blocks, flat, 10.0)]
     for stages in ((QUICK[0],), QUICK):
         values.append(bound(blocks, fit_weights(blocks, flat, 10.0, stages), 10.0))

@@ -12,7 +12,7 @@ from stree_autotune.search.path_counts import index_paths, path_shares
 from stree_autotune.search.tree_solver import MAX_DEPTH, grow
 from stree_autotune.search.verdict import Decision, decide_policy
 from stree_autotune.trace.file import NO_RANK, Trace
-from stree_autotune.trace.tree_walk import Slots
+from stree_autotune.trace.tree_walk import FlatTrace
 from stree_core.tree import Tree
 
 
@@ -68,29 +68,29 @@ def test_a_large_batch_that_computes_is_off(trace: Trace) -> None:
     assert large.verdict == "off"
 
 
-laws = st.lists(st.floats(0.01, 0.9), min_size=1, max_size=4).map(
+distributions = st.lists(st.floats(0.01, 0.9), min_size=1, max_size=4).map(
     lambda parts: (np.array(parts) / max(1.0, sum(parts))).tolist()
 )
 
 
-def independent_value(law: list[float], tree: Tree) -> float:
-    return sum(float(np.prod([law[rank] for rank in path])) for path in tree.paths)
+def independent_value(distribution: list[float], tree: Tree) -> float:
+    return sum(float(np.prod([distribution[rank] for rank in path])) for path in tree.paths)
 
 
-@given(laws, st.integers(1, 6), st.integers(1, 4))
+@given(distributions, st.integers(1, 6), st.integers(1, 4))
 @settings(max_examples=30, deadline=None)
 def test_the_exact_recursion_against_every_tree(
-    law: list[float], num_nodes: int, depth: int
+    distribution: list[float], num_nodes: int, depth: int
 ) -> None:
-    value, tree = script("search_baselines").best_tree(law, num_nodes, depth)
+    value, tree = script("search_baselines").best_tree(distribution, num_nodes, depth)
     allowed = (
         tree
         for size in range(num_nodes + 1)
         for tree in ordered_trees(size)
-        if tree.depth <= depth and tree.max_children <= len(law)
+        if tree.depth <= depth and tree.max_children <= len(distribution)
     )
-    assert value == pytest.approx(max(independent_value(law, tree) for tree in allowed))
-    assert value == pytest.approx(independent_value(law, tree))
+    assert value == pytest.approx(max(independent_value(distribution, tree) for tree in allowed))
+    assert value == pytest.approx(independent_value(distribution, tree))
     assert tree.num_nodes <= num_nodes
     assert tree.depth <= depth
 
@@ -99,11 +99,11 @@ def test_the_exact_recursion_against_every_tree(
 @pytest.mark.parametrize("depth", [2, 4, 10])
 def test_growth_is_the_exact_recursion_for_independent_ranks(num_nodes: int, depth: int) -> None:
     trace = latent_trace(0, num_prompts=300)
-    index = index_paths(Slots.of(trace), max_nodes=num_nodes, max_depth=depth)
-    law = index.rank_law_K
+    index = index_paths(FlatTrace.of(trace), max_nodes=num_nodes, max_depth=depth)
+    distribution = index.rank_distribution_K
     shares = path_shares(index)
     for level in index.levels[1:]:
-        shares[level] = law[index.ranks[level]] * shares[index.parents[level]]
+        shares[level] = distribution[index.ranks[level]] * shares[index.parents[level]]
     grown = grow(index, shares, depth=depth, width=10, num_nodes=num_nodes).tree
-    value = script("search_baselines").best_tree(law, num_nodes, depth)[0]
-    assert independent_value(law.tolist(), grown) == pytest.approx(value, rel=1e-3)
+    value = script("search_baselines").best_tree(distribution, num_nodes, depth)[0]
+    assert independent_value(distribution.tolist(), grown) == pytest.approx(value, rel=1e-3)

@@ -12,7 +12,7 @@ from stree_autotune.search.study import SearchResult, search_batch
 from stree_autotune.search.tree_solver import MAX_DEPTH, refine
 from stree_autotune.search.tree_space import OFF, Cell, TreeSpace
 from stree_autotune.trace.file import NO_RANK, Trace
-from stree_autotune.trace.tree_walk import Slots, walk
+from stree_autotune.trace.tree_walk import FlatTrace, walk
 from stree_core.errors import ConfigError, MissingMeasurement
 from stree_core.tree import DEFAULT_TREE, Tree
 
@@ -35,9 +35,9 @@ def search(trace: Trace, cost: FakeCost, max_nodes: int, batch_size: int = 1) ->
 
 @pytest.mark.parametrize("cost", STAIRS.values(), ids=STAIRS)
 def test_known_optimum_of_small_trees(trace: Trace, cost: FakeCost) -> None:
-    slots = Slots.of(trace)
+    flat = FlatTrace.of(trace)
     rates = {
-        tree: walk(slots, tree).tokens_per_step / cost.step_ms(1, tree)
+        tree: walk(flat, tree).tokens_per_step / cost.step_ms(1, tree)
         for num_nodes in range(7)
         for tree in ordered_trees(num_nodes)
     }
@@ -58,7 +58,7 @@ def test_a_step_of_the_stairs_is_filled(trace: Trace) -> None:
 
 
 def test_no_single_leaf_improves_the_winner() -> None:
-    # strongly correlated ranks and a price per node, where growth alone stops short
+    # strongly correlated ranks and a price per node, where growing alone stops short
     trace = latent_trace(0, num_prompts=64, length=80, phi=0.8)
     cost = FakeCost(pad=1, per_token_ms=0.02)
     best = search(trace, cost, max_nodes=40).best
@@ -80,14 +80,14 @@ def test_a_chain_when_width_is_useless() -> None:
     result = search(only_first, FakeCost(pad=1), max_nodes=16)
     assert result.best.tree.is_chain
     assert result.best is result.chain
-    slots = Slots.of(only_first)
-    best = max(range(1, 11), key=lambda n: _chain_rate(slots, n))
+    flat = FlatTrace.of(only_first)
+    best = max(range(1, 11), key=lambda n: _chain_rate(flat, n))
     assert result.best.tree == Tree.chain(best)
 
 
-def _chain_rate(slots: Slots, num_nodes: int) -> float:
+def _chain_rate(flat: FlatTrace, num_nodes: int) -> float:
     tree = Tree.chain(num_nodes)
-    return walk(slots, tree).tokens_per_step / FakeCost(pad=1).step_ms(1, tree)
+    return walk(flat, tree).tokens_per_step / FakeCost(pad=1).step_ms(1, tree)
 
 
 def test_every_trial_is_exact_and_within_the_limits(trace: Trace) -> None:

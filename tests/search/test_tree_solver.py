@@ -1,4 +1,4 @@
-"""Shares, growth and refinement: against counting, against brute force, within their limits."""
+"""Shares, the tree solver and refinement: against counting, against brute force, within their limits."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from stree_autotune.search.path_counts import (
     index_paths,
     path_shares,
     path_worths,
-    rank_law,
+    rank_distribution,
 )
 from stree_autotune.search.tree_solver import grow, refine, solve
 from stree_autotune.trace.file import NO_RANK, Trace
 from stree_autotune.trace.tree_walk import (
-    Slots,
+    FlatTrace,
     advance_table,
     level_slices,
     longest_paths,
-    start_slots,
+    start_places,
     starts_to_go,
     walk,
 )
@@ -49,7 +49,7 @@ def small_latent(kind: str, seed: int = 0) -> Trace:
 
 
 def index_of(trace: Trace, max_nodes: int = 8, max_depth: int = 10) -> PathIndex:
-    return index_paths(Slots.of(trace), max_nodes=max_nodes, max_depth=max_depth)
+    return index_paths(FlatTrace.of(trace), max_nodes=max_nodes, max_depth=max_depth)
 
 
 def paths_of(index: PathIndex) -> list[tuple[int, ...]]:
@@ -60,12 +60,12 @@ def paths_of(index: PathIndex) -> list[tuple[int, ...]]:
 
 
 def walked_starts(index: PathIndex, tree: Tree) -> tuple[np.ndarray, np.ndarray]:
-    """Return the start slots of a tree, and the starts to go from every slot."""
+    """Return the start places of a tree, and the starts to go from every place."""
     parents = np.array(tree.parents)
     everything = np.ones((1, tree.num_tokens), np.bool_)
     advance_N = advance_table(parents, level_slices(parents), everything)[0]
-    advance_S = advance_N[longest_paths(index.slots, parents)]
-    return start_slots(index.slots, advance_S), starts_to_go(index.slots, advance_S)
+    advance_S = advance_N[longest_paths(index.flat, parents)]
+    return start_places(index.flat, advance_S), starts_to_go(index.flat, advance_S)
 
 
 def tokens_per_step(tree: Tree, value: float) -> float:
@@ -73,24 +73,30 @@ def tokens_per_step(tree: Tree, value: float) -> float:
 
 
 def test_rank_law_counts_ranks_and_never_rises() -> None:
-    law = rank_law(Slots.of(trace_of([[0, 0, 0, 1, 2, 2], [NO_RANK]], 4)))
+    distribution = rank_distribution(FlatTrace.of(trace_of([[0, 0, 0, 1, 2, 2], [NO_RANK]], 4)))
     # ranks 1 and 2 are pooled; one is added to every rank and to the misses
-    assert law.tolist() == pytest.approx([4 / 12, 2.5 / 12, 2.5 / 12, 1 / 12])
+    assert distribution.tolist() == pytest.approx([4 / 12, 2.5 / 12, 2.5 / 12, 1 / 12])
 
 
 def test_shares_are_smoothed_counts() -> None:
     trace = trace_of([[0, 1, 0, 0, NO_RANK, 0, 1], [1, 0, 0]], 2)
     index = index_of(trace, max_nodes=1, max_depth=2)
     assert paths_of(index) == [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1)]
-    law = [7 / 13, 4 / 13]
+    distribution = [7 / 13, 4 / 13]
     w = PRIOR_WEIGHT
     # counted by hand: 6 of 10 positions have rank 0, 3 rank 1; (0,0) twice, (0,1) twice, (1,0)
     # twice, (1,1) never
-    zero = (6 + w * law[0]) / (10 + w)
-    one = (3 + w * law[1]) / (10 + w)
+    zero = (6 + w * distribution[0]) / (10 + w)
+    one = (3 + w * distribution[1]) / (10 + w)
     expected = [1.0, zero, one]
-    expected += [zero * (2 + w * law[0]) / (6 + w), zero * (2 + w * law[1]) / (6 + w)]
-    expected += [one * (2 + w * law[0]) / (3 + w), one * (0 + w * law[1]) / (3 + w)]
+    expected += [
+        zero * (2 + w * distribution[0]) / (6 + w),
+        zero * (2 + w * distribution[1]) / (6 + w),
+    ]
+    expected += [
+        one * (2 + w * distribution[0]) / (3 + w),
+        one * (0 + w * distribution[1]) / (3 + w),
+    ]
     assert path_shares(index).tolist() == pytest.approx(expected)
 
 
@@ -98,9 +104,9 @@ def test_shares_at_some_starts() -> None:
     trace = trace_of([[0, 1, 0, 0, NO_RANK, 0, 1]], 2)
     index = index_of(trace, max_nodes=1, max_depth=1)
     shares = path_shares(index, np.array([0, 2, 3]))
-    law = rank_law(index.slots)
+    distribution = rank_distribution(index.flat)
     assert shares.tolist() == pytest.approx(
-        [1.0, *((np.array([3, 0]) + PRIOR_WEIGHT * law) / (3 + PRIOR_WEIGHT))]
+        [1.0, *((np.array([3, 0]) + PRIOR_WEIGHT * distribution) / (3 + PRIOR_WEIGHT))]
     )
 
 
@@ -145,7 +151,7 @@ def test_worth_predicts_the_starts_that_a_node_saves(kind: str) -> None:
         if path not in inside and path[:-1] in inside and has_sibling:
             larger = Tree.from_paths([*tree.paths, path])
             predicted.append(worth * len(starts_S))
-            actual.append(len(starts_S) - int(walk(index.slots, larger).starts_P.sum()))
+            actual.append(len(starts_S) - int(walk(index.flat, larger).starts_P.sum()))
     assert len(actual) >= 8
     # Each start is judged as if the others stayed where they are: near, not exact.
     assert np.corrcoef(predicted, actual)[0, 1] > 0.95
@@ -159,23 +165,23 @@ def test_growth_keeps_its_caps_and_is_nested(
 ) -> None:
     index = index_of(trace, max_nodes=20)
     shares = path_shares(index)
-    growth = grow(index, shares, depth=depth, width=width, num_nodes=num_nodes)
-    tree = growth.tree
+    grown = grow(index, shares, depth=depth, width=width, num_nodes=num_nodes)
+    tree = grown.tree
     assert tree.num_nodes <= num_nodes
     assert tree.depth <= depth
     assert tree.max_children <= width
-    assert sorted(growth.added) == list(range(tree.num_tokens))
-    order = sorted(zip(growth.added[1:], tree.paths, strict=True))
+    assert sorted(grown.added) == list(range(tree.num_tokens))
+    order = sorted(zip(grown.added[1:], tree.paths, strict=True))
     for size in range(tree.num_nodes):
         smaller = grow(index, shares, depth=depth, width=width, num_nodes=size).tree
         assert smaller == Tree.from_paths(path for _, path in order[:size])
-    assert [paths_of(index)[path] for path in growth.paths[1:]] == list(tree.paths)
+    assert [paths_of(index)[path] for path in grown.paths[1:]] == list(tree.paths)
 
 
 def test_independent_ranks_grow_by_the_rank_product() -> None:
     shares = (0.5, 0.25, 0.1)
     trace = latent_trace(0, num_prompts=600, shares=shares, num_children=3)
-    tree = solve(index_of(trace), depth=10, width=3, num_nodes=7).growth.tree
+    tree = solve(index_of(trace), depth=10, width=3, num_nodes=7).grown.tree
     # products: 0.5, 0.25, 0.25, 0.125, 0.125, 0.125, 0.1 against 0.0625
     assert tree == Tree.from_paths([[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0]])
 
@@ -184,13 +190,13 @@ def test_independent_ranks_grow_by_the_rank_product() -> None:
 @pytest.mark.parametrize("num_nodes", [4, 7])
 def test_against_every_tree(kind: str, num_nodes: int) -> None:
     trace = small_latent(kind)
-    slots = Slots.of(trace)
-    best = max(walk(slots, tree).tokens_per_step for tree in ordered_trees(num_nodes))
+    flat = FlatTrace.of(trace)
+    best = max(walk(flat, tree).tokens_per_step for tree in ordered_trees(num_nodes))
     solved = solve(index_of(trace), depth=10, width=10, num_nodes=num_nodes)
-    refined = refine(slots, solved.growth.tree, tokens_per_step, max_nodes=num_nodes)
-    assert solved.tokens_per_step == walk(slots, solved.growth.tree).tokens_per_step
+    refined = refine(flat, solved.grown.tree, tokens_per_step, max_nodes=num_nodes)
+    assert solved.tokens_per_step == walk(flat, solved.grown.tree).tokens_per_step
     assert solved.tokens_per_step >= 0.995 * best
-    assert refined.tokens_per_step == walk(slots, refined.tree).tokens_per_step == best
+    assert refined.tokens_per_step == walk(flat, refined.tree).tokens_per_step == best
 
 
 def test_there_are_as_many_trees_as_catalan_numbers() -> None:
@@ -203,26 +209,26 @@ def test_reweighting_beats_the_position_average(kind: str) -> None:
     for num_nodes in (8, 16, 32):
         naive = grow(index, path_shares(index), depth=10, width=10, num_nodes=num_nodes).tree
         solved = solve(index, depth=10, width=10, num_nodes=num_nodes)
-        assert solved.tokens_per_step > 1.005 * walk(index.slots, naive).tokens_per_step
+        assert solved.tokens_per_step > 1.005 * walk(index.flat, naive).tokens_per_step
 
 
 def test_refine_climbs_from_a_bad_tree() -> None:
-    slots = Slots.of(small_latent("phi 0.5 and prompts"))
-    best = max(walk(slots, tree).tokens_per_step for tree in ordered_trees(5))
+    flat = FlatTrace.of(small_latent("phi 0.5 and prompts"))
+    best = max(walk(flat, tree).tokens_per_step for tree in ordered_trees(5))
     wide = Tree.from_paths([[rank] for rank in range(5)])
-    found = refine(slots, wide, tokens_per_step, max_nodes=5)
+    found = refine(flat, wide, tokens_per_step, max_nodes=5)
     assert found.tokens_per_step >= 0.998 * best
-    assert found.tokens_per_step > 1.05 * walk(slots, wide).tokens_per_step
+    assert found.tokens_per_step > 1.05 * walk(flat, wide).tokens_per_step
 
 
 def test_refine_weighs_tokens_against_time() -> None:
-    slots = Slots.of(small_latent("independent"))
+    flat = FlatTrace.of(small_latent("independent"))
 
     def rate(per_node: float):  # type: ignore[no-untyped-def]
         return lambda tree, value: value / (1 + per_node * tree.num_nodes)
 
     sizes = [
-        refine(slots, DEFAULT_TREE, rate(per_node), max_nodes=40).tree.num_nodes
+        refine(flat, DEFAULT_TREE, rate(per_node), max_nodes=40).tree.num_nodes
         for per_node in (0.001, 0.01, 0.05, 0.2, 2.0)
     ]
     assert all(large > small for large, small in pairwise(sizes))
@@ -231,17 +237,17 @@ def test_refine_weighs_tokens_against_time() -> None:
 
 
 def test_refine_keeps_its_limits() -> None:
-    slots = Slots.of(latent_trace(2, num_prompts=40, num_children=3))
-    found = refine(slots, Tree.chain(2), tokens_per_step, max_nodes=20, max_depth=2)
+    flat = FlatTrace.of(latent_trace(2, num_prompts=40, num_children=3))
+    found = refine(flat, Tree.chain(2), tokens_per_step, max_nodes=20, max_depth=2)
     assert found.tree.num_nodes == 12
     assert found.tree.depth == 2
     assert found.tree.max_children == 3
     with pytest.raises(TreeError, match="at most 3 children"):
-        refine(slots, Tree.from_paths([[0], [1], [2], [3]]), tokens_per_step, max_nodes=20)
+        refine(flat, Tree.from_paths([[0], [1], [2], [3]]), tokens_per_step, max_nodes=20)
 
 
 def test_refine_returns_what_it_was_given_when_nothing_helps() -> None:
-    slots = Slots.of(trace_of([[0, NO_RANK] * 30] * 3, 2))
-    found = refine(slots, Tree.chain(1), tokens_per_step, max_nodes=9)
+    flat = FlatTrace.of(trace_of([[0, NO_RANK] * 30] * 3, 2))
+    found = refine(flat, Tree.chain(1), tokens_per_step, max_nodes=9)
     assert found.tree == Tree.chain(1)
     assert found.score == found.tokens_per_step == 2.0

@@ -340,12 +340,12 @@ def test_only_what_loads_is_pushed(data: Path, tmp_path: Path) -> None:
 
 
 def test_files_are_shared_under_their_own_names(data: Path, tmp_path: Path) -> None:
-    """Whatever they are called here; sheets and tables of other names included."""
+    """Whatever they are called here; specs and tables of other names included."""
     library = Library((data,))
     (tmp_path / "mine.yaml").write_bytes((data / TABLE).read_bytes())
-    (tmp_path / "sheet.yaml").write_bytes((shipped_root() / "gpus" / "h100.yaml").read_bytes())
+    (tmp_path / "spec.yaml").write_bytes((shipped_root() / "gpus" / "h100.yaml").read_bytes())
     (tmp_path / "t.safetensors").write_bytes((data / TRACE).read_bytes())
-    names = [str(tmp_path / name) for name in ("mine.yaml", "sheet.yaml", "t.safetensors")]
+    names = [str(tmp_path / name) for name in ("mine.yaml", "spec.yaml", "t.safetensors")]
     assert set(named_files(names, library)) == {TABLE, "gpus/h100.yaml", TRACE}
 
 

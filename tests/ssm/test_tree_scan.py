@@ -21,14 +21,14 @@ from torch import Tensor
 from stree_core.tree import Tree
 from stree_kernels.launch.rows import (
     MASK_MULTIPLE,
-    MAX_KEPT,
+    MAX_BUFFERED,
     Gate,
     Past,
     Pending,
     ScanHeads,
     ScanRows,
     gate_width,
-    next_num_kept,
+    next_num_buffered,
 )
 from stree_kernels.ssm import tree_scan as kernel, tree_scan_ref as reference
 from stree_kernels.testing import TOLERANCES, assert_close, poisoned
@@ -41,8 +41,8 @@ WIDE_TREE = Tree((-1, *(node // 3 for node in range(80))))
 
 @dataclass(frozen=True)
 class Case:
-    """The tensors of one scan: buffers of kept rows, the previous block and this one, each block
-    followed by a row of NaN, and the NaN of what is not kept."""
+    """The tensors of one scan: buffers of buffered rows, the previous block and this one, each
+    block followed by a row of NaN, and the NaN of what is not kept."""
 
     state: Tensor
     buffer: ScanRows
@@ -63,7 +63,7 @@ class Case:
     def scan(
         self, op: Any, first: int = 0, stop: int | None = None, *, commit: bool = True
     ) -> Tensor:
-        """Return y of rows first..stop - 1; the state and the kept rows change in place."""
+        """Return y of rows first..stop - 1; the state and the buffered rows change in place."""
         c = self.c[:, first:stop]
         out = poisoned(*c.shape[:2], *self.state.shape[1:3], dtype=c.dtype, device=c.device)
         gate = None
@@ -106,7 +106,7 @@ def make_case(
     state_dim: int = 3, groups: int = 1, c_groups: int | None = None, dt_mean: float = 0.0,
     dt_limit: tuple[float, float] = UNLIMITED, gated: bool = False, skip_per_channel: bool = False,
 ) -> Case:  # fmt: skip
-    """Build a case in float64, buffers time-major, with kept rows and a path per sequence."""
+    """Build a case in float64, buffers time-major, with buffered rows and a path per sequence."""
     random = np.random.default_rng(tree.num_tokens)
     batch = len(paths)
     kept = kept or [0] * batch
@@ -115,7 +115,7 @@ def make_case(
         return torch.from_numpy(random.standard_normal(shape))
 
     num_previous = 1 + max((row for path in paths for row in path), default=0)
-    previous, current = MAX_KEPT, MAX_KEPT + num_previous + 1
+    previous, current = MAX_BUFFERED, MAX_BUFFERED + num_previous + 1
     num_rows = current + tree.num_tokens + 1
     sizes = ((x_heads or heads, head_dim), (heads,), (groups, state_dim))
     buffer = ScanRows(*(normal(num_rows, batch, *size).transpose(0, 1) for size in sizes))
@@ -123,7 +123,7 @@ def make_case(
     for tensor in buffer:
         tensor[:, [current - 1, num_rows - 1]] = torch.nan
         for sequence, count in enumerate(kept):
-            tensor[sequence, count:MAX_KEPT] = torch.nan
+            tensor[sequence, count:MAX_BUFFERED] = torch.nan
     # What stands after a path is any row of the block, also one that nothing has written.
     path_BL = torch.full((batch, capacity), num_previous, dtype=torch.int32)
     for sequence, path in enumerate(paths):
@@ -162,10 +162,10 @@ def by_recurrence(case: Case, parents: Sequence[int]) -> tuple[Tensor, Tensor]:
     states, ys = case.state.double().numpy().copy(), []
     num_heads, head_dim = states.shape[1:3]
     skip = np.broadcast_to(case.heads.d_H.double().numpy().T, (head_dim, num_heads)).T
-    path_BL, length_B, num_kept_B = case.pending
+    path_BL, length_B, num_buffered_B = case.pending
     for sequence, committed in enumerate(states):
         path = path_BL[sequence, : length_B[sequence]].tolist()
-        for row in (*range(num_kept_B[sequence]), *(case.previous + row for row in path)):
+        for row in (*range(num_buffered_B[sequence]), *(case.previous + row for row in path)):
             committed[:] = step(case, sequence, row, committed)
         after: dict[int, Any] = {-1: committed}
         for node, parent in enumerate(parents):
@@ -183,13 +183,13 @@ def by_recurrence(case: Case, parents: Sequence[int]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(states), torch.from_numpy(y_all)
 
 
-def kept_rows(case: Case) -> list[list[Tensor]]:
+def buffered_rows(case: Case) -> list[list[Tensor]]:
     """Return every sequence's rows of x that are kept before its scan, or come to be by it."""
-    path_BL, length_B, num_kept_B = case.pending
+    path_BL, length_B, num_buffered_B = case.pending
     kept = []
     for sequence in range(len(length_B)):
         path = path_BL[sequence, : length_B[sequence]].tolist()
-        rows = [*range(num_kept_B[sequence]), *(case.previous + row for row in path)]
+        rows = [*range(num_buffered_B[sequence]), *(case.previous + row for row in path)]
         kept.append([case.buffer.x_BRXP[sequence, row].clone() for row in rows])
     return kept
 
@@ -197,7 +197,7 @@ def kept_rows(case: Case) -> list[list[Tensor]]:
 @FEW
 @given(
     tree=trees(max_nodes=14, max_depth=5), groups=st.sampled_from([(1, 1), (2, 4), (4, 2)]),
-    kept=st.integers(0, MAX_KEPT), x_heads=st.sampled_from([1, 2, 4]), gated=st.booleans(),
+    kept=st.integers(0, MAX_BUFFERED), x_heads=st.sampled_from([1, 2, 4]), gated=st.booleans(),
 )  # fmt: skip
 def test_reference_equals_the_recurrence_on_every_path(
     tree: Tree, groups: tuple[int, int], kept: int, x_heads: int, gated: bool
@@ -206,11 +206,11 @@ def test_reference_equals_the_recurrence_on_every_path(
         tree, paths=[[0, 2, 3], []], kept=[kept, 5], heads=4, x_heads=x_heads, groups=groups[0],
         c_groups=groups[1], dt_limit=(0.2, 0.9), gated=gated, skip_per_channel=gated,
     )  # fmt: skip
-    before, rows = case.state.clone(), kept_rows(case)
+    before, rows = case.state.clone(), buffered_rows(case)
     state, y = by_recurrence(case, tree.parents)
     assert_close("y", case.scan(reference), y)
     for sequence, num_rows in enumerate((kept + 3, 5)):
-        if num_rows > MAX_KEPT:
+        if num_rows > MAX_BUFFERED:
             assert_close("state", case.state[sequence], state[sequence])
         else:
             assert torch.equal(case.state[sequence], before[sequence])
@@ -243,24 +243,24 @@ def test_replay_of_a_long_chain_keeps_fp32_digits(dt_mean: float) -> None:
 def decode_one_by_one(op: Any, chain: Case, num_tokens: int) -> Tensor:
     """Return y of a chain's tokens, each scored in a pass of its own that commits the one before.
 
-    Two rows behind the kept ones take turns, as the two row sets of a cache do.
+    Two rows behind the buffered ones take turns, as the two row sets of a cache do.
     """
     batch = len(chain.state)
-    rows = ScanRows(*(t[:, : MAX_KEPT + 2].clone().fill_(torch.nan) for t in chain.buffer))
+    rows = ScanRows(*(t[:, : MAX_BUFFERED + 2].clone().fill_(torch.nan) for t in chain.buffer))
     pending = Pending(*(torch.zeros_like(t) for t in chain.pending))
     ys = []
     for token in range(num_tokens):
-        current = MAX_KEPT + token % 2
+        current = MAX_BUFFERED + token % 2
         for mine, theirs in zip(rows, chain.rows, strict=True):
             mine[:, current] = theirs[:, token]
         step = dataclasses.replace(
-            chain, buffer=rows, previous=MAX_KEPT + 1 - token % 2, current=current,
+            chain, buffer=rows, previous=MAX_BUFFERED + 1 - token % 2, current=current,
             c=chain.c[:, token : token + 1], pending=pending,
         )  # fmt: skip
         ys.append(step.scan(op))
-        num_kept = next_num_kept(pending)
-        length = torch.ones(batch, dtype=torch.int32, device=num_kept.device)
-        pending = pending._replace(length_B=length, num_kept_B=num_kept)
+        num_buffered = next_num_buffered(pending)
+        length = torch.ones(batch, dtype=torch.int32, device=num_buffered.device)
+        pending = pending._replace(length_B=length, num_buffered_B=num_buffered)
     return torch.cat(ys, dim=1)
 
 
@@ -285,9 +285,11 @@ def check_kernel(case: Case, dtype: torch.dtype, state: torch.dtype, device: str
     # An fp32 state takes narrow inputs in two parts each, so it stays finer than they are.
     fine = 1e-3 if coarse and state == torch.float32 else None
     assert_close("state", ours.state, truth.state, tolerance=fine)
-    for sequence, num_kept in enumerate(next_num_kept(truth.pending).tolist()):
+    for sequence, num_buffered in enumerate(next_num_buffered(truth.pending).tolist()):
         for mine, theirs in zip(ours.buffer, truth.buffer, strict=True):
-            assert torch.equal(mine[sequence, :num_kept].double(), theirs[sequence, :num_kept])
+            assert torch.equal(
+                mine[sequence, :num_buffered].double(), theirs[sequence, :num_buffered]
+            )
 
 
 KERNEL_CASES = {

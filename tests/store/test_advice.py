@@ -25,7 +25,7 @@ from stree_autotune.cost.step_cost import StepCost
 from stree_autotune.search.certificate import certify_file, load_certificate
 from stree_autotune.share.remote import sync
 from stree_autotune.store.advice import PairWords, command, probe_command, trace_command
-from stree_autotune.store.gpu_spec import load_gpu_sheet
+from stree_autotune.store.gpu_spec import load_gpu_spec
 from stree_autotune.store.library import shipped_root
 from stree_autotune.store.runtime_table import RuntimeTable, load_runtime_table, save_runtime_table
 from stree_core.errors import ConfigError, MissingMeasurement
@@ -259,9 +259,7 @@ def test_other_places_that_propose_a_command(
 def test_estimates_that_cannot_be_made_propose_a_probe() -> None:
     path = next((shipped_root() / "runtime").glob("h200--demo-target--*.yaml"))
     table = load_runtime_table(path)
-    gpus = {
-        gpu: load_gpu_sheet(shipped_root() / "gpus" / f"{gpu}.yaml") for gpu in ("h200", "h100")
-    }
+    gpus = {gpu: load_gpu_spec(shipped_root() / "gpus" / f"{gpu}.yaml") for gpu in ("h200", "h100")}
     few = table.model_copy(update={"points": table.points[:3]})
     with pytest.raises(MissingMeasurement) as err:
         estimate_table(few, gpus["h200"], gpus["h100"], (), WORDS)

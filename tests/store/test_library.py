@@ -26,7 +26,7 @@ PAIR = ("demo-target", "demo-draft")
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A data folder with sheets, one table of the pair, one trace, two models, one profile."""
+    """A data folder with specs, one table of the pair, one trace, two models, one profile."""
     shutil.copytree(shipped_root() / "gpus", tmp_path / "gpus")
     for name in PAIR:
         folder = tmp_path / "models" / name
@@ -197,8 +197,8 @@ def test_profiles_by_name_and_by_path(library: Library, root: Path) -> None:
 def test_stray_files_are_no_names(library: Library, root: Path) -> None:
     (root / "runtime" / "notes.yaml").write_text("x")
     (root / "traces" / "a--b.safetensors").write_text("x")
-    sheets = {path.stem for path in (root / "gpus").iterdir()}
-    assert library.gpu_names() == {"cpu", *sheets}
+    specs = {path.stem for path in (root / "gpus").iterdir()}
+    assert library.gpu_names() == {"cpu", *specs}
     assert library.dataset_names() == {"demo", "gsm8k", "human_eval", "mt_bench"}
     assert library.model_names() == set(PAIR)
 
@@ -225,7 +225,7 @@ def test_an_unknown_tokenizer_is_no_difference() -> None:
 
 
 def test_times_hold_for_every_model_of_a_shape() -> None:
-    """A config may say more than the sheet that was timed."""
+    """A config may say more than the spec that was timed."""
     timed = model_ref("demo-target").model_copy(update={"shape_sha256": "1" * 64})
     other = timed.model_copy(update={"config_sha256": "e" * 64})
     require_same_shape(timed, other, "table", "folder", "mend")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from synthetic_data import make_table
 
-from stree_autotune.store.gpu_spec import GpuSheet, load_gpu_sheet
+from stree_autotune.store.gpu_spec import GpuSpec, load_gpu_spec
 from stree_autotune.store.library import shipped_root
 from stree_autotune.store.runtime_table import (
     RuntimeTable,
@@ -126,13 +126,13 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(
 
 def test_shipped_sheets_name_their_sources() -> None:
     for path in (shipped_root() / "gpus").glob("*.yaml"):
-        sheet = load_gpu_sheet(path)
-        assert sheet.name == path.stem
-        assert any("datasheet" in source for source in sheet.sources)
-        assert sheet.launch_is_guess == any("guess" in source for source in sheet.sources)
+        spec = load_gpu_spec(path)
+        assert spec.name == path.stem
+        assert any("datasheet" in source for source in spec.sources)
+        assert spec.launch_is_guess == any("guess" in source for source in spec.sources)
 
 
 def test_sheet_refuses_a_stray_key() -> None:
-    sheet = load_gpu_sheet(shipped_root() / "gpus" / "h200.yaml").model_dump(exclude_none=True)
+    spec = load_gpu_spec(shipped_root() / "gpus" / "h200.yaml").model_dump(exclude_none=True)
     with pytest.raises(ConfigError, match="unknown key l2_gb; did you mean"):
-        validate({**sheet, "l2_gb": 1}, GpuSheet, "sheet")
+        validate({**spec, "l2_gb": 1}, GpuSpec, "spec")

@@ -18,7 +18,7 @@ from tiny_models import VOCAB_SIZE, ours, perturbed, random_texts, save_pair, ti
 from stree_autotune.cli.commands import main
 from stree_autotune.cli.trace import record_share, settings_of
 from stree_autotune.trace import checkpoint as trace_parts
-from stree_autotune.trace.checkpoint import TraceParts, explained_writing
+from stree_autotune.trace.checkpoint import TraceCheckpoint, explained_writing
 from stree_autotune.trace.file import Trace, load_trace, save_trace
 from stree_autotune.trace.record import RecordConfig, make_trace, record_trace
 from stree_autotune.trace.shard import Shard, current_shard, take_own_gpu
@@ -60,11 +60,13 @@ def whole(pair: Pair, prompts: list[list[int]]) -> Trace:
 
 
 @pytest.fixture
-def parts(pair: Pair, prompts: list[list[int]], tmp_path: Path) -> TraceParts:
-    return TraceParts(tmp_path / "t.safetensors", settings_of(pair, prompts, CONFIG))
+def parts(pair: Pair, prompts: list[list[int]], tmp_path: Path) -> TraceCheckpoint:
+    return TraceCheckpoint(tmp_path / "t.safetensors", settings_of(pair, prompts, CONFIG))
 
 
-def record(pair: Pair, prompts: list[list[int]], parts: TraceParts, shard: Shard) -> Trace | None:
+def record(
+    pair: Pair, prompts: list[list[int]], parts: TraceCheckpoint, shard: Shard
+) -> Trace | None:
     """Do one process's share; return the trace when all of it is there."""
     recordings = record_share(pair, prompts, CONFIG, parts, shard, force=False)
     return make_trace(pair, recordings, CONFIG) if len(recordings) == len(prompts) else None
@@ -102,7 +104,7 @@ def kill_at(step: int, patch: pytest.MonkeyPatch, error: BaseException) -> None:
     patch.setattr(Engine, "step", fail_in_time)
 
 
-def record_until(step: int, pair: Pair, prompts: list[list[int]], parts: TraceParts) -> None:
+def record_until(step: int, pair: Pair, prompts: list[list[int]], parts: TraceCheckpoint) -> None:
     """Record and be killed in the engine's step number `step`."""
     with pytest.MonkeyPatch.context() as patch:
         kill_at(step, patch, Killed())
@@ -112,7 +114,12 @@ def record_until(step: int, pair: Pair, prompts: list[list[int]], parts: TracePa
 
 @pytest.mark.parametrize("seed", range(NUM_KILLS))
 def test_a_killed_recording_goes_on(
-    seed: int, pair: Pair, prompts: list[list[int]], parts: TraceParts, whole: Trace, tmp_path: Path
+    seed: int,
+    pair: Pair,
+    prompts: list[list[int]],
+    parts: TraceCheckpoint,
+    whole: Trace,
+    tmp_path: Path,
 ) -> None:
     ends = end_steps(whole)
     step = random.Random(seed).randrange(max(ends))
@@ -128,7 +135,7 @@ def test_a_killed_recording_goes_on(
 
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_processes_write_what_one_would(
-    count: int, pair: Pair, prompts: list[list[int]], parts: TraceParts, whole: Trace,
+    count: int, pair: Pair, prompts: list[list[int]], parts: TraceCheckpoint, whole: Trace,
     tmp_path: Path,
 ) -> None:  # fmt: skip
     traces = [record(pair, prompts, parts, Shard(rank, count)) for rank in range(count)]
@@ -142,30 +149,30 @@ def test_sampled_prompts_are_the_same_in_any_shard(
     pair: Pair, prompts: list[list[int]], tmp_path: Path
 ) -> None:
     alone = record_trace(pair, prompts, SAMPLED)
-    parts = TraceParts(tmp_path / "s.safetensors", settings_of(pair, prompts, SAMPLED))
+    parts = TraceCheckpoint(tmp_path / "s.safetensors", settings_of(pair, prompts, SAMPLED))
     for rank in (1, 0):
         found = record_share(pair, prompts, SAMPLED, parts, Shard(rank, 2), force=False)
     assert same_bytes(alone, make_trace(pair, found, SAMPLED), tmp_path)
 
 
 def test_other_settings_are_not_mixed(
-    pair: Pair, prompts: list[list[int]], parts: TraceParts, tmp_path: Path
+    pair: Pair, prompts: list[list[int]], parts: TraceCheckpoint, tmp_path: Path
 ) -> None:
     record_until(15, pair, prompts, parts)
     assert parts.begin(force=False)
-    other = TraceParts(parts.output, {**parts.settings, "batch_size": 4})
+    other = TraceCheckpoint(parts.output, {**parts.settings, "batch_size": 4})
     with pytest.raises(ConfigError, match=r"begun with batch_size 3 and not 4; .* --force"):
         other.begin(force=False)
     assert parts.begin(force=False), "a refusal deletes nothing"
     changed = settings_of(pair, [[1, 2], *prompts[1:]], CONFIG)
     with pytest.raises(ConfigError, match="begun with prompts "):
-        TraceParts(parts.output, changed).begin(force=False)
+        TraceCheckpoint(parts.output, changed).begin(force=False)
     assert other.begin(force=True) == {}
     assert not list(tmp_path.glob("*.jsonl"))
 
 
 def test_a_full_disk_loses_nothing(
-    pair: Pair, prompts: list[list[int]], parts: TraceParts, whole: Trace, tmp_path: Path
+    pair: Pair, prompts: list[list[int]], parts: TraceCheckpoint, whole: Trace, tmp_path: Path
 ) -> None:
     with parts.appending(0):
         (path,) = tmp_path.glob("*.jsonl")
@@ -193,7 +200,7 @@ def test_a_trace_that_cannot_be_written_leaves_the_parts(tmp_path: Path, whole: 
 
 
 def test_a_damaged_part_is_named(
-    pair: Pair, prompts: list[list[int]], parts: TraceParts, tmp_path: Path
+    pair: Pair, prompts: list[list[int]], parts: TraceCheckpoint, tmp_path: Path
 ) -> None:
     record(pair, prompts, parts, Shard())
     (path,) = tmp_path.glob("*.jsonl")
@@ -207,7 +214,7 @@ def test_a_damaged_part_is_named(
         parts.begin(force=False)
 
 
-def test_one_process_at_a_time_writes_a_part(parts: TraceParts) -> None:
+def test_one_process_at_a_time_writes_a_part(parts: TraceCheckpoint) -> None:
     refusal = pytest.raises(ConfigError, match="one process at a time")
     with parts.appending(0), parts.appending(1), refusal, parts.appending(1):
         pass
@@ -215,7 +222,7 @@ def test_one_process_at_a_time_writes_a_part(parts: TraceParts) -> None:
         pass
 
 
-def test_a_huge_part_is_refused(parts: TraceParts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_huge_part_is_refused(parts: TraceCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     with parts.appending(0):
         monkeypatch.setattr(trace_parts, "MAX_PART_BYTES", 10)
         with pytest.raises(ConfigError, match="at most 10 bytes"):
@@ -223,7 +230,7 @@ def test_a_huge_part_is_refused(parts: TraceParts, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_device_that_fails_says_so(
-    pair: Pair, prompts: list[list[int]], parts: TraceParts, monkeypatch: pytest.MonkeyPatch
+    pair: Pair, prompts: list[list[int]], parts: TraceCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kill_at(15, monkeypatch, torch.AcceleratorError("CUDA error: unspecified launch failure\nX"))
     with pytest.raises(BackendUnavailable, match=r"failed \(CUDA error.*same command again"):

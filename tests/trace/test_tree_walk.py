@@ -9,7 +9,7 @@ from synthetic import brute_walk, growth_orders, latent_trace, small_traces, tra
 
 from stree_autotune.trace.file import NO_RANK, Trace
 from stree_autotune.trace.tree_walk import (
-    Slots,
+    FlatTrace,
     advance_table,
     level_slices,
     longest_paths,
@@ -65,18 +65,18 @@ def test_nested_walk_equals_single_walks(trace: Trace, order: Order) -> None:
 @given(small_traces(), growth_orders())
 def test_starts_to_go_counts_the_walk_from_every_position(trace: Trace, order: Order) -> None:
     tree = Tree.from_paths(order)
-    slots = Slots.of(trace)
+    flat = FlatTrace.of(trace)
     parents = np.array(tree.parents)
     everything = np.ones((1, tree.num_tokens), np.bool_)
     advance_N = advance_table(parents, level_slices(parents), everything)[0]
-    to_go_S = starts_to_go(slots, advance_N[longest_paths(slots, parents)])
-    for slot, position in enumerate(slots.positions_S.tolist()):
+    to_go_S = starts_to_go(flat, advance_N[longest_paths(flat, parents)])
+    for place, position in enumerate(flat.positions_S.tolist()):
         if position < 0:
-            assert to_go_S[slot] == 0
+            assert to_go_S[place] == 0
             continue
         end = int(trace.offsets[np.searchsorted(trace.offsets, position, side="right")])
         rest = trace_of([trace.ranks[position:end].tolist()], 4)
-        assert to_go_S[slot] == brute_walk(rest, tree)[0][0]
+        assert to_go_S[place] == brute_walk(rest, tree)[0][0]
 
 
 def test_by_hand() -> None:
@@ -108,9 +108,9 @@ def test_a_period_of_seven_hits_and_a_miss() -> None:
 
 def position_mean(trace: Trace, tree: Tree) -> float:
     """Average accept length + 1 over all positions, which is not the walk."""
-    slots = Slots.of(trace)
-    node_S = longest_paths(slots, np.array(tree.parents))
-    return float(np.mean([tree.depths[node] + 1 for node in node_S[slots.positions_S >= 0]]))
+    flat = FlatTrace.of(trace)
+    node_S = longest_paths(flat, np.array(tree.parents))
+    return float(np.mean([tree.depths[node] + 1 for node in node_S[flat.positions_S >= 0]]))
 
 
 def test_the_position_mean_is_not_the_walk() -> None:

@@ -71,7 +71,7 @@ Rule = Annotated[
     ),
 ]
 Temperature = Annotated[float, typer.Option("--temperature", help="Sampling temperature.")]
-TopP = Annotated[float, typer.Option("--top-p", help="Nucleus of the sampling law.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Nucleus of the sampling distribution.")]
 Context = Annotated[
     int,
     typer.Option(

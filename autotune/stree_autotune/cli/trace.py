@@ -38,7 +38,7 @@ from stree_autotune.trace import (
     Settings,
     Shard,
     Trace,
-    TraceParts,
+    TraceCheckpoint,
     current_shard,
     explained_writing,
     load_trace,
@@ -88,7 +88,7 @@ def _uncertified(path: Path, config: RecordConfig, num_prompts: int) -> Trace | 
     if not config.made(trace.meta, num_prompts):
         return None
     logger.info("%s is whole, but for its certificate", path)
-    TraceParts(path, {}).remove()
+    TraceCheckpoint(path, {}).remove()
     return trace
 
 
@@ -105,7 +105,7 @@ def _record(
     take_own_gpu(shard)
     pair = open_pair(request)
     tokens = encode_prompts(pair, prompts, chat=config.chat)
-    parts = TraceParts(path, settings_of(pair, tokens, config))
+    parts = TraceCheckpoint(path, settings_of(pair, tokens, config))
     recordings = record_share(pair, tokens, config, parts, shard, force=force)
     if len(recordings) < len(tokens):
         logger.info("process %d of %d is done, others are not", shard.rank + 1, shard.count)
@@ -118,8 +118,8 @@ def _record(
 
 
 def record_share(
-    pair: Pair, prompts: list[list[int]], config: RecordConfig, parts: TraceParts, shard: Shard,
-    *, force: bool,
+    pair: Pair, prompts: list[list[int]], config: RecordConfig, parts: TraceCheckpoint, shard:
+    Shard, *, force: bool,
 ) -> Mapping[int, Recording]:  # fmt: skip
     """Record this process's prompts that no part holds; return all that is recorded by then."""
     done = parts.begin(force=force)

@@ -30,7 +30,7 @@ from stree_autotune.cost.roofline import (
     samples_of,
 )
 from stree_autotune.cost.tree_shape import shape_of
-from stree_autotune.store import OFF, GpuSheet, PairWords, Point, RulePoint, RuntimeTable, Step
+from stree_autotune.store import OFF, GpuSpec, PairWords, Point, RulePoint, RuntimeTable, Step
 from stree_core.errors import MissingMeasurement
 
 WIDEST = math.log(2.5)
@@ -59,7 +59,7 @@ class Estimate:
 class Fit:
     """The roofline of one GPU and how it errs on shapes left out (logarithms)."""
 
-    sheet: GpuSheet
+    spec: GpuSpec
     found: Efficiencies
     between: float
     within: float
@@ -67,8 +67,8 @@ class Fit:
 
 def estimate_table(
     table: RuntimeTable,
-    measured: GpuSheet,
-    wanted: GpuSheet,
+    measured: GpuSpec,
+    wanted: GpuSpec,
     others: Sequence[RuntimeTable] = (),
     words: PairWords | None = None,
 ) -> Estimate:
@@ -98,7 +98,7 @@ def estimate_table(
 
 
 def fit_shapes(
-    samples: Sequence[Sample], sheet: GpuSheet, table: RuntimeTable, words: PairWords | None = None
+    samples: Sequence[Sample], spec: GpuSpec, table: RuntimeTable, words: PairWords | None = None
 ) -> Fit:
     """Fit the roofline and leave every shape out in turn.
 
@@ -109,28 +109,28 @@ def fit_shapes(
     if len(groups) < 2 or min(map(len, groups)) < FEWEST_SAMPLES:
         raise MissingMeasurement(
             f"estimates need {FEWEST_SAMPLES} measured passes of each of two models, the tables "
-            f"of {sheet.name} hold fewer; record them with `{table.probe_command(words)}`"
+            f"of {spec.name} hold fewer; record them with `{table.probe_command(words)}`"
         )
     means, deviations = [], []
     for left_out in groups:
         rest = [sample for group in groups if group is not left_out for sample in group]
-        errors = log_errors(left_out, fit(rest, sheet), sheet)
+        errors = log_errors(left_out, fit(rest, spec), spec)
         means.append(float(errors.mean()))
         deviations.append(float(errors.std()))
     between = float(np.sqrt(np.mean(np.square(means))))
     within = float(np.sqrt(np.mean(np.square(deviations))))
-    return Fit(sheet, fit(samples, sheet), between, within)
+    return Fit(spec, fit(samples, spec), between, within)
 
 
-def _spreads(roofline: Fit, wanted: GpuSheet) -> tuple[float, float]:
+def _spreads(roofline: Fit, wanted: GpuSpec) -> tuple[float, float]:
     """Return the spread of each group of terms and of all together; see the module."""
-    rates = [math.log(ratio) for ratio in _ratios(roofline.sheet, wanted)]
+    rates = [math.log(ratio) for ratio in _ratios(roofline.spec, wanted)]
     own = roofline.within * (max(rates) - min(rates))
-    same = roofline.sheet.architecture == wanted.architecture
+    same = roofline.spec.architecture == wanted.architecture
     return own, math.hypot(own, 0.0 if same else roofline.between)
 
 
-def _ratios(measured: GpuSheet, wanted: GpuSheet) -> tuple[float, float, float]:
+def _ratios(measured: GpuSpec, wanted: GpuSpec) -> tuple[float, float, float]:
     """Return how much longer memory, arithmetic and launches take on the wanted GPU."""
     return (
         measured.memory_bandwidth_tb_per_s / wanted.memory_bandwidth_tb_per_s,
@@ -139,14 +139,14 @@ def _ratios(measured: GpuSheet, wanted: GpuSheet) -> tuple[float, float, float]:
     )
 
 
-def _carried(table: RuntimeTable, roofline: Fit, wanted: GpuSheet) -> RuntimeTable:
+def _carried(table: RuntimeTable, roofline: Fit, wanted: GpuSpec) -> RuntimeTable:
     """Return the table with every time multiplied by its ratio."""
-    memory, _, launch = _ratios(roofline.sheet, wanted)
+    memory, _, launch = _ratios(roofline.spec, wanted)
 
     def ratio(works: Sequence[Work]) -> float:
         found = roofline.found
         there = sum(found.ms(work, wanted) for work in works)
-        return there / sum(found.ms(work, roofline.sheet) for work in works)
+        return there / sum(found.ms(work, roofline.spec) for work in works)
 
     def point(p: Point) -> Point:
         if p.term == "host":
@@ -190,8 +190,8 @@ def _step_works(step: Step, table: RuntimeTable) -> list[Work]:
     return works + [point_work("draft", step.batch_size, width, table) for width in shape.widths]
 
 
-def _rule(roofline: Fit, wanted: GpuSheet, own: float, common: float) -> str:
-    measured = roofline.sheet
+def _rule(roofline: Fit, wanted: GpuSpec, own: float, common: float) -> str:
+    measured = roofline.spec
     band = _TWO_SIDED * math.hypot(own, common)
     guess = ", launch cost a guess" if wanted.launch_is_guess else ""
     return (

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stree_autotune.cost.tree_shape import shape_of
-from stree_autotune.store import GpuSheet, ModelCost, RuleKey, RuntimeTable
+from stree_autotune.store import GpuSpec, ModelCost, RuleKey, RuntimeTable
 from stree_core.tree import Tree
 
 RESERVED_BYTES = 3 << 29
@@ -66,21 +66,21 @@ def needed_bytes(
 
 
 def fits(
-    table: RuntimeTable, sheet: GpuSheet, batch_size: int, tree: Tree, rule: RuleKey = "greedy",
+    table: RuntimeTable, spec: GpuSpec, batch_size: int, tree: Tree, rule: RuleKey = "greedy",
     context: int | None = None,
 ) -> bool:  # fmt: skip
     """True when decoding with `tree` fits into the memory of a GPU."""
-    return needed_bytes(table, batch_size, [tree], rule, context).total <= _memory(sheet)
+    return needed_bytes(table, batch_size, [tree], rule, context).total <= _memory(spec)
 
 
 def largest_batch(
-    table: RuntimeTable, sheet: GpuSheet, tree: Tree, rule: RuleKey = "greedy",
+    table: RuntimeTable, spec: GpuSpec, tree: Tree, rule: RuleKey = "greedy",
     context: int | None = None,
 ) -> int:  # fmt: skip
     """Return the most sequences that fit with `tree`, 0 when not even one does."""
     none = needed_bytes(table, 0, [tree], rule, context).total
     each = needed_bytes(table, 1, [tree], rule, context).total - none
-    return max(0, (_memory(sheet) - none) // each)
+    return max(0, (_memory(spec) - none) // each)
 
 
 def cache_bytes(
@@ -90,7 +90,7 @@ def cache_bytes(
     each = model.state_bytes_per_sequence + model.kept_bytes + num_rows * model.row_bytes
     # The last step may append a whole path behind the last position that is asked for.
     each += (num_positions + path_capacity) * model.kv_bytes_per_token
-    # The path, its length, the kept rows, the committed tokens.
+    # The path, its length, the buffered rows, the committed tokens.
     return num_slots * (each + _INT_BYTES * (path_capacity + 3))
 
 
@@ -103,13 +103,13 @@ def _scratch_bytes(table: RuntimeTable, batch_size: int, tree: Tree, rule: RuleK
     shape = shape_of(tree)
     widest = max((1, *shape.widths))
     draft = max(_COPIES[rule], _BRANCH_COPIES if shape.branching else 1) * widest * row
-    # MSS keeps the draft's laws until the target has chosen.
+    # MSS keeps the draft's distributions until the target has chosen.
     kept = shape.num_inner * row if rule.startswith("mss") else 0
     return max(verify, draft) + kept
 
 
-def _memory(sheet: GpuSheet) -> int:
-    return sheet.memory_gb * 10**9
+def _memory(spec: GpuSpec) -> int:
+    return spec.memory_gb * 10**9
 
 
 USABLE_SHARE = 0.9

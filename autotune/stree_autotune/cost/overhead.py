@@ -1,6 +1,6 @@
-"""The remainder: what whole steps cost beyond the sum of their separately measured terms.
+"""The overhead: what whole steps cost beyond the sum of their separately measured terms.
 
-    remainder = constant + depth * per level + tokens * per token (+ branching, with siblings)
+    overhead = constant + depth * per level + tokens * per token (+ branching, with siblings)
     verify inside steps = verify(tokens) * (1 + what steps with nearly as many tokens still miss)
 
 A pass that keeps the tensor cores busy runs slower among others than by itself, and by how much
@@ -30,7 +30,7 @@ LEAST, MOST = 0.5, 2.0
 
 
 class Coefficients(NamedTuple):
-    """What the remainder is made of, in ms: `branching` counts once, where a node has siblings."""
+    """What the overhead is made of, in ms: `branching` counts once, where a node has siblings."""
 
     constant: float = 0.0
     per_level: float = 0.0
@@ -68,7 +68,7 @@ class WholeStep:
 
 @dataclass(frozen=True, slots=True)
 class Missed:
-    """What steps took beyond the remainder, relative to verify, by their tokens."""
+    """What steps took beyond the overhead, relative to verify, by their tokens."""
 
     log_tokens_S: Floats
     share_S: Floats
@@ -82,7 +82,7 @@ class Missed:
 
 
 @dataclass(frozen=True, slots=True)
-class Remainder:
+class Overhead:
     """Accept, commit, host, launches; `left_out` are the errors of steps predicted from others."""
 
     coefficients: Coefficients
@@ -95,10 +95,10 @@ class Remainder:
         return _root_mean_square(self.left_out)
 
 
-def fit_remainder(
+def fit_overhead(
     steps: Sequence[WholeStep], floors_ms: Coefficients, *, by_tokens: bool = False
-) -> Remainder:
-    """Fit the remainder to whole steps by least squares of the relative error; needs two.
+) -> Overhead:
+    """Fit the overhead to whole steps by least squares of the relative error; needs two.
 
     `floors_ms` bounds the coefficients from below: passes inside one graph can cost less than the
     same passes alone, so a coefficient may be negative, but never so far that a deeper tree gets
@@ -117,7 +117,7 @@ def fit_remainder(
                 best = chosen, errors
     assert best is not None
     coefficients, missed = _solve(steps, floors_ms, best[0])
-    return Remainder(coefficients, missed if by_tokens else None, tuple(best[1]))
+    return Overhead(coefficients, missed if by_tokens else None, tuple(best[1]))
 
 
 def _error(

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from stree_autotune.store import OFF, GpuSheet, ModelCost, RuntimeTable
+from stree_autotune.store import OFF, GpuSpec, ModelCost, RuntimeTable
 
 Floats = NDArray[np.float64]
 
@@ -58,9 +58,9 @@ class Efficiencies:
 
     vector: tuple[float, ...]
 
-    def ms(self, work: Work, sheet: GpuSheet) -> float:
+    def ms(self, work: Work, spec: GpuSpec) -> float:
         """Return the estimated time of a pass on a GPU."""
-        times = _times(np.array([work]), sheet, np.array(self.vector))
+        times = _times(np.array([work]), spec, np.array(self.vector))
         return float(times[0])
 
 
@@ -120,7 +120,7 @@ def samples_of(table: RuntimeTable) -> list[Sample]:
     return samples
 
 
-def fit(samples: Sequence[Sample], sheet: GpuSheet) -> Efficiencies:
+def fit(samples: Sequence[Sample], spec: GpuSpec) -> Efficiencies:
     """Fit the efficiencies to measured passes on one GPU."""
     # scipy.optimize takes most of a second to import, and most commands never fit
     from scipy.optimize import least_squares
@@ -129,7 +129,7 @@ def fit(samples: Sequence[Sample], sheet: GpuSheet) -> Efficiencies:
     log_ms = np.log([sample.ms for sample in samples])
 
     def residuals(vector: Floats) -> Floats:
-        errors: Floats = np.log(_times(works, sheet, vector)) - log_ms
+        errors: Floats = np.log(_times(works, spec, vector)) - log_ms
         return errors
 
     found = least_squares(
@@ -138,18 +138,18 @@ def fit(samples: Sequence[Sample], sheet: GpuSheet) -> Efficiencies:
     return Efficiencies(tuple(found.x.tolist()))
 
 
-def log_errors(samples: Sequence[Sample], found: Efficiencies, sheet: GpuSheet) -> Floats:
+def log_errors(samples: Sequence[Sample], found: Efficiencies, spec: GpuSpec) -> Floats:
     """Return the logarithms of estimated over measured times."""
-    return np.log([found.ms(sample.work, sheet) / sample.ms for sample in samples])
+    return np.log([found.ms(sample.work, spec) / sample.ms for sample in samples])
 
 
-def _times(works_NF: Floats, sheet: GpuSheet, vector: Floats) -> Floats:
+def _times(works_NF: Floats, spec: GpuSpec, vector: Floats) -> Floats:
     """Return the times (ms) of works [N, F]."""
     launch, more, weights, states, rows, matrix = vector
     launches, many, *sizes, flops = works_NF.T
     # a terabyte a second is 1e9 bytes a millisecond
     moved = sum(size / share for size, share in zip(sizes, (weights, states, rows), strict=True))
-    times: Floats = launches * (launch + more * many) * sheet.launch_us / 1e3
-    times += moved / (sheet.memory_bandwidth_tb_per_s * 1e9)
-    times += flops / (matrix * sheet.matrix_tflop_per_s_bf16 * 1e9)
+    times: Floats = launches * (launch + more * many) * spec.launch_us / 1e3
+    times += moved / (spec.memory_bandwidth_tb_per_s * 1e9)
+    times += flops / (matrix * spec.matrix_tflop_per_s_bf16 * 1e9)
     return times

@@ -27,7 +27,7 @@ def runtime_cost(
 ) -> tuple[RuntimeTable, StepCost, Estimate | None]:
     """Return the table at `path`, its cost on `gpu` under a setting, and how it was estimated.
 
-    Raises MissingMeasurement when a sheet is missing, the band of an estimate would be too wide, or
+    Raises MissingMeasurement when a spec is missing, the band of an estimate would be too wide, or
     attention layers make times depend on more context than was measured; `words` are the user's for
     the pair.
     """
@@ -36,11 +36,11 @@ def runtime_cost(
     rule = rule_key(sampling)
     if table.gpu == gpu:
         return table, StepCost.from_table(table, rule, context, words), None
-    measured, wanted = library.gpu_sheet(table.gpu), library.gpu_sheet(gpu)
+    measured, wanted = library.gpu_spec(table.gpu), library.gpu_spec(gpu)
     if measured is None or wanted is None:
         missing = table.gpu if measured is None else gpu
         raise MissingMeasurement(
-            f"times of {gpu} are estimated from those of {table.gpu}, and no sheet of {missing} is "
+            f"times of {gpu} are estimated from those of {table.gpu}, and no spec of {missing} is "
             f"there; name the folder that has gpus/{missing}.yaml with --data"
         )
     others = [load_runtime_table(p) for p in library.runtime_paths(table.gpu) if p != path]

@@ -3,13 +3,13 @@
     off:         whole steps, by batch size and rule
     speculating: draft_root(B) + sum over levels below the root with children of
                      draft(B, width) + draft_rows(B, rows up to the level's last)
-                 + verify(B, tokens) + target_store(B, storing) + draft_store(B, storing)
+                 + verify(B, tokens) + target_store(B, flushing) + draft_store(B, flushing)
                  + (tokens per step - 2) * (target_path(B) + depth * draft_path(B))
-                 + what the rule adds (branching, laws, draws, tries) by rows of logits
-                 + remainder(B, rule, depth, tokens, siblings); never shorter than the host's work
+                 + what the rule adds (branching, distributions, draws, tries) by rows of logits
+                 + overhead(B, rule, depth, tokens, siblings); never shorter than the host's work
 
-The width of a level is its number of nodes with children: only those are drafted from. `storing` is
-the mean number of slots that store their states in a step.
+The width of a level is its number of nodes with children: only those are drafted from. `flushing`
+is the mean number of slots that store their states in a step.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class StepCost:
     def fit_error(self) -> float:
         """The largest leave-one-out error of predicted whole steps, relative, over batch sizes."""
         rule = self.load.rule
-        errors = [t.fitted(rule).fit_error for t in self.times.values() if t.remainders]
+        errors = [t.fitted(rule).fit_error for t in self.times.values() if t.overheads]
         return max(errors, default=math.nan)
 
     def step_ms(self, batch_size: int, tree: Tree, tokens_per_step: float | None = None) -> float:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from stree_autotune.cost.overhead import Coefficients, Remainder, WholeStep, fit_remainder
-from stree_autotune.cost.traffic import MAX_KEPT
+from stree_autotune.cost.overhead import Coefficients, Overhead, WholeStep, fit_overhead
+from stree_autotune.cost.traffic import MAX_BUFFERED
 from stree_autotune.cost.tree_shape import FEWEST_ROWS, TreeShape, shape_of
 from stree_autotune.store import (
     OFF,
@@ -197,16 +197,16 @@ class Load(NamedTuple):
     def store_share(self) -> float:
         """The share of steps in which a slot stores its state.
 
-        Rows gather until they are more than MAX_KEPT; the step that would exceed it, by about half
-        a step's tokens, stores all.
+        Rows gather until they are more than MAX_BUFFERED; the step that would exceed it, by about
+        half a step's tokens, stores all.
         """
         rate = self.tokens_per_step
-        return min(1.0, rate / (MAX_KEPT + (1 + rate) / 2))
+        return min(1.0, rate / (MAX_BUFFERED + (1 + rate) / 2))
 
 
 @dataclass(frozen=True, slots=True)
 class TermTimes:
-    """All terms at one batch size; `remainders` and `off_steps` are by rule.
+    """All terms at one batch size; `overheads` and `off_steps` are by rule.
 
     The curve of `draft` is that of points without what their rows cost, `draft_rows`; `verify` is
     what verify takes inside whole steps.
@@ -217,7 +217,7 @@ class TermTimes:
     verify: Curve
     rules: RuleTimes
     off_steps: Mapping[RuleKey, float]
-    remainders: Mapping[RuleKey, Remainder]
+    overheads: Mapping[RuleKey, Overhead]
     command: str
 
     def off_ms(self, load: Load, factors: Factors) -> float:
@@ -230,7 +230,7 @@ class TermTimes:
         return ms * factors.off + self._context_ms(1, load)
 
     def sum_ms(self, shape: TreeShape, load: Load, factors: Factors) -> float:
-        """Return the sum of the terms of a speculative step, without the remainder."""
+        """Return the sum of the terms of a speculative step, without the overhead."""
         more_accepted = load.tokens_per_step - TIMED_PATH
         drafts = self.curves["draft_root"].at(1) + self._stored_ms("draft_store", load)
         drafts += more_accepted * self._optional("draft_path") * (1 + len(shape.widths))
@@ -252,9 +252,9 @@ class TermTimes:
 
         It is never shorter than what the host works for a step.
         """
-        remainder = self.fitted(load.rule)
-        total = self.sum_ms(shape, load, factors) + remainder.coefficients.ms(shape)
-        return max(total * math.exp(steps_off * remainder.fit_error), self.host_ms)
+        overhead = self.fitted(load.rule)
+        total = self.sum_ms(shape, load, factors) + overhead.coefficients.ms(shape)
+        return max(total * math.exp(steps_off * overhead.fit_error), self.host_ms)
 
     @property
     def host_ms(self) -> float:
@@ -264,15 +264,15 @@ class TermTimes:
     @property
     def left_out(self) -> tuple[float, ...]:
         """Relative errors of greedy steps, each predicted from the others."""
-        greedy = self.remainders.get("greedy")
+        greedy = self.overheads.get("greedy")
         return greedy.left_out if greedy is not None else ()
 
-    def fitted(self, rule: RuleKey) -> Remainder:
-        """Return a rule's remainder, greedy's for one without steps of its own.
+    def fitted(self, rule: RuleKey) -> Overhead:
+        """Return a rule's overhead, greedy's for one without steps of its own.
 
         Raises MissingMeasurement when there were no steps to fit it to.
         """
-        found = self.remainders.get(rule) or self.remainders.get("greedy")
+        found = self.overheads.get(rule) or self.overheads.get("greedy")
         if found is None:
             raise self._missing("two or more whole steps")
         return found
@@ -295,7 +295,7 @@ class TermTimes:
         return ms[0] if ms else 0.0
 
     def _stored_ms(self, term: Term, load: Load) -> float:
-        """Return what storing costs with the mean number of slots that do in a step."""
+        """Return what flushing costs with the mean number of slots that do in a step."""
         curve = self.curves[term]
         if not curve.ms:
             return 0.0
@@ -317,7 +317,7 @@ class TermTimes:
 
 
 def term_times(table: RuntimeTable, command: str) -> dict[int, TermTimes]:
-    """Return the terms of every measured batch size, remainders fitted, ascending.
+    """Return the terms of every measured batch size, overheads fitted, ascending.
 
     `command` is what errors propose to record what is missing.
     """
@@ -372,36 +372,36 @@ def _at_batch_size(
         if sampled not in off and same in off:
             off[sampled] = off[same]  # type: ignore[index]
     times = TermTimes(batch_size, curves, curves["verify"], rules, off, {}, command)
-    remainders: dict[RuleKey, Remainder] = {}
+    overheads: dict[RuleKey, Overhead] = {}
     for rule in sorted({step.rule for step in steps}, key=lambda rule: rule != "greedy"):
         whole = _whole_steps(times, [step for step in steps if step.rule == rule], table)
         free = [row for row in whole if row.ms > _HOST_BOUND * times.host_ms]
         used = free if len(free) > 1 else whole
         if len(used) > 1:
-            remainders[rule] = _fitted(used, times, remainders.get("greedy"))
-        if rule == "greedy" and rule in remainders:
+            overheads[rule] = _fitted(used, times, overheads.get("greedy"))
+        if rule == "greedy" and rule in overheads:
             # Few trees are timed with the others, which are compared with verify as these show it.
-            missed = remainders[rule].missed
+            missed = overheads[rule].missed
             assert missed is not None
             times = replace(times, verify=times.verify.scaled(missed.factor))
-    if "mss_truncated" in remainders:
-        remainders.setdefault("naive_truncated", remainders["mss_truncated"])
-    return replace(times, remainders=remainders)
+    if "mss_truncated" in overheads:
+        overheads.setdefault("naive_truncated", overheads["mss_truncated"])
+    return replace(times, overheads=overheads)
 
 
-def _fitted(steps: Sequence[WholeStep], times: TermTimes, greedy: Remainder | None) -> Remainder:
-    """Fit a remainder; one of a sampling rule is greedy's and what its steps differ by."""
+def _fitted(steps: Sequence[WholeStep], times: TermTimes, greedy: Overhead | None) -> Overhead:
+    """Fit a overhead; one of a sampling rule is greedy's and what its steps differ by."""
     floors = _floors_of(times)
     if greedy is None:
-        return fit_remainder(steps, floors, by_tokens=True)
+        return fit_overhead(steps, floors, by_tokens=True)
     shared = greedy.coefficients
     known = [replace(row, sum_ms=row.sum_ms + shared.ms(row.shape)) for row in steps]
-    more = fit_remainder(known, floors.minus(shared))
+    more = fit_overhead(known, floors.minus(shared))
     return replace(more, coefficients=shared.plus(more.coefficients))
 
 
 def _floors_of(times: TermTimes) -> Coefficients:
-    """Return how far each coefficient of the remainder may go below zero.
+    """Return how far each coefficient of the overhead may go below zero.
 
     A level costs at least nothing with its draft pass, the constant at most undoes the draft's root
     pass, and further tokens and siblings never pay.

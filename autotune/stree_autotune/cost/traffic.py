@@ -6,8 +6,8 @@ from stree_autotune.store import ModelCost
 from stree_core.families import AttentionShape, Mamba2Shape, MlpShape, ModelShape, MoeShape
 from stree_core.profile import ModelRef
 
-MAX_KEPT = 16
-"""stree_kernels.launch.rows.MAX_KEPT, which a test compares: that module loads torch."""
+MAX_BUFFERED = 16
+"""stree_kernels.launch.rows.MAX_BUFFERED, which a test compares: that module loads torch."""
 
 FEWEST_LAUNCHES = 4
 _LAUNCHES = {Mamba2Shape: 4, AttentionShape: 4, MlpShape: 2, MoeShape: 8}
@@ -25,7 +25,7 @@ def model_cost(shape: ModelShape, ref: ModelRef, element_bytes: int) -> ModelCos
     for part in shape.parts:
         if isinstance(part.mixer, Mamba2Shape):
             columns = part.mixer.conv_dim + part.mixer.num_heads
-            kept_values += MAX_KEPT * columns
+            kept_values += MAX_BUFFERED * columns
             # Two sets of rows take turns.
             row_values += 2 * (part.mixer.proj_dim + columns)
     kv_bytes = shape.kv_bytes_per_token(element_bytes)

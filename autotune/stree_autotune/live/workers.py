@@ -1,11 +1,11 @@
 """Many workers, one study: who evaluates which tree, and what happens when a worker dies.
 
 Trials live in the study's storage, which may be a file or a database that many machines share. A
-worker claims trials, and as long as it lives a counter in the study, its pulse, goes on. A running
-trial whose worker's pulse has stood still for a while is given up, and its tree is taken over by
-whoever has seen that; as every worker watches for itself, no clocks need to agree. A result that
-comes after that is dropped. A tree that another trial has, or is being given, is never evaluated
-twice.
+worker claims trials, and as long as it lives a counter in the study, its heartbeat, goes on. A
+running trial whose worker's heartbeat has stood still for a while is given up, and its tree is
+taken over by whoever has seen that; as every worker watches for itself, no clocks need to agree. A
+result that comes after that is dropped. A tree that another trial has, or is being given, is never
+evaluated twice.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from stree_core.tree import Tree
 logger = logging.getLogger(__name__)
 
 PATIENCE_S = 60.0
-"""Seconds after which a worker without a pulse is taken for dead."""
+"""Seconds after which a worker without a heartbeat is taken for dead."""
 
-PULSES_PER_PATIENCE = 5
+HEARTBEATS_PER_PATIENCE = 5
 MOST_REJECTED = 50
 """Proposals in a row that may be known already before the space counts as exhausted."""
 
-TREE, WORKER, PULSE, HEIR_OF = "tree", "worker", "pulse of ", "heir of"
+TREE, WORKER, HEARTBEAT, RETRY_OF = "tree", "worker", "heartbeat of ", "retry of"
 STEP_MS, SPREAD_MS, TOKENS = "step_ms", "spread_ms", "tokens_per_step"
 
 
@@ -60,7 +60,7 @@ class Worker:
     """One of the workers of a study, until `budget` trees are evaluated by all of them together.
 
     `excess` is by which share a tree is too large for the memory. Use it as a context: it has a
-    pulse inside.
+    heartbeat inside.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Worker:
         self._last_seen: dict[int, tuple[object, float]] = {}
 
     def __enter__(self) -> Worker:
-        self._study.set_user_attr(PULSE + self._name, 0)
+        self._study.set_user_attr(HEARTBEAT + self._name, 0)
         self._thread.start()
         return self
 
@@ -135,10 +135,10 @@ class Worker:
 
     def _live(self) -> None:
         beat = 0
-        while not self._stopped.wait(self._patience_s / PULSES_PER_PATIENCE):
+        while not self._stopped.wait(self._patience_s / HEARTBEATS_PER_PATIENCE):
             beat += 1
             try:
-                self._study.set_user_attr(PULSE + self._name, beat)
+                self._study.set_user_attr(HEARTBEAT + self._name, beat)
             except StorageInternalError as err:
                 logger.warning("the study's storage did not answer: %s", err)
 
@@ -148,7 +148,7 @@ class Worker:
         return self._study.get_trials(deepcopy=False, states=states)
 
     def _has_room(self, trials: list[FrozenTrial]) -> bool:
-        # A trial and its heir are both there for a moment, and stand for one tree.
+        # A trial and its retry are both there for a moment, and stand for one tree.
         counted = {
             _rank(trial)
             for trial in trials
@@ -162,14 +162,14 @@ class Worker:
         return [trial for trial in running if trial.user_attrs.get(WORKER) != self._name]
 
     def _take_over(self) -> list[Claim]:
-        """End the running trials of workers without a pulse, and claim their trees."""
-        pulses, now = self._study.user_attrs, time.monotonic()
+        """End the running trials of workers without a heartbeat, and claim their trees."""
+        heartbeats, now = self._study.user_attrs, time.monotonic()
         claims = []
         for trial in self._others():
-            pulse = pulses.get(PULSE + trial.user_attrs.get(WORKER, ""))
+            heartbeat = heartbeats.get(HEARTBEAT + trial.user_attrs.get(WORKER, ""))
             before, since = self._last_seen.get(trial.number, (None, now))
-            if trial.number not in self._last_seen or before != pulse:
-                self._last_seen[trial.number] = (pulse, now)
+            if trial.number not in self._last_seen or before != heartbeat:
+                self._last_seen[trial.number] = (heartbeat, now)
             elif now - since > self._patience_s:
                 claims += self._inherit(trial)
         return claims
@@ -180,7 +180,7 @@ class Worker:
             self._study.tell(trial.number, state=TrialState.FAIL)
         except (ValueError, UpdateFinishedTrialError):
             return False
-        logger.warning("trial %d is given up, its worker has no pulse", trial.number)
+        logger.warning("trial %d is given up, its worker has no heartbeat", trial.number)
         return True
 
     def _inherit(self, dead: FrozenTrial) -> list[Claim]:
@@ -192,8 +192,8 @@ class Worker:
                 self._study.enqueue_trial(queued, user_attrs=exact)
             return []
         text = dead.user_attrs[TREE]
-        attrs = {WORKER: self._name, TREE: text, EXACT: text, HEIR_OF: _rank(dead)}
-        # The heir comes first: without either, others would find room, or the tree untaken.
+        attrs = {WORKER: self._name, TREE: text, EXACT: text, RETRY_OF: _rank(dead)}
+        # The retry comes first: without either, others would find room, or the tree untaken.
         self._study.add_trial(
             optuna.create_trial(
                 state=TrialState.RUNNING,
@@ -213,8 +213,8 @@ class Worker:
 
 
 def _rank(trial: FrozenTrial) -> int:
-    """Return the number by which trials give way to each other: heirs have the first owner's."""
-    return int(trial.user_attrs.get(HEIR_OF, trial.number))
+    """Return the number by which trials give way to each other: retries have the first owner's."""
+    return int(trial.user_attrs.get(RETRY_OF, trial.number))
 
 
 def _is_taken(number: int, tree: Tree, trials: list[FrozenTrial]) -> bool:

@@ -1,4 +1,4 @@
-"""Time the passes of one batch size: verify, draft, what storing states and context add."""
+"""Time the passes of one batch size: verify, draft, what flushing states and context add."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from stree_core.drafting import Pair, make_plan
 from stree_core.engine import GreedyRule, Speculator, make_speculators
 from stree_core.errors import NotEnoughMemory
 from stree_core.tree import Tree
-from stree_kernels.launch.rows import MAX_KEPT
+from stree_kernels.launch.rows import MAX_BUFFERED
 
-_FEW_KEPT = 5
+_FEW_BUFFERED = 5
 _TYPICAL_DEPTH = 8
 _FEW_TOKENS = 16
 _LONG_PATH, _PATH_ROWS = 8, 4
@@ -69,12 +69,12 @@ def _point(
 class _State(NamedTuple):
     """What a pass finds: committed tokens and tokens accepted last of every slot.
 
-    `storing` slots, spread evenly, have so many kept rows that they store their states.
+    `flushing` slots, spread evenly, have so many buffered rows that they store their states.
     """
 
     committed: int
     accepted: int = TIMED_PATH
-    storing: int = 0
+    flushing: int = 0
 
 
 class _Passes:
@@ -142,7 +142,7 @@ class _Passes:
             self._add_difference(name, work, more, usual, 1 / (_LONG_PATH - TIMED_PATH))
         else:
             work = self._few_verified() if term == "target_store" else self._root()
-            self._add_difference(name, work, usual._replace(storing=size), usual, 1.0)
+            self._add_difference(name, work, usual._replace(flushing=size), usual, 1.0)
 
     def _add_difference(
         self, name: _Name, work: Callable[[], object], state: _State, less: _State, scale: float
@@ -160,12 +160,12 @@ class _Passes:
         """
         assert self._shared is not None
         cache = [self._shared.target_cache, self._shared.draft_cache]
-        kept_B = _kept_rows(self._setting.batch_size, state.storing).to(self._pair.device)
+        buffered_B = _buffered_rows(self._setting.batch_size, state.flushing).to(self._pair.device)
 
         def run() -> None:
             for each in cache:
                 assert each is not None
-                each.pending.num_kept_B.copy_(kept_B)
+                each.pending.num_buffered_B.copy_(buffered_B)
                 each.pending.length_B.fill_(state.accepted)
                 each.committed_B.fill_(state.committed)
             work()
@@ -195,7 +195,7 @@ class _Passes:
         shared, *_ = make_speculators(
             pair.target, pair.draft, plans, setting.batch_size, setting.context
         )
-        occupy(shared, setting.context // 2, _FEW_KEPT)
+        occupy(shared, setting.context // 2, _FEW_BUFFERED)
         return shared
 
     def _rebound(self, tree: Tree) -> Speculator:
@@ -207,12 +207,12 @@ class _Passes:
         return dataclasses.replace(self._shared, plan=plan, rule=rule)
 
 
-def _kept_rows(num_slots: int, num_storing: int) -> torch.Tensor:
-    """Return the kept rows [B] (int32) of slots of which some, spread evenly, store."""
-    kept_B = torch.full((num_slots,), _FEW_KEPT, dtype=torch.int32)
-    for number in range(num_storing):
-        kept_B[number * num_slots // num_storing] = MAX_KEPT
-    return kept_B
+def _buffered_rows(num_slots: int, num_flushing: int) -> torch.Tensor:
+    """Return the buffered rows [B] (int32) of slots of which some, spread evenly, store."""
+    buffered_B = torch.full((num_slots,), _FEW_BUFFERED, dtype=torch.int32)
+    for number in range(num_flushing):
+        buffered_B[number * num_slots // num_flushing] = MAX_BUFFERED
+    return buffered_B
 
 
 def _contexts(context: int, size: int) -> tuple[int, int]:

@@ -21,7 +21,7 @@ _PRODUCT_ROWS, _CLOSEST = 128, 4
 _WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _DRAFT_ROWS = (3, 8, 16, 17, 32, 33, 64, 65, 96, 128, 129, 192, 193, 256)
 _CONTEXT_SIZES = (1, 2, 5, 9, 17, 33, 65, 129, 256)
-_SLOTS_PER_STORING = 8
+_SLOTS_PER_FLUSH = 8
 """With two accepted tokens about one slot in so many stores its state in a step."""
 
 _COMBS = ((5, 3), (8, 2), (8, 7))
@@ -35,7 +35,7 @@ _MOST_RULE_ROWS = 4096
 _TRIES_AT_MOST = 1024
 
 SAMPLED: tuple[RuleKey, ...] = ("naive", "mss", "mss_truncated")
-"""Rules whose whole steps are timed; a truncated law costs naive what it costs MSS."""
+"""Rules whose whole steps are timed; a truncated distribution costs naive what it costs MSS."""
 
 Key = tuple[Any, ...]
 
@@ -160,8 +160,8 @@ def _pass_keys(config: ProbeConfig, batch_size: int, has_attention: bool) -> Ite
     for term in ("draft_root", "target_path", "draft_path"):
         yield term, batch_size, 1
     for term in STORES:
-        for storing in sorted({1, max(1, batch_size // _SLOTS_PER_STORING), batch_size}):
-            yield term, batch_size, storing
+        for flushing in sorted({1, max(1, batch_size // _SLOTS_PER_FLUSH), batch_size}):
+            yield term, batch_size, flushing
     if has_attention:
         for size in sorted({s for s in _CONTEXT_SIZES if s <= largest} | {largest}):
             yield "context", batch_size, size

@@ -23,7 +23,7 @@ from stree_core.engine import (
 from stree_core.errors import NonFiniteLogits
 from stree_core.models import Model
 from stree_core.tree import Tree
-from stree_kernels.launch.rows import MAX_KEPT
+from stree_kernels.launch.rows import MAX_BUFFERED
 
 _ENDLESS = StopRule(1 << 40)
 _HOST_STEPS = 15
@@ -32,10 +32,10 @@ _REACH = 128
 """Positions that a slot goes on before and behind the middle."""
 
 
-def occupy(speculator: Speculator, num_tokens: int, num_kept: int | None = None) -> None:
+def occupy(speculator: Speculator, num_tokens: int, num_buffered: int | None = None) -> None:
     """Set every slot to hold `num_tokens`, the last step's path of TIMED_PATH still pending.
 
-    Slots keep different numbers of rows, as in a server, or all `num_kept`.
+    Slots keep different numbers of rows, as in a server, or all `num_buffered`.
     """
     speculator.buffers.active_B.fill_(1)
     for cache in (speculator.target_cache, speculator.draft_cache):
@@ -44,9 +44,13 @@ def occupy(speculator: Speculator, num_tokens: int, num_kept: int | None = None)
             capacity = cache.pending.path_BL.shape[1]
             cache.pending.length_B.fill_(min(TIMED_PATH, capacity))
             cache.pending.path_BL.copy_(torch.arange(capacity)[None])
-            kept_B = cache.pending.num_kept_B
-            spread = phases(len(kept_B)) if num_kept is None else [num_kept] * len(kept_B)
-            kept_B.copy_(torch.tensor(spread))
+            buffered_B = cache.pending.num_buffered_B
+            spread = (
+                phases(len(buffered_B))
+                if num_buffered is None
+                else [num_buffered] * len(buffered_B)
+            )
+            buffered_B.copy_(torch.tensor(spread))
 
 
 def prompt_reader(model: Model) -> Callable[[], None]:
@@ -78,7 +82,7 @@ def phases(num_slots: int) -> list[int]:
     so that the same slots store together here and there: those whose programs share a
     multiprocessor take longer.
     """
-    return [(MAX_KEPT + 1) * slot // num_slots for slot in range(num_slots)]
+    return [(MAX_BUFFERED + 1) * slot // num_slots for slot in range(num_slots)]
 
 
 class SteadyEngine(Engine):

@@ -24,7 +24,7 @@ from stree_autotune.search import (
     search_batch,
 )
 from stree_autotune.store import Library, RuntimeTable, load_runtime_table
-from stree_autotune.trace import Slots, Trace, longest_paths, walk
+from stree_autotune.trace import FlatTrace, Trace, longest_paths, walk
 from stree_core.errors import StreeError
 from stree_core.profile import PolicyRow, Profile
 from stree_core.tree import Tree
@@ -76,7 +76,7 @@ def scan(profile: Profile, trace: Trace, cost: StepCost) -> tuple[Scan, ...]:
     batch_sizes = [row.batch_size for row in profile.policy]
     seed, most = profile.provenance.seed, cost.most_nodes(batch_sizes, MOST_NODES) or 1
     space = TreeSpace.of(trace, most)
-    bootstrap = _Bootstrap.of(space.slots, cost, seed)
+    bootstrap = _Bootstrap.of(space.flat, cost, seed)
     scans = []
     for row in profile.policy:
         result = search_batch(space, cost, row.batch_size, seed=seed)
@@ -90,9 +90,9 @@ def scan(profile: Profile, trace: Trace, cost: StepCost) -> tuple[Scan, ...]:
 
 def reach_shares(trace: Trace, tree: Tree) -> tuple[float, ...]:
     """Return per node the share of the walk's steps that accept it; 1 for the root."""
-    slots = Slots.of(trace)
-    ends_S = longest_paths(slots, np.asarray(tree.parents, np.intp))
-    ends = ends_S[_start_slots(slots, trace, tree)]
+    flat = FlatTrace.of(trace)
+    ends_S = longest_paths(flat, np.asarray(tree.parents, np.intp))
+    ends = ends_S[_start_places(flat, trace, tree)]
     counts = np.bincount(ends, minlength=tree.num_tokens)
     for node in range(tree.num_nodes, 0, -1):
         counts[tree.parents[node]] += counts[node]
@@ -101,21 +101,21 @@ def reach_shares(trace: Trace, tree: Tree) -> tuple[float, ...]:
 
 def rank_shares(trace: Trace, tree: Tree) -> Ranks:
     """Return where the target's tokens stood at the steps that `tree` takes over the trace."""
-    slots = Slots.of(trace)
-    num_children = slots.num_children
-    slot = _start_slots(slots, trace, tree)
+    flat = FlatTrace.of(trace)
+    num_children = flat.num_children
+    place = _start_places(flat, trace, tree)
     columns = MOST_RANKS + 2
     shares, num_steps = [], []
     for _ in range(MOST_DEPTHS):
-        slot = slot[slots.positions_S[slot] >= 0]
-        if not len(slot):
+        place = place[flat.positions_S[place] >= 0]
+        if not len(place):
             break
-        ranks = slots.ranks_S[slot]
+        ranks = flat.ranks_S[place]
         kinds = np.where(ranks < MOST_RANKS, ranks, MOST_RANKS)
         kinds = np.where(ranks == num_children, MOST_RANKS + 1, kinds)
-        shares.append(np.bincount(kinds, minlength=columns) / len(slot))
-        num_steps.append(len(slot))
-        slot = slot[ranks < num_children] + 1
+        shares.append(np.bincount(kinds, minlength=columns) / len(place))
+        num_steps.append(len(place))
+        place = place[ranks < num_children] + 1
     return Ranks(np.array(shares), tuple(num_steps))
 
 
@@ -131,20 +131,20 @@ def trial_of(trace: Trace, cost: StepCost, batch_size: int, tree: Tree) -> Trial
 class _Bootstrap:
     """Resampled prompts [R, P] and as many draws of the step cost, the same for every tree."""
 
-    slots: Slots
+    flat: FlatTrace
     weights_RP: NDArray[np.float64]
     costs: tuple[StepCost, ...]
     starts: dict[Tree, NDArray[np.float64]]
 
     @classmethod
-    def of(cls, slots: Slots, cost: StepCost, seed: int) -> _Bootstrap:
-        """Draw resamples of the slots' prompts and of the cost."""
+    def of(cls, flat: FlatTrace, cost: StepCost, seed: int) -> _Bootstrap:
+        """Draw resamples of the trace's prompts and of the cost."""
         rng = np.random.default_rng(seed)
-        num_prompts = len(slots.first_P)
+        num_prompts = len(flat.first_P)
         shares = np.full(num_prompts, 1 / num_prompts)
         weights = rng.multinomial(num_prompts, shares, size=NUM_RESAMPLES).astype(np.float64)
         draws = tuple(cost.draw(rng) for _ in range(NUM_COST_DRAWS))
-        return cls(slots, weights, draws, {})
+        return cls(flat, weights, draws, {})
 
     def points(self, batch_size: int, trials: Sequence[Trial], off: Trial) -> tuple[SizePoint, ...]:
         """Return trials with the intervals of their gains over off, in tokens/s."""
@@ -157,17 +157,17 @@ class _Bootstrap:
 
     def _ms(self, batch_size: int, tree: Tree) -> NDArray[np.float64]:
         if tree not in self.starts:
-            self.starts[tree] = self.weights_RP @ walk(self.slots, tree).starts_P
-        rate = self.slots.num_positions / float(self.starts[tree].mean())
+            self.starts[tree] = self.weights_RP @ walk(self.flat, tree).starts_P
+        rate = self.flat.num_positions / float(self.starts[tree].mean())
         drawn = np.array([cost.step_ms(batch_size, tree, rate) for cost in self.costs])
         times: NDArray[np.float64] = self.starts[tree] * np.resize(drawn, NUM_RESAMPLES)
         return times
 
 
-def _start_slots(slots: Slots, trace: Trace, tree: Tree) -> NDArray[np.intp]:
-    """Return the slots where steps with `tree` start."""
-    slot_of_position = np.flatnonzero(slots.positions_S >= 0)
-    return slot_of_position[walk(trace, tree).starts]
+def _start_places(flat: FlatTrace, trace: Trace, tree: Tree) -> NDArray[np.intp]:
+    """Return the places where steps with `tree` start."""
+    place_of_position = np.flatnonzero(flat.positions_S >= 0)
+    return place_of_position[walk(trace, tree).starts]
 
 
 def _rate(trial: Trial) -> float:

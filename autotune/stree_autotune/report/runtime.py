@@ -12,7 +12,7 @@ from stree_core.profile import PolicyRow, Profile
 from stree_core.tree import Tree
 
 TWO_SIDED = 1.96
-"""Standard deviations on either side that hold 95 % of a normal law."""
+"""Standard deviations on either side that hold 95 % of a normal distribution."""
 
 
 def staircase_figure(
@@ -113,7 +113,7 @@ def _verify_band(cost: StepCost, curve: list[XY], marks: Marks) -> tuple[list[XY
 
 
 def steps_figure(table: RuntimeTable) -> Figure | None:
-    """Draw whole measured steps against what the sum of the terms and its remainder say."""
+    """Draw whole measured steps against what the sum of the terms and its overhead say."""
     measured_cost = StepCost.from_table(table)
     built = {name: tree.build() for name, tree in table.trees.items()}
     steps = [step for step in table.steps if step.tree != OFF and step.rule == "greedy"]

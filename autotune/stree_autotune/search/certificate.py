@@ -22,7 +22,7 @@ from stree_autotune.search.dual_bound import (
 from stree_autotune.search.path_counts import index_paths
 from stree_autotune.search.tree_solver import solve
 from stree_autotune.store import command, provenance
-from stree_autotune.trace import Slots, Trace, load_trace, walk_nested
+from stree_autotune.trace import FlatTrace, Trace, load_trace, walk_nested
 from stree_core.errors import ConfigError
 from stree_core.files import dump_yaml, load_yaml, sha256_of, write_atomically
 from stree_core.profile import Provenance, Sha256, Strict
@@ -187,7 +187,7 @@ SIZES = (2, 4, 8, 16, 32, 64, 128, MAX_NODES)
 """Numbers of nodes at which a bound is tightest; every line holds for all."""
 
 DESCRIBED_SIZES = (1, 2, 4, 8, 16, 32, 64)
-GROWTH_DEPTH = 16
+SOLVER_DEPTH = 16
 LEAST_PRICE = 0.5
 """Starts that a node must save; below, a line says nothing that its neighbour does not."""
 
@@ -218,20 +218,20 @@ def certify(
 
     `progress` gets one line per depth.
     """
-    slots = Slots.of(trace)
-    chains = _nested_starts(slots, Tree.chain(LISTED_DEPTH))
+    flat = FlatTrace.of(trace)
+    chains = _nested_starts(flat, Tree.chain(LISTED_DEPTH))
     bounds = []
     for max_depth in (*_depths(chains), None):
-        bounds.append(_depth_bound(slots, max_depth))
+        bounds.append(_depth_bound(flat, max_depth))
         if progress is not None:
             levels = "any number of" if max_depth is None else f"up to {max_depth}"
             progress(f"bounded trees of {levels} levels")
-    stars = Tree.from_paths([rank] for rank in range(slots.num_children))
+    stars = Tree.from_paths([rank] for rank in range(flat.num_children))
     return Certificate(
         trace_sha256=trace_sha256,
-        num_positions=slots.num_positions,
+        num_positions=flat.num_positions,
         chains=chains,
-        stars=_nested_starts(slots, stars),
+        stars=_nested_starts(flat, stars),
         bounds=tuple(bounds),
         provenance=provenance(trace.meta.seed),
     )
@@ -246,23 +246,23 @@ def _depths(chains: Sequence[int]) -> list[int]:
     return depths
 
 
-def _nested_starts(slots: Slots, tree: Tree) -> tuple[int, ...]:
+def _nested_starts(flat: FlatTrace, tree: Tree) -> tuple[int, ...]:
     """Return the starts of a chain's or star's beginnings with 1, 2, ... nodes."""
     sizes = range(1, tree.num_tokens)
-    values = walk_nested(slots, tree, range(tree.num_tokens), sizes)
-    return tuple(round(slots.num_positions / value) for value in values.tolist())
+    values = walk_nested(flat, tree, range(tree.num_tokens), sizes)
+    return tuple(round(flat.num_positions / value) for value in values.tolist())
 
 
-def _depth_bound(slots: Slots, max_depth: int | None) -> DepthBound:
+def _depth_bound(flat: FlatTrace, max_depth: int | None) -> DepthBound:
     """Fit weights from the lowest price up, each from the ones before."""
     deeper = max_depth is None
     depth = LISTED_DEPTH if max_depth is None else max_depth
-    blocks = Blocks.of(slots, depth, deeper=deeper)
-    prices, starts = _prices(slots, min(depth, GROWTH_DEPTH))
-    weights = np.full(slots.num_positions, starts / max(slots.num_positions, 1))
+    blocks = Blocks.of(flat, depth, deeper=deeper)
+    prices, starts = _prices(flat, min(depth, SOLVER_DEPTH))
+    weights = np.full(flat.num_positions, starts / max(flat.num_positions, 1))
     lines = []
     for number, price in enumerate(prices):
-        frequent = Blocks.of(slots, depth, deeper=deeper, min_count=int(price / PRUNING))
+        frequent = Blocks.of(flat, depth, deeper=deeper, min_count=int(price / PRUNING))
         stages = (*FIRST_STAGES, *STAGES) if number == 0 else STAGES
         weights = fit_weights(frequent, weights, price, stages)
         if deeper:
@@ -273,12 +273,12 @@ def _depth_bound(slots: Slots, max_depth: int | None) -> DepthBound:
     return DepthBound(max_depth=max_depth, lines=tuple(lines))
 
 
-def _prices(slots: Slots, depth: int) -> tuple[list[float], float]:
+def _prices(flat: FlatTrace, depth: int) -> tuple[list[float], float]:
     """Return what a node saves about each of SIZES, ascending, and the starts of the last tree."""
-    index = index_paths(slots, max_nodes=MAX_NODES, max_depth=depth)
-    growth = solve(index, depth=depth, width=slots.num_children, num_nodes=MAX_NODES).growth
-    every = np.arange(len(growth.added))
-    starts = slots.num_positions / walk_nested(slots, growth.tree, growth.added, every.tolist())
+    index = index_paths(flat, max_nodes=MAX_NODES, max_depth=depth)
+    grown = solve(index, depth=depth, width=flat.num_children, num_nodes=MAX_NODES).grown
+    every = np.arange(len(grown.added))
+    starts = flat.num_positions / walk_nested(flat, grown.tree, grown.added, every.tolist())
     prices = {max(_saved_per_node(starts, size), LEAST_PRICE) for size in SIZES}
     return sorted(prices), float(starts[-1])
 

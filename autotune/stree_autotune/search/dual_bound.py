@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from stree_autotune.trace import Ints, Slots
+from stree_autotune.trace import FlatTrace, Ints
 
 ROOT = 0
 
@@ -44,13 +44,13 @@ class Family:
 class Blocks:
     """The blocks of some prompts, for trees up to a depth.
 
-    first_E: where each start's blocks begin, for every position. start_E, end_E: the slots where
+    first_E: where each start's blocks begin, for every position. start_E, end_E: the places where
     the step starts and where the next one does. path_E: the path that the block needs.
     new_nodes_N: nodes that a tree with the path before needs more to have this path.
     families: the paths by depth and place, families that others need first.
     """
 
-    num_slots: int
+    num_places: int
     positions: Ints
     first_E: Ints
     start_E: Ints
@@ -61,7 +61,7 @@ class Blocks:
 
     @classmethod
     def of(
-        cls, slots: Slots, max_depth: int, *, deeper: bool = False, min_count: int = 1
+        cls, flat: FlatTrace, max_depth: int, *, deeper: bool = False, min_count: int = 1
     ) -> Blocks:
         """List the blocks for trees of at most `max_depth` levels, or of any depth (`deeper`).
 
@@ -69,14 +69,14 @@ class Blocks:
         block of `max_depth` covers all ranks from its start, as if such a path came with everything
         below: where weights are not negative, what holds for these blocks holds for every tree.
         """
-        positions = np.flatnonzero(slots.positions_S >= 0)
-        width = slots.num_children
+        positions = np.flatnonzero(flat.positions_S >= 0)
+        width = flat.num_children
         start, path = positions, np.zeros(len(positions), np.intp)
         levels = [(start, np.zeros(len(start), np.intp), path)]
         new_nodes, families = [np.zeros(1, np.intp)], []
         num_paths, first_of_level = 1, 0
         for depth in range(1, max_depth + 1):
-            rank = slots.ranks_S[start + depth - 1]
+            rank = flat.ranks_S[start + depth - 1]
             hit = np.flatnonzero(rank < width)
             key = (path[hit] - first_of_level) * width + rank[hit]
             counts = np.bincount(key, minlength=1)
@@ -99,9 +99,9 @@ class Blocks:
         start_E, length_E, path_E = start_E[order_E], length_E[order_E], path_E[order_E]
         covered_E = length_E
         if deeper:
-            covered_E = np.where(length_E == max_depth, _run_lengths(slots)[start_E], length_E)
+            covered_E = np.where(length_E == max_depth, _run_lengths(flat)[start_E], length_E)
         return cls(
-            num_slots=len(slots.ranks_S),
+            num_places=len(flat.ranks_S),
             positions=positions,
             first_E=np.flatnonzero(length_E == 0),
             start_E=start_E,
@@ -112,11 +112,11 @@ class Blocks:
         )
 
 
-def _run_lengths(slots: Slots) -> Ints:
-    """Return per slot how many positions from there on have a rank."""
-    missed = np.flatnonzero(slots.ranks_S >= slots.num_children)
-    every = np.arange(len(slots.ranks_S))
-    # the last slot is an end mark, which has none
+def _run_lengths(flat: FlatTrace) -> Ints:
+    """Return per place how many positions from there on have a rank."""
+    missed = np.flatnonzero(flat.ranks_S >= flat.num_children)
+    every = np.arange(len(flat.ranks_S))
+    # the last place is an end mark, which has none
     return missed[np.searchsorted(missed, every)] - every if len(missed) else every * 0
 
 
@@ -225,7 +225,7 @@ def _evaluate(
     blocks: Blocks, weights: Floats, price: float, rounding: float
 ) -> tuple[float, Floats]:
     """Return the bound, its kinks rounded, and how it changes with each weight."""
-    before_S = np.zeros(blocks.num_slots + 1)
+    before_S = np.zeros(blocks.num_places + 1)
     before_S[blocks.positions + 1] = weights
     np.cumsum(before_S, out=before_S)
     over_E = before_S.take(blocks.end_E) - before_S.take(blocks.start_E) - 1.0
@@ -244,10 +244,10 @@ def _evaluate(
     further_E = np.append(member_E[1:], 0.0)
     further_E[blocks.first_E[1:] - 1] = 0.0
     steep_E *= member_E - further_E
-    size = blocks.num_slots + 1
+    size = blocks.num_places + 1
     slope_S = np.bincount(blocks.start_E, weights=steep_E, minlength=size)
     slope_S -= np.bincount(blocks.end_E, weights=steep_E, minlength=size)
-    # a weight counts for all slots behind it
+    # a weight counts for all places behind it
     slope = 1.0 - np.cumsum(slope_S)[blocks.positions]
     return float(value), np.asarray(slope, np.float64)
 

@@ -22,7 +22,7 @@ def profile_trace(profile: Profile, library: Library) -> Trace:
 def profile_cost(profile: Profile, library: Library) -> StepCost:
     """Return the step cost that `profile` was tuned with, carried over where tuning did so.
 
-    Raises MissingMeasurement when the table, or a GPU's sheet, is not at hand.
+    Raises MissingMeasurement when the table, or a GPU's spec, is not at hand.
     """
     path = find_source_file(profile.sources.runtime, "runtime", library)
     return runtime_cost(library, path, profile.gpu.name, profile.sampling, profile.context)[1]

@@ -17,7 +17,7 @@ from stree_autotune.store import (
     repeated,
     trace_command,
 )
-from stree_core.families import find_shape_sheet
+from stree_core.families import find_shape_spec
 from stree_core.profile import Sampling
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def _size_flags(request: TuneRequest) -> list[str]:
 
 
 def _is_shape_alone(library: Library, name: str) -> bool:
-    """True when a name is a shape sheet's and no model's folder."""
-    if is_path(name) or find_shape_sheet(library.roots, name) is None:
+    """True when a name is a shape spec's and no model's folder."""
+    if is_path(name) or find_shape_spec(library.roots, name) is None:
         return False
     return not any((root / "models" / name / "config.json").is_file() for root in library.roots)

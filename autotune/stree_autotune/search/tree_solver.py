@@ -17,16 +17,16 @@ from numpy.typing import NDArray
 
 from stree_autotune.search.path_counts import PathIndex, Shares, path_shares, path_worths
 from stree_autotune.trace import (
+    FlatTrace,
     Ints,
-    Slots,
     Trace,
     advance_table,
     count_starts,
+    flat_trace,
     level_slices,
     longest_paths,
     pooled_tokens_per_step,
-    slots_of,
-    start_slots,
+    start_places,
     starts_to_go,
     walk,
 )
@@ -36,7 +36,8 @@ MAX_DEPTH = 16
 """The deepest level that is searched."""
 
 ROUNDS = 7
-"""Regrowths; most cells settle after three or four, and a tree seen before costs nothing."""
+"""Rounds of the solver; most cells settle after three or four, and a tree seen before costs
+nothing."""
 
 MAX_ADDS = 12
 MAX_DROPS = 8
@@ -51,7 +52,7 @@ Move = tuple[int | None, int | None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Growth:
+class GrownTree:
     """A grown tree and, per node, after how many additions it was there (root 0).
 
     paths: the nodes as paths of the index, breadth-first.
@@ -66,7 +67,7 @@ class Growth:
 class Solved:
     """A cell's tree as it was grown, and its exact tokens per step on the index's trace."""
 
-    growth: Growth
+    grown: GrownTree
     tokens_per_step: float
 
 
@@ -79,7 +80,7 @@ class Scored:
     score: float
 
 
-def grow(index: PathIndex, shares: Shares, *, depth: int, width: int, num_nodes: int) -> Growth:
+def grow(index: PathIndex, shares: Shares, *, depth: int, width: int, num_nodes: int) -> GrownTree:
     """Grow a tree by adding the path with the largest share, `num_nodes` times.
 
     `depth` caps the levels, `width` the children of one node; where the caps or the index leave no
@@ -91,7 +92,7 @@ def grow(index: PathIndex, shares: Shares, *, depth: int, width: int, num_nodes:
     paths = np.sort(order)
     added = np.empty(len(order), np.intp)
     added[np.searchsorted(paths, order)] = np.arange(len(order))
-    return Growth(sub_tree(index.parents, paths), tuple(added.tolist()), paths)
+    return GrownTree(sub_tree(index.parents, paths), tuple(added.tolist()), paths)
 
 
 def solve(index: PathIndex, *, depth: int, width: int, num_nodes: int) -> Solved:
@@ -103,27 +104,27 @@ def solve(index: PathIndex, *, depth: int, width: int, num_nodes: int) -> Solved
     shares = path_shares(index)
     found: dict[Tree, tuple[Solved, Shares]] = {}
     for number in range(ROUNDS):
-        growth = grow(index, shares, depth=depth, width=width, num_nodes=num_nodes)
-        if growth.tree not in found:
-            found[growth.tree] = _evaluate(index, growth)
-        worths = found[growth.tree][1]
+        grown = grow(index, shares, depth=depth, width=width, num_nodes=num_nodes)
+        if grown.tree not in found:
+            found[grown.tree] = _evaluate(index, grown)
+        worths = found[grown.tree][1]
         shares = worths if number == 0 else (shares + worths) / 2
     return max((solved for solved, _ in found.values()), key=lambda solved: solved.tokens_per_step)
 
 
-def _evaluate(index: PathIndex, growth: Growth) -> tuple[Solved, Shares]:
+def _evaluate(index: PathIndex, grown: GrownTree) -> tuple[Solved, Shares]:
     """Walk a grown tree; return it with its tokens per step, and the worths that follow."""
     member = np.zeros((1, len(index.parents)), np.bool_)
-    member[0, growth.paths] = True
+    member[0, grown.paths] = True
     advance_S = advance_table(index.parents, index.levels, member)[0].take(index.node_S)
-    starts_S = start_slots(index.slots, advance_S)
-    value = pooled_tokens_per_step(index.slots.num_positions, len(starts_S))
-    worths = path_worths(index, starts_S, starts_to_go(index.slots, advance_S))
-    return Solved(growth, value), worths
+    starts_S = start_places(index.flat, advance_S)
+    value = pooled_tokens_per_step(index.flat.num_positions, len(starts_S))
+    worths = path_worths(index, starts_S, starts_to_go(index.flat, advance_S))
+    return Solved(grown, value), worths
 
 
 def refine(
-    trace: Trace | Slots,
+    trace: Trace | FlatTrace,
     tree: Tree,
     objective: Objective,
     *,
@@ -136,12 +137,12 @@ def refine(
     nodes respect `max_nodes`, `max_depth` and the number of children that the trace recorded.
     Raises TreeError when a node of the given tree has more children than the trace recorded.
     """
-    slots = slots_of(trace)
-    tokens_per_step = walk(slots, tree).tokens_per_step
+    flat = flat_trace(trace)
+    tokens_per_step = walk(flat, tree).tokens_per_step
     best = Scored(tree, tokens_per_step, objective(tree, tokens_per_step))
     while True:
-        parents, inside = _with_frontier(best.tree, slots.num_children, max_depth)
-        neighbours = _neighbours(slots, parents, inside, max_nodes)
+        parents, inside = _with_frontier(best.tree, flat.num_children, max_depth)
+        neighbours = _neighbours(flat, parents, inside, max_nodes)
         found = max(
             (Scored(tree, value, objective(tree, value)) for tree, value in neighbours),
             key=lambda scored: scored.score,
@@ -168,14 +169,14 @@ def _with_frontier(tree: Tree, num_children: int, max_depth: int) -> tuple[Ints,
 
 
 def _neighbours(
-    slots: Slots, parents: Ints, inside: NDArray[np.bool_], max_nodes: int
+    flat: FlatTrace, parents: Ints, inside: NDArray[np.bool_], max_nodes: int
 ) -> Iterator[tuple[Tree, float]]:
     """Yield the trees one move away, the most promising ones, with their tokens per step.
 
     Every leaf is dropped and every frontier node added on its own; of the swaps only those are
     walked for which the two effects add up best.
     """
-    node_S = longest_paths(slots, parents)
+    node_S = longest_paths(flat, parents)
     levels = level_slices(parents)
 
     def count(moves: list[Move]) -> tuple[NDArray[np.bool_], list[int]]:
@@ -183,10 +184,10 @@ def _neighbours(
         for member_N, (drop, add) in zip(members_CN, moves, strict=True):
             member_N[[node for node in (drop, add) if node is not None]] ^= True
         advance_CN = advance_table(parents, levels, members_CN)
-        return members_CN, count_starts(slots, node_S, advance_CN).sum(axis=1).tolist()
+        return members_CN, count_starts(flat, node_S, advance_CN).sum(axis=1).tolist()
 
     advance_N = advance_table(parents, levels, inside[None, :])[0]
-    starts_S = start_slots(slots, advance_N[node_S])
+    starts_S = start_places(flat, advance_N[node_S])
     ending = np.bincount(node_S[starts_S], minlength=len(parents)).tolist()
     drops, adds = _leaves(parents.tolist(), inside.tolist(), ending)
     singles: list[Move] = [*((drop, None) for drop in drops), *((None, add) for add in adds)]
@@ -200,7 +201,7 @@ def _neighbours(
     ):
         if np.count_nonzero(member_N) - 1 <= max_nodes:
             tree = sub_tree(parents, np.flatnonzero(member_N))
-            yield tree, pooled_tokens_per_step(slots.num_positions, starts)
+            yield tree, pooled_tokens_per_step(flat.num_positions, starts)
 
 
 def _leaves(

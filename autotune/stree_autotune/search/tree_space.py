@@ -9,7 +9,7 @@ import numpy as np
 
 from stree_autotune.search.path_counts import PathIndex, index_paths
 from stree_autotune.search.tree_solver import MAX_DEPTH, solve, sub_tree
-from stree_autotune.trace import Ints, Slots, Trace, walk, walk_nested
+from stree_autotune.trace import FlatTrace, Ints, Trace, walk, walk_nested
 from stree_core.errors import ConfigError
 from stree_core.tree import MAX_NODES, Tree
 
@@ -36,7 +36,7 @@ class Cell:
 class TreeSpace:
     """The trees of one trace: each cell solved once, each tree walked once for all batch sizes."""
 
-    slots: Slots
+    flat: FlatTrace
     index: PathIndex
     max_nodes: int
     solved: dict[Cell, Tree] = field(default_factory=dict)
@@ -52,13 +52,13 @@ class TreeSpace:
             raise ConfigError(
                 f"max_nodes must lie between 1 and {MAX_NODES}, got {max_nodes}; change --max-nodes"
             )
-        slots = Slots.of(trace, prompts)
-        return cls(slots, index_paths(slots, max_nodes=max_nodes, max_depth=MAX_DEPTH), max_nodes)
+        flat = FlatTrace.of(trace, prompts)
+        return cls(flat, index_paths(flat, max_nodes=max_nodes, max_depth=MAX_DEPTH), max_nodes)
 
     @property
     def widths(self) -> tuple[int, ...]:
         """The width caps that the trace can tell apart."""
-        return tuple(width for width in WIDTHS if width <= self.slots.num_children)
+        return tuple(width for width in WIDTHS if width <= self.flat.num_children)
 
     def solve(self, cell: Cell) -> Tree:
         """Return the cell's tree; it may have fewer nodes when the caps leave no room for more."""
@@ -70,26 +70,26 @@ class TreeSpace:
         if cell.width == 1 or cell.num_nodes <= 1:
             return Tree.chain(min(cell.depth, cell.num_nodes))
         found = solve(self.index, depth=cell.depth, width=cell.width, num_nodes=cell.num_nodes)
-        self.walked[found.growth.tree] = found.tokens_per_step
-        return found.growth.tree
+        self.walked[found.grown.tree] = found.tokens_per_step
+        return found.grown.tree
 
     def tokens_per_step(self, tree: Tree) -> float:
         """Return the exact tokens per step of a tree on this trace."""
         if tree not in self.walked:
-            self.walked[tree] = walk(self.slots, tree).tokens_per_step
+            self.walked[tree] = walk(self.flat, tree).tokens_per_step
         return self.walked[tree]
 
     @cached_property
     def survey(self) -> tuple[tuple[Cell, Tree], ...]:
-        """Every size of one growth per depth cap, walked: the picks that trials start from."""
+        """Every size of one grown tree per depth cap, walked: the picks that trials start from."""
         picks = []
         width = self.widths[-1]
         for depth in range(1, MAX_DEPTH + 1):
             found = solve(self.index, depth=depth, width=width, num_nodes=self.max_nodes)
-            growth = found.growth
-            sizes = range(1, len(growth.added))
-            values = walk_nested(self.slots, growth.tree, growth.added, sizes)
-            parents, added = np.array(growth.tree.parents), np.array(growth.added)
+            grown = found.grown
+            sizes = range(1, len(grown.added))
+            values = walk_nested(self.flat, grown.tree, grown.added, sizes)
+            parents, added = np.array(grown.tree.parents), np.array(grown.added)
             for size, value in zip(sizes, values.tolist(), strict=True):
                 tree = sub_tree(parents, np.flatnonzero(added <= size))
                 self.walked[tree] = value

@@ -231,9 +231,9 @@ def ask(request: TuneRequest) -> Question:
     runtime.cost.require(request.batch_sizes, request.max_nodes)
     table = runtime.table
     memory = MemoryLimit(table.target, table.draft, request.context)
-    sheet = library.gpu_sheet(request.gpu)
-    if sheet is not None:
-        memory = replace(memory, gpu=sheet.name, memory_bytes=1e9 * sheet.memory_gb)
+    spec = library.gpu_spec(request.gpu)
+    if spec is not None:
+        memory = replace(memory, gpu=spec.name, memory_bytes=1e9 * spec.memory_gb)
     return Question(request, runtime, acceptance, refs, memory)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stree_autotune.search import Certificate
-from stree_autotune.store import GpuSheet, RuntimeTable
+from stree_autotune.store import GpuSpec, RuntimeTable
 from stree_autotune.trace import MAX_FILE_BYTES, parse_trace, trace_meta
 from stree_core.errors import ConfigError
 from stree_core.files import MAX_YAML_BYTES, dump_yaml, read_limited, validate
@@ -16,7 +16,7 @@ from stree_core.strict_yaml import parse_yaml
 
 TRACE_SUFFIX = ".safetensors"
 _SCHEMAS: dict[str, type[Strict]] = {
-    "gpus": GpuSheet,
+    "gpus": GpuSpec,
     "runtime": RuntimeTable,
     "traces": Certificate,
     "tuned": Profile,

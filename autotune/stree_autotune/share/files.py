@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from stree_autotune.search import find_source_file
 from stree_autotune.share.check import TRACE_SUFFIX
 from stree_autotune.share.index import SUFFIXES, Entry, shared_files
-from stree_autotune.store import GREEDY, SEPARATOR, GpuSheet, Library, RuntimeTable, trace_file_name
+from stree_autotune.store import GREEDY, SEPARATOR, GpuSpec, Library, RuntimeTable, trace_file_name
 from stree_autotune.trace import load_trace
 from stree_core.errors import ConfigError, MissingMeasurement
 from stree_core.files import MAX_YAML_BYTES, read_limited, validate
@@ -61,12 +61,12 @@ def _with_companions(path: Path, library: Library) -> dict[str, Path]:
     if kind == "stree-runtime":
         return {f"runtime/{validate(content, RuntimeTable, name).file_name}": path}
     if kind == "stree-gpu":
-        return {f"gpus/{validate(content, GpuSheet, name).name}.yaml": path}
+        return {f"gpus/{validate(content, GpuSpec, name).name}.yaml": path}
     if kind == "stree-profile":
         profile = validate(content, Profile, name)
         return {f"tuned/{profile_file_name(profile)}": path, **_source_files(profile, library)}
     raise ConfigError(
-        f"profiles, runtime tables, GPU sheets and traces can be pushed, {path} is none of them; "
+        f"profiles, runtime tables, GPU specs and traces can be pushed, {path} is none of them; "
         "leave it out"
     )
 

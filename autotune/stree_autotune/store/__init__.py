@@ -14,7 +14,7 @@ if TYPE_CHECKING:
         repeated as repeated,
         trace_command as trace_command,
     )
-    from stree_autotune.store.gpu_spec import GpuSheet as GpuSheet
+    from stree_autotune.store.gpu_spec import GpuSpec as GpuSpec
     from stree_autotune.store.library import (
         DEFAULT_DATA as DEFAULT_DATA,
         GREEDY as GREEDY,
@@ -83,7 +83,7 @@ __getattr__, __dir__ = exports(
     __name__,
     {
         "advice": ["PairWords", "command", "probe_command", "repeated", "trace_command"],
-        "gpu_spec": ["GpuSheet"],
+        "gpu_spec": ["GpuSpec"],
         "library": [
             "DEFAULT_DATA",
             "GREEDY",

@@ -1,4 +1,4 @@
-"""GPU sheets: the published numbers of a GPU, used only to estimate what was not measured on it."""
+"""GPU specs: the published numbers of a GPU, used only to estimate what was not measured on it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Rate = Annotated[float, Field(ge=1e-6, le=1e6)]
 Amount = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
-class GpuSheet(Strict):
+class GpuSpec(Strict):
     """What the maker publishes about one GPU; T is 1e12 a second, G 1e9 bytes, L2 MB 2**20.
 
     `launch_us`, what a kernel without work takes in a captured graph, is measured or a guess.
@@ -37,12 +37,12 @@ class GpuSheet(Strict):
     sources: Annotated[tuple[Text, ...], Field(min_length=1, max_length=16)]
     note: Text | None = None
 
-    def likeness(self, other: GpuSheet) -> tuple[bool, float]:
+    def likeness(self, other: GpuSpec) -> tuple[bool, float]:
         """Return how unlike another GPU is, least first: another architecture, then bandwidth."""
         ratio = self.memory_bandwidth_tb_per_s / other.memory_bandwidth_tb_per_s
         return self.architecture != other.architecture, abs(math.log(ratio))
 
 
-def load_gpu_sheet(path: Path) -> GpuSheet:
-    """Read a GPU sheet; raise ConfigError when it is malformed."""
-    return load_yaml(path, GpuSheet)
+def load_gpu_spec(path: Path) -> GpuSpec:
+    """Read a GPU spec; raise ConfigError when it is malformed."""
+    return load_yaml(path, GpuSpec)

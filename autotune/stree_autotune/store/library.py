@@ -1,4 +1,4 @@
-"""Where GPU sheets, runtime tables, traces, profiles and models are found, by name.
+"""Where GPU specs, runtime tables, traces, profiles and models are found, by name.
 
 Every root holds gpus/, shapes/, runtime/, traces/, tuned/ and models/. The folders given with
 `--data` come first (./stree-data when none is given and it exists), then the copies of libraries
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stree_autotune.store.advice import KNOWN_DATASETS, PairWords, probe_command, trace_command
-from stree_autotune.store.gpu_spec import GpuSheet, load_gpu_sheet
+from stree_autotune.store.gpu_spec import GpuSpec, load_gpu_spec
 from stree_autotune.store.runtime_table import runtime_file_name
 from stree_core.errors import ConfigError, MissingMeasurement, nearest
-from stree_core.families import find_shape_sheet
+from stree_core.families import find_shape_spec
 from stree_core.models import ModelSource, folder_source, is_hub_id
 from stree_core.profile import ModelRef
 
@@ -28,11 +28,11 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 
 @dataclass(frozen=True, slots=True)
 class RuntimeSource:
-    """A runtime table's file, and both sheets when it is another GPU's."""
+    """A runtime table's file, and both specs when it is another GPU's."""
 
     path: Path
-    measured: GpuSheet | None = None
-    wanted: GpuSheet | None = None
+    measured: GpuSpec | None = None
+    wanted: GpuSpec | None = None
 
     @property
     def is_exact(self) -> bool:
@@ -66,7 +66,7 @@ class Library:
         return path.name
 
     def gpu_names(self) -> set[str]:
-        """Return every GPU with a sheet or a table, and `cpu`."""
+        """Return every GPU with a spec or a table, and `cpu`."""
         measured = {parts[0] for parts in self._parts("runtime", "yaml", 3)}
         return {"cpu"} | measured | {path.stem for path in self._files("gpus", "yaml")}
 
@@ -87,10 +87,10 @@ class Library:
         """Return the tuned profiles, by name."""
         return sorted(self._files("tuned", "yaml"), key=lambda path: path.name)
 
-    def gpu_sheet(self, gpu: str) -> GpuSheet | None:
-        """Return a GPU's sheet; `cpu` and GPUs that only have tables have none."""
+    def gpu_spec(self, gpu: str) -> GpuSpec | None:
+        """Return a GPU's spec; `cpu` and GPUs that only have tables have none."""
         path = self._first(f"gpus/{gpu}.yaml")
-        return None if path is None else load_gpu_sheet(path)
+        return None if path is None else load_gpu_spec(path)
 
     def find_runtime(self, gpu: str, target: str, draft: str, command: str = "") -> RuntimeSource:
         """Return the pair's table for `gpu`, else the most alike GPU's to estimate from.
@@ -103,13 +103,13 @@ class Library:
         exact = self.measured_runtime(gpu, target, draft)
         if exact is not None:
             return RuntimeSource(exact)
-        wanted = self.gpu_sheet(gpu)
+        wanted = self.gpu_spec(gpu)
         found = []
         for other in sorted(self.gpu_names() - {gpu}):
-            path, sheet = self.measured_runtime(other, target, draft), self.gpu_sheet(other)
-            if path and sheet and wanted:
-                source = RuntimeSource(path, sheet, wanted)
-                found.append((wanted.likeness(sheet), other, source))
+            path, spec = self.measured_runtime(other, target, draft), self.gpu_spec(other)
+            if path and spec and wanted:
+                source = RuntimeSource(path, spec, wanted)
+                found.append((wanted.likeness(spec), other, source))
         if found:
             return min(found, key=lambda each: each[:2])[2]
         raise MissingMeasurement(
@@ -183,8 +183,8 @@ class Library:
         )
 
     def find_shape(self, name: str) -> Path:
-        """Return a shape sheet by its name; else ConfigError."""
-        path = find_shape_sheet(self.roots, name)
+        """Return a shape spec by its name; else ConfigError."""
+        path = find_shape_spec(self.roots, name)
         if path is None:
             names = {path.stem for path in self._files("shapes", "yaml")}
             raise ConfigError(f"{name} is no known shape; {nearest(name, names)}")

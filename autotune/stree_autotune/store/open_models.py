@@ -24,7 +24,7 @@ from stree_core.models import (
     folder_source,
     head_source,
     is_hub_id,
-    sheet_source,
+    spec_source,
 )
 from stree_core.profile import Profile
 
@@ -37,7 +37,7 @@ DEMO_DATASET = "demo"
 class PairRequest:
     """Which models, from where, and on what to run them; empty names are a profile's.
 
-    With `shapes` the names are those of shape sheets, whose weights are drawn at random.
+    With `shapes` the names are those of shape specs, whose weights are drawn at random.
     """
 
     target: str
@@ -51,7 +51,7 @@ def open_source(request: PairRequest, name: str) -> ModelSource:
     """Find a model by its folder, its Hugging Face id, its shipped name or its shape's name."""
     library = Library.open(request.data, missing_ok=True)
     if request.shapes:
-        return sheet_source(library.find_shape(name))
+        return spec_source(library.find_shape(name))
     if is_hub_id(name) and not Path(name).exists():
         return find_source(name)
     return folder_source(library.find_model(name))

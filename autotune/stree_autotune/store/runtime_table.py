@@ -9,8 +9,8 @@
 - draft_rows (size = rows of the block up to the pass's last): what a draft pass further down costs
   more, because it has more rows before it: predecessor, root, inner nodes of earlier levels.
 - target_store, draft_store (size = slots): what a pass costs more when so many slots store their
-  states, which a slot does once its kept rows are full (stree_kernels.launch.rows.MAX_KEPT). The
-  largest size is the batch size.
+  states, which a slot does once its buffered rows are full
+  (stree_kernels.launch.rows.MAX_BUFFERED). The largest size is the batch size.
 - target_path, draft_path (size 1): what a verify and a draft pass cost more for each token that the
   step before accepted, beyond TIMED_PATH: every pass begins with their rows.
 - context (size = tree tokens): what verify costs more for each 1024 committed tokens of a slot.
@@ -61,15 +61,16 @@ TIMED_PATH = 2
 """Tokens that the step before a timed pass accepted, the bonus token among them."""
 
 Work = Literal["branch", "sample", "sample_truncated", "draw", "draw_truncated", "try", "tries"]
-"""branch: SEVERAL children of a node instead of one. sample: the target's token by its law. draw:
-a child by the draft's law (MSS). try: trying one child at the target's side (MSS), tries: SEVERAL.
+"""branch: SEVERAL children of a node instead of one. sample: the target's token by its
+distribution. draw: a child by the draft's distribution (MSS). try: trying one child at the target's
+side (MSS), tries: SEVERAL.
 """
 
 SEVERAL = 4
 """Children of a node where more than one are timed."""
 
 RuleKey = Literal["greedy", "naive", "naive_truncated", "mss", "mss_truncated"]
-"""A rule, and whether a part of the law is cut off (top-k, top-p, min-p)."""
+"""A rule, and whether a part of the distribution is cut off (top-k, top-p, min-p)."""
 
 OFF = "off"
 """The tree without nodes among the trees of whole steps."""
@@ -128,7 +129,7 @@ class NoRoom(NamedTuple):
 class ModelCost(ModelRef):
     """A model and the bytes that its passes move; times are those of every model of its shape.
 
-    `held_bytes` are all its weights, `kept_bytes` the kept rows of a sequence, `row_bytes` the
+    `held_bytes` are all its weights, `kept_bytes` the buffered rows of a sequence, `row_bytes` the
     buffers of one row of a block; `num_launches` is about how many kernels a pass launches.
     """
 

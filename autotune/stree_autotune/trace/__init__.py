@@ -9,7 +9,7 @@ from stree_kernels.lazy import exports
 if TYPE_CHECKING:
     from stree_autotune.trace.checkpoint import (
         Settings as Settings,
-        TraceParts as TraceParts,
+        TraceCheckpoint as TraceCheckpoint,
         explained_writing as explained_writing,
     )
     from stree_autotune.trace.file import (
@@ -36,19 +36,19 @@ if TYPE_CHECKING:
         take_own_gpu as take_own_gpu,
     )
     from stree_autotune.trace.tree_walk import (
+        FlatTrace as FlatTrace,
         Ints as Ints,
-        Slots as Slots,
         advance_table as advance_table,
         conditional_rates as conditional_rates,
         count_starts as count_starts,
         emitted_per_step as emitted_per_step,
+        flat_trace as flat_trace,
         level_slices as level_slices,
         longest_paths as longest_paths,
         marginal_rates as marginal_rates,
         pooled_tokens_per_step as pooled_tokens_per_step,
         sibling_ranks as sibling_ranks,
-        slots_of as slots_of,
-        start_slots as start_slots,
+        start_places as start_places,
         starts_to_go as starts_to_go,
         walk as walk,
         walk_nested as walk_nested,
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = exports(
     __name__,
     {
-        "checkpoint": ["Settings", "TraceParts", "explained_writing"],
+        "checkpoint": ["Settings", "TraceCheckpoint", "explained_writing"],
         "file": [
             "MAX_FILE_BYTES",
             "RELIABLE_PROMPTS",
@@ -79,7 +79,7 @@ __getattr__, __dir__ = exports(
         "shard": ["Shard", "current_shard", "take_own_gpu"],
         "tree_walk": [
             "Ints",
-            "Slots",
+            "FlatTrace",
             "advance_table",
             "conditional_rates",
             "count_starts",
@@ -89,8 +89,8 @@ __getattr__, __dir__ = exports(
             "marginal_rates",
             "pooled_tokens_per_step",
             "sibling_ranks",
-            "slots_of",
-            "start_slots",
+            "flat_trace",
+            "start_places",
             "starts_to_go",
             "walk",
             "walk_nested",

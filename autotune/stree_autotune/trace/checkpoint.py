@@ -40,7 +40,7 @@ class PartLine(Strict):
 
 
 @dataclass(frozen=True, slots=True)
-class TraceParts:
+class TraceCheckpoint:
     """The parts of the trace that will lie at `output`, recorded with `settings`."""
 
     output: Path

@@ -4,9 +4,9 @@ From a start s the step accepts the longest path of ranks that is in the tree; t
 behind the bonus token. Averaging accept lengths over all positions instead is off by 10 to 80 % on
 correlated ranks, because starts cluster where drafting fails.
 
-A *slot* is a position, or one of the two end marks behind every prompt (a step may accept the last
+A *place* is a position, or one of the two end marks behind every prompt (a step may accept the last
 position, so that its bonus token falls behind the end). Laid out like this a walk needs no bounds
-checks. Shape letters: N positions of the trace, P prompts, S slots, C trees walked side by side.
+checks. Shape letters: N positions of the trace, P prompts, S places, C trees walked side by side.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ Ints = NDArray[np.intp]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Slots:
+class FlatTrace:
     """The positions of some prompts, prompt after prompt, with end marks.
 
     ranks_S: the rank, or num_children for none and at end marks.
     positions_S: the position in the trace, -1 at end marks.
-    first_P: first slot of each prompt. positions_P: number of positions of each prompt.
+    first_P: first place of each prompt. positions_P: number of positions of each prompt.
     """
 
     ranks_S: Ints
@@ -44,7 +44,7 @@ class Slots:
     num_children: int
 
     @classmethod
-    def of(cls, trace: Trace, prompts: Ints | None = None) -> Slots:
+    def of(cls, trace: Trace, prompts: Ints | None = None) -> FlatTrace:
         """Lay out the chosen prompts (indices), all by default."""
         chosen = np.arange(trace.num_prompts) if prompts is None else np.asarray(prompts, np.intp)
         lengths = np.diff(trace.offsets)[chosen].astype(np.intp)
@@ -53,10 +53,10 @@ class Slots:
         prompt_of = np.repeat(np.arange(len(chosen)), lengths)
         source = np.arange(num_chosen) + (trace.offsets[chosen] - (ends - lengths))[prompt_of]
         target = np.arange(num_chosen) + NUM_END_MARKS * prompt_of
-        num_slots = num_chosen + NUM_END_MARKS * len(chosen)
-        positions = np.full(num_slots, -1, np.intp)
+        num_places = num_chosen + NUM_END_MARKS * len(chosen)
+        positions = np.full(num_places, -1, np.intp)
         positions[target] = source
-        ranks = np.full(num_slots, trace.meta.num_children, np.intp)
+        ranks = np.full(num_places, trace.meta.num_children, np.intp)
         ranks[target] = np.minimum(trace.ranks[source], trace.meta.num_children)
         first = ends - lengths + NUM_END_MARKS * np.arange(len(chosen))
         return cls(ranks, positions, first, lengths, trace.meta.num_children)
@@ -81,45 +81,45 @@ class WalkResult:
         return pooled_tokens_per_step(int(self.positions_P.sum()), int(self.starts_P.sum()))
 
 
-def walk(trace: Trace | Slots, tree: Tree, prompts: Ints | None = None) -> WalkResult:
+def walk(trace: Trace | FlatTrace, tree: Tree, prompts: Ints | None = None) -> WalkResult:
     """Walk `tree` over a trace, or over the prompts with the given indices.
 
-    Every prompt starts at its own position 0; a step near a prompt's end covers what is left. Slots
-    know their prompts already, so `prompts` is for a trace only.
-    Raises TreeError when a node has more children than the trace recorded.
+    Every prompt starts at its own position 0; a step near a prompt's end covers what is left.
+    FlatTrace know their prompts already, so `prompts` is for a trace only. Raises TreeError when a
+    node has more children than the trace recorded.
     """
-    slots = slots_of(trace, prompts)
-    node_S = longest_paths(slots, _parents_of(tree, slots))
-    starts_S = start_slots(slots, np.array([*(depth + 1 for depth in tree.depths), 0])[node_S])
+    flat = flat_trace(trace, prompts)
+    node_S = longest_paths(flat, _parents_of(tree, flat))
+    starts_S = start_places(flat, np.array([*(depth + 1 for depth in tree.depths), 0])[node_S])
     started_S = np.zeros(len(node_S), np.int64)
     started_S[starts_S] = 1
-    starts_P = np.add.reduceat(started_S, slots.first_P) if len(slots.first_P) else started_S
-    starts = slots.positions_S[np.flatnonzero(started_S)]
-    return WalkResult(slots.positions_P, starts_P, starts)
+    starts_P = np.add.reduceat(started_S, flat.first_P) if len(flat.first_P) else started_S
+    starts = flat.positions_S[np.flatnonzero(started_S)]
+    return WalkResult(flat.positions_P, starts_P, starts)
 
 
 def walk_nested(
-    trace: Trace | Slots, tree: Tree, added: Sequence[int], sizes: Sequence[int]
+    trace: Trace | FlatTrace, tree: Tree, added: Sequence[int], sizes: Sequence[int]
 ) -> NDArray[np.float64]:
-    """Return the tokens per step of the sub-trees that a growth order passes through.
+    """Return the tokens per step of the sub-trees that an order of growth passes through.
 
     `added[i]` tells after how many additions node i of `tree` is there: 0 for the root, then 1, 2
     and so on, parents before children and lower ranks first. One result per entry of `sizes`: the
     walk of the nodes with added <= size.
     Raises TreeError when a node has more children than the trace recorded.
     """
-    slots = slots_of(trace)
-    parents = _parents_of(tree, slots)
-    node_S = longest_paths(slots, parents)
+    flat = flat_trace(trace)
+    parents = _parents_of(tree, flat)
+    node_S = longest_paths(flat, parents)
     members_CN = np.asarray(sizes)[:, None] >= np.asarray(added)[None, :]
     advance_CN = advance_table(parents, level_slices(parents), members_CN)
-    starts_C = count_starts(slots, node_S, advance_CN).sum(axis=1)
-    return np.array([pooled_tokens_per_step(slots.num_positions, int(n)) for n in starts_C])
+    starts_C = count_starts(flat, node_S, advance_CN).sum(axis=1)
+    return np.array([pooled_tokens_per_step(flat.num_positions, int(n)) for n in starts_C])
 
 
-def slots_of(trace: Trace | Slots, prompts: Ints | None = None) -> Slots:
+def flat_trace(trace: Trace | FlatTrace, prompts: Ints | None = None) -> FlatTrace:
     """Lay out a trace, unless that was done before."""
-    return trace if isinstance(trace, Slots) else Slots.of(trace, prompts)
+    return trace if isinstance(trace, FlatTrace) else FlatTrace.of(trace, prompts)
 
 
 def pooled_tokens_per_step(num_positions: int, num_starts: int) -> float:
@@ -127,28 +127,28 @@ def pooled_tokens_per_step(num_positions: int, num_starts: int) -> float:
     return num_positions / num_starts if num_starts else 1.0
 
 
-def longest_paths(slots: Slots, parents: Ints) -> Ints:
-    """Return per slot [S] the node where the longest matching path ends, from every position.
+def longest_paths(flat: FlatTrace, parents: Ints) -> Ints:
+    """Return per place [S] the node where the longest matching path ends, from every position.
 
     `parents` are those of a breadth-first tree, of any number of nodes. End marks get the number of
     nodes, one past the last.
     """
-    width = slots.num_children + 1
+    width = flat.num_children + 1
     # 0 stands for "no such child": the root is nobody's child.
     table = np.zeros(len(parents) * width, np.intp)
     nodes = np.arange(1, len(parents))
     table[parents[1:] * width + sibling_ranks(parents)[1:]] = nodes
-    node_S = table.take(slots.ranks_S)
+    node_S = table.take(flat.ranks_S)
     active = np.flatnonzero(node_S)
     node = node_S.take(active)
     depth = 1
     while len(active):
-        node = table.take(node * width + slots.ranks_S.take(active + depth))
+        node = table.take(node * width + flat.ranks_S.take(active + depth))
         matched = np.flatnonzero(node)
         active, node = active.take(matched), node.take(matched)
         node_S[active] = node
         depth += 1
-    node_S[slots.positions_S < 0] = len(parents)
+    node_S[flat.positions_S < 0] = len(parents)
     return node_S
 
 
@@ -181,38 +181,38 @@ def advance_table(parents: Ints, levels: tuple[slice, ...], members_CN: NDArray[
     return advance_CN
 
 
-def start_slots(slots: Slots, advance_S: Ints) -> Ints:
-    """Return the slots where steps start, unordered; all prompts advance side by side."""
+def start_places(flat: FlatTrace, advance_S: Ints) -> Ints:
+    """Return the places where steps start, unordered; all prompts advance side by side."""
     visited = []
-    slot = slots.first_P
-    while len(slot):
+    place = flat.first_P
+    while len(place):
         for _ in range(BURST_STEPS):
-            visited.append(slot)
-            slot = slot + advance_S[slot]
-        slot = slot[advance_S[slot] > 0]
+            visited.append(place)
+            place = place + advance_S[place]
+        place = place[advance_S[place] > 0]
     if not visited:
         return np.empty(0, np.intp)
     starts = np.concatenate(visited)
     return starts[advance_S[starts] > 0]
 
 
-def starts_to_go(slots: Slots, advance_S: Ints) -> Ints:
-    """Return per slot [S] how many steps lead from there past the prompt's end, itself included.
+def starts_to_go(flat: FlatTrace, advance_S: Ints) -> Ints:
+    """Return per place [S] how many steps lead from there past the prompt's end, itself included.
 
     All prompts are filled in side by side, from their ends.
     """
     to_go_S = np.zeros(len(advance_S) + 1, np.intp)
-    order = np.argsort(-slots.positions_P, kind="stable")
-    lengths, first = slots.positions_P[order], slots.first_P[order]
+    order = np.argsort(-flat.positions_P, kind="stable")
+    lengths, first = flat.positions_P[order], flat.first_P[order]
     longest = int(lengths[0]) if len(lengths) else 0
     num_longer = np.searchsorted(-lengths, -np.arange(longest), side="left")
     for position in range(longest - 1, -1, -1):
-        slot = first[: num_longer[position]] + position
-        to_go_S[slot] = to_go_S.take(slot + advance_S.take(slot)) + 1
+        place = first[: num_longer[position]] + position
+        to_go_S[place] = to_go_S.take(place + advance_S.take(place)) + 1
     return to_go_S
 
 
-def count_starts(slots: Slots, node_S: Ints, advance_CN: Ints) -> NDArray[np.int64]:
+def count_starts(flat: FlatTrace, node_S: Ints, advance_CN: Ints) -> NDArray[np.int64]:
     """Count the starts [C, P] of several trees at once.
 
     `node_S` comes from `longest_paths` of a tree that contains them all; `advance_CN` tells per
@@ -220,20 +220,20 @@ def count_starts(slots: Slots, node_S: Ints, advance_CN: Ints) -> NDArray[np.int
     """
     num_trees, num_columns = advance_CN.shape
     # Long prompts first, so that the prompts still walking stay a leading block.
-    order = np.argsort(-slots.positions_P, kind="stable")
+    order = np.argsort(-flat.positions_P, kind="stable")
     table = advance_CN.ravel()
     row_C = np.arange(num_trees) * num_columns
-    slot_PC = np.repeat(slots.first_P[order][:, None], num_trees, axis=1)
-    counts_PC = np.zeros(slot_PC.shape, np.int64)
+    place_PC = np.repeat(flat.first_P[order][:, None], num_trees, axis=1)
+    counts_PC = np.zeros(place_PC.shape, np.int64)
     live = len(order) if num_trees else 0
     while live:
-        slot_PC, counted_PC = slot_PC[:live], counts_PC[:live]
+        place_PC, counted_PC = place_PC[:live], counts_PC[:live]
         for _ in range(BURST_STEPS):
-            ends_PC = node_S.take(slot_PC)
+            ends_PC = node_S.take(place_PC)
             ends_PC += row_C
             step_PC = table.take(ends_PC)
             counted_PC += step_PC != 0
-            slot_PC += step_PC
+            place_PC += step_PC
         walking = np.flatnonzero(step_PC.any(axis=1))
         live = int(walking[-1]) + 1 if len(walking) else 0
     result_PC = np.empty_like(counts_PC)
@@ -241,10 +241,10 @@ def count_starts(slots: Slots, node_S: Ints, advance_CN: Ints) -> NDArray[np.int
     return result_PC.T
 
 
-def _parents_of(tree: Tree, slots: Slots) -> Ints:
-    if tree.max_children > slots.num_children:
+def _parents_of(tree: Tree, flat: FlatTrace) -> Ints:
+    if tree.max_children > flat.num_children:
         raise TreeError(
-            f"a tree walked on this trace has at most {slots.num_children} children per node, got "
+            f"a tree walked on this trace has at most {flat.num_children} children per node, got "
             f"{tree.max_children}; record the trace with more children"
         )
     return np.asarray(tree.parents, np.intp)

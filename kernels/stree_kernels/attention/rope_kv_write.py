@@ -1,7 +1,7 @@
 """Rotate and file the queries, keys and values of a pass, in one Triton kernel.
 
-The work is that of `key_rows_ref`. Some programs split one row of the projection each, block of
-heads by block of heads; others append a piece of the pending path to the cache. No program reads
+The work is that of `rope_kv_write_ref`. Some programs split one row of the projection each, block
+of heads by block of heads; others append a piece of the pending path to the cache. No program reads
 what another one writes.
 
 Shape letters: B slots, R rows of a block buffer, T rows of this pass, S cache positions, L path
@@ -22,7 +22,7 @@ from torch import Tensor
 from stree_kernels.attention.rope_kv_write_ref import KeyValues
 from stree_kernels.launch.pdl import launch_options, wait_for_previous
 from stree_kernels.launch.rows import FLOATS, Pending, check_cover, require_dtypes, require_packed
-from stree_kernels.launch.shared_memory import prefer_as_neighbours
+from stree_kernels.launch.shared_memory import match_neighbours
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 MAX_POSITIONS = 1 << 20
@@ -115,7 +115,7 @@ def _split(
 
 
 @triton.jit(do_not_specialize=["first", "num_slots", "num_row_programs", "num_positions"])
-def _key_rows_kernel(
+def _rope_kv_write_kernel(
     # pointers
     qkv_ptr, depth_ptr, committed_ptr, inv_freq_ptr, q_ptr, key_ptr, value_ptr,
     cache_key_ptr, cache_value_ptr, prev_key_ptr, prev_value_ptr, path_ptr, length_ptr,
@@ -148,7 +148,7 @@ def _key_rows_kernel(
         )  # fmt: skip
 
 
-def store_keys(
+def rope_kv_write(
     qkv_TBX: Tensor,
     depth_R: Tensor,
     committed_B: Tensor,
@@ -163,9 +163,9 @@ def store_keys(
 ) -> None:
     """Split the projection of rows first..first + T - 1 into `q_TBHD` and `rows`, rotated.
 
-    The contract is that of `key_rows_ref.store_keys`, with activations of a dtype in `FLOATS`,
-    rotations in fp32 and positions up to 2^20.
-    Raises ValueError when a size, dtype or stride is beyond what the kernel takes.
+    The contract is that of `rope_kv_write_ref.rope_kv_write`, with activations of a dtype in
+    `FLOATS`, rotations in fp32 and positions up to 2^20. Raises ValueError when a size, dtype or
+    stride is beyond what the kernel takes.
     """
     num_tokens, num_slots, num_heads, head_dim = q_TBHD.shape
     num_kv_heads = rows.key.shape[2]
@@ -180,7 +180,7 @@ def store_keys(
     num_row_programs = num_tokens * num_slots * num_blocks
     num_pieces = 0 if path is None else triton.cdiv(path.shape[1], BLOCK_PATH)
     num_programs = num_row_programs + num_pieces * num_slots * num_kv_heads
-    kernel = _key_rows_kernel[(num_programs,)](
+    kernel = _rope_kv_write_kernel[(num_programs,)](
         qkv_TBX, depth_R, committed_B, inv_freq_X, q_TBHD, *rows, *cache, prev_key, prev_value,
         path, length, first, num_slots, num_row_programs, cache.key.shape[1],
         qkv_TBX.stride(0 if num_slots == 1 else 1), 0 if path is None else path.stride(0),
@@ -188,7 +188,7 @@ def store_keys(
         NUM_ANGLES=len(inv_freq_X), BLOCK_H=block_heads, BLOCK_L=BLOCK_PATH, num_warps=NUM_WARPS,
         num_stages=1, **launch_options(qkv_TBX.device),
     )  # fmt: skip
-    prefer_as_neighbours(kernel, qkv_TBX.device, num_tokens * num_slots)
+    match_neighbours(kernel, qkv_TBX.device, num_tokens * num_slots)
 
 
 def _check(

@@ -24,7 +24,7 @@ class KeyValues(NamedTuple):
     value: Tensor
 
 
-def store_keys(
+def rope_kv_write(
     qkv_TBX: Tensor,
     depth_R: Tensor,
     committed_B: Tensor,

@@ -23,7 +23,7 @@ from stree_kernels.attention.tree_attention_kernel import merge_kernel, tree_att
 from stree_kernels.launch import pdl
 from stree_kernels.launch.pdl import launch_options
 from stree_kernels.launch.rows import FLOATS, check_cover, require_dtypes, require_packed
-from stree_kernels.launch.shared_memory import prefer_as_neighbours
+from stree_kernels.launch.shared_memory import match_neighbours
 
 MAX_ROWS = 256
 MAX_GROUP = 16
@@ -141,13 +141,13 @@ def tree_attention(
         BLOCK_K=config.block_keys, NUM_STAGES=num_stages, ONE_SHARE=one_share,
         num_warps=config.num_warps, **options,
     )  # fmt: skip
-    prefer_as_neighbours(kernel, q_TBHD.device, num_tokens * num_slots)
+    match_neighbours(kernel, q_TBHD.device, num_tokens * num_slots)
     if not one_share:
         kernel = merge_kernel[(num_places,)](
             workspace, out_TBHD, num_shares, HEAD_DIM=head_dim,
             BLOCK_N=triton.next_power_of_2(num_shares), num_warps=4, **options,
         )  # fmt: skip
-        prefer_as_neighbours(kernel, q_TBHD.device, num_tokens * num_slots)
+        match_neighbours(kernel, q_TBHD.device, num_tokens * num_slots)
 
 
 def _check(

@@ -28,7 +28,7 @@ from stree_kernels.launch.rows import (
     require_packed,
     strides,
 )
-from stree_kernels.launch.shared_memory import prefer_as_neighbours
+from stree_kernels.launch.shared_memory import match_neighbours
 from stree_kernels.ssm.device_functions import load_rows, time_steps
 from stree_kernels.ssm.tree_conv import WIDTHS, ConvConfig, advance_window, convolve
 
@@ -169,7 +169,7 @@ def delta_conv(
         BLOCK_H=triton.next_power_of_2(num_heads), num_warps=config.num_warps, num_stages=1,
         **launch_options(state_BCK.device),
     )  # fmt: skip
-    prefer_as_neighbours(kernel, state_BCK.device, batch * num_tokens)
+    match_neighbours(kernel, state_BCK.device, batch * num_tokens)
 
 
 def _check(

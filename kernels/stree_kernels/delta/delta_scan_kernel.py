@@ -32,7 +32,7 @@ from stree_kernels.delta.device_functions import (
 )
 from stree_kernels.launch.pdl import release_next, wait_for_previous
 from stree_kernels.ssm.device_functions import (
-    KEPT,
+    BUFFERED,
     halves,
     keep_rows,
     load_columns,
@@ -124,14 +124,14 @@ def _accepted_state(
     """The state's tile after all accepted rows; it is stored where they do not fit."""
     state = tl.load(state_ptrs).to(tl.float32)
     total = counts[0] + counts[1]
-    is_kept = total <= KEPT
+    is_buffered = total <= BUFFERED
     if COMMIT:
-        state = advance_delta(state, past, counts, total, dims_P, dims_N, owns, is_kept)
-        if not is_kept:
+        state = advance_delta(state, past, counts, total, dims_P, dims_N, owns, is_buffered)
+        if not is_buffered:
             tl.store(state_ptrs, state.to(state_ptrs.dtype.element_ty))
     else:
         # More rows than may be kept are in the state since this step's first pass.
-        total = tl.where(is_kept, total, 0)
+        total = tl.where(is_buffered, total, 0)
         state = advance_delta(state, past, counts, total, dims_P, dims_N, owns, False)
     return state
 
@@ -140,7 +140,7 @@ def _accepted_state(
 def delta_scan_kernel(
     # pointers
     state_ptr, u_ptr, k_ptr, g_ptr, q_ptr, v_ptr, beta_ptr, out_ptr, z_ptr, sums_ptr, past_u_ptr,
-    past_k_ptr, past_g_ptr, path_ptr, length_ptr, num_kept_ptr, mask_ptr, solved_ptr,
+    past_k_ptr, past_g_ptr, path_ptr, length_ptr, num_buffered_ptr, mask_ptr, solved_ptr,
     # sizes
     scale, past_start, first, num_rows,
     # strides
@@ -161,7 +161,7 @@ def delta_scan_kernel(
     k_base, v_base = head // HEADS_PER_K * STATE_DIM, head * HEAD_DIM
     state_ptr += sequence * stride_state_b + v_base * STATE_DIM
     state_ptrs = state_ptr + dims_P[:, None] * STATE_DIM + dims_N[None, :]
-    counts = (tl.load(num_kept_ptr + sequence), tl.load(length_ptr + sequence))
+    counts = (tl.load(num_buffered_ptr + sequence), tl.load(length_ptr + sequence))
     past = (
         (past_u_ptr + sequence * stride_u_b + v_base, stride_u_r),
         (past_g_ptr + sequence * stride_g_b + head, stride_g_r),
@@ -290,7 +290,7 @@ def delta_solve_kernel(
 def delta_token_kernel(
     # pointers
     state_ptr, u_ptr, k_ptr, g_ptr, q_ptr, v_ptr, beta_ptr, out_ptr, z_ptr, sums_ptr, past_u_ptr,
-    past_k_ptr, past_g_ptr, path_ptr, length_ptr, num_kept_ptr,
+    past_k_ptr, past_g_ptr, path_ptr, length_ptr, num_buffered_ptr,
     # sizes
     scale, past_start,
     # strides
@@ -310,7 +310,7 @@ def delta_token_kernel(
     state_ptr += sequence * stride_state_b + v_base * STATE_DIM
     state_ptrs = state_ptr + dims_P[:, None] * STATE_DIM + dims_N[None, :]
     state = tl.load(state_ptrs).to(tl.float32)
-    counts = (tl.load(num_kept_ptr + sequence), tl.load(length_ptr + sequence))
+    counts = (tl.load(num_buffered_ptr + sequence), tl.load(length_ptr + sequence))
     past = (
         (past_u_ptr + sequence * stride_u_b + v_base, stride_u_r),
         (past_g_ptr + sequence * stride_g_b + head, stride_g_r),
@@ -320,15 +320,15 @@ def delta_token_kernel(
     first_block = tl.program_id(0) == 0
     owns = (True, first_block, first_block & (head % HEADS_PER_K == 0))
     total = counts[0] + counts[1]
-    is_kept = total <= KEPT
-    if COMMIT and not is_kept:
+    is_buffered = total <= BUFFERED
+    if COMMIT and not is_buffered:
         state = advance_delta(state, past, counts, total, dims_P, dims_N, owns, False)
         rounded = state.to(state_ptr.dtype.element_ty)
         tl.store(state_ptrs, rounded)
         state = rounded.to(tl.float32)
     # Accepted rows that are not in the state are scored as the token's ancestors.
-    position = tl.arange(0, KEPT)
-    counts = (tl.where(is_kept, counts[0], 0), tl.where(is_kept, counts[1], 0))
+    position = tl.arange(0, BUFFERED)
+    counts = (tl.where(is_buffered, counts[0], 0), tl.where(is_buffered, counts[1], 0))
     u_PL, g_L, k_LN, in_path = load_past(position, past, counts, dims_P, dims_N)
     if COMMIT:
         keep_rows(position, past, u_PL, g_L, k_LN, in_path, dims_P, dims_N, owns)

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from stree_kernels.delta.rows import DeltaPast, DeltaRows, DeltaTokens
-from stree_kernels.launch.rows import MAX_KEPT, Gate
+from stree_kernels.launch.rows import MAX_BUFFERED, Gate
 from stree_kernels.ssm.tree_scan_ref import accepted_sources, keep_accepted, widen
 
 
@@ -59,10 +59,10 @@ def delta_scan(
     `state_BHPN` changes. Computes in the state's dtype, in fp32 at least.
     """
     state = widen(state_BHPN)
-    num_kept_B, length_B = past.pending.num_kept_B, past.pending.length_B
-    fits_B = num_kept_B + length_B <= MAX_KEPT
+    num_buffered_B, length_B = past.pending.num_buffered_B, past.pending.length_B
+    fits_B = num_buffered_B + length_B <= MAX_BUFFERED
     # Without `commit`, rows that did not fit are in the state already.
-    total_B = num_kept_B + length_B if past.commit else (num_kept_B + length_B) * fits_B
+    total_B = num_buffered_B + length_B if past.commit else (num_buffered_B + length_B) * fits_B
     source_BL = accepted_sources(past.start, past.pending)
     sequence_B1 = torch.arange(len(total_B), device=state.device)[:, None]
     accepted = DeltaRows(*(tensor[sequence_B1, source_BL] for tensor in past.rows))

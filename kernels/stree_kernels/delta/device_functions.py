@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from stree_kernels.ssm.device_functions import KEPT, dot_wide, halves, keep_rows, load_past
+from stree_kernels.ssm.device_functions import BUFFERED, dot_wide, halves, keep_rows, load_past
 
 
 @triton.jit
@@ -71,10 +71,10 @@ def pair_decays(path_J, path_T, mask_JT):
 def advance_delta(state, past, counts, total, dims_P, dims_N, owns, saves):
     """The state tile [P, N] after the first `total` accepted rows, which may be none.
 
-    With `saves` the path's rows are stored behind the kept ones.
+    With `saves` the path's rows are stored behind the buffered ones.
     """
-    for begin in range(0, tl.maximum(total, 1), KEPT):
-        position = begin + tl.arange(0, KEPT)
+    for begin in range(0, tl.maximum(total, 1), BUFFERED):
+        position = begin + tl.arange(0, BUFFERED)
         u_PL, g_L, k_LN, in_path = load_past(position, past, counts, dims_P, dims_N)
         keep_rows(position, past, u_PL, g_L, k_LN, in_path & saves, dims_P, dims_N, owns)
         u_PL, after_L, decay = weigh_delta(position, total, u_PL, g_L)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stree_kernels.launch.rows import (
     FLOATS,
-    MAX_KEPT,
+    MAX_BUFFERED,
     Gate,
     Pending,
     require_dtypes,
@@ -89,9 +89,9 @@ def check_delta(
     require_packed("the path", past.pending, 1)
     require_one_buffer(rows, past.rows)
     require_row_offsets(past.rows)
-    if past.rows.u_BRHP.shape[1] < MAX_KEPT:
+    if past.rows.u_BRHP.shape[1] < MAX_BUFFERED:
         raise ValueError(
-            f"past rows begin with {MAX_KEPT} buffered rows, got {past.rows.u_BRHP.shape[1]}; "
+            f"past rows begin with {MAX_BUFFERED} buffered rows, got {past.rows.u_BRHP.shape[1]}; "
             "pass the whole buffer"
         )
 

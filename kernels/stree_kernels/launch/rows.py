@@ -16,7 +16,7 @@ from torch import Tensor
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 """The dtypes that the kernels take for weights and activations."""
 
-MAX_KEPT = 16
+MAX_BUFFERED = 16
 """Accepted rows that wait beside the state; with more it advances, so it is seldom written."""
 
 MASK_MULTIPLE = 64
@@ -39,21 +39,22 @@ class Pending(NamedTuple):
     """Accepted tokens that are not in the state yet, all tables int32.
 
     `path_BL` holds rows of the previous step's block, root first; the first `length_B[b]` entries
-    are valid, the others are any row of the block. `num_kept_B` rows of earlier steps come before.
+    are valid, the others are any row of the block. `num_buffered_B` rows of earlier steps come
+    before.
     """
 
     path_BL: Tensor
     length_B: Tensor
-    num_kept_B: Tensor
+    num_buffered_B: Tensor
 
 
 class Past(NamedTuple):
     """Where a scan finds the accepted tokens that are not in the state.
 
-    `rows` begin with MAX_KEPT kept rows; entry v of the path is row `start + v`. With `commit` the
-    pass moves the path behind the kept rows, or, where they would be more than MAX_KEPT, advances
-    the state by all of them. Without, an earlier pass of this step has done so. Only its own
-    sequence's rows are touched.
+    `rows` begin with MAX_BUFFERED buffered rows; entry v of the path is row `start + v`. With
+    `commit` the pass moves the path behind the buffered rows, or, where they would be more than
+    MAX_BUFFERED, advances the state by all of them. Without, an earlier pass of this step has done
+    so. Only its own sequence's rows are touched.
     """
 
     rows: ScanRows
@@ -81,10 +82,10 @@ class ScanHeads(NamedTuple):
     dt_bias_H: Tensor
 
 
-def next_num_kept(pending: Pending) -> Tensor:
+def next_num_buffered(pending: Pending) -> Tensor:
     """Return how many rows are kept [B] (int32) once a pass has committed `pending`."""
-    total_B = pending.num_kept_B + pending.length_B
-    return total_B * (total_B <= MAX_KEPT)
+    total_B = pending.num_buffered_B + pending.length_B
+    return total_B * (total_B <= MAX_BUFFERED)
 
 
 def advance_pending(pending: Pending, path_BL: Tensor | None, length_B: Tensor) -> None:
@@ -92,7 +93,7 @@ def advance_pending(pending: Pending, path_BL: Tensor | None, length_B: Tensor) 
 
     Entries of the table behind the path stay: they are rows of a block all the same.
     """
-    pending.num_kept_B.copy_(next_num_kept(pending))
+    pending.num_buffered_B.copy_(next_num_buffered(pending))
     if path_BL is not None:
         pending.path_BL[:, : path_BL.shape[1]].copy_(path_BL)
     pending.length_B.copy_(length_B)

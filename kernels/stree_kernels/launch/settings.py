@@ -13,7 +13,7 @@ GATED: tuple[Activation, ...] = ("swiglu", "geglu")
 
 
 @dataclass(frozen=True, slots=True)
-class RouterLaw:
+class Routing:
     """How a router's logits become a choice of experts.
 
     `softmax`: the `num_chosen` largest logits, shares their softmax. `sigmoid` (DeepSeek-V3,

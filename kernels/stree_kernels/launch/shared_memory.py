@@ -53,7 +53,7 @@ def prefer_shared(kernel: Any, device: torch.device, num_programs: int) -> None:
     _prefer(kernel.function, min(100, percent))
 
 
-def prefer_as_neighbours(kernel: Any, device: torch.device, num_rows: int) -> None:
+def match_neighbours(kernel: Any, device: torch.device, num_rows: int) -> None:
     """Let later launches of a kernel on `num_rows` find the split of those before and after it.
 
     It needs little of either. With one row every neighbour streams; with more the scan keeps tiles.

@@ -20,7 +20,7 @@ COLUMNS_PER_SUM = 8
 """Columns of a residual stream that one sum of squares covers: the least a program may own."""
 
 
-class UnscaledRows(NamedTuple):
+class DeferredNorm(NamedTuple):
     """Rows in the model's dtype and what their norm divides by.
 
     `square_sums_MQ` (fp32) splits the columns into Q equal runs, one sum of squares each; None is
@@ -44,12 +44,12 @@ class Residual(NamedTuple):
     values_MD: Tensor
     square_sums_MQ: Tensor
 
-    def rows(self, eps: float) -> UnscaledRows:
+    def rows(self, eps: float) -> DeferredNorm:
         """Return the rows as the input of a layer with one norm over all columns."""
-        return UnscaledRows(self.values_MD, self.square_sums_MQ, 1, eps)
+        return DeferredNorm(self.values_MD, self.square_sums_MQ, 1, eps)
 
 
-def scale_factors(rows: UnscaledRows) -> Tensor:
+def scale_factors(rows: DeferredNorm) -> Tensor:
     """Return the number [M, groups] that each group of columns is multiplied by."""
     assert rows.square_sums_MQ is not None
     num_rows, num_columns = rows.values_MK.shape
@@ -57,7 +57,7 @@ def scale_factors(rows: UnscaledRows) -> Tensor:
     return torch.rsqrt(sums_MG * (rows.num_groups / num_columns) + rows.eps)
 
 
-def check_rows(rows: UnscaledRows) -> None:
+def check_rows(rows: DeferredNorm) -> None:
     """Raise ValueError unless the rows have the sizes, dtypes and strides a kernel relies on."""
     values, sums = rows.values_MK, rows.square_sums_MQ
     require_dtypes("rows", (values,), FLOATS)
@@ -86,8 +86,8 @@ def check_residual(residual: Residual) -> None:
             f"a residual stream in the model's dtype is its own values, got two of {values.dtype}; "
             "pass the stream twice"
         )
-    num_sums, remainder = divmod(num_columns, COLUMNS_PER_SUM)
-    if remainder or values.shape != stream.shape or sums.shape != (num_rows, num_sums):
+    num_sums, overhead = divmod(num_columns, COLUMNS_PER_SUM)
+    if overhead or values.shape != stream.shape or sums.shape != (num_rows, num_sums):
         raise ValueError(
             f"a residual has one sum of squares for {COLUMNS_PER_SUM} columns, got stream "
             f"{tuple(stream.shape)}, values {tuple(values.shape)}, sums {tuple(sums.shape)}; "

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from stree_kernels.launch.pdl import launch_options, wait_for_previous
 from stree_kernels.launch.settings import GATED, Activation
-from stree_kernels.linear.deferred_norm import Residual, UnscaledRows
+from stree_kernels.linear.deferred_norm import DeferredNorm, Residual
 from stree_kernels.linear.device_functions import (
     finish,
     load_stream,
@@ -130,7 +130,7 @@ def gemv_kernel(
 
 
 def launch_gemv(
-    config: GemvConfig, rows: UnscaledRows, weight: Tensor, out: Tensor,
+    config: GemvConfig, rows: DeferredNorm, weight: Tensor, out: Tensor,
     *, activation: Activation | None = None, residual: Residual | None = None,
 ) -> object:  # fmt: skip
     """Run the kernel on one row and return it; `out` is the stream of a residual."""

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from stree_kernels.launch.rows import FLOATS, require_dtypes, require_packed
 from stree_kernels.launch.settings import GATED, Activation
-from stree_kernels.launch.shared_memory import prefer_as_neighbours, prefer_cache
-from stree_kernels.linear.deferred_norm import Residual, UnscaledRows, check_residual, check_rows
+from stree_kernels.launch.shared_memory import match_neighbours, prefer_cache
+from stree_kernels.linear.deferred_norm import DeferredNorm, Residual, check_residual, check_rows
 from stree_kernels.linear.gemv_kernel import GemvConfig, launch_gemv
 from stree_kernels.linear.linear_kernel import LinearConfig, launch_linear
 from stree_kernels.linear.residual import activate, add_residual, scale_rows
@@ -56,7 +56,7 @@ def pick_config(num_rows: int, weight_NK: Tensor) -> LinearConfig | GemvConfig |
     return MORE_ROWS_CONFIG if num_rows <= 16 and num_columns < NARROW else None
 
 
-def linear(rows: UnscaledRows, weight_NK: Tensor, out_MN: Tensor) -> None:
+def linear(rows: DeferredNorm, weight_NK: Tensor, out_MN: Tensor) -> None:
     """Write norm(rows) @ weight.T to `out_MN`, in its dtype; its rows may be apart.
 
     The contract is that of `linear_ref.linear`. Allocates where it takes several launches.
@@ -72,7 +72,7 @@ def linear(rows: UnscaledRows, weight_NK: Tensor, out_MN: Tensor) -> None:
 
 
 def linear_activated(
-    rows: UnscaledRows, weight_XK: Tensor, out_MF: Tensor, activation: Activation
+    rows: DeferredNorm, weight_XK: Tensor, out_MF: Tensor, activation: Activation
 ) -> None:
     """Write the activation of norm(rows) @ weight.T to `out_MF`.
 
@@ -93,8 +93,8 @@ def linear_activated(
 
 
 def linear_add(
-    rows: UnscaledRows, weight_DK: Tensor, residual: Residual, *, eps: float
-) -> UnscaledRows:
+    rows: DeferredNorm, weight_DK: Tensor, residual: Residual, *, eps: float
+) -> DeferredNorm:
     """Add norm(rows) @ weight.T to the residual stream; return its rows for the next projection.
 
     The contract is that of `linear_ref.linear_add`. Where the next projection takes cuBLAS the rows
@@ -112,13 +112,13 @@ def linear_add(
     # One scale for a whole row may wait until the product is added; groups may not.
     late = rows.num_groups == 1
     _matmul(rows._replace(square_sums_MQ=None) if late else rows, weight_DK, product_MD)
-    scaled = UnscaledRows(torch.empty_like(residual.values_MD), None, 1, eps)
+    scaled = DeferredNorm(torch.empty_like(residual.values_MD), None, 1, eps)
     add_residual(product_MD, residual, rows if late else None, scaled)
     return scaled
 
 
 def launch(
-    config: LinearConfig | GemvConfig, rows: UnscaledRows, weight: Tensor, out: Tensor,
+    config: LinearConfig | GemvConfig, rows: DeferredNorm, weight: Tensor, out: Tensor,
     *, activation: Activation | None = None, residual: Residual | None = None,
 ) -> None:  # fmt: skip
     """Run the kernel that `config` is of; `out` is the stream of a residual."""
@@ -129,19 +129,19 @@ def launch(
     if weight.shape[1] >= NARROW:
         prefer_cache(kernel, weight.device)
     else:
-        prefer_as_neighbours(kernel, weight.device, len(out))
+        match_neighbours(kernel, weight.device, len(out))
 
 
-def _scaled(rows: UnscaledRows) -> UnscaledRows:
+def _scaled(rows: DeferredNorm) -> DeferredNorm:
     """Return the rows times their norm, rounded, in a buffer of their own."""
     if rows.square_sums_MQ is None:
         return rows
     scaled_MK = torch.empty_like(rows.values_MK)
     scale_rows(rows, None, scaled_MK)
-    return UnscaledRows(scaled_MK, None, 1, rows.eps)
+    return DeferredNorm(scaled_MK, None, 1, rows.eps)
 
 
-def _matmul(rows: UnscaledRows, weight_NK: Tensor, out_MN: Tensor) -> None:
+def _matmul(rows: DeferredNorm, weight_NK: Tensor, out_MN: Tensor) -> None:
     """Write norm(rows) @ weight.T by cuBLAS, in the dtype of `out_MN`."""
     scaled_MK = _scaled(rows).values_MK
     if out_MN.dtype == scaled_MK.dtype:
@@ -150,7 +150,7 @@ def _matmul(rows: UnscaledRows, weight_NK: Tensor, out_MN: Tensor) -> None:
         torch.mm(scaled_MK, weight_NK.T, out_dtype=out_MN.dtype, out=out_MN)
 
 
-def _check(rows: UnscaledRows, weight: Tensor, out: Tensor, out_shape: tuple[int, int]) -> None:
+def _check(rows: DeferredNorm, weight: Tensor, out: Tensor, out_shape: tuple[int, int]) -> None:
     """Raise ValueError for what the kernel cannot take."""
     check_rows(rows)
     require_dtypes("the rows and the weight", (rows.values_MK, weight), FLOATS)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from stree_kernels.launch.pdl import launch_options, wait_for_previous
 from stree_kernels.launch.settings import GATED, Activation
-from stree_kernels.linear.deferred_norm import Residual, UnscaledRows
+from stree_kernels.linear.deferred_norm import DeferredNorm, Residual
 from stree_kernels.linear.device_functions import (
     finish,
     load_stream,
@@ -202,7 +202,7 @@ def linear_kernel(
 
 
 def launch_linear(
-    config: LinearConfig, rows: UnscaledRows, weight: Tensor, out: Tensor,
+    config: LinearConfig, rows: DeferredNorm, weight: Tensor, out: Tensor,
     *, activation: Activation | None = None, residual: Residual | None = None,
 ) -> object:  # fmt: skip
     """Run the kernel on at most 16 rows and return it; `out` is the stream of a residual."""

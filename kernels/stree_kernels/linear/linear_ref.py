@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from stree_kernels.launch.settings import Activation
-from stree_kernels.linear.deferred_norm import Residual, UnscaledRows
+from stree_kernels.linear.deferred_norm import DeferredNorm, Residual
 from stree_kernels.linear.residual_ref import activated, add_residual, normalised
 
 
-def linear(rows: UnscaledRows, weight_NK: Tensor, out_MN: Tensor) -> None:
+def linear(rows: DeferredNorm, weight_NK: Tensor, out_MN: Tensor) -> None:
     """Write norm(rows) @ weight.T to `out_MN`, in its dtype. Computes in fp32 at least."""
     out_MN.copy_(_product(rows, weight_NK))
 
 
 def linear_activated(
-    rows: UnscaledRows, weight_XK: Tensor, out_MF: Tensor, activation: Activation
+    rows: DeferredNorm, weight_XK: Tensor, out_MF: Tensor, activation: Activation
 ) -> None:
     """Write the activation of norm(rows) @ weight.T to `out_MF`.
 
@@ -31,8 +31,8 @@ def linear_activated(
 
 
 def linear_add(
-    rows: UnscaledRows, weight_DK: Tensor, residual: Residual, *, eps: float
-) -> UnscaledRows:
+    rows: DeferredNorm, weight_DK: Tensor, residual: Residual, *, eps: float
+) -> DeferredNorm:
     """Add norm(rows) @ weight.T to the residual stream; all parts of `residual` are written.
 
     Returns the stream's rows for the next projection, whose norm has this `eps`.
@@ -41,6 +41,6 @@ def linear_add(
     return residual.rows(eps)
 
 
-def _product(rows: UnscaledRows, weight_NK: Tensor) -> Tensor:
+def _product(rows: DeferredNorm, weight_NK: Tensor) -> Tensor:
     dtype = torch.promote_types(weight_NK.dtype, torch.float32)
     return normalised(rows).to(dtype) @ weight_NK.to(dtype).T

@@ -19,11 +19,11 @@ from torch import Tensor
 from stree_kernels.launch.pdl import launch_options, wait_for_previous
 from stree_kernels.launch.rows import FLOATS, require_dtypes, require_packed, strides
 from stree_kernels.launch.settings import GATED, Activation
-from stree_kernels.launch.shared_memory import prefer_as_neighbours
+from stree_kernels.launch.shared_memory import match_neighbours
 from stree_kernels.linear.deferred_norm import (
     COLUMNS_PER_SUM,
+    DeferredNorm,
     Residual,
-    UnscaledRows,
     check_residual,
     check_rows,
 )
@@ -220,7 +220,7 @@ def start_residual(
         stream.shape[1], float(scale), BLOCK_D=BLOCK, PER_SUM=COLUMNS_PER_SUM, num_warps=NUM_WARPS,
         **launch_options(stream.device),
     )  # fmt: skip
-    prefer_as_neighbours(kernel, stream.device, len(stream))
+    match_neighbours(kernel, stream.device, len(stream))
 
 
 def join_rows(
@@ -246,12 +246,12 @@ def join_rows(
         BLOCK_D=triton.next_power_of_2(num_columns), num_warps=2 * NUM_WARPS,
         **launch_options(out_MK.device),
     )  # fmt: skip
-    prefer_as_neighbours(kernel, out_MK.device, num_rows)
+    match_neighbours(kernel, out_MK.device, num_rows)
 
 
 def add_residual(
-    product_MD: Tensor, residual: Residual, norm_of: UnscaledRows | None = None,
-    scaled: UnscaledRows | None = None,
+    product_MD: Tensor, residual: Residual, norm_of: DeferredNorm | None = None,
+    scaled: DeferredNorm | None = None,
 ) -> None:  # fmt: skip
     """Add `product_MD`, of a dtype in `FLOATS`, to the residual stream, times some rows' norm.
 
@@ -280,10 +280,10 @@ def add_residual(
         BLOCK_Q=triton.next_power_of_2(num_norm_sums), PER_SUM=COLUMNS_PER_SUM,
         num_warps=NUM_WARPS if scaled is None else 2 * NUM_WARPS, **launch_options(stream.device),
     )  # fmt: skip
-    prefer_as_neighbours(kernel, stream.device, len(stream))
+    match_neighbours(kernel, stream.device, len(stream))
 
 
-def scale_rows(rows: UnscaledRows, weight_K: Tensor | None, out_MK: Tensor) -> None:
+def scale_rows(rows: DeferredNorm, weight_K: Tensor | None, out_MK: Tensor) -> None:
     """Write the rows' norm times `weight_K`, or times one, to `out_MK`, whose rows may be apart.
 
     The contract is that of `residual_ref.scale_rows`.
@@ -305,7 +305,7 @@ def scale_rows(rows: UnscaledRows, weight_K: Tensor | None, out_MK: Tensor) -> N
         BLOCK_Q=triton.next_power_of_2(max(1, group_sums)), num_warps=NUM_WARPS,
         **launch_options(values.device),
     )  # fmt: skip
-    prefer_as_neighbours(kernel, values.device, len(values))
+    match_neighbours(kernel, values.device, len(values))
 
 
 def activate(inputs_MX: Tensor, out_MF: Tensor, activation: Activation) -> None:
@@ -323,7 +323,7 @@ def activate(inputs_MX: Tensor, out_MF: Tensor, activation: Activation) -> None:
         inputs_MX, out_MF, num_columns, out_MF.stride(0), BLOCK_F=BLOCK, GATED=gated,
         ACTIVATION=activation, num_warps=NUM_WARPS, **launch_options(out_MF.device),
     )  # fmt: skip
-    prefer_as_neighbours(kernel, out_MF.device, len(out_MF))
+    match_neighbours(kernel, out_MF.device, len(out_MF))
 
 
 def _grid(rows: Tensor) -> tuple[int, int]:

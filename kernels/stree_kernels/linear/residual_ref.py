@@ -15,8 +15,8 @@ from torch.nn import functional
 from stree_kernels.launch.settings import Activation
 from stree_kernels.linear.deferred_norm import (
     COLUMNS_PER_SUM,
+    DeferredNorm,
     Residual,
-    UnscaledRows,
     scale_factors,
 )
 
@@ -30,8 +30,8 @@ def start_residual(
 
 
 def add_residual(
-    product_MD: Tensor, residual: Residual, norm_of: UnscaledRows | None = None,
-    scaled: UnscaledRows | None = None,
+    product_MD: Tensor, residual: Residual, norm_of: DeferredNorm | None = None,
+    scaled: DeferredNorm | None = None,
 ) -> None:  # fmt: skip
     """Add `product_MD`, of any float dtype, to the residual stream.
 
@@ -63,7 +63,7 @@ def join_rows(
     out_MK.copy_(torch.cat(normed, dim=-1).flatten(0, 1))
 
 
-def scale_rows(rows: UnscaledRows, weight_K: Tensor | None, out_MK: Tensor) -> None:
+def scale_rows(rows: DeferredNorm, weight_K: Tensor | None, out_MK: Tensor) -> None:
     """Write the rows' norm times `weight_K`, or times one, to `out_MK`."""
     scaled_MK = normalised(rows)
     out_MK.copy_(scaled_MK if weight_K is None else scaled_MK * weight_K)
@@ -84,7 +84,7 @@ def activated(inputs_MX: Tensor, activation: Activation) -> Tensor:
     return gate(gate_MF) * up_MF
 
 
-def normalised(rows: UnscaledRows) -> Tensor:
+def normalised(rows: DeferredNorm) -> Tensor:
     """Return the rows times their scale factors, in fp32 at least."""
     dtype = torch.promote_types(rows.values_MK.dtype, torch.float32)
     values_MK = rows.values_MK.to(dtype)

@@ -8,35 +8,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stree_kernels.launch.settings import RouterLaw
+from stree_kernels.launch.settings import Routing
 
 
 def choose_experts(
-    logits_ME: Tensor, bias_E: Tensor | None, law: RouterLaw
+    logits_ME: Tensor, bias_E: Tensor | None, routing: Routing
 ) -> tuple[Tensor, Tensor]:
     """Return the experts of each row [M, C] (int64) and their shares [M, C], in the logits' dtype.
 
-    `bias_E` is the sigmoid law's correction of scores.
+    `bias_E` is the sigmoid routing's correction of scores.
     """
-    if law.kind == "softmax":
-        top = logits_ME.topk(law.num_chosen, dim=1)
+    if routing.kind == "softmax":
+        top = logits_ME.topk(routing.num_chosen, dim=1)
         return top.indices, top.values.softmax(dim=1)
     score_ME = logits_ME.sigmoid()
     ranked_ME = score_ME if bias_E is None else score_ME + bias_E
-    if law.num_open_groups < law.num_groups:
-        ranked_ME = _close_groups(ranked_ME, law)
-    choice_MC = ranked_ME.topk(law.num_chosen, dim=1).indices
+    if routing.num_open_groups < routing.num_groups:
+        ranked_ME = _close_groups(ranked_ME, routing)
+    choice_MC = ranked_ME.topk(routing.num_chosen, dim=1).indices
     share_MC = score_ME.gather(1, choice_MC)
-    if law.normalised:
+    if routing.normalised:
         share_MC = share_MC / (share_MC.sum(dim=1, keepdim=True) + 1e-20)
-    return choice_MC, share_MC * law.scale
+    return choice_MC, share_MC * routing.scale
 
 
-def _close_groups(ranked_ME: Tensor, law: RouterLaw) -> Tensor:
+def _close_groups(ranked_ME: Tensor, routing: Routing) -> Tensor:
     """Return the scores with those outside the best groups at minus infinity."""
-    grouped_MGE = ranked_ME.unflatten(1, (law.num_groups, -1))
+    grouped_MGE = ranked_ME.unflatten(1, (routing.num_groups, -1))
     best_MG = grouped_MGE.topk(2, dim=2).values.sum(dim=2)
     open_MG = torch.zeros_like(best_MG, dtype=torch.bool)
-    open_MG.scatter_(1, best_MG.topk(law.num_open_groups, dim=1).indices, value=True)
+    open_MG.scatter_(1, best_MG.topk(routing.num_open_groups, dim=1).indices, value=True)
     masked_ME: Tensor = grouped_MGE.masked_fill(~open_MG[:, :, None], -torch.inf).flatten(1)
     return masked_ME

@@ -20,7 +20,8 @@ from stree_kernels.sampling.top_tokens import Race, find_and_place
 from stree_kernels.sampling.uniforms_ref import check_stream
 
 BLOCK = 2048
-"""Scores of a row that a program takes at once: with more, two laws do not fit the registers."""
+"""Scores of a row that a program takes at once: with more, two distributions do not fit the
+registers."""
 NUM_WARPS = 8
 
 
@@ -45,7 +46,7 @@ def place_drawn_tokens(
 def sample_tokens(
     scores_NBV: Tensor, temperature_B: Tensor, uniform_NB: Tensor, out_NB: Tensor
 ) -> None:
-    """Write a token of every row's law, decided by one number in [0, 1) each.
+    """Write a token of every row's distribution, decided by one number in [0, 1) each.
 
     The contract is that of `sampling_ref.sample_tokens`.
     Raises ValueError when a size, dtype or stride is beyond what the kernel takes.

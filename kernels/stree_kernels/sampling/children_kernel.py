@@ -1,8 +1,8 @@
-"""A token by a row's law, and multi-step speculative sampling, as Triton kernels.
+"""A token by a row's distribution, and multi-step speculative sampling, as Triton kernels.
 
 A program owns a row of scores and passes over it a few times: it stays in the L2 cache. After k
-rejections p and q of a token are made anew from its scores and k pairs of totals, so no law is ever
-stored.
+rejections p and q of a token are made anew from its scores and k pairs of totals, so no
+distribution is ever stored.
 
 Shape letters: V vocabulary, C children.
 """
@@ -44,12 +44,12 @@ def sample_tokens_kernel(
     if (temperature > 0) & (tl.abs(largest) < float("inf")):
         scale = 1.0 / temperature
         total = _total(scores_ptr, num_scores, largest, scale, BLOCK_V)
-        law = (scores_ptr, largest, total, scale)
+        distribution = (scores_ptr, largest, total, scale)
         point = tl.load(uniform_ptr + row)
         before, found, last = point * 0.0, best * 0 + _NOWHERE, best
         for start in range(0, num_scores, BLOCK_V):
             here = start + tl.arange(0, BLOCK_V)
-            p = _probabilities(law, here, here < num_scores)
+            p = _probabilities(distribution, here, here < num_scores)
             before, found, last = _look(p, here, point, before, found, last)
         token = tl.where(found == _NOWHERE, last, found)
     tl.store(out_ptr + row, token.to(tl.int64))
@@ -80,8 +80,8 @@ def try_children_kernel(
     if (temperature > 0) & (tl.abs(largest_p) < float("inf")):
         largest_q = _likeliest(q_ptr, num_scores, BLOCK_V)[1]
         scale = 1.0 / temperature
-        p_law = (p_ptr, largest_p, _total(p_ptr, num_scores, largest_p, scale, BLOCK_V), scale)
-        q_law = (q_ptr, largest_q, _total(q_ptr, num_scores, largest_q, scale, BLOCK_V), scale)
+        p_row = (p_ptr, largest_p, _total(p_ptr, num_scores, largest_p, scale, BLOCK_V), scale)
+        q_row = (q_ptr, largest_q, _total(q_ptr, num_scores, largest_q, scale, BLOCK_V), scale)
         child_C = tl.load(tokens_ptr + child_C * batch + slot, mask=c < NUM_CHILDREN, other=0)
         # Of every rejection: what was left of p, and of q without the child; -1 before it.
         left_p_C = tl.full((BLOCK_C,), -1.0, tl.float32)
@@ -90,30 +90,30 @@ def try_children_kernel(
         for rank in range(NUM_CHILDREN):
             child = _entry(child_C, c, rank).to(tl.int32)
             tries = (c, child_C, left_p_C, left_q_C, rank)
-            p, q = _left_of(_probability(p_law, child), _probability(q_law, child), child, tries)
+            p, q = _left_of(_probability(p_row, child), _probability(q_row, child), child, tries)
             tried = (taken < 0) & (q > 0)
             takes = tried & (tl.load(tries_ptr + row * NUM_CHILDREN + rank) * q < p)
             taken = tl.where(takes, child, taken)
             if tried & (takes == 0):
-                left_p, left_q = _reject(p_law, q_law, tries, child, num_scores, BLOCK_V)
+                left_p, left_q = _reject(p_row, q_row, tries, child, num_scores, BLOCK_V)
                 left_p_C = tl.where(c == rank, left_p, left_p_C)
                 left_q_C = tl.where(c == rank, left_q, left_q_C)
         if taken < 0:
             tries = (c, child_C, left_p_C, left_q_C, NUM_CHILDREN)
             point = tl.load(uniform_ptr + node * batch + slot)
-            taken = _draw_rest(p_law, q_law, tries, point, best, num_scores, BLOCK_V)
+            taken = _draw_rest(p_row, q_row, tries, point, best, num_scores, BLOCK_V)
         tl.store(chosen_ptr + node * batch + slot, taken.to(tl.int64))
 
 
 @triton.jit
-def _reject(p_law, q_law, tries, child, num_scores, BLOCK_V: tl.constexpr):
+def _reject(p_row, q_row, tries, child, num_scores, BLOCK_V: tl.constexpr):
     """Return the sum of what a rejection leaves of p, and that of q without the child."""
     left_p_V = tl.full((BLOCK_V,), 0.0, tl.float32)
     left_q_V = tl.full((BLOCK_V,), 0.0, tl.float32)
     for start in range(0, num_scores, BLOCK_V):
         token = start + tl.arange(0, BLOCK_V)
         inside = token < num_scores
-        p, q = _probabilities(p_law, token, inside), _probabilities(q_law, token, inside)
+        p, q = _probabilities(p_row, token, inside), _probabilities(q_row, token, inside)
         p, q = _left_of(p, q, token, tries)
         left_p_V += tl.maximum(p - q, 0.0)
         left_q_V += tl.where(token == child, 0.0, q)
@@ -121,13 +121,13 @@ def _reject(p_law, q_law, tries, child, num_scores, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
-def _draw_rest(p_law, q_law, tries, point, best, num_scores, BLOCK_V: tl.constexpr):
+def _draw_rest(p_row, q_row, tries, point, best, num_scores, BLOCK_V: tl.constexpr):
     """Return the token that `point` in [0, 1) points to in what all rejections leave of p."""
     before, found, last = point * 0.0, best * 0 + _NOWHERE, best
     for start in range(0, num_scores, BLOCK_V):
         token = start + tl.arange(0, BLOCK_V)
         inside = token < num_scores
-        p, q = _probabilities(p_law, token, inside), _probabilities(q_law, token, inside)
+        p, q = _probabilities(p_row, token, inside), _probabilities(q_row, token, inside)
         p = _left_of(p, q, token, tries)[0]
         before, found, last = _look(p, token, point, before, found, last)
     return tl.where(found == _NOWHERE, last, found)
@@ -149,14 +149,14 @@ def _left_of(p, q, token, tries):
 
 
 @triton.jit
-def _probability(law, token):
-    scores_ptr, largest, total, scale = law
+def _probability(distribution, token):
+    scores_ptr, largest, total, scale = distribution
     return tl.exp((tl.load(scores_ptr + token) - largest) * scale) / total
 
 
 @triton.jit
-def _probabilities(law, token, inside):
-    scores_ptr, largest, total, scale = law
+def _probabilities(distribution, token, inside):
+    scores_ptr, largest, total, scale = distribution
     score = tl.load(scores_ptr + token, mask=inside, other=float("-inf"))
     return tl.exp((score - largest) * scale) / total
 
@@ -183,7 +183,7 @@ def _likeliest(scores_ptr, num_scores, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def _total(scores_ptr, num_scores, largest, scale, BLOCK_V: tl.constexpr):
-    """Return the sum of a row's unnormalised law."""
+    """Return the sum of a row's unnormalised distribution."""
     total_V = tl.full((BLOCK_V,), 0.0, tl.float32)
     for start in range(0, num_scores, BLOCK_V):
         token = start + tl.arange(0, BLOCK_V)

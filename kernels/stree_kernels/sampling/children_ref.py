@@ -1,9 +1,9 @@
 """Drawing children, and what the target picks after a node, in plain torch.
 
 Every rule is lossless: whatever the children are, the token that is picked after a node follows the
-target's law p. Tests sum over every random outcome. It is the CPU's path and what the Triton
-kernels are compared with. Laws are given as scores: p = softmax(scores / temperature), or for a
-slot of temperature 0 the likeliest token alone.
+target's distribution p. Tests sum over every random outcome. It is the CPU's path and what the
+Triton kernels are compared with. Distributions are given as scores: p = softmax(scores /
+temperature), or for a slot of temperature 0 the likeliest token alone.
 
 Shape letters: T tree tokens, I nodes with children, B slots, V vocabulary, W rows, C children, N
 rows of any kind, R rows of a token buffer.
@@ -39,11 +39,11 @@ def place_drawn_tokens(
 def sample_tokens(
     scores_NBV: Tensor, temperature_B: Tensor, uniform_NB: Tensor, out_NB: Tensor
 ) -> None:
-    """Write a token of every row's law, decided by one number in [0, 1) each.
+    """Write a token of every row's distribution, decided by one number in [0, 1) each.
 
-    A law that breaks down gives its likeliest token, whose score is not finite.
+    A distribution that breaks down gives its likeliest token, whose score is not finite.
     """
-    p_NBV = softmax_law(scores_NBV, temperature_B)
+    p_NBV = softmax_distribution(scores_NBV, temperature_B)
     best_NB = top_tokens(scores_NBV, 1)[..., 0]
     out_NB.copy_(torch.where(p_NBV.isnan().any(-1), best_NB, sample_from(p_NBV, uniform_NB)))
 
@@ -58,16 +58,17 @@ def try_children(
     drawn from; these are `child_IC[i]`, in the order of drawing, a repeated one is none. Where p
     breaks down `chosen_TB` stays.
     """
-    p_IBV = softmax_law(p_TBV[inner_I], temperature_B)
+    p_IBV = softmax_distribution(p_TBV[inner_I], temperature_B)
     chosen_IB = choose_by_mss(
-        p_IBV, softmax_law(q_IBV, temperature_B), tokens_TB[child_IC].transpose(1, 2), uniform_IBC,
-        uniform_TB[inner_I],
+        p_IBV, softmax_distribution(q_IBV, temperature_B), tokens_TB[child_IC].transpose(1, 2),
+        uniform_IBC, uniform_TB[inner_I],
     )  # fmt: skip
     chosen_TB[inner_I] = torch.where(p_IBV.isnan().any(-1), chosen_TB[inner_I], chosen_IB)
 
 
-def softmax_law(scores_NBV: Tensor, temperature_B: Tensor) -> Tensor:
-    """Return the law [N, B, V] of scores; at temperature 0 it is 1 at the likeliest token."""
+def softmax_distribution(scores_NBV: Tensor, temperature_B: Tensor) -> Tensor:
+    """Return the distribution [N, B, V] of scores; at temperature 0 it is 1 at the likeliest
+    token."""
     greedy_B1 = temperature_B[:, None] == 0
     p_NBV = (scores_NBV / torch.where(greedy_B1, 1, temperature_B[:, None])).softmax(-1)
     one_hot_NBV = torch.zeros_like(p_NBV).scatter_(-1, scores_NBV.argmax(-1, keepdim=True), 1.0)
@@ -75,7 +76,8 @@ def softmax_law(scores_NBV: Tensor, temperature_B: Tensor) -> Tensor:
 
 
 def sample_from(p_NBV: Tensor, uniform_NB: Tensor) -> Tensor:
-    """Return tokens [N, B] of the laws `p_NBV`, which need not sum to 1, by their inverse CDF.
+    """Return tokens [N, B] of the distributions `p_NBV`, which need not sum to 1, by their inverse
+    CDF.
 
     `uniform_NB` lies in [0, 1). A token of probability 0 is never returned.
     """
@@ -88,18 +90,18 @@ def sample_from(p_NBV: Tensor, uniform_NB: Tensor) -> Tensor:
     # A product that is rounded up to the total would point behind the last token.
     point_NB = torch.minimum(uniform_NB * total_NB, total_NB.nextafter(torch.zeros_like(total_NB)))
     token_NB: Tensor = torch.searchsorted(cdf_NBV, point_NB[..., None], right=True)[..., 0]
-    # A law with NaN has no such place.
+    # A distribution with NaN has no such place.
     return token_NB.clamp(max=p_NBV.shape[-1] - 1)
 
 
 def race_scores(log_q_WBV: Tensor, uniform_WBV: Tensor) -> Tensor:
-    """Return fp32 scores whose likeliest tokens are draws from a law without replacement.
+    """Return fp32 scores whose likeliest tokens are draws from a distribution without replacement.
 
-    `log_q_WBV` are the logarithms of the law, or of any multiple of it. An exponential race: the
-    tokens with the smallest E / q come first, E = -log(1 - u) exponential (Efraimidis and Spirakis,
-    2006); a score is the logarithm of q / E. A law of fewer tokens than draws ends with tokens of
-    probability 0. Exact up to the resolution of the numbers: tokens below 1e-9 are drawn too
-    seldom.
+    `log_q_WBV` are the logarithms of the distribution, or of any multiple of it. An exponential
+    race: the tokens with the smallest E / q come first, E = -log(1 - u) exponential (Efraimidis and
+    Spirakis, 2006); a score is the logarithm of q / E. A distribution of fewer tokens than draws
+    ends with tokens of probability 0. Exact up to the resolution of the numbers: tokens below 1e-9
+    are drawn too seldom.
     """
     # Small numbers decide the race, and they are finest there; both ends stay finite.
     shifted_WBV = (uniform_WBV + LEAST_UNIFORM / 2).clamp(max=1 - 2.0**-24)
@@ -137,6 +139,6 @@ def choose_by_mss(
 
 
 def _normalised(mass_NBV: Tensor, otherwise_NBV: Tensor) -> Tensor:
-    """Return mass as a law; where rounding or an empty q left none, another."""
+    """Return mass as a distribution; where rounding or an empty q left none, another."""
     total_NB1 = mass_NBV.sum(-1, keepdim=True)
     return torch.where(total_NB1 > 0, mass_NBV / total_NB1, otherwise_NBV)

@@ -19,11 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from stree_kernels.launch.pdl import launch_options, wait_for_previous
-from stree_kernels.launch.rows import MAX_KEPT, require_dtypes, require_packed
+from stree_kernels.launch.rows import MAX_BUFFERED, require_dtypes, require_packed
 from stree_kernels.sampling.commit_path_ref import FIRST_TOKEN, PathMemory, TreeTables
 
 _FIRST_TOKEN = tl.constexpr(FIRST_TOKEN)
-_MAX_KEPT = tl.constexpr(MAX_KEPT)
+_MAX_BUFFERED = tl.constexpr(MAX_BUFFERED)
 
 
 @triton.jit
@@ -88,13 +88,13 @@ def _make_pending(
     BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """Tell a model to replay the path to node `end`; pointers are those of a PathMemory."""
-    rows_ptr, length_ptr, num_kept_ptr, committed_ptr = pending_ptrs
+    rows_ptr, length_ptr, num_buffered_ptr, committed_ptr = pending_ptrs
     entry = tl.arange(0, BLOCK_L)
     row = tl.load(path_ptr + end * num_entries + entry, mask=entry < num_entries, other=0)
-    total = tl.load(num_kept_ptr + slot) + tl.load(length_ptr + slot)
+    total = tl.load(num_buffered_ptr + slot) + tl.load(length_ptr + slot)
     committed = tl.load(committed_ptr + slot)
     tl.debug_barrier()
-    tl.store(num_kept_ptr + slot, tl.where(total <= _MAX_KEPT, total, 0))
+    tl.store(num_buffered_ptr + slot, tl.where(total <= _MAX_BUFFERED, total, 0))
     tl.store(length_ptr + slot, length.to(tl.int32))
     tl.store(committed_ptr + slot, committed + length.to(tl.int32))
     tl.store(rows_ptr + slot * stride_pending_b + entry, row.to(tl.int32), mask=entry < num_entries)

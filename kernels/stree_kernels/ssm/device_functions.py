@@ -14,15 +14,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from stree_kernels.launch.rows import MAX_KEPT
+from stree_kernels.launch.rows import MAX_BUFFERED
 
-KEPT = tl.constexpr(MAX_KEPT)
+BUFFERED = tl.constexpr(MAX_BUFFERED)
 
 
 @triton.jit
-def time_steps(dt, law):
-    """d of raw dt; `law` says how a head's dt becomes decay: (A, dt_bias, least d, greatest d)."""
-    value = dt.to(tl.float32) + law[1]
+def time_steps(dt, decay_terms):
+    """d of raw dt; `decay_terms` says how a head's dt becomes decay: (A, dt_bias, least d, greatest
+    d)."""
+    value = dt.to(tl.float32) + decay_terms[1]
     # log(1 + u) as the series of 2 atanh(u / (2 + u)): `log` loses the digits of a small u.
     u = tl.exp(-tl.abs(value))
     z = u / (2.0 + u)
@@ -30,7 +31,7 @@ def time_steps(dt, law):
     for term in tl.static_range(1, 8):
         series = series * z * z + 1.0 / (15 - 2 * term)
     softplus = tl.maximum(value, 0.0) + 2.0 * z * series
-    return tl.minimum(tl.maximum(softplus, law[2]), law[3])
+    return tl.minimum(tl.maximum(softplus, decay_terms[2]), decay_terms[3])
 
 
 @triton.jit
@@ -94,7 +95,8 @@ def dot_rounded(left, right, total, NARROW: tl.constexpr):
 def load_past(position, past, counts, dims_P, dims_N):
     """x [P, L], raw dt [L] and b [L, N] of accepted rows; which of them are the path's.
 
-    `past` is (x, dt, b, path, first row of the path's block), `counts` (kept rows, path's length).
+    `past` is (x, dt, b, path, first row of the path's block), `counts` (buffered rows, path's
+    length).
     """
     x, dt, b, path_ptr, start = past
     entry = position - counts[0]
@@ -110,7 +112,8 @@ def load_past(position, past, counts, dims_P, dims_N):
 
 @triton.jit
 def keep_rows(position, past, x_PL, dt_L, b_LN, saved, dims_P, dims_N, owns):
-    """Store rows at their place among the kept ones; `owns` says which parts this program has."""
+    """Store rows at their place among the buffered ones; `owns` says which parts this program
+    has."""
     x, dt, b, _, _ = past
     x_ptrs = x[0] + position[None, :] * x[1] + dims_P[:, None]
     b_ptrs = b[0] + position[:, None] * b[1] + dims_N[None, :]
@@ -120,10 +123,10 @@ def keep_rows(position, past, x_PL, dt_L, b_LN, saved, dims_P, dims_N, owns):
 
 
 @triton.jit
-def weigh(position, total, dt_L, law):
+def weigh(position, total, dt_L, decay_terms):
     """d and the log decay after each row [L], 0 past the last of `total` rows, and all decay."""
-    d_L = tl.where(position < total, time_steps(dt_L, law), 0.0)
-    log_decay_L = d_L * law[0]
+    d_L = tl.where(position < total, time_steps(dt_L, decay_terms), 0.0)
+    log_decay_L = d_L * decay_terms[0]
     # A suffix sum, not a difference of prefix sums, which loses digits on long paths.
     later = position[:, None] > position[None, :]
     after_L = tl.sum(tl.where(later, log_decay_L[:, None], 0.0), axis=0)
@@ -131,16 +134,16 @@ def weigh(position, total, dt_L, law):
 
 
 @triton.jit
-def advance(state, past, counts, total, law, dims_P, dims_N, owns, saves):
+def advance(state, past, counts, total, decay_terms, dims_P, dims_N, owns, saves):
     """The state tile [P, N] after the first `total` accepted rows, which may be none.
 
-    With `saves` the path's rows are stored behind the kept ones.
+    With `saves` the path's rows are stored behind the buffered ones.
     """
-    for begin in range(0, tl.maximum(total, 1), KEPT):
-        position = begin + tl.arange(0, KEPT)
+    for begin in range(0, tl.maximum(total, 1), BUFFERED):
+        position = begin + tl.arange(0, BUFFERED)
         x_PL, dt_L, b_LN, in_path = load_past(position, past, counts, dims_P, dims_N)
         keep_rows(position, past, x_PL, dt_L, b_LN, in_path & saves, dims_P, dims_N, owns)
-        d_L, after_L, decay = weigh(position, total, dt_L, law)
+        d_L, after_L, decay = weigh(position, total, dt_L, decay_terms)
         weighted_PL = x_PL.to(tl.float32) * (tl.exp(after_L) * d_L)[None, :]
         state = dot_wide(weighted_PL, b_LN, state * tl.exp(decay))
     return state

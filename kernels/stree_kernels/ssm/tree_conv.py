@@ -29,7 +29,7 @@ from stree_kernels.launch.rows import (
     require_packed,
     strides,
 )
-from stree_kernels.launch.shared_memory import prefer_as_neighbours
+from stree_kernels.launch.shared_memory import match_neighbours
 
 WIDTHS = (2, 3, 4)
 
@@ -178,7 +178,7 @@ def tree_conv(
         BLOCK_C=config.block_channels, BLOCK_T=config.block_rows, num_warps=config.num_warps,
         num_stages=1, **launch_options(inputs_BRE.device),
     )  # fmt: skip
-    prefer_as_neighbours(kernel, inputs_BRE.device, batch * num_tokens)
+    match_neighbours(kernel, inputs_BRE.device, batch * num_tokens)
 
 
 def _check(

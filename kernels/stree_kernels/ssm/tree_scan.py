@@ -18,7 +18,7 @@ from torch import Tensor
 from stree_kernels.launch import pdl
 from stree_kernels.launch.pdl import launch_options
 from stree_kernels.launch.rows import (
-    MAX_KEPT,
+    MAX_BUFFERED,
     Gate,
     Past,
     ScanHeads,
@@ -160,8 +160,10 @@ def _check(
             f"got {num_rows} and {capacity}; cut the block"
         )
     require_row_offsets(past.rows)
-    if past.rows.x_BRXP.shape[1] < MAX_KEPT:
-        raise ValueError(f"past rows begin with {MAX_KEPT} kept rows; pass the whole buffer")
+    if past.rows.x_BRXP.shape[1] < MAX_BUFFERED:
+        raise ValueError(
+            f"past rows begin with {MAX_BUFFERED} buffered rows; pass the whole buffer"
+        )
     num_parts = num_heads * head_dim // block_p
     if gate is not None and gate.square_sums_BTQ.shape[2] != num_parts:
         raise ValueError(

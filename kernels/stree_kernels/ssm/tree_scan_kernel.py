@@ -19,7 +19,7 @@ import triton.language as tl
 
 from stree_kernels.launch.pdl import release_next, wait_for_previous
 from stree_kernels.ssm.device_functions import (
-    KEPT,
+    BUFFERED,
     advance,
     dot_rounded,
     load_columns,
@@ -37,12 +37,14 @@ def load_mask(mask, rows_J, rows_T, num_rows):
 
 
 @triton.jit
-def _path_sum(rows_T, stop, dt, mask, num_rows, law, BLOCK_T: tl.constexpr):
+def _path_sum(rows_T, stop, dt, mask, num_rows, decay_terms, BLOCK_T: tl.constexpr):
     """The part of c that comes from ancestors in rows 0..stop - 1; `stop` is a tile's end."""
     total_T = tl.full(rows_T.shape, 0.0, tl.float32)
     for start in range(0, stop, BLOCK_T):
         rows_J = start + tl.arange(0, BLOCK_T)
-        log_decay_J = time_steps(load_vector(dt, rows_J, rows_J < num_rows), law) * law[0]
+        log_decay_J = (
+            time_steps(load_vector(dt, rows_J, rows_J < num_rows), decay_terms) * decay_terms[0]
+        )
         mask_JT = load_mask(mask, rows_J, rows_T, num_rows)
         total_T += tl.sum(tl.where(mask_JT, log_decay_J[:, None], 0.0), axis=0)
     return total_T
@@ -60,30 +62,30 @@ def _add_ancestors(y_PT, x_PJ, b_JN, c_NT, d_J, path_J, path_T, mask_JT):
 
 @triton.jit
 def _attend(
-    rows, c, mask, start, first, num_rows, law, skip_P, dims_P, dims_N, ONE_TILE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    rows, c, mask, start, first, num_rows, decay_terms, skip_P, dims_P, dims_N, ONE_TILE:
+    tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """What rows start..start + BLOCK_T - 1 owe to rows, not to the state; C and c of these rows."""
     x, dt, b = rows
     rows_T = start + tl.arange(0, BLOCK_T)
     within = rows_T < num_rows
-    d_T = time_steps(load_vector(dt, rows_T, within), law)
+    d_T = time_steps(load_vector(dt, rows_T, within), decay_terms)
     mask_TT = load_mask(mask, rows_T, rows_T, num_rows)
     x_PT = load_columns(x, rows_T, within, dims_P)
     b_TN = load_rows(b, rows_T, within, dims_N)
     # The source `c` begins at row `first`.
     c_NT = load_columns(c, rows_T - first, within & (rows_T >= first), dims_N)
-    path_T = tl.sum(tl.where(mask_TT, (d_T * law[0])[:, None], 0.0), axis=0)
+    path_T = tl.sum(tl.where(mask_TT, (d_T * decay_terms[0])[:, None], 0.0), axis=0)
     if not ONE_TILE:
-        path_T += _path_sum(rows_T, start, dt, mask, num_rows, law, BLOCK_T)
+        path_T += _path_sum(rows_T, start, dt, mask, num_rows, decay_terms, BLOCK_T)
     y_PT = skip_P[:, None] * x_PT.to(tl.float32)
     y_PT = _add_ancestors(y_PT, x_PT, b_TN, c_NT, d_T, path_T, path_T, mask_TT)
     if not ONE_TILE:
         for earlier in range(0, start, BLOCK_T):
             rows_J = earlier + tl.arange(0, BLOCK_T)
             within_J = rows_J < num_rows
-            path_J = _path_sum(rows_J, earlier + BLOCK_T, dt, mask, num_rows, law, BLOCK_T)
-            d_J = time_steps(load_vector(dt, rows_J, within_J), law)
+            path_J = _path_sum(rows_J, earlier + BLOCK_T, dt, mask, num_rows, decay_terms, BLOCK_T)
+            d_J = time_steps(load_vector(dt, rows_J, within_J), decay_terms)
             x_PJ = load_columns(x, rows_J, within_J, dims_P)
             b_JN = load_rows(b, rows_J, within_J, dims_N)
             mask_JT = load_mask(mask, rows_J, rows_T, num_rows)
@@ -113,7 +115,7 @@ def _store(y_PT, out, z, sums, row, scored, dims_P):
 def tree_scan_kernel(
     # pointers
     state_ptr, x_ptr, dt_ptr, b_ptr, c_ptr, out_ptr, z_ptr, sums_ptr, a_ptr, skip_ptr, dt_bias_ptr,
-    past_x_ptr, past_dt_ptr, past_b_ptr, path_ptr, length_ptr, num_kept_ptr, mask_ptr,
+    past_x_ptr, past_dt_ptr, past_b_ptr, path_ptr, length_ptr, num_buffered_ptr, mask_ptr,
     # sizes and limits
     dt_min, dt_max, past_start, first, num_rows,
     # strides
@@ -134,12 +136,12 @@ def tree_scan_kernel(
     x_base = head // HEADS_PER_X * HEAD_DIM
     b_base = head // HEADS_PER_B * STATE_DIM
     y_base = head * HEAD_DIM
-    law = (tl.load(a_ptr + head), tl.load(dt_bias_ptr + head), dt_min, dt_max)
+    decay_terms = (tl.load(a_ptr + head), tl.load(dt_bias_ptr + head), dt_min, dt_max)
     skip_P = tl.load(skip_ptr + head * stride_skip_h + dims_P * stride_skip_p)
     state_ptr += sequence * stride_state_b + y_base * STATE_DIM
     state_ptrs = state_ptr + dims_P[:, None] * STATE_DIM + dims_N[None, :]
     state = tl.load(state_ptrs).to(tl.float32)
-    counts = (tl.load(num_kept_ptr + sequence), tl.load(length_ptr + sequence))
+    counts = (tl.load(num_buffered_ptr + sequence), tl.load(length_ptr + sequence))
     past = (
         (past_x_ptr + sequence * stride_x_b + x_base, stride_x_r),
         (past_dt_ptr + sequence * stride_dt_b + head, stride_dt_r),
@@ -149,16 +151,16 @@ def tree_scan_kernel(
     first_block = tl.program_id(0) == 0
     owns = (head % HEADS_PER_X == 0, first_block, first_block & (head % HEADS_PER_B == 0))
     total = counts[0] + counts[1]
-    is_kept = total <= KEPT
+    is_buffered = total <= BUFFERED
     if COMMIT:
-        state = advance(state, past, counts, total, law, dims_P, dims_N, owns, is_kept)
+        state = advance(state, past, counts, total, decay_terms, dims_P, dims_N, owns, is_buffered)
         rounded = state.to(state_ptr.dtype.element_ty)
-        if not is_kept:
+        if not is_buffered:
             tl.store(state_ptrs, rounded)
     else:
         # More rows than may be kept are in the state since this step's first pass.
-        total = tl.where(is_kept, total, 0)
-        state = advance(state, past, counts, total, law, dims_P, dims_N, owns, False)
+        total = tl.where(is_buffered, total, 0)
+        state = advance(state, past, counts, total, decay_terms, dims_P, dims_N, owns, False)
     x = (x_ptr + sequence * stride_x_b + x_base, stride_x_r)
     dt = (dt_ptr + sequence * stride_dt_b + head, stride_dt_r)
     b = (b_ptr + sequence * stride_b_b + b_base, stride_b_r)
@@ -174,7 +176,18 @@ def tree_scan_kernel(
     wait_for_previous(PDL)
     if ONE_TILE:
         y_PT, c_NT, path_T = _attend(
-            (x, dt, b), c, mask, 0, first, num_rows, law, skip_P, dims_P, dims_N, True, BLOCK_T
+            (x, dt, b),
+            c,
+            mask,
+            0,
+            first,
+            num_rows,
+            decay_terms,
+            skip_P,
+            dims_P,
+            dims_N,
+            True,
+            BLOCK_T,
         )
         y_PT = _add_state(y_PT, state, c_NT, path_T)
         row = tl.arange(0, BLOCK_T) - first
@@ -182,8 +195,8 @@ def tree_scan_kernel(
     else:
         for start in range(first // BLOCK_T * BLOCK_T, num_rows, BLOCK_T):
             y_PT, c_NT, path_T = _attend(
-                (x, dt, b), c, mask, start, first, num_rows, law, skip_P, dims_P, dims_N, False,
-                BLOCK_T,
+                (x, dt, b), c, mask, start, first, num_rows, decay_terms, skip_P, dims_P, dims_N,
+                False, BLOCK_T,
             )  # fmt: skip
             y_PT = _add_state(y_PT, state, c_NT, path_T)
             row = start + tl.arange(0, BLOCK_T) - first

@@ -9,7 +9,7 @@ Triton kernel is compared with, so it is vectorised; tests compare it with a loo
 Source: Mamba-2 (arXiv:2405.21060) sec. 6; tree form: STree (arXiv:2505.14969).
 
 Shape letters: B batch, R rows of a buffer, E a block's rows up to the last one scored, T rows
-scored by this pass, L accepted rows (kept ones and a path), H heads, X heads of x, P head dim,
+scored by this pass, L accepted rows (buffered ones and a path), H heads, X heads of x, P head dim,
 N state dim, G groups of B or C, Q partial sums of a row.
 """
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stree_kernels.launch.rows import MAX_KEPT, Gate, Past, Pending, ScanHeads, ScanRows
+from stree_kernels.launch.rows import MAX_BUFFERED, Gate, Past, Pending, ScanHeads, ScanRows
 
 
 def tree_scan(
@@ -46,10 +46,10 @@ def tree_scan(
     `state_BHPN` changes. Computes in the state's dtype, in fp32 at least.
     """
     state = widen(state_BHPN)
-    num_kept_B, length_B = past.pending.num_kept_B, past.pending.length_B
-    fits_B = num_kept_B + length_B <= MAX_KEPT
+    num_buffered_B, length_B = past.pending.num_buffered_B, past.pending.length_B
+    fits_B = num_buffered_B + length_B <= MAX_BUFFERED
     # Without `commit`, rows that did not fit are in the state already.
-    total_B = num_kept_B + length_B if past.commit else (num_kept_B + length_B) * fits_B
+    total_B = num_buffered_B + length_B if past.commit else (num_buffered_B + length_B) * fits_B
     source_BL = accepted_sources(past.start, past.pending)
     sequence_B1 = torch.arange(len(total_B), device=state.device)[:, None]
     accepted = ScanRows(*(tensor[sequence_B1, source_BL] for tensor in past.rows))
@@ -72,13 +72,13 @@ def tree_scan(
 
 
 def accepted_sources(start: int, pending: Pending) -> Tensor:
-    """Return the rows [B, L] that hold the accepted tokens: kept ones, then the path's.
+    """Return the rows [B, L] that hold the accepted tokens: buffered ones, then the path's.
 
     Entry v of the path is row `start + v`.
     """
-    path_BL, _, num_kept_B = pending
-    position_L = torch.arange(MAX_KEPT + path_BL.shape[1], device=path_BL.device)
-    entry_BL = position_L - num_kept_B[:, None]
+    path_BL, _, num_buffered_B = pending
+    position_L = torch.arange(MAX_BUFFERED + path_BL.shape[1], device=path_BL.device)
+    entry_BL = position_L - num_buffered_B[:, None]
     in_path_BL = path_BL.gather(1, entry_BL.clamp(0, path_BL.shape[1] - 1))
     return torch.where(entry_BL >= 0, start + in_path_BL, position_L)
 
@@ -86,14 +86,14 @@ def accepted_sources(start: int, pending: Pending) -> Tensor:
 def keep_accepted(
     rows: Sequence[Tensor], pending: Pending, accepted: Sequence[Tensor], fits_B: Tensor
 ) -> None:
-    """Move the path's rows behind the kept ones where all fit."""
-    position_K = torch.arange(MAX_KEPT, device=fits_B.device)
-    total_B = pending.num_kept_B + pending.length_B
+    """Move the path's rows behind the buffered ones where all fit."""
+    position_K = torch.arange(MAX_BUFFERED, device=fits_B.device)
+    total_B = pending.num_buffered_B + pending.length_B
     moved_BK = fits_B[:, None] & (position_K < total_B[:, None])
     for rows_BR, accepted_BL in zip(rows, accepted, strict=True):
         moved = moved_BK.view(*moved_BK.shape, *[1] * (rows_BR.ndim - 2))
-        kept = torch.where(moved, accepted_BL[:, :MAX_KEPT], rows_BR[:, :MAX_KEPT])
-        rows_BR[:, :MAX_KEPT] = kept
+        kept = torch.where(moved, accepted_BL[:, :MAX_BUFFERED], rows_BR[:, :MAX_BUFFERED])
+        rows_BR[:, :MAX_BUFFERED] = kept
 
 
 def _advanced(
