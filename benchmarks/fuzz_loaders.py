@@ -26,7 +26,7 @@ from synthetic_profile import PROFILE, TABLE, TRACE as TRACE_FILE, write_profile
 from tiny_models import FAMILIES, tiny_mamba2, word_tokenizer
 
 from stree_autotune.cli.listing import list_rows, print_rows
-from stree_autotune.cost.runtime_cost import runtime_cost
+from stree_autotune.cost.table_cost import runtime_cost
 from stree_autotune.export.deployment import Deployment
 from stree_autotune.export.formats import FORMATS
 from stree_autotune.report.page import make_section, render

@@ -1,4 +1,4 @@
-"""Shares, the tree solver and refinement: against counting, against brute force, within their limits."""
+"""Shares, growing and refining trees: against counting, brute force, and within their limits."""
 
 from __future__ import annotations
 

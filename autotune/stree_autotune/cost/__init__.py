@@ -9,6 +9,7 @@ from stree_kernels.lazy import exports
 if TYPE_CHECKING:
     from stree_autotune.cost.memory import MemoryLimit as MemoryLimit
     from stree_autotune.cost.step_cost import StepCost as StepCost
+    from stree_autotune.cost.table_cost import runtime_cost as runtime_cost
     from stree_autotune.cost.terms import PER_TOKENS as PER_TOKENS
     from stree_autotune.cost.traffic import model_cost as model_cost
     from stree_autotune.cost.tree_shape import FEWEST_ROWS as FEWEST_ROWS
@@ -18,6 +19,7 @@ __getattr__, __dir__ = exports(
     {
         "memory": ["MemoryLimit"],
         "step_cost": ["StepCost"],
+        "table_cost": ["runtime_cost"],
         "terms": ["PER_TOKENS"],
         "traffic": ["model_cost"],
         "tree_shape": ["FEWEST_ROWS"],

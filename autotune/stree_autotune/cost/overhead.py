@@ -144,11 +144,17 @@ def _solve(
     floors_C = np.array(floors_ms)[list(chosen)]
     ms_S = np.array([step.ms for step in steps])
     rest_S = ms_S - np.array([step.sum_ms for step in steps])
-    above_C, _ = nnls(features_SC / ms_S[:, None], (rest_S - features_SC @ floors_C) / ms_S)
+    relative_SC = features_SC / ms_S[:, None]
+    above_C, _ = nnls(relative_SC, (rest_S - features_SC @ floors_C) / ms_S)
+    # what lies above far floors has lost its last digits, so free coefficients are solved alone
+    free = above_C > 0
+    found_C = floors_C.copy()
+    bound_S = features_SC[:, ~free] @ floors_C[~free]
+    found_C[free] = np.linalg.lstsq(relative_SC[:, free], (rest_S - bound_S) / ms_S)[0]
     values = np.zeros(len(floors_ms))
-    values[list(chosen)] = above_C + floors_C
+    values[list(chosen)] = found_C
     verify_S = np.array([step.verify_ms for step in steps])
-    share_S = (rest_S - features_SC @ (above_C + floors_C)) / verify_S
+    share_S = (rest_S - features_SC @ found_C) / verify_S
     tokens_S = np.array([step.shape.num_tokens for step in steps])
     return Coefficients(*values.tolist()), Missed(np.log(tokens_S), share_S)
 

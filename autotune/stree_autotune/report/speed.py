@@ -98,9 +98,10 @@ def history_figure(scans: Sequence[Scan], marks: Marks) -> Figure:
     return Figure(
         key="history",
         title="Search history",
-        lead="Every tree that was evaluated, in order: first one grown tree per depth limit at all its "
-        "sizes, then Optuna’s trials, then single leaves added, dropped and swapped. Repeated for "
-        "this report with the profile’s seed and sources. The table lists what improved the best.",
+        lead="Every tree that was evaluated, in order: first one grown tree per depth limit at all "
+        "its sizes, then Optuna’s trials, then single leaves added, dropped and swapped. Repeated "
+        "for this report with the profile’s seed and sources. The table lists what improved the "
+        "best.",
         panels=tuple(_history_panel(scan, marks) for scan in scans),
         headers=("batch size", "trial", "tree", "tokens/step", "step ms", "tokens/s"),
         rows=tuple(

@@ -192,7 +192,7 @@ def enqueue(study: optuna.Study, space: TreeSpace, picks: Sequence[Cell]) -> Non
     cells = [Cell(1, 1, 0), *(Cell(length, 1, length) for length in chains), *picks]
     for cell in cells:
         study.enqueue_trial(asdict(cell), skip_if_exists=True)
-    fits_trace = DEFAULT_TREE.max_children <= space.slots.num_children
+    fits_trace = DEFAULT_TREE.max_children <= space.flat.num_children
     if fits_trace and DEFAULT_TREE.num_nodes <= space.max_nodes:
         enqueue_tree(study, space, DEFAULT_TREE)
 
@@ -370,7 +370,7 @@ def search_batch(
     speculating = [trial for tree, trial in found.fitting.items() if tree != OFF]
     if speculating:
         start = fastest(speculating).tree
-        refine(space.slots, start, found.score, max_nodes=space.max_nodes)
+        refine(space.flat, start, found.score, max_nodes=space.max_nodes)
     return found.result()
 
 
@@ -387,7 +387,7 @@ def binding_limit(result: SearchResult, space: TreeSpace, setting: SearchSetting
         return f"--max-nodes {space.max_nodes} binds"
     if best.depth == MAX_DEPTH:
         return f"the depth limit of {MAX_DEPTH} binds"
-    if best.max_children == space.slots.num_children:
+    if best.max_children == space.flat.num_children:
         return f"the {best.max_children} children that the trace recorded bind"
     return ""
 

@@ -128,7 +128,7 @@ class CrossFit:
             other = self.halves[1 - half]
             tree = trial.tree if fixed else other.solve(Cell.of(trial.tree))
             starts_P = self._starts(half, tree)
-            rate = self.halves[half].slots.num_positions / float(starts_P.sum())
+            rate = self.halves[half].flat.num_positions / float(starts_P.sum())
             whole_ms += float(starts_P.sum()) * self.cost.step_ms(batch_size, tree, rate)
             drawn_ms = np.array([cost.step_ms(batch_size, tree, rate) for cost in self.drawn_costs])
             resampled_ms_R += (weights_RP @ starts_P) * np.resize(drawn_ms, NUM_RESAMPLES)
@@ -136,7 +136,7 @@ class CrossFit:
 
     def _starts(self, half: int, tree: Tree) -> NDArray[np.int64]:
         if (half, tree) not in self.counted:
-            self.counted[half, tree] = walk(self.halves[half].slots, tree).starts_P
+            self.counted[half, tree] = walk(self.halves[half].flat, tree).starts_P
         return self.counted[half, tree]
 
 
