@@ -238,7 +238,7 @@ class _Cost:
         return 1.0 + 0.1 * num_nodes + 0.3 * depth + 0.01 * batch_size
 
 
-def read_gpu_sheet(bench: Bench, data: bytes) -> None:
+def read_gpu_spec(bench: Bench, data: bytes) -> None:
     """Load, and estimate a table for the GPU."""
     spec = load_gpu_spec(bench.place("gpus/new.yaml", data))
     spec.likeness(load_gpu_spec(bench.data / "gpus" / "h200.yaml"))
@@ -354,7 +354,7 @@ LOADERS = (
         lambda b: [(b.data / TRACE_FILE).with_suffix(".certificate.yaml").read_bytes()],
         YAML, read_certificate,
     ),
-    Loader("GPU spec", lambda _: _shipped("gpus"), YAML, read_gpu_sheet),
+    Loader("GPU spec", lambda _: _shipped("gpus"), YAML, read_gpu_spec),
     Loader("shape spec", lambda _: _shipped("shapes"), YAML, read_shape),
     Loader("library index", lambda b: [(b.shelf / INDEX).read_bytes()], JSON, read_index),
     Loader("config.json", lambda b: b.configs, JSON, read_config),

@@ -39,7 +39,7 @@ def require_green(*, skip: bool = False) -> str:
 
 def gpu_tests() -> list[Path]:
     """Return the test files that hold tests of the `gpu` marker."""
-    files = sorted((ROOT / "tests").glob("test_*.py"))
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
     return [file for file in files if "pytest.mark.gpu" in file.read_text()]
 
 

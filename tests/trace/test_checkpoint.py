@@ -325,7 +325,7 @@ def test_a_worker_killed_under_torchrun(folder: Path, monkeypatch: pytest.Monkey
     assert divided.meta.provenance.command.startswith("stree-tune trace --dataset toys")
 
     monkeypatch.chdir(folder)
-    flags = command("")[4:]
+    flags = command("")[5:]
     monkeypatch.setattr(sys, "argv", ["stree-tune", "trace", *flags, "--force"])
     with pytest.raises(SystemExit) as left:
         main()
