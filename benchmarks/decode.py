@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from report import RESULTS, Row, header, print_table, save, table
 from timing import copy_bandwidth
-from traced_pair import PAIRS, TRACE, open_named, traced_config
+from traced_pair import PAIRS, TRACE, open_named, traced_rules
 
 from stree_autotune.live.trace_rule import prompt_for
 from stree_autotune.probe.stepper import occupy
@@ -124,9 +124,8 @@ def decode(
     """Return a run, wall ms and device ms of a step, and ms of a forward pass of as many rows."""
     support = SamplingSupport("mss" if temperature else "greedy")
     config = EngineConfig(batch, CONTEXT, sampling=support)
-    if trace is not None:
-        config = traced_config(pair, trace, batch, CONTEXT)
-    engine = Engine(pair.target, pair.draft, tree, config)
+    rules = None if trace is None else traced_rules(pair, trace, batch)
+    engine = Engine(pair.target, pair.draft, tree, config, rules=rules)
     each = [SamplingParams(temperature, seed=index) for index in range(len(prompts))]
     stop = StopRule(NEW_TOKENS, () if trace is not None else pair.target.shape.eos_token_ids)
     generate(engine, prompts[:batch], dataclasses.replace(stop, max_new_tokens=16))

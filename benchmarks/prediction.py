@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from prediction_table import SHOWN, show, shown, summary
 from report import RESULTS, Row, command_line, header, read, save, table
-from traced_pair import DEMO, DRAFTS, PAIRS, open_named, traced_config
+from traced_pair import DEMO, DRAFTS, PAIRS, open_named, traced_rules
 
 from stree_autotune.cost.step_cost import StepCost
 from stree_autotune.live.speed import LiveSpeed, live_speed, typical_context
@@ -231,12 +231,12 @@ def measure(case: Case, batch: int, options: argparse.Namespace) -> list[Row]:
     ]
     # Kernels cut their work by the positions that a slot has, filled or not.
     room = max(case.positions, *needed)
-    config = EngineConfig(batch, room)
+    config, rules = EngineConfig(batch, room), None
     if not case.accepts_by_itself:
         # One script for all engines: they decode in turns.
-        config = traced_config(case.pair, case.trace, batch, room)
+        rules = traced_rules(case.pair, case.trace, batch)
     engines = {
-        mode: Engine(case.pair.target, case.pair.draft, tree, config)
+        mode: Engine(case.pair.target, case.pair.draft, tree, config, rules=rules)
         for mode, tree in trees.items()
     }
     for engine in engines.values():

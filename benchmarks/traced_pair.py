@@ -14,8 +14,7 @@ from stree_autotune.store.library import Library
 from stree_autotune.store.open_models import PairRequest, open_pair
 from stree_autotune.trace.file import Trace, load_trace
 from stree_core.drafting.pair import Pair, Runtime
-from stree_core.engine.engine import EngineConfig
-from stree_core.engine.rules import SamplingSupport
+from stree_core.engine.engine import MakeRules
 
 DEMO = ("demo-target", "demo-draft")
 DRAFTS = {"mamba2-2.7b": "mamba2-130m", "mamba-in-llama-8b": "mamba2-distilled-small"}
@@ -35,7 +34,6 @@ def open_named(name: str, device: str, data: Sequence[Path] = ()) -> tuple[Pair,
     return open_pair(PairRequest(name, DRAFTS[name], (), Runtime(device), shapes=True)), trace
 
 
-def traced_config(pair: Pair, trace: Trace, num_slots: int, context: int) -> EngineConfig:
-    """Return the config of an engine whose steps accept what a trace says."""
-    script = TraceScript(trace, num_slots, ROOM, pair.device)
-    return EngineConfig(num_slots, context, sampling=SamplingSupport(stand_in=script.rules))
+def traced_rules(pair: Pair, trace: Trace, num_slots: int) -> MakeRules:
+    """Return the rules of an engine whose steps accept what a trace says."""
+    return TraceScript(trace, num_slots, ROOM, pair.device).rules

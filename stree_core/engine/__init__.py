@@ -11,11 +11,13 @@ if TYPE_CHECKING:
         Run as Run,
         generate as generate,
         profile_engine as profile_engine,
+        steps_of as steps_of,
         stream as stream,
     )
     from stree_core.engine.engine import (
         Engine as Engine,
         EngineConfig as EngineConfig,
+        MakeRules as MakeRules,
         needed_positions as needed_positions,
     )
     from stree_core.engine.request import Request as Request, Update as Update
@@ -40,8 +42,8 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = exports(
     __name__,
     {
-        "decode": ["Run", "generate", "profile_engine", "stream"],
-        "engine": ["Engine", "EngineConfig", "needed_positions"],
+        "decode": ["Run", "generate", "profile_engine", "steps_of", "stream"],
+        "engine": ["Engine", "EngineConfig", "MakeRules", "needed_positions"],
         "request": ["Request", "Update"],
         "rules": [
             "GREEDY",

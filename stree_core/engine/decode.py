@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import TypeVar
 
 from stree_core.drafting import Pair, require_profile_fits
 from stree_core.engine.engine import Engine, EngineConfig
-from stree_core.engine.request import Request
+from stree_core.engine.request import Request, Update
 from stree_core.engine.sampling import SamplingParams
 from stree_core.engine.session import Session
 from stree_core.engine.stop import Decode, Generation, StopRule
@@ -85,11 +86,10 @@ def generate(
         for request in requests:
             session.submit(request)
         start = time.perf_counter()
-        while session.busy:
-            for update in session.step():
+        for updates in steps_of(session):
+            for update in updates:
                 if update.generation is None:
                     continue
-                _require_served(update.generation)
                 ended[update.request_id] = update.generation
                 if progress is not None:
                     progress(len(ended))
@@ -113,16 +113,28 @@ def stream(
     request = Request(prompt, stop, sampling or SamplingParams())
     with Session(engine, decode=decode) as session:
         session.submit(request)
-        while session.busy:
-            for update in session.step():
-                if update.generation is not None:
-                    _require_served(update.generation)
+        for updates in steps_of(session):
+            for update in updates:
                 yield update.tokens
 
 
-def _require_served(generation: Generation) -> None:
-    if generation.finish == "error":
-        raise ConfigError(str(generation.error))
+def steps_of(session: Session) -> Iterator[list[Update]]:
+    """Step a session until it has nothing to do, and yield what each step brings.
+
+    The caller may submit requests between two steps. Raises ConfigError when one fails, what came
+    before it in the same step is yielded first.
+    """
+    while session.busy:
+        updates = session.step()
+        served = list(itertools.takewhile(_is_served, updates))
+        yield served
+        if len(served) < len(updates):
+            failed = updates[len(served)].generation
+            raise ConfigError(str(failed and failed.error))
+
+
+def _is_served(update: Update) -> bool:
+    return update.generation is None or update.generation.finish != "error"
 
 
 def _of_each(

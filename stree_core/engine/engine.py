@@ -16,12 +16,13 @@ from stree_core.drafting import (
     ModelRows,
     PromptReader,
     TargetReader,
+    TreePlan,
     as_draft,
     make_plan,
     prefill_cache,
 )
 from stree_core.engine.ownership import Ownership
-from stree_core.engine.rules import GREEDY, SamplingSupport
+from stree_core.engine.rules import GREEDY, Rule, SamplingSupport, make_rules
 from stree_core.engine.sampling import SamplingParams
 from stree_core.engine.step import Speculator, make_caches, make_speculators
 from stree_core.engine.step_result import ResultQueue, StepResult
@@ -29,25 +30,26 @@ from stree_core.errors import ConfigError, NonFiniteLogits
 from stree_core.families import warn_of_long_context
 from stree_core.given import prompt_ids, shown, whole_number
 from stree_core.memory import explain_oom, require_memory
-from stree_core.models import Cache, Model, capture
+from stree_core.models import Backend, Cache, Model, capture
 from stree_core.profile import Policy
 from stree_core.tree import Tree
 
 _WARM_UP_STEPS = 2
+
+MakeRules = Callable[[Sequence[TreePlan], Backend], list[Rule]]
+"""Returns the rule of each of an engine's trees."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Slots that run together, positions that each may fill (prompt and output).
 
-    With `record` a step notes which child of the root was accepted but emits one token alone.
     `sampling` is what requests may ask for.
     """
 
     num_slots: int = 1
     num_positions: int = 1024
     use_graph: bool = True
-    record: bool = False
     sampling: SamplingSupport = GREEDY
 
 
@@ -69,6 +71,9 @@ class Engine:
     it, `collect` does, so that the host may read one step late. Raises ConfigError when a tree
     needs a draft with the target's tokens and there is none; NotEnoughMemory when the caches do not
     fit.
+
+    Measuring code may run another step (`Speculator.record`), or other rules than those that the
+    config's sampling asks for.
     """
 
     def __init__(
@@ -77,6 +82,9 @@ class Engine:
         draft: Draft | Model | None,
         trees: Tree | Sequence[Tree] | Policy,
         config: EngineConfig | None = None,
+        *,
+        rules: MakeRules | None = None,
+        step: Callable[[Speculator], None] = Speculator.step,
     ) -> None:
         if isinstance(trees, Tree):
             trees = (trees,)
@@ -85,6 +93,7 @@ class Engine:
         drafting = as_draft(draft)
         require_draft(target, drafting, self.trees)
         self.config = config or EngineConfig()
+        self._step = step
         self.ownership = Ownership()
         self.target = target
         self.draft = drafting if any(tree.num_nodes for tree in self.trees) else None
@@ -103,8 +112,9 @@ class Engine:
         what = f"remembering {slots} sequences of {positions} positions"
         require_memory(num_bytes, what, target.device)
         with torch.inference_mode(), explain_oom(what, num_bytes, target.device):
+            made = (rules or self._make_rules)(self._plans, target.backend)
             self._speculators = make_speculators(
-                target, self.draft, self._plans, slots, positions, self.config.sampling
+                target, self.draft, self._plans, slots, positions, made
             )
             self._reader = self._prompt_reader()
             self._results = ResultQueue(self._speculators[0].buffers.result_XB)
@@ -259,6 +269,10 @@ class Engine:
             for slot, history in enumerate(self._history)
         ]
 
+    def _make_rules(self, plans: Sequence[TreePlan], backend: Backend) -> list[Rule]:
+        slots, vocab_size = self.config.num_slots, self.target.shape.vocab_size
+        return make_rules(self.config.sampling, plans, slots, vocab_size, backend)
+
     def _prompt_reader(self) -> PromptReader:
         positions, use_graph = self.config.num_positions, self.config.use_graph
         if self.draft is None:
@@ -304,12 +318,6 @@ class Engine:
             self._flip()
 
         return replay
-
-    def _step(self, speculator: Speculator) -> None:
-        if self.config.record:
-            speculator.record()
-        else:
-            speculator.step()
 
     def _flip(self) -> None:
         for cache in self._caches():

@@ -11,7 +11,7 @@ L path capacity.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -35,14 +35,12 @@ class SamplingSupport:
     """What requests may ask of an engine; what they may not costs nothing.
 
     `greedy` serves temperature 0 alone. `naive` and `mss` serve any temperature; `truncates` allows
-    top-k, top-p and min-p, `penalises` a repetition penalty. `stand_in` returns rules to run in
-    place of the greedy one, for measurements whose acceptance is given.
+    top-k, top-p and min-p, `penalises` a repetition penalty.
     """
 
     rule: RuleName = "greedy"
     truncates: bool = False
     penalises: bool = False
-    stand_in: Callable[[Sequence[TreePlan], Backend], list[Rule]] | None = None
 
     def require(self, params: SamplingParams) -> None:
         """Raise ConfigError unless a request with these parameters can be served."""
@@ -229,8 +227,6 @@ def make_rules(
     backend: Backend,
 ) -> list[Rule]:  # fmt: skip
     """Return for each tree the rule that serves `support`; they share what they know of slots."""
-    if support.stand_in is not None:
-        return support.stand_in(plans, backend)
     if support.rule == "greedy" and not support.penalises:
         return [GreedyRule(plan, backend) for plan in plans]
     if support.rule == "greedy":

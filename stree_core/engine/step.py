@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from stree_core.drafting import Draft, DraftLevel, StepEnd, TreePlan
-from stree_core.engine.rules import GREEDY, Rule, SamplingSupport, make_rules
+from stree_core.engine.rules import GREEDY, Rule, make_rules
 from stree_core.models import Cache, CacheSize, Model, RowBlock
 from stree_kernels.sampling.commit_path_ref import COUNT, FIRST_TOKEN, PathMemory
 
@@ -158,12 +158,16 @@ def make_caches(
 
 def make_speculators(
     target: Model, draft: Draft | None, plans: Sequence[TreePlan], num_slots: int,
-    num_positions: int, support: SamplingSupport = GREEDY,
+    num_positions: int, rules: Sequence[Rule] | None = None,
 ) -> list[Speculator]:  # fmt: skip
-    """Allocate the memory of a target and, where a tree has nodes, of its draft, for all trees."""
+    """Allocate the memory of a target and, where a tree has nodes, of its draft, for all trees.
+
+    `rules` holds one for each tree, by default the greedy one.
+    """
     caches = make_caches((target, draft), plans, num_slots, num_positions)
     buffers = make_buffers(plans, num_slots, target.device)
-    rules = make_rules(support, plans, num_slots, target.shape.vocab_size, target.backend)
+    if rules is None:
+        rules = make_rules(GREEDY, plans, num_slots, target.shape.vocab_size, target.backend)
     return [
         Speculator(plan, target, caches[0], draft, caches[1], buffers, rule)
         for plan, rule in zip(plans, rules, strict=True)

@@ -28,9 +28,10 @@ from stree_core.drafting import prefill
 from stree_core.drafting.pair import Runtime, load_with_head
 from stree_core.drafting.tree_plan import TreePlan
 from stree_core.engine.decode import generate
-from stree_core.engine.engine import Engine, EngineConfig
-from stree_core.engine.rules import GreedyRule, Rule, SamplingSupport
+from stree_core.engine.engine import Engine, EngineConfig, MakeRules
+from stree_core.engine.rules import GreedyRule, Rule
 from stree_core.engine.session import Request, Session
+from stree_core.engine.step import Speculator
 from stree_core.engine.stop import StopRule
 from stree_core.errors import CheckpointError
 from stree_core.models.backend import Backend
@@ -90,12 +91,12 @@ class Forced(GreedyRule):
         return chosen_TB
 
 
-def forced(seed: int = 0) -> SamplingSupport:
+def forced(seed: int = 0) -> MakeRules:
     def rules(plans: Sequence[TreePlan], backend: Backend) -> list[Rule]:
         rng = random.Random(seed)
         return [Forced(plan, backend, rng) for plan in plans]
 
-    return SamplingSupport(stand_in=rules)
+    return rules
 
 
 def expected_features(
@@ -150,8 +151,8 @@ def difference(
 
 
 def started(headed: HeadedModel, trees: Sequence[Tree], seed: int = 0) -> Engine:
-    config = EngineConfig(len(PROMPTS), 256, sampling=forced(seed))
-    engine = Engine(headed.pair.target, headed.pair.draft, trees, config)
+    config = EngineConfig(len(PROMPTS), 256)
+    engine = Engine(headed.pair.target, headed.pair.draft, trees, config, rules=forced(seed))
     for slot, prompt in enumerate(PROMPTS):
         engine.prefill(slot, prompt)
     return engine
@@ -230,8 +231,10 @@ def test_a_prompt_is_read_in_parts_as_whole(
 
 def test_a_recording_step_commits_the_root_alone(bamba: HeadedModel) -> None:
     star = Tree.from_paths([[0], [1], [2], [3]])
-    config = EngineConfig(len(PROMPTS), 64, record=True, sampling=forced(3))
-    engine = Engine(bamba.pair.target, bamba.pair.draft, star, config)
+    config = EngineConfig(len(PROMPTS), 64)
+    engine = Engine(
+        bamba.pair.target, bamba.pair.draft, star, config, rules=forced(3), step=Speculator.record
+    )
     for slot, prompt in enumerate(PROMPTS):
         engine.prefill(slot, prompt)
     for _ in range(4):

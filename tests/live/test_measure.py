@@ -12,13 +12,17 @@ from synthetic import latent_trace
 from tiny_models import random_texts, save_pair
 
 from stree_autotune.cli.commands import main
-from stree_autotune.live.measure import TracedSteps, measure_steps
+from stree_autotune.live.measure import measure_steps, traced_engine
+from stree_autotune.live.trace_rule import TraceScript
+from stree_autotune.probe.stepper import Stepper
 from stree_autotune.probe.timing import Effort
 from stree_autotune.search.tree_space import OFF
 from stree_autotune.store.library import Library
 from stree_autotune.trace.file import Trace
 from stree_autotune.trace.tree_walk import walk
 from stree_core.drafting.pair import Pair, Runtime, load_pair
+from stree_core.engine.engine import EngineConfig
+from stree_core.engine.sampling import SamplingParams
 from stree_core.models.source import folder_source
 from stree_core.profile import load_profile
 from stree_core.tree import DEFAULT_TREE, Tree
@@ -47,9 +51,17 @@ def trace() -> Trace:
     return latent_trace(2, num_prompts=6, length=30, num_children=4)
 
 
+def traced(
+    pair: Pair, trace: Trace, context: int, num_slots: int, trees: list[Tree]
+) -> tuple[Stepper, TraceScript]:
+    script = TraceScript(trace, num_slots, context, pair.device)
+    engine = traced_engine(pair, script, EngineConfig(num_slots, context), trees)
+    return Stepper(engine, SamplingParams()), script
+
+
 def test_steps_accept_what_the_trace_says(pair: Pair, trace: Trace) -> None:
     trees = [WIDE, Tree.chain(3), DEFAULT_TREE]
-    steps = TracedSteps(pair, trace, 512, 2, trees)
+    steps, script = traced(pair, trace, 512, 2, trees)
     expected = np.minimum(trace.ranks, trace.meta.num_children).tolist()
     expected *= 3
     written: list[list[int]] = [[], []]
@@ -64,7 +76,7 @@ def test_steps_accept_what_the_trace_says(pair: Pair, trace: Trace) -> None:
     steps.engine.collect = collect  # type: ignore[method-assign]
     for number in range(40):
         steps.step(number % len(trees))
-        starts += steps.script.position_B.tolist() if number == 0 else []
+        starts += script.position_B.tolist() if number == 0 else []
     for own, behind in zip(written, starts, strict=True):
         assert len(own) > 40, "some children were accepted"
         # After the first step a slot stands as far behind its start as it has written.
@@ -81,13 +93,13 @@ def test_tokens_per_step_are_those_of_the_walk(pair: Pair, trace: Trace, tree: T
         np.array([0, len(trace.ranks)]),
         trace.meta.model_copy(update={"num_prompts": 1}),
     )
-    steps = TracedSteps(pair, one, 1024, 1, [tree])
+    steps, script = traced(pair, one, 1024, 1, [tree])
     walked = walk(one, tree)
     steps.step(0)
-    steps.script.position_B.zero_()
+    script.position_B.zero_()
     for _ in range(len(walked.starts)):
         steps.step(0)
-    assert abs(int(steps.script.position_B[0]) - len(one.ranks)) <= tree.depth
+    assert abs(int(script.position_B[0]) - len(one.ranks)) <= tree.depth
 
 
 def test_times_of_many_trees(pair: Pair, trace: Trace) -> None:

@@ -13,7 +13,6 @@ from stree_autotune.live.trace_rule import TraceScript, prompt_for
 from stree_autotune.trace.tree_walk import walk
 from stree_core.engine.decode import generate
 from stree_core.engine.engine import Engine, EngineConfig
-from stree_core.engine.rules import SamplingSupport
 from stree_core.engine.stop import StopRule
 from stree_core.tree import DEFAULT_TREE, Tree
 
@@ -26,8 +25,7 @@ def test_live_steps_accept_what_the_walk_says(tree: Tree, tmp_path: Path) -> Non
     target = ours(tiny_mamba2(layers=1), tmp_path / "target")
     draft = ours(perturbed(tiny_mamba2(layers=1), 0.1), tmp_path / "draft")
     script = TraceScript(trace, 3, LENGTH, target.device)
-    support = SamplingSupport(stand_in=script.rules)
-    engine = Engine(target, draft, tree, EngineConfig(3, 64, sampling=support))
+    engine = Engine(target, draft, tree, EngineConfig(3, 64), rules=script.rules)
     chosen = [0, 5, 2, 7]
     # The first token is none of the trace's positions.
     run = generate(engine, [prompt_for(index) for index in chosen], StopRule(LENGTH + 1))

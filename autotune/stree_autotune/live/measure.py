@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import torch
-
 from stree_autotune.live.corrected_cost import LiveStep
 from stree_autotune.live.trace_rule import TraceScript
 from stree_autotune.probe import (
@@ -19,14 +17,13 @@ from stree_autotune.probe import (
     Stepper,
     Work,
     free,
-    occupy,
     prompt_reader,
     time_interleaved,
 )
 from stree_autotune.search import OFF
 from stree_autotune.trace import Trace
 from stree_core.drafting import Pair
-from stree_core.engine import Engine, EngineConfig, SamplingParams, SamplingSupport
+from stree_core.engine import EngineConfig, SamplingParams
 from stree_core.tree import Tree
 
 FIRST_LOOK = Effort(min_rounds=5, max_rounds=30, seconds=0.1)
@@ -65,46 +62,24 @@ def _works(
 ) -> dict[Tree, Work]:
     """Return what runs a step with each tree; all but off share an engine."""
     works: dict[Tree, Work] = {}
+    config = EngineConfig(batch_size, context)
     if OFF in trees:
-        config = EngineConfig(batch_size, context)
-        engine = SteadyEngine(pair.target, None, [OFF], config)
-        works[OFF] = Stepper(engine, SamplingParams()).step
+        off = SteadyEngine(pair.target, None, [OFF], config)
+        works[OFF] = Stepper(off, SamplingParams()).step
     speculating = [tree for tree in trees if tree != OFF]
     if speculating:
-        steps = TracedSteps(pair, trace, context, batch_size, speculating)
-        works |= {tree: partial(steps.step, which) for which, tree in enumerate(speculating)}
+        script = TraceScript(trace, batch_size, context, pair.device)
+        stepper = Stepper(traced_engine(pair, script, config, speculating), SamplingParams())
+        works |= {tree: partial(stepper.step, which) for which, tree in enumerate(speculating)}
     return works
 
 
-class TracedSteps:
-    """Steps one engine with any of its trees for ever, on a GPU a step ahead of what it reads.
+def traced_engine(
+    pair: Pair, script: TraceScript, config: EngineConfig, trees: Sequence[Tree]
+) -> SteadyEngine:
+    """Return an engine whose slots accept what a trace says, from positions drawn at random.
 
-    Slots go from a quarter of their positions to three, then back and elsewhere in the trace.
+    They begin elsewhere whenever the engine goes back.
     """
-
-    def __init__(
-        self, pair: Pair, trace: Trace, context: int, batch_size: int, trees: Sequence[Tree]
-    ) -> None:
-        self._start, self._room = context // 4, context // 2
-        self.script = TraceScript(trace, batch_size, context, pair.device)
-        support = SamplingSupport(stand_in=self.script.rules)
-        config = EngineConfig(batch_size, context, sampling=support)
-        self.engine = Engine(pair.target, pair.draft, trees, config)
-        self._left = 0
-        self._on_gpu = pair.device.type == "cuda"
-        self._num_under_way = 0
-
-    def step(self, which: int) -> None:
-        """Start a step with tree number `which`; on a GPU wait for the one before only."""
-        longest = self.engine.trees[which].depth + 1
-        if self._left < longest:
-            with torch.inference_mode():
-                occupy(self.engine.speculator, self._start)
-                self.script.restart()
-            self._left = self._room - self.engine.depth - 1
-        self._left -= longest
-        self.engine.launch(which)
-        self._num_under_way += 1
-        if self._num_under_way > self._on_gpu:
-            self.engine.collect()
-            self._num_under_way -= 1
+    models = pair.target, pair.draft
+    return SteadyEngine(*models, trees, config, rules=script.rules, restart=script.restart)

@@ -20,11 +20,14 @@ from dataclasses import dataclass
 
 from stree_autotune.probe import phases
 from stree_autotune.trace import Trace
-from stree_core.engine import Engine, Generation, Request, Session
+from stree_core.engine import Engine, Generation, Request, Session, Update, steps_of
 from stree_core.errors import ConfigError
 
 MOST_IDLE = 0.25
 """Share of the slots that may be idle while a step is timed."""
+
+_Call = tuple[int, float]
+"""Idle slots before a call, and its seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,44 +77,80 @@ def live_speed(
     `progress` is called with the number of requests of the waves that have ended. Raises
     ConfigError when a request fails, or when all are too short for a step to be timed.
     """
-    places: list[int] = []
-    generations: dict[int, Generation] = {}
-    calls: list[tuple[int, float]] = []
+    num_slots = engine.config.num_slots
+    generations: list[Generation] = []
+    calls: list[_Call] = []
     with Session(engine) as session:
-        for first in range(0, len(requests), engine.config.num_slots):
-            size = min(engine.config.num_slots, len(requests) - first)
-            joining = deque(sorted(zip(phases(size), range(first, first + size), strict=True)))
-            num_tokens, eldest = 0.0, len(places)
-            started = clock()
-            while joining or session.busy:
-                num_before, num_places = session.num_steps, len(places)
-                num_ended = len(generations)
-                while joining and joining[0][0] <= num_tokens:
-                    places.append(joining.popleft()[1])
-                    session.submit(requests[places[-1]])
-                for update in session.step():
-                    if update.generation is not None:
-                        generations[places[update.request_id]] = _served(update.generation)
-                    if update.request_id == eldest:
-                        has_ended = update.generation is not None
-                        num_tokens += math.inf if has_ended else len(update.tokens)
-                ended = clock()
-                # From end to end: what the host does between two calls hides behind the device's
-                # work. A call in which a request joins waits for the steps before, and brings none.
-                if session.num_steps > num_before and not joining and len(places) == num_places:
-                    idle = engine.config.num_slots - (num_places - num_ended)
-                    calls.append((idle, ended - started))
-                started = ended
+        for first in range(0, len(requests), num_slots):
+            wave = _Wave(session, requests[first : first + num_slots], len(generations), num_slots)
+            calls += wave.run(clock)
+            generations += wave.generations
             if progress is not None:
                 progress(len(generations))
     if not calls:
         raise ConfigError("texts must be longer to time steps, all ended at once; ask for more")
-    ordered = tuple(generations[place] for place in sorted(generations))
-    timed = _with_slots_at_work(calls, engine.config.num_slots)
-    return LiveSpeed(ordered, engine.config.num_slots, sum(timed), len(timed))
+    timed = _with_slots_at_work(calls, num_slots)
+    return LiveSpeed(tuple(generations), num_slots, sum(timed), len(timed))
 
 
-def _with_slots_at_work(calls: Sequence[tuple[int, float]], num_slots: int) -> list[float]:
+class _Wave:
+    """Requests that join a session one after another; their ids count from `first_id`."""
+
+    def __init__(
+        self, session: Session, requests: Sequence[Request], first_id: int, num_slots: int
+    ) -> None:
+        self._session, self._requests = session, requests
+        self._first_id, self._num_slots = first_id, num_slots
+        self._joining = deque(zip(phases(len(requests)), requests, strict=True))
+        self._eldest_tokens = 0.0
+        self._ended: dict[int, Generation] = {}
+
+    @property
+    def generations(self) -> list[Generation]:
+        """What the requests have generated, in their order."""
+        return [self._ended[self._first_id + place] for place in range(len(self._requests))]
+
+    def run(self, clock: Callable[[], float]) -> list[_Call]:
+        """Decode all, and time the calls once all have joined.
+
+        Their times are from end to end: what the host does between two calls hides behind the
+        device's work. A call in which a request joins waits for the steps before, and brings none.
+        """
+        calls = []
+        started = clock()
+        joined_now, num_idle = self._join(), self._num_idle
+        num_steps = self._session.num_steps
+        for updates in steps_of(self._session):
+            self._take(updates)
+            ended = clock()
+            if self._session.num_steps > num_steps and not self._joining and not joined_now:
+                calls.append((num_idle, ended - started))
+            started, num_steps, num_idle = ended, self._session.num_steps, self._num_idle
+            joined_now = self._join()
+        return calls
+
+    @property
+    def _num_idle(self) -> int:
+        joined = len(self._requests) - len(self._joining)
+        return self._num_slots - (joined - len(self._ended))
+
+    def _join(self) -> bool:
+        """Submit the requests whose turn has come; False when there is none."""
+        before = len(self._joining)
+        while self._joining and self._joining[0][0] <= self._eldest_tokens:
+            self._session.submit(self._joining.popleft()[1])
+        return len(self._joining) < before
+
+    def _take(self, updates: Sequence[Update]) -> None:
+        for update in updates:
+            if update.generation is not None:
+                self._ended[update.request_id] = update.generation
+            if update.request_id == self._first_id:
+                has_ended = update.generation is not None
+                self._eldest_tokens += math.inf if has_ended else len(update.tokens)
+
+
+def _with_slots_at_work(calls: Sequence[_Call], num_slots: int) -> list[float]:
     """Return the seconds of calls with few idle slots; of those with fewest where all had many."""
     limit = max(min(calls)[0], int(MOST_IDLE * num_slots))
     return [seconds for idle, seconds in calls if idle <= limit]
@@ -125,9 +164,3 @@ def joined(parts: Sequence[LiveSpeed]) -> LiveSpeed:
         sum(part.seconds for part in parts),
         sum(part.num_calls for part in parts),
     )
-
-
-def _served(generation: Generation) -> Generation:
-    if generation.finish == "error":
-        raise ConfigError(str(generation.error))
-    return generation

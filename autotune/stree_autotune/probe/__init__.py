@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from stree_autotune.probe.stepper import (
         SteadyEngine as SteadyEngine,
         Stepper as Stepper,
-        occupy as occupy,
         phases as phases,
         prompt_reader as prompt_reader,
     )
@@ -33,7 +32,7 @@ __getattr__, __dir__ = exports(
         "plan": ["ProbeConfig"],
         "report": ["run_model_probe", "run_probe"],
         "run": ["probe"],
-        "stepper": ["SteadyEngine", "Stepper", "occupy", "phases", "prompt_reader"],
+        "stepper": ["SteadyEngine", "Stepper", "phases", "prompt_reader"],
         "steps": ["free"],
         "timing": ["Effort", "Work", "time_interleaved"],
     },

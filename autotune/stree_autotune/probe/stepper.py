@@ -1,7 +1,8 @@
-"""A session in the middle of its work, for as many steps as a measurement takes."""
+"""Steps in steady state: a session in the middle of its work, as long as a measurement takes."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -13,14 +14,15 @@ from stree_core.drafting import Draft, Prefill
 from stree_core.engine import (
     Engine,
     EngineConfig,
+    MakeRules,
     Request,
     SamplingParams,
     Session,
     Speculator,
     StepResult,
     StopRule,
+    steps_of,
 )
-from stree_core.errors import NonFiniteLogits
 from stree_core.models import Model
 from stree_core.tree import Tree
 from stree_kernels.launch.rows import MAX_BUFFERED
@@ -88,10 +90,9 @@ def phases(num_slots: int) -> list[int]:
 class SteadyEngine(Engine):
     """An engine whose slots are busy without a prompt, and whose positions never run out.
 
-    Where attention makes positions count, slots stay close to half of them.
+    Where attention makes positions count, slots stay close to half of them. With `rules` whose
+    acceptance is given, `restart` is called when slots begin and whenever they go back.
     """
-
-    _ahead = 0
 
     def __init__(
         self,
@@ -99,10 +100,15 @@ class SteadyEngine(Engine):
         draft: Draft | Model | None,
         trees: Sequence[Tree],
         config: EngineConfig,
+        rules: MakeRules | None = None,
+        restart: Callable[[], None] | None = None,
     ) -> None:
-        super().__init__(target, draft, trees, config)
+        super().__init__(target, draft, trees, config, rules=rules)
         shapes = [target.shape] if self.draft is None else [target.shape, self.draft.shape]
-        self._attends = any(shape.has_attention for shape in shapes)
+        attends = any(shape.has_attention for shape in shapes)
+        self._restart = restart
+        self._goes_back = attends or restart is not None
+        self._ahead = math.inf if self._goes_back else 0
         # Two steps more may be under way when it goes back.
         room = config.num_positions // 2 - 2 * (self.depth + 1)
         self._reach = min(_REACH, max(0, room))
@@ -124,7 +130,6 @@ class SteadyEngine(Engine):
         """Take a slot without running its prompt."""
         self.speculator.rule.start(slot, params or SamplingParams(), prompt)
         occupy(self.speculator, self._first)
-        self._ahead = 0
         return 0
 
     def launch(self, which: int = 0) -> None:
@@ -141,7 +146,7 @@ class SteadyEngine(Engine):
         counts = list(map(len, result.tokens))
         self._emitted[which] += sum(counts)
         self._collected[which] += len(counts)
-        self._ahead += max(counts) if self._attends else 0
+        self._ahead += max(counts) if self._goes_back else 0
         return result
 
     @property
@@ -154,6 +159,8 @@ class SteadyEngine(Engine):
         """Set all slots to the first position, without waiting for the steps under way."""
         for cache in self._caches():
             cache.committed_B.fill_(self._first)
+        if self._restart is not None:
+            self._restart()
         self._ahead = 0
 
 
@@ -163,17 +170,16 @@ class Stepper:
     def __init__(self, engine: SteadyEngine, params: SamplingParams) -> None:
         self.engine = engine
         self._which = 0
-        self._session = Session(engine, choose_tree=lambda num_active: self._which)
+        session = Session(engine, choose_tree=lambda num_active: self._which)
         for slot in range(engine.config.num_slots):
             seeded = SamplingParams(params.temperature, top_p=params.top_p, seed=slot)
-            self._session.submit(Request((1, 2), _ENDLESS, seeded))
+            session.submit(Request((1, 2), _ENDLESS, seeded))
+        self._steps = steps_of(session)
 
     def step(self, which: int = 0) -> None:
-        """Run one step with tree number `which`; raise NonFiniteLogits when a slot breaks down."""
+        """Run one step with tree number `which`; raise ConfigError when a slot breaks down."""
         self._which = which
-        for update in self._session.step():
-            if update.generation is not None:
-                raise NonFiniteLogits(str(update.generation.error))
+        next(self._steps)
 
     def host_ms(self) -> float:
         """Return the median of what the host works for a step, the device's work left out."""

@@ -16,6 +16,7 @@ from stree_core.engine import (
     EngineConfig,
     SamplingParams,
     SamplingSupport,
+    Speculator,
     StopRule,
     needed_positions,
 )
@@ -128,9 +129,9 @@ def _make_engine(pair: Pair, prompts: Sequence[Sequence[int]], config: RecordCon
     star = Tree.from_paths([[rank] for rank in range(config.num_children)])
     num_positions = needed_positions(max(lengths), config.max_new_tokens, [star])
     support = SamplingSupport(config.sampling.rule, truncates=config.sampling.top_p < 1)
-    engine_config = EngineConfig(config.num_slots, num_positions, record=True, sampling=support)
+    engine_config = EngineConfig(config.num_slots, num_positions, sampling=support)
     try:
-        return Engine(pair.target, pair.draft, star, engine_config)
+        return Engine(pair.target, pair.draft, star, engine_config, step=Speculator.record)
     except NotEnoughMemory as err:
         longest = lengths.index(max(lengths)) + 1
         raise NotEnoughMemory(
