@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import reprlib
 from collections.abc import Iterable
 
 from stree_core.shown_text import shown
@@ -12,6 +13,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 _MAX_SHOWN = 60
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = _MAX_SHOWN
 
 
 class StreeError(Exception):
@@ -93,9 +96,9 @@ def os_sentence(err: OSError) -> str:
 
 
 def brief(value: object) -> str:
-    """Return a value as it appears in a sentence, shortened."""
+    """Return a value as it appears in a sentence: on one line, shortened."""
     try:
-        text = repr(value)
+        text = " ".join(_SHORT.repr(value).split())
     except ValueError:
         # Python refuses to print integers of thousands of digits.
         return "a number of thousands of digits"

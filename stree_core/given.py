@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import reprlib
 from collections.abc import Iterable, Mapping, Set
 
-from stree_core.errors import ConfigError
+from stree_core.errors import ConfigError, brief
 
 LIMIT = 1 << 63
 """Integers stay below it, so that the device can hold them."""
@@ -14,20 +13,11 @@ LIMIT = 1 << 63
 _NOT_NUMBERS = (str, bytes, bytearray, memoryview, Mapping)
 
 
-def shown(value: object) -> str:
-    """Return a value as a message shows it: on one line, and short."""
-    try:
-        return " ".join(reprlib.repr(value).split())
-    except ValueError:
-        # Python prints no integer of more than some thousand digits.
-        return f"a value of type {type(value).__name__}"
-
-
 def whole_number(what: str, value: object) -> int:
     """Return an integer of Python, numpy or torch as Python's; raise ConfigError on all else."""
     plain = _plain(value)
     if isinstance(plain, bool) or not isinstance(plain, int):
-        raise ConfigError(f"{what} must be a whole number, got {shown(value)}; pass an int")
+        raise ConfigError(f"{what} must be a whole number, got {brief(value)}; pass an int")
     return int(plain)
 
 
@@ -35,7 +25,7 @@ def real_number(what: str, value: object) -> float:
     """Return a number of Python, numpy or torch as a float; raise ConfigError on all else."""
     plain = _plain(value)
     if isinstance(plain, bool) or not isinstance(plain, int | float):
-        raise ConfigError(f"{what} must be a number, got {shown(value)}; pass a float")
+        raise ConfigError(f"{what} must be a number, got {brief(value)}; pass a float")
     try:
         return float(plain)
     except OverflowError:
@@ -49,7 +39,7 @@ def token_ids(what: str, value: object) -> tuple[int, ...]:
     """
     plain = value if isinstance(value, _NOT_NUMBERS) else _plain(value)
     if isinstance(plain, _NOT_NUMBERS) or not isinstance(plain, Iterable):
-        raise ConfigError(f"{what} must be a list of token ids, got {shown(value)}; pass a list")
+        raise ConfigError(f"{what} must be a list of token ids, got {brief(value)}; pass a list")
     return tuple(
         token if type(token) is int else whole_number(f"a token id of {what}", token)
         for token in plain
@@ -59,7 +49,7 @@ def token_ids(what: str, value: object) -> tuple[int, ...]:
 def prompt_ids(value: object) -> tuple[int, ...]:
     """Return a prompt's token ids; raise ConfigError when there are none, or in no order."""
     if isinstance(value, Set):
-        raise ConfigError(f"a prompt must have an order, got {shown(value)}; pass a list")
+        raise ConfigError(f"a prompt must have an order, got {brief(value)}; pass a list")
     prompt = token_ids("a prompt", value)
     if not prompt:
         raise ConfigError("a prompt must hold at least one token, got none; write something")

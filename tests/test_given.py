@@ -15,8 +15,8 @@ import torch
 from stree_core.engine.request import Request
 from stree_core.engine.sampling import SamplingParams
 from stree_core.engine.stop import StopRule
-from stree_core.errors import ConfigError
-from stree_core.given import prompt_ids, real_number, shown, token_ids, whole_number
+from stree_core.errors import ConfigError, brief
+from stree_core.given import prompt_ids, real_number, token_ids, whole_number
 
 HUGE = 10**5000
 """Python refuses to print it."""
@@ -181,7 +181,7 @@ def test_sampling_of_any_library_is_taken() -> None:
 def test_what_is_shown_stays_short() -> None:
     values = ("x" * 1000, list(range(1000)), torch.ones(40, 40), HUGE, "a\nb\x1b[31m")
     for value, end in itertools.product(values, ("", "\n")):
-        text = shown((value, end) if end else value)
+        text = brief((value, end) if end else value)
         assert len(text) < 120
         assert text.isprintable()
     assert token_ids("ids", ()) == ()

@@ -26,9 +26,9 @@ from stree_core.engine.rules import GREEDY, Rule, SamplingSupport, make_rules
 from stree_core.engine.sampling import SamplingParams
 from stree_core.engine.step import Speculator, make_caches, make_speculators
 from stree_core.engine.step_result import ResultQueue, StepResult
-from stree_core.errors import ConfigError, NonFiniteLogits
+from stree_core.errors import ConfigError, NonFiniteLogits, brief
 from stree_core.families import warn_of_long_context
-from stree_core.given import prompt_ids, shown, whole_number
+from stree_core.given import prompt_ids, whole_number
 from stree_core.memory import explain_oom, require_memory
 from stree_core.models import Backend, Cache, Model, capture
 from stree_core.profile import Policy
@@ -346,7 +346,7 @@ def known_prompt(given: object, target: Model) -> tuple[int, ...]:
     for token in (min(prompt), max(prompt)):
         if not 0 <= token < num_tokens:
             raise ConfigError(
-                f"token ids must be from 0 to {num_tokens - 1}, got {shown(token)} in a prompt; "
+                f"token ids must be from 0 to {num_tokens - 1}, got {brief(token)} in a prompt; "
                 "encode it with the target's own tokenizer"
             )
     return prompt
@@ -357,7 +357,7 @@ def require_tree(which: object, num_trees: int) -> int:
     number = whole_number("the number of a tree", which)
     if not 0 <= number < num_trees:
         raise ConfigError(
-            f"an engine's trees are numbered 0 to {num_trees - 1}, got {shown(number)}; choose "
+            f"an engine's trees are numbered 0 to {num_trees - 1}, got {brief(number)}; choose "
             "one of them"
         )
     return number

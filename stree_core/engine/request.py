@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from stree_core.engine.sampling import SamplingParams
 from stree_core.engine.stop import Decode, Finish, Generation, StopRule
-from stree_core.errors import ConfigError
-from stree_core.given import prompt_ids, shown
+from stree_core.errors import ConfigError, brief
+from stree_core.given import prompt_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Request:
             value = getattr(self, name)
             if not isinstance(value, kind):
                 raise ConfigError(
-                    f"a request's {name} must be a {kind.__name__}, got {shown(value)}; "
+                    f"a request's {name} must be a {kind.__name__}, got {brief(value)}; "
                     f"make one with {kind.__name__}(...)"
                 )
 

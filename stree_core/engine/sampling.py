@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stree_core.errors import ConfigError
-from stree_core.given import LIMIT, real_number, shown, whole_number
+from stree_core.errors import ConfigError, brief
+from stree_core.given import LIMIT, real_number, whole_number
 
 LEAST_FACTOR, MOST_FACTOR = 1e-6, 1e6
 """What scores may be divided by without leaving fp32's range."""
@@ -55,7 +55,7 @@ class SamplingParams:
         )
         for name, value, holds, rule in checks:
             if not holds:
-                raise ConfigError(f"{name} must be {rule}, got {shown(value)}; change it")
+                raise ConfigError(f"{name} must be {rule}, got {brief(value)}; change it")
 
     @property
     def truncates(self) -> bool:

@@ -21,8 +21,7 @@ from stree_core.engine.engine import Engine, require_tree
 from stree_core.engine.request import Request, Running, Update
 from stree_core.engine.step_result import StepResult
 from stree_core.engine.stop import Finish, Generation, careful
-from stree_core.errors import ConfigError, StreeError
-from stree_core.given import shown
+from stree_core.errors import ConfigError, StreeError, brief
 
 ChooseTree = Callable[[int], int]
 """Returns which of an engine's trees a step takes, by the number of active sequences."""
@@ -93,7 +92,7 @@ class Session:
         """
         self._engine.ownership.require(self)
         if not isinstance(request, Request):
-            raise ConfigError(f"a session takes a Request, got {shown(request)}; make one")
+            raise ConfigError(f"a session takes a Request, got {brief(request)}; make one")
         if request.stop.strings and self._decode is None:
             raise ConfigError(
                 "stop strings need a session that decodes tokens, this one does not; pass decode"

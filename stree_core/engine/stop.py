@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from stree_core.errors import ConfigError
-from stree_core.given import LIMIT, shown, token_ids, whole_number
+from stree_core.errors import ConfigError, brief
+from stree_core.given import LIMIT, token_ids, whole_number
 
 Decode = Callable[[list[int]], str]
 """Turns token ids into text."""
@@ -37,7 +37,7 @@ class StopRule:
         limit = whole_number("max_new_tokens", self.max_new_tokens)
         if not 1 <= limit < LIMIT:
             raise ConfigError(
-                f"max_new_tokens must be at least 1 and below 2^63, got {shown(limit)}; change it"
+                f"max_new_tokens must be at least 1 and below 2^63, got {brief(limit)}; change it"
             )
         object.__setattr__(self, "max_new_tokens", limit)
         object.__setattr__(self, "eos_token_ids", _end_tokens(self.eos_token_ids))
@@ -78,7 +78,7 @@ def careful(decode: Decode) -> Decode:
             reason = " ".join(traceback.format_exception_only(err)[-1].split())
             raise ConfigError(f"a decoder must not fail, it raised {reason}; mend it") from err
         if not isinstance(text, str):
-            raise ConfigError(f"a decoder must return text, got {shown(text)}; return a str")
+            raise ConfigError(f"a decoder must return text, got {brief(text)}; return a str")
         return text
 
     return checked
@@ -87,12 +87,12 @@ def careful(decode: Decode) -> Decode:
 def _end_tokens(given: object) -> tuple[int, ...]:
     if isinstance(given, int):
         raise ConfigError(
-            f"eos_token_ids must be a list of token ids, got {shown(given)}; pass ({shown(given)},)"
+            f"eos_token_ids must be a list of token ids, got {brief(given)}; pass ({brief(given)},)"
         )
     tokens = token_ids("eos_token_ids", given)
     if tokens and min(tokens) < 0:
         raise ConfigError(
-            f"eos_token_ids must be 0 or more, got {shown(min(tokens))}; leave out what never comes"
+            f"eos_token_ids must be 0 or more, got {brief(min(tokens))}; leave out what never comes"
         )
     return tokens
 
@@ -100,13 +100,13 @@ def _end_tokens(given: object) -> tuple[int, ...]:
 def _strings(given: object) -> tuple[str, ...]:
     if isinstance(given, str):
         raise ConfigError(
-            f"strings are a list of texts, got one text, {shown(given)}; put it into a list"
+            f"strings are a list of texts, got one text, {brief(given)}; put it into a list"
         )
     if not isinstance(given, Collection):
-        raise ConfigError(f"strings are a list of texts, got {shown(given)}; pass a list")
+        raise ConfigError(f"strings are a list of texts, got {brief(given)}; pass a list")
     for string in given:
         if not isinstance(string, str):
-            raise ConfigError(f"a stop string must be text, got {shown(string)}; pass a str")
+            raise ConfigError(f"a stop string must be text, got {brief(string)}; pass a str")
         if not string:
             raise ConfigError("a stop string holds some text, got an empty one; leave it out")
     return tuple(given)

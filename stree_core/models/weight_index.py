@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import io
 import json
 import logging
 import math
@@ -12,14 +13,15 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from stree_core.errors import CheckpointError, brief
+from stree_core.errors import CheckpointError, ConfigError, brief
 from stree_core.families import ModelShape
-from stree_core.files import read_json
+from stree_core.files import open_regular, read_json
 
 MAX_TENSORS = 1 << 20
 MAX_NAME_CHARS = 500
@@ -89,14 +91,14 @@ def weights_sha256(folder: Path) -> str | None:
 def read_header(path: Path) -> SafeHeader:
     """Read the header of a safetensors file; raise CheckpointError unless all lies in the file."""
     try:
-        size = require_file(path).stat().st_size
-        with path.open("rb") as file:
+        with open_weights(path) as file:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if length > min(MAX_HEADER_BYTES, size - 8):
                 raise ValueError(f"a file of {size} bytes announces a header of {length}")
             content = json.loads(file.read(length))
         return _parse_header(content, 8 + length, size)
-    except (OSError, ValueError, RecursionError) as err:
+    except (ValueError, RecursionError) as err:
         raise damaged(path, err) from err
 
 
@@ -117,13 +119,22 @@ def check_archive(path: Path) -> list[zipfile.ZipInfo]:
     return entries
 
 
-def require_file(path: Path) -> Path:
-    """Return `path`; raise CheckpointError unless it is a regular file."""
+@contextmanager
+def open_weights(path: Path) -> Iterator[io.BufferedReader]:
+    """Open a weight file; raise CheckpointError unless it is a regular file that can be read."""
     if not path.exists():
         raise CheckpointError(f"{path.parent} needs the file {path.name}, it has none; fetch it")
-    if not path.is_file():
-        raise CheckpointError(f"{path} must be a regular file, it is none; check the path")
-    return path
+    try:
+        with open_regular(path) as file:
+            yield file
+    except ConfigError as err:
+        raise CheckpointError(str(err)) from err
+
+
+def require_file(path: Path) -> None:
+    """Raise CheckpointError where `open_weights` would, before a library opens it by name."""
+    with open_weights(path):
+        pass
 
 
 def require_names(names: Collection[str]) -> None:
@@ -208,7 +219,7 @@ def _fingerprint(path: Path) -> Iterator[bytes]:
         yield from _bin_fingerprint(path)
         return
     header = read_header(path)
-    with path.open("rb") as file:
+    with open_weights(path) as file:
         for key, stored in header.tensors.items():
             first = os.pread(
                 file.fileno(), min(FIRST_BYTES, stored.end - stored.start), stored.start
@@ -225,7 +236,7 @@ def _bin_fingerprint(path: Path) -> Iterator[bytes]:
     except Exception as err:
         raise damaged(path, err) from err
     if not entries:
-        with path.open("rb") as file:
+        with open_weights(path) as file:
             first = file.read(FIRST_FILE_BYTES)
         yield f"{path.stat().st_size} {hashlib.sha256(first).hexdigest()}".encode()
     for entry in entries:
