@@ -20,7 +20,7 @@ from report import RESULTS, Row, header, print_table, save, table
 from timing import copy_bandwidth
 from traced_pair import PAIRS, TRACE, open_named, traced_rules
 
-from stree_autotune.live.trace_rule import prompt_for
+from stree_autotune.live.measure import prompt_for
 from stree_autotune.probe.stepper import occupy
 from stree_autotune.probe.timing import captured
 from stree_autotune.store.open_models import open_prompts

@@ -34,8 +34,8 @@ from report import RESULTS, Row, command_line, header, read, save, table
 from traced_pair import DEMO, DRAFTS, PAIRS, open_named, traced_rules
 
 from stree_autotune.cost.step_cost import StepCost
+from stree_autotune.live.measure import prompt_for
 from stree_autotune.live.speed import LiveSpeed, live_speed, typical_context
-from stree_autotune.live.trace_rule import prompt_for
 from stree_autotune.store.library import Library
 from stree_autotune.store.open_models import open_prompts
 from stree_autotune.store.origin import git_sha, utc_now

@@ -8,7 +8,7 @@ are looked at: the offline search's and the measured one's, each as the fastest 
 verdict, which takes the simplest option that may be as fast. The picks, off, and the five fastest
 are then timed a second time, every tree on an engine of its own; regret is what a pick lacks to the
 fastest of these, by the second times alone. Acceptance is that of a trace, in live steps as well
-(stree_autotune.live.trace_rule), so tokens per step are exact and only times are measured. The demo
+(stree_autotune.live.measure), so tokens per step are exact and only times are measured. The demo
 pair has its own trace; the shapes mamba2-2.7b and mamba2-130m have random weights and borrow one.
 """
 

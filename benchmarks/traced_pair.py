@@ -1,7 +1,7 @@
 """The pairs that are decoded: the demo pair, and shapes whose acceptance a trace decides.
 
 The shapes have random weights: their steps accept as many tokens as in a recorded trace
-(stree_autotune.live.trace_rule), while every pass is computed.
+(stree_autotune.live.measure), while every pass is computed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from stree_autotune.live.trace_rule import TraceScript
+from stree_autotune.live.measure import TraceScript
 from stree_autotune.store.library import Library
 from stree_autotune.store.open_models import PairRequest, open_pair
 from stree_autotune.trace.file import Trace, load_trace

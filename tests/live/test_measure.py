@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from synthetic import latent_trace
-from tiny_models import random_texts, save_pair
+from synthetic_data import make_trace
+from tiny_models import ours, perturbed, random_texts, save_pair, tiny_mamba2
 
 from stree_autotune.cli.commands import main
-from stree_autotune.live.measure import measure_steps, traced_engine
-from stree_autotune.live.trace_rule import TraceScript
+from stree_autotune.live.measure import TraceScript, measure_steps, prompt_for, traced_engine
 from stree_autotune.probe.stepper import Stepper
 from stree_autotune.probe.timing import Effort
 from stree_autotune.search.tree_space import OFF
@@ -21,8 +21,10 @@ from stree_autotune.store.library import Library
 from stree_autotune.trace.file import Trace
 from stree_autotune.trace.tree_walk import walk
 from stree_core.drafting.pair import Pair, Runtime, load_pair
-from stree_core.engine.engine import EngineConfig
+from stree_core.engine.decode import generate
+from stree_core.engine.engine import Engine, EngineConfig
 from stree_core.engine.sampling import SamplingParams
+from stree_core.engine.stop import StopRule
 from stree_core.models.source import folder_source
 from stree_core.profile import load_profile
 from stree_core.tree import DEFAULT_TREE, Tree
@@ -30,6 +32,7 @@ from stree_core.tree import DEFAULT_TREE, Tree
 PAIR = ("--target", "tiny-target", "--draft", "tiny-draft")
 SMALL = ("--batch-size", "1", "--max-nodes", "6", "--context", "64")
 WIDE = Tree.from_paths([[0], [1], [2], [0, 0]])
+LENGTH = 20
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +110,30 @@ def test_times_of_many_trees(pair: Pair, trace: Trace) -> None:
     steps = measure_steps(pair, trace, 64, 2, trees, Effort(2, 3, 0.0))
     assert set(steps) == set(trees)
     assert all(step.ms > 0 for step in steps.values())
+
+
+@pytest.mark.parametrize("tree", [Tree.chain(0), Tree.chain(3), DEFAULT_TREE], ids=repr)
+def test_live_steps_accept_what_the_walk_says(tree: Tree, tmp_path: Path) -> None:
+    trace = make_trace(num_prompts=8, length=LENGTH)
+    target = ours(tiny_mamba2(layers=1), tmp_path / "target")
+    draft = ours(perturbed(tiny_mamba2(layers=1), 0.1), tmp_path / "draft")
+    script = TraceScript(trace, 3, LENGTH, target.device)
+    engine = Engine(target, draft, tree, EngineConfig(3, 64), rules=script.rules)
+    chosen = [0, 5, 2, 7]
+    # The first token is none of the trace's positions.
+    run = generate(engine, [prompt_for(index) for index in chosen], StopRule(LENGTH + 1))
+    assert [len(g.tokens) for g in run.generations] == [LENGTH + 1] * 4
+    assert run.tokens_per_step == pytest.approx(walk(trace, tree, np.array(chosen)).tokens_per_step)
+
+
+def test_slots_begin_anywhere_once_they_are_restarted(tmp_path: Path) -> None:
+    target = ours(tiny_mamba2(layers=1), tmp_path / "target")
+    script = TraceScript(make_trace(num_prompts=8, length=LENGTH), 4, LENGTH, target.device)
+    script.start(2, prompt_for(3))
+    assert script.position_B.tolist() == [0, 0, 3 * LENGTH, 0]
+    script.restart()
+    assert len(set(script.position_B.tolist())) > 1
+    assert 0 <= int(script.position_B.min()) <= int(script.position_B.max()) < 8 * LENGTH
 
 
 def run(

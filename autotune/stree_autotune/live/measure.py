@@ -1,7 +1,16 @@
-"""Live times of steps: many trees on one engine's caches, in turns, accepting what a trace says.
+"""Live times of steps that accept what a trace says, whatever the models compute.
+
+Many trees run on one engine's caches, in turns. How often a state is stored depends on how many
+tokens a step accepts, so the time of a step does as well. Here the draft's child of rank c is token
+c, and the target picks the token of the rank that the trace has, or a token that is no child. All
+passes are computed as ever; a step has four tiny kernels more (a few microseconds). Of a model with
+routed experts few distinct tokens are seen.
 
 Only times are measured. Tokens per step come from the walk over the whole trace, which decoding
 reproduces exactly; runs short enough to be affordable would miss it by several percent.
+
+Shape letters: T tree tokens, B slots, V vocabulary, W rows of a level, L path capacity, N trace
+positions.
 """
 
 from __future__ import annotations
@@ -9,8 +18,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from stree_autotune.live.corrected_cost import LiveStep
-from stree_autotune.live.trace_rule import TraceScript
 from stree_autotune.probe import (
     Effort,
     SteadyEngine,
@@ -22,8 +34,9 @@ from stree_autotune.probe import (
 )
 from stree_autotune.search import OFF
 from stree_autotune.trace import Trace
-from stree_core.drafting import Pair
-from stree_core.engine import EngineConfig, SamplingParams
+from stree_core.drafting import DraftLevel, Pair, TreePlan
+from stree_core.engine import EngineConfig, GreedyRule, Rule, SamplingParams
+from stree_core.models import Backend
 from stree_core.tree import Tree
 
 FIRST_LOOK = Effort(min_rounds=5, max_rounds=30, seconds=0.1)
@@ -83,3 +96,69 @@ def traced_engine(
     """
     models = pair.target, pair.draft
     return SteadyEngine(*models, trees, config, rules=script.rules, restart=script.restart)
+
+
+class TraceScript:
+    """A trace on the device and each slot's position in it, shared by the rules of an engine.
+
+    A request begins at the prompt of the trace that its own prompt names (`prompt_for`), `restart`
+    puts all slots anywhere; `room` is how many positions a slot may go on from there.
+    """
+
+    def __init__(self, trace: Trace, num_slots: int, room: int, device: torch.device) -> None:
+        ranks = np.minimum(trace.ranks.astype(np.int64), trace.meta.num_children)
+        self._num_positions = len(ranks)
+        self._first_positions = trace.offsets.tolist()
+        padded = np.resize(ranks, len(ranks) + room + 1)
+        self.tokens_N = torch.from_numpy(padded).to(device)
+        self.position_B = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self._rng = np.random.default_rng(0)
+
+    def start(self, slot: int, prompt: Sequence[int]) -> None:
+        """Put a slot where the prompt of the trace begins that `prompt` names."""
+        self.position_B[slot] = self._first_positions[prompt[0] - 1]
+
+    def restart(self) -> None:
+        """Put every slot at a position drawn at random."""
+        drawn = self._rng.integers(0, self._num_positions, len(self.position_B))
+        self.position_B.copy_(torch.from_numpy(drawn))
+
+    def rules(self, plans: Sequence[TreePlan], backend: Backend) -> list[Rule]:
+        """Return the rules of some trees."""
+        return [TraceRule(plan, backend, self) for plan in plans]
+
+
+def prompt_for(index: int) -> list[int]:
+    """Return a prompt of four tokens that stands for prompt number `index` of a trace."""
+    return [index + 1, 2, 3, 4]
+
+
+class TraceRule(GreedyRule):
+    """Draws and chooses by a script; the logits' likeliest tokens are found and not used."""
+
+    def __init__(self, plan: TreePlan, backend: Backend, script: TraceScript) -> None:
+        super().__init__(plan, backend)
+        self._script = script
+        self._depths_T1 = plan.tables.depths_T[:, None].long()
+        ranks = torch.tensor(plan.tree.ranks, device=script.position_B.device)
+        self._unused_TB = ranks[:, None].repeat(1, len(script.position_B))
+        self._nodes_TB = self._unused_TB[1:].clone()
+
+    def start(self, slot: int, params: SamplingParams, prompt: Sequence[int]) -> None:
+        """Begin where the prompt says."""
+        self._script.start(slot, prompt)
+
+    def draw(self, level: DraftLevel, logits_WBV: Tensor, tokens_TB: Tensor) -> None:
+        """Fill in every node's rank, all of them with the first level."""
+        super().draw(level, logits_WBV, self._unused_TB)
+        if level.first == 0:
+            tokens_TB[1:] = self._nodes_TB
+
+    def choose(self, logits_TBV: Tensor, tokens_TB: Tensor) -> Tensor:
+        """Return the tokens of the ranks that the trace has at each node's depth."""
+        super().choose(logits_TBV, tokens_TB)
+        return self._script.tokens_N.take(self._script.position_B + self._depths_T1)
+
+    def advance(self, emitted_LB: Tensor, count_B: Tensor) -> None:
+        """Move on in the trace."""
+        self._script.position_B.add_(count_B)

@@ -6,6 +6,10 @@ running trial whose worker's heartbeat has stood still for a while is given up, 
 taken over by whoever has seen that; as every worker watches for itself, no clocks need to agree. A
 result that comes after that is dropped. A tree that another trial has, or is being given, is never
 evaluated twice.
+
+This is written by hand because Optuna's own heartbeat exists for RDBStorage alone and beats only
+inside `study.optimize`. Here the storage is a journal file by default, and several trees are asked
+for, measured side by side and told together.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ stopped probe has measured is kept, and the next one goes on behind it.
 
 from __future__ import annotations
 
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,6 @@ from dataclasses import dataclass, field
 import torch
 
 from stree_autotune.cost import model_cost
-from stree_autotune.probe.gpu_state import gpu_state
 from stree_autotune.probe.passes import time_passes
 from stree_autotune.probe.plan import Key, ProbeConfig, Stage, missing_stages, step_trees
 from stree_autotune.probe.rules import time_rules
@@ -36,6 +36,9 @@ from stree_core.drafting import Pair, device_name
 from stree_core.errors import BackendUnavailable
 from stree_core.profile import TreeText
 from stree_core.tree import MAX_NODES
+
+_STATE_FIELDS = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
+_STATE_TIMEOUT_S = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +208,7 @@ def _is_lost(err: RuntimeError) -> bool:
 def _state(pair: Pair) -> str:
     if pair.device.type != "cuda":
         return "none"
-    return gpu_state(pair.device.index or 0) or "unknown"
+    return _gpu_state(pair.device.index or 0) or "unknown"
 
 
 def _measured(config: ProbeConfig, device: torch.device, clocks: str) -> TableMeasured:
@@ -224,3 +227,20 @@ def _measured(config: ProbeConfig, device: torch.device, clocks: str) -> TableMe
 def rounded(ms: float) -> float:
     """Keep four digits: the others are noise, and files stay readable."""
     return float(f"{ms:.4g}")
+
+
+def _gpu_state(index: int) -> str | None:
+    """Return clocks, temperature and power by nvidia-smi; None where it does not know."""
+    query = f"--query-gpu={_STATE_FIELDS}"
+    command = ["nvidia-smi", query, "--format=csv,noheader", f"--id={index}"]
+    try:
+        run = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=_STATE_TIMEOUT_S
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    values = [value.strip() for value in run.stdout.strip().split(",")]
+    if len(values) != len(_STATE_FIELDS.split(",")):
+        return None
+    sm, memory, celsius, power = values
+    return f"SM {sm}, memory {memory}, {celsius} C, {power}"[:90]

@@ -3,6 +3,11 @@
 Every file is checked against the size and the digest in the library's index before it is kept, and
 kept under the index's rules for names, so that nothing is written outside the target folder. Files
 go up before the index that names them.
+
+Reading and writing is fsspec's, whose driver for `hf` is huggingface_hub. The copy is kept by hand:
+fsspec's caches and huggingface_hub's check no digest of ours before a file is used, keep files
+under names that cannot be searched as a data folder (a hash, a tree of links), and the latter knows
+one server only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Files under a URL, by whichever fsspec driver it names: read whole and limited, written whole."""
+"""Files under a URL, by whichever fsspec driver it names: read whole and limited, written whole.
+
+Folders of this machine are read and written by stree_core.files instead: fsspec has no lock, and
+its transactions move a temporary file that may lie on another disk, so that a reader sees a part.
+"""
 
 from __future__ import annotations
 
