@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -9,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,8 @@ from stree_core.profile import Profile, load_profile
 
 TOY = ("--target", "toy-target", "--draft", "toy-draft")
 QUICK = (*TOY, "--batch-size", "4", "--batch-size", "1", "--max-nodes", "8")
+LEAST = (*TOY, "--batch-size", "1", "--max-nodes", "1")
+"""For tests that look at no tree."""
 
 SHIPPED = "h200--mamba2-2.7b--mamba2-130m--gsm8k"
 VERBS = ["", *typer.main.get_command(app).commands]  # type: ignore[attr-defined]
@@ -63,17 +67,38 @@ class Terminal:
 def terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Terminal:
-    """A command line in a folder with a table and two traces of the toy pair in ./stree-data."""
+    """A command line in a folder with the toy pair's data in ./stree-data."""
+    write_toy_data(tmp_path / "stree-data")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    return Terminal(tmp_path, monkeypatch, capsys)
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    """A folder in which the toy pair was tuned, and what that printed; it is only read."""
+    folder = tmp_path_factory.mktemp("tuned")
+    write_toy_data(folder / "stree-data")
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+        patch.chdir(folder)
+        patch.setenv("COLUMNS", "80")
+        patch.setattr(
+            sys, "argv", ["stree-tune", "--gpu", "h200", "--dataset", "gsm8k", *QUICK, "--json"]
+        )
+        with pytest.raises(SystemExit) as left:
+            main()
+    return folder, Outcome(left.value.code, printed.getvalue(), "")
+
+
+def write_toy_data(folder: Path) -> None:
+    """Write a table and two traces of the toy pair, and the table of another one."""
     table = make_table(target="toy-target", draft="toy-draft", spread=0.01)
     traces = [
         make_trace("toy-target", "toy-draft", "gsm8k"),
         make_trace("toy-target", "toy-draft", "mt_bench", num_prompts=10),
     ]
-    write_library(tmp_path / "stree-data", table, *traces)
-    write_library(tmp_path / "stree-data", make_table(target="large-target", draft="toy-draft"))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "80")
-    return Terminal(tmp_path, monkeypatch, capsys)
+    write_library(folder, table, *traces)
+    write_library(folder, make_table(target="large-target", draft="toy-draft"))
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -84,26 +109,25 @@ def test_help_has_an_example(terminal: Terminal, verb: str) -> None:
     assert outcome.err == ""
 
 
-def test_tuning_prints_and_writes_a_profile(terminal: Terminal) -> None:
-    outcome = terminal("--gpu", "h200", "--dataset", "gsm8k", *QUICK, "--json")
+def test_tuning_prints_and_writes_a_profile(tuned: tuple[Path, Outcome]) -> None:
+    folder, outcome = tuned
     assert outcome.code == 0
     assert outcome.lines[0] == "toy-target + toy-draft on h200 · gsm8k · greedy"
     for header in ("batch size", "verdict", "tokens/step", "step ms", "speedup over off"):
         assert header in outcome.lines[1]
     assert [line.split()[0] for line in outcome.lines[2:4]] == ["1", "4"]
     assert "profile: stree-profile.yaml" in outcome.lines
-    profile = load_profile(terminal.folder / "stree-profile.yaml")
+    profile = load_profile(folder / "stree-profile.yaml")
     assert Profile.model_validate(json.loads(outcome.lines[-1])) == profile
     assert [row.batch_size for row in profile.policy] == [1, 4]
     assert not profile.estimated
     assert profile.sources.runtime.name == "runtime/h200--toy-target--toy-draft.yaml"
     assert profile.provenance.command.startswith("stree-tune --gpu h200 --dataset gsm8k")
-    assert terminal.files == ["stree-profile.yaml"]
+    assert {path.name for path in folder.iterdir()} == {"stree-data", "stree-profile.yaml"}
 
 
-def test_rows_agree_with_their_own_numbers(terminal: Terminal) -> None:
-    terminal("--gpu", "h200", "--dataset", "gsm8k", *QUICK)
-    profile = load_profile(terminal.folder / "stree-profile.yaml")
+def test_rows_agree_with_their_own_numbers(tuned: tuple[Path, Outcome]) -> None:
+    profile = load_profile(tuned[0] / "stree-profile.yaml")
     for row in profile.policy:
         seen = row.predicted
         rate = 1e3 * row.batch_size * seen.tokens_per_step / seen.step_ms
@@ -151,7 +175,7 @@ def test_a_borrowed_trace_is_an_estimate(terminal: Terminal) -> None:
 
 
 def test_few_prompts_are_called_unreliable(terminal: Terminal) -> None:
-    outcome = terminal("--gpu", "h200", "--dataset", "mt_bench", *QUICK)
+    outcome = terminal("--gpu", "h200", "--dataset", "mt_bench", *LEAST)
     assert "only 10 prompts; a reliable trace has at least 64" in outcome.out
 
 
@@ -277,7 +301,7 @@ def test_a_trace_of_another_model_is_refused(terminal: Terminal) -> None:
 
 
 def test_context_matters_with_attention_only(terminal: Terminal) -> None:
-    arguments = ("--gpu", "h200", "--dataset", "gsm8k", *QUICK, "--context", "2048")
+    arguments = ("--gpu", "h200", "--dataset", "gsm8k", *LEAST, "--context", "2048")
     assert terminal(*arguments).code == 0
     table = make_table(target="toy-target", draft="toy-draft", kv_bytes_per_token=512)
     write_library(terminal.folder / "stree-data", table)
@@ -287,7 +311,7 @@ def test_context_matters_with_attention_only(terminal: Terminal) -> None:
 
 
 def test_only_our_default_output_is_replaced(terminal: Terminal) -> None:
-    arguments = ("--gpu", "h200", "--dataset", "gsm8k", *QUICK)
+    arguments = ("--gpu", "h200", "--dataset", "gsm8k", *LEAST)
     path = terminal.folder / "stree-profile.yaml"
     assert terminal(*arguments).code == 0
     assert terminal(*arguments).code == 0
@@ -301,8 +325,8 @@ def test_only_our_default_output_is_replaced(terminal: Terminal) -> None:
     assert terminal.files == ["stree-profile.yaml"]
 
 
-def test_report_writes_one_page(terminal: Terminal) -> None:
-    assert terminal("--gpu", "h200", "--dataset", "gsm8k", *QUICK).code == 0
+def test_report_writes_one_page(terminal: Terminal, tuned: tuple[Path, Outcome]) -> None:
+    shutil.copy(tuned[0] / "stree-profile.yaml", terminal.folder)
     outcome = terminal("report", "stree-profile.yaml", "--json")
     assert outcome.code == 0
     (profile,) = json.loads(outcome.lines[-1])["profiles"]
@@ -408,8 +432,10 @@ def test_show_prints_every_shipped_profile(terminal: Terminal) -> None:
     assert [Profile.model_validate(d) for d in documents] == [load_profile(p) for p in shipped]
 
 
-def test_tables_are_not_cut_on_narrow_output(terminal: Terminal) -> None:
-    terminal("--gpu", "h200", "--dataset", "gsm8k", *QUICK)
+def test_tables_are_not_cut_on_narrow_output(
+    terminal: Terminal, tuned: tuple[Path, Outcome]
+) -> None:
+    shutil.copy(tuned[0] / "stree-profile.yaml", terminal.folder)
     outcome = terminal("show", "stree-profile.yaml")
     row = load_profile(terminal.folder / "stree-profile.yaml").policy[0]
     assert f"[{row.predicted.speedup_interval.low:.2f}, " in outcome.out
