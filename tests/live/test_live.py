@@ -39,7 +39,9 @@ def run(
 ) -> Runner:
     monkeypatch.chdir(folder)
     for effort in BUDGETS:
-        monkeypatch.setitem(BUDGETS, effort, Budget(1.0, Effort(2, 2, 0.0)))
+        monkeypatch.setitem(BUDGETS, effort, Budget(1.0, Effort(1, 1, 0.0)))
+    # A stage probes the pair anew: two show that their parts are put together.
+    monkeypatch.setattr("stree_autotune.live.validation._STAGES", 2)
     return Runner(monkeypatch, capsys)
 
 
