@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+import io
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -14,9 +17,15 @@ from stree_autotune.cost import MemoryLimit
 from stree_autotune.search import OFF, Question, StepCost, TreeSpace, Trial, TuneRequest, ask
 from stree_autotune.store import SEPARATOR, Library, result_console
 from stree_autotune.trace import load_trace
-from stree_core.errors import MissingMeasurement
+from stree_core.errors import ConfigError, MissingMeasurement
+from stree_core.extras import install_command
+from stree_core.files import require_place, write_atomically
 from stree_core.shown_text import printable
 from stree_core.tree import Tree
+
+SHOWN_SIZES = (0, 1, 2, 3, 4, 6, 8, 12, 15, 16, 24, 31, 32, 48, 63, 64, 96, 127, 128, 192, 255)
+PICTURE_FORMATS = (".png", ".svg")
+_INK, _FAINT = "#333333", "#bbbbbb"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +125,6 @@ def _change(size: Size) -> str:
     return f"{100 * size.gain:+.1f} % tokens for {100 * size.cost:+.1f} % time"
 
 
-SHOWN_SIZES = (0, 1, 2, 3, 4, 6, 8, 12, 15, 16, 24, 31, 32, 48, 63, 64, 96, 127, 128, 192, 255)
-
-
 @dataclass(frozen=True, slots=True)
 class Case:
     """A GPU and a sampling setting, its answers by batch size, and what is estimated about it."""
@@ -138,16 +144,14 @@ class Case:
 def run_analyze(request: TuneRequest, picture: Path | None, *, as_json: bool) -> None:
     """Print, and draw where asked, how speed grows with the tree."""
     if picture is not None:
-        from stree_autotune.report.analyze_plot import draw, require_picture
-
-        require_picture(picture)
+        _require_picture(picture)
     question = ask(request)
     request = question.request
     space = TreeSpace.of(question.trace, request.max_nodes)
     asked = _case(question, space, request.sampling.label)
     others = [*_other_samplings(question), *_other_gpus(question, space)]
     if picture is not None:
-        draw(asked, others, _title(question), picture)
+        _draw(asked, others, _title(question), picture)
     console = result_console()
     console.print(_title(question))
     for scale in asked.scalings:
@@ -277,3 +281,84 @@ def _print_json(question: Question, cases: list[Case]) -> None:
         ],
     }
     sys.stdout.write(json.dumps(document) + "\n")
+
+
+def _require_picture(path: Path) -> None:
+    """Raise ConfigError for another ending, a place that cannot be written or no matplotlib."""
+    if path.suffix not in PICTURE_FORMATS or not path.parent.is_dir():
+        raise ConfigError(
+            f"--plot writes a .png or .svg file into an existing folder, got {path}; name another"
+        )
+    require_place(path)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(f"--plot needs matplotlib; {install_command('plot')}")
+
+
+def _draw(asked: Case, others: Sequence[Case], title: str, path: Path) -> None:
+    """Write the picture to a PNG or SVG file, see `_require_picture`."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    settings: Any = {"font.size": 9, "svg.hashsalt": "stree", "axes.edgecolor": _INK}
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(11, 4.4), layout="constrained")
+        speed, size = figure.subplots(1, 2, width_ratios=(3, 2))
+        figure.suptitle(title, fontsize=10)
+        _draw_speed(speed, asked, matplotlib.colormaps["viridis"])
+        _draw_sizes(size, [asked, *others])
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=150, format=path.suffix.removeprefix("."))
+    write_atomically(path, picture.getvalue())
+
+
+def _draw_speed(axes: Any, case: Case, colours: Any) -> None:
+    """Draw speed over off by number of nodes, a line per batch size, its top marked."""
+    axes.axhline(1.0, color=_FAINT, linewidth=1, zorder=0)
+    last = max(1, len(case.scalings) - 1)
+    for number, scale in enumerate(case.scalings):
+        colour = colours(0.9 * number / last)
+        axes.plot(
+            [size.nodes for size in scale.sizes],
+            [size.speedup for size in scale.sizes],
+            color=colour,
+            linewidth=1.4,
+            label=f"batch size {scale.batch_size}",
+        )
+        axes.plot(scale.best.nodes, scale.best.speedup, "o", color=colour, markersize=5)
+    axes.set_xlabel("nodes of the tree (a dot marks the break-even size)")
+    axes.set_ylabel("tokens per second over off")
+    axes.set_xlim(left=-0.5)
+    axes.legend(frameon=False, fontsize=8)
+    _tidy(axes)
+
+
+def _draw_sizes(axes: Any, cases: Sequence[Case]) -> None:
+    """Draw the break-even size by batch size, a line per GPU and sampling setting."""
+    markers = "osD^vP*X"
+    for number, case in enumerate(cases):
+        axes.plot(
+            [scale.batch_size for scale in case.scalings],
+            [scale.best.nodes for scale in case.scalings],
+            marker=markers[number % len(markers)],
+            # Answers often coincide: the later ones are drawn smaller, so that all are seen.
+            markersize=max(3, 10 - 2 * number),
+            linewidth=1.2,
+            linestyle="--" if case.estimated else "-",
+            label=case.label,
+        )
+    axes.set_xscale("log", base=2)
+    batch_sizes = [scale.batch_size for scale in cases[0].scalings]
+    axes.set_xticks(batch_sizes, [str(batch_size) for batch_size in batch_sizes])
+    axes.minorticks_off()
+    axes.margins(y=0.1)
+    axes.set_ylim(bottom=-0.5)
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("batch size")
+    axes.set_ylabel("break-even size, nodes")
+    axes.legend(frameon=False, fontsize=8)
+    _tidy(axes)
+
+
+def _tidy(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=_INK)
