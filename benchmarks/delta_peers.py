@@ -45,6 +45,7 @@ def load_delta_peers(folder: Path | None) -> DeltaPeers:
     wanted = {
         "fla": ("fla", "fla.ops.gated_delta_rule.fused_recurrent",
                 "fused_recurrent_gated_delta_rule"),
+        "fla_chunk": ("fla", "fla.ops.gated_delta_rule.chunk", "chunk_gated_delta_rule"),
         "sglang_tree": ("sglang", SGLANG_OPS + "fla.fused_recurrent",
                         "fused_recurrent_gated_delta_rule_update"),
         "sglang_replay": ("sglang", SGLANG_OPS + "linear.gdn_replayssm_spec_decode",

@@ -153,8 +153,9 @@ def check_kernel(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
     truth = ours.to(torch.float64, device)
     o, o_true = ours.scan(kernel), truth.scan(reference)
     assert_close("o", o, o_true, tolerance=OUT_ERRORS[dtype])
-    # Reflections, which a beta of 2 makes, carry on what every u of a long prompt was rounded by.
-    fine = STATE_ERROR if dtype == torch.float32 else 3e-4
+    # Reflections, which a beta of 2 makes, carry on what every u of a long prompt was rounded by:
+    # beside fp16 it enters the state in two parts.
+    fine = 5e-5 if dtype == torch.float16 else STATE_ERROR
     assert_close("states", ours.state, truth.state, tolerance=fine)
 
 

@@ -185,17 +185,18 @@ def kernel_case(tree: Tree, **changes: Any) -> DeltaCase:
 
 
 def check_kernel(
-    case: DeltaCase, dtype: torch.dtype, state: torch.dtype, device: str = "cpu", slack: float = 1.0
-) -> None:
+    case: DeltaCase, dtype: torch.dtype, state: torch.dtype, device: str = "cpu", *,
+    u_slack: float = 1.0,
+) -> None:  # fmt: skip
     """Compare the kernel with the reference in float64 on the values that the kernel sees."""
     ours = case.to(dtype, state, device)
     truth = ours.to(torch.float64, torch.float64, device)
     o, o_true = ours.scan(kernel), truth.scan(reference)
     coarse = {torch.bfloat16: 1e-2, torch.float16: 2e-3}.get(state, 0.0)
     num_tokens = o.shape[1]
-    assert_close("o", o, o_true, tolerance=max(slack * OUT_ERRORS[dtype], coarse))
+    assert_close("o", o, o_true, tolerance=max(OUT_ERRORS[dtype], coarse))
     u, u_true = (each.rows.u_BRHP[:, :num_tokens] for each in (ours, truth))
-    assert_close("u", u, u_true, tolerance=max(slack**4 * SOLVED_ERRORS[dtype], coarse))
+    assert_close("u", u, u_true, tolerance=max(u_slack * SOLVED_ERRORS[dtype], coarse))
     assert_close("state", ours.state, truth.state, tolerance=max(STATE_ERROR, coarse))
     assert ours.buffer.u_BRHP[:, ours.current + num_tokens].isnan().all(), "rows behind stay"
     for sequence, num_buffered in enumerate(next_num_buffered(truth.pending).tolist()):
@@ -294,9 +295,9 @@ def test_kernel_on_hard_inputs(tree: str, hard: str) -> None:
         TREES[tree], paths=paths, kept=[1, 13, 16, 16], capacity=256, heads=4, key_heads=2,
         head_dim=128, state_dim=128, **HARD[hard],
     )  # fmt: skip
-    # Where keys and queries are alike, S q and what u takes from it cancel, and roundings stay.
-    check_kernel(case, torch.bfloat16, torch.float32, "cuda", slack=1.2)
-    check_kernel(case, torch.float16, torch.float32, "cuda", slack=1.2)
+    # Where keys are alike, u is what is left of a difference, and roundings stay.
+    check_kernel(case, torch.bfloat16, torch.float32, "cuda", u_slack=2.0)
+    check_kernel(case, torch.float16, torch.float32, "cuda", u_slack=2.0)
 
 
 @pytest.mark.gpu

@@ -69,12 +69,10 @@ def _at(source, begin):
 
 
 @triton.jit
-def _load_chunk(tokens, begin, within, own_T, dims_N):
-    """k [N, T] of a chunk's rows, c, and beta."""
-    k, g, beta = tokens
-    k_NT = load_columns(_at(k, begin), own_T, within, dims_N)
+def _load_gates(g, beta, begin, within, own_T):
+    """c of a chunk's rows, and beta."""
     path_T = tl.cumsum(load_vector(_at(g, begin), own_T, within), axis=0)
-    return k_NT, path_T, load_vector(_at(beta, begin), own_T, within)
+    return path_T, load_vector(_at(beta, begin), own_T, within)
 
 
 @triton.jit
@@ -94,7 +92,7 @@ def _delta_chunk_solve_kernel(
     stride_k_m, stride_g_m, stride_beta_m,
     # meta
     HEADS_PER_K: tl.constexpr, STATE_DIM: tl.constexpr, CHUNK: tl.constexpr, BLOCK_S: tl.constexpr,
-    EXACT: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     slot = tl.program_id(0).to(tl.int64)
@@ -110,37 +108,55 @@ def _delta_chunk_solve_kernel(
     begin = start + (slot - start // CHUNK - sequence) * CHUNK
     if begin < end:
         dims_N, own_T = tl.arange(0, STATE_DIM), tl.arange(0, CHUNK)
-        tokens = (
-            (k_ptr + head // HEADS_PER_K * STATE_DIM, stride_k_m), (g_ptr + head, stride_g_m),
-            (beta_ptr + head, stride_beta_m),
-        )  # fmt: skip
-        k_NT, path_T, beta_T = _load_chunk(tokens, begin, own_T < end - begin, own_T, dims_N)
+        k = _at((k_ptr + head // HEADS_PER_K * STATE_DIM, stride_k_m), begin)
+        g, beta = (g_ptr + head, stride_g_m), (beta_ptr + head, stride_beta_m)
+        within = own_T < end - begin
+        k_NT = load_columns(k, own_T, within, dims_N)
+        path_T, beta_T = _load_gates(g, beta, begin, within, own_T)
         decay_JT = pair_decays(path_T, path_T, _causal(CHUNK)) * beta_T[None, :]
         system_JT = tl.dot(tl.trans(k_NT), k_NT, input_precision="ieee") * decay_JT
         system_JT = tl.where(own_T[:, None] == own_T[None, :], 0.0, system_JT)
-        inverse_JT = invert(system_JT, own_T, CHUNK - 1, CHUNK, EXACT)
-        solved_ptr += (slot * tl.num_programs(1) + head) * (2 * CHUNK * CHUNK)
-        ptrs = solved_ptr + own_T[:, None] * CHUNK + own_T[None, :]
-        if EXACT:
-            tl.store(ptrs, inverse_JT)
-        else:
-            high, low = halves(inverse_JT)
-            tl.store(ptrs, high)
-            tl.store(ptrs + CHUNK * CHUNK, low)
+        inverse_JT = invert(system_JT, own_T, CHUNK - 1, CHUNK, True)
+        solved_ptr += (slot * tl.num_programs(1) + head) * (CHUNK * CHUNK)
+        tl.store(solved_ptr + own_T[:, None] * CHUNK + own_T[None, :], inverse_JT)
 
 
 @triton.jit
-def _apply_inverse(right_PT, solved_ptr, own_T, CHUNK: tl.constexpr, EXACT: tl.constexpr):
-    """u [P, T] of a chunk."""
-    ptrs = solved_ptr + own_T[:, None] * CHUNK + own_T[None, :]
+def _thirds(wide):
+    """Three bf16 numbers whose sum an fp32 one is."""
+    high, rest = halves(wide)
+    low = (wide - high.to(tl.float32) - rest.to(tl.float32)).to(tl.bfloat16)
+    return high, rest, low
+
+
+@triton.jit
+def _dot_thirds(left, right, EXACT: tl.constexpr):
+    """left @ right, both fp32: in three bf16 parts each, but for products below fp32's digits.
+
+    What u of one chunk is rounded by, reflections carry on through a prompt.
+    """
     if EXACT:
-        u_PT = tl.dot(right_PT, tl.load(ptrs), input_precision="ieee")
+        total = tl.dot(left, right, input_precision="ieee")
     else:
-        high, low = halves(right_PT)
-        inverse_high = tl.load(ptrs)
-        u_PT = tl.dot(low, inverse_high, tl.dot(high, inverse_high))
-        u_PT = tl.dot(high, tl.load(ptrs + CHUNK * CHUNK), u_PT)
-    return u_PT
+        left_high, left_mid, left_low = _thirds(left)
+        right_high, right_mid, right_low = _thirds(right)
+        total = tl.dot(left_mid, right_mid, tl.dot(left_low, right_high))
+        total = tl.dot(left_high, right_low, total)
+        total = tl.dot(left_high, right_mid, tl.dot(left_mid, right_high, total))
+        total = tl.dot(left_high, right_high, total)
+    return total
+
+
+@triton.jit
+def _add_rows(state, weighted_PT, k_TN):
+    """The state with rows added: beside bf16 u enters in three parts, beside fp16 in two."""
+    if k_TN.dtype == tl.bfloat16:
+        high, mid, low = _thirds(weighted_PT)
+        state = tl.dot(mid, k_TN, tl.dot(low, k_TN, state))
+        state = tl.dot(high, k_TN, state)
+    else:
+        state = dot_wide(weighted_PT, k_TN, state)
+    return state
 
 
 @triton.jit
@@ -170,26 +186,26 @@ def _delta_chunk_scan_kernel(
     state_ptrs = state_ptr + dims_P[:, None] * STATE_DIM + dims_N[None, :]
     state = tl.load(state_ptrs).to(tl.float32)
     q, v = (q_ptr + k_base, stride_q_m), (v_ptr + v_base, stride_v_m)
-    tokens = (
-        (k_ptr + k_base, stride_k_m),
-        (g_ptr + head, stride_g_m),
-        (beta_ptr + head, stride_beta_m),
-    )
+    k = (k_ptr + k_base, stride_k_m)
+    g, beta = (g_ptr + head, stride_g_m), (beta_ptr + head, stride_beta_m)
     out = (out_ptr + v_base, stride_out_m)
     part = head * (HEAD_DIM // BLOCK_P) + tl.program_id(0)
     for begin in range(start, end, CHUNK):
         within = own_T < end - begin
-        k_NT, path_T, beta_T = _load_chunk(tokens, begin, within, own_T, dims_N)
+        path_T, beta_T = _load_gates(g, beta, begin, within, own_T)
+        k_NT = load_columns(_at(k, begin), own_T, within, dims_N)
         q_NT = load_columns(_at(q, begin), own_T, within, dims_N)
-        parts = split_state(state, EXACT)
+        k_TN = load_rows(_at(k, begin), own_T, within, dims_N)
         decay_T = tl.exp(path_T)
-        key_PT = dot_state(parts, k_NT, True)
-        o_PT = dot_state(parts, q_NT, False) * (decay_T * scale)[None, :]
+        parts = split_state(state, EXACT)
+        key_PT = dot_state(parts, k_NT)
+        o_PT = dot_state(parts, q_NT) * (decay_T * scale)[None, :]
         v_PT = load_columns(_at(v, begin), own_T, within, dims_P).to(tl.float32)
         right_PT = beta_T[None, :] * (v_PT - decay_T[None, :] * key_PT)
-        here_ptr = solved_ptr + (slot * tl.num_programs(1) + head) * (2 * CHUNK * CHUNK)
-        u_PT = _apply_inverse(right_PT, here_ptr, own_T, CHUNK, EXACT)
-        weight_JT = tl.dot(tl.trans(k_NT), q_NT, input_precision="ieee")
+        here_ptr = solved_ptr + (slot * tl.num_programs(1) + head) * (CHUNK * CHUNK)
+        inverse_JT = tl.load(here_ptr + own_T[:, None] * CHUNK + own_T[None, :])
+        u_PT = _dot_thirds(right_PT, inverse_JT, EXACT)
+        weight_JT = tl.dot(k_TN, q_NT, input_precision="ieee")
         weight_JT *= pair_decays(path_T, path_T, _causal(CHUNK)) * scale
         o_PT = dot_parts(u_PT, weight_JT, o_PT, EXACT)
         if z_ptr is None:
@@ -200,9 +216,7 @@ def _delta_chunk_scan_kernel(
             gate_and_store(o_PT, _at(out, begin), z, sums, own_T, within, dims_P)
         # c of rows that are not there is that of the last one.
         total = tl.min(path_T, axis=0)
-        k_TN = load_rows(_at(tokens[0], begin), own_T, within, dims_N)
-        weighted_PT = u_PT * tl.exp(total - path_T)[None, :]
-        state = dot_wide(weighted_PT, k_TN, state * tl.exp(total))
+        state = _add_rows(state * tl.exp(total), u_PT * tl.exp(total - path_T)[None, :], k_TN)
         slot += 1
     tl.store(state_ptrs, state.to(state_ptr.dtype.element_ty))
 
@@ -222,18 +236,14 @@ def delta_chunk_scan(
     device, exact = state_SHPN.device, out_MHP.dtype == torch.float32
     config = WIDE_CONFIG if exact or pdl.capability(device) >= 100 else CONFIG
     size, num_slots = config.chunk, len(out_MHP) // config.chunk + num_sequences
-    solved = torch.empty(
-        num_slots, num_heads, 2, size, size,
-        dtype=torch.float32 if exact else torch.bfloat16, device=device,
-    )  # fmt: skip
+    solved = torch.empty(num_slots, num_heads, size, size, device=device)
     q, k, v, g, beta = tokens
     options = {"num_stages": 1, **launch_options(device)}
     heads_per_k = num_heads // k.shape[1]
     kernel = _delta_chunk_solve_kernel[num_slots, num_heads](
         k, g, beta, offsets_S1, solved, num_sequences, k.stride(0), g.stride(0), beta.stride(0),
         HEADS_PER_K=heads_per_k, STATE_DIM=state_dim, CHUNK=size,
-        BLOCK_S=triton.next_power_of_2(num_sequences), EXACT=exact, num_warps=config.solve_warps,
-        **options,
+        BLOCK_S=triton.next_power_of_2(num_sequences), num_warps=config.solve_warps, **options,
     )  # fmt: skip
     prefer_shared(kernel, device, num_slots * num_heads)
     z, sums = gate or (None, None)

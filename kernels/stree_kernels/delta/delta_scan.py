@@ -35,19 +35,21 @@ class DeltaConfig:
     """How a launch is cut: rows of a tile, warps of 32 threads, most registers of a thread.
 
     With `solve_warps` a kernel of so many warps solves the system of each head beforehand.
+    `past_rows` accepted rows enter the state at once.
     """
 
     block_rows: int
     num_warps: int
     max_registers: int | None = None
     solve_warps: int | None = None
+    past_rows: int = 32
 
 
 # Never autotuned: the kernel updates the state in place, and one choice per size keeps decoding
 # reproducible. Each row is (few programs, many), measured on an H200 (docs/kernels.md).
 CONFIGS = (
     (DeltaConfig(16, 4), DeltaConfig(16, 4, 128)),
-    (DeltaConfig(32, 4), DeltaConfig(32, 4, 168, 4)),
+    (DeltaConfig(32, 4, past_rows=16), DeltaConfig(32, 4, 168, 4, 16)),
     (DeltaConfig(64, 4, 255, 4),) * 2,
 )
 # Before compute capability 9.0 tensor cores take both operands from registers: larger tiles would
@@ -57,8 +59,8 @@ OLDER_CONFIGS = ((DeltaConfig(16, 4),) * 2,)
 NEWEST_CONFIGS = ((DeltaConfig(64, 4, None, 4),) * 2,)
 NEWEST_TOKEN_CONFIG = DeltaConfig(1, 2)
 # For rows of a block whose earlier rows another pass has scored. Likewise.
-LATER_CONFIGS = ((DeltaConfig(32, 4),) * 2,)
-FP32_CONFIG = DeltaConfig(16, 8)
+LATER_CONFIGS = ((DeltaConfig(32, 4, past_rows=16),) * 2,)
+FP32_CONFIG = DeltaConfig(16, 8, past_rows=16)
 TOKEN_CONFIGS = (DeltaConfig(1, 4), DeltaConfig(1, 4, 128))
 FEW_PROGRAMS = 400
 """About three on each multiprocessor of an H200."""
@@ -133,8 +135,9 @@ def _launch(
     steps = [*strides(by_sequence, 0), *strides(past.rows, 1)]
     meta: dict[str, Any] = {
         "HEADS_PER_K": num_heads // rows.k_BRGN.shape[2], "HEAD_DIM": head_dim,
-        "STATE_DIM": state_dim, "BLOCK_P": block_p, "COMMIT": past.commit,
-        "num_warps": config.num_warps, "num_stages": 1, **launch_options(state.device),
+        "STATE_DIM": state_dim, "BLOCK_P": block_p, "BLOCK_L": config.past_rows,
+        "COMMIT": past.commit, "num_warps": config.num_warps, "num_stages": 1,
+        **launch_options(state.device),
     }  # fmt: skip
     if config.max_registers is not None:
         meta["maxnreg"] = config.max_registers
@@ -147,8 +150,9 @@ def _launch(
         steps += [*strides((*tokens, out, z, sums), 1), mask.stride(0)]
         kernel = delta_scan_kernel[grid](
             *pointers, mask, solved, state_dim**-0.5, past.start, first, num_rows, *steps,
-            BLOCK_T=config.block_rows, BLOCK_J=BLOCK_EARLIER, EARLIER=first > 0,
-            EXACT=out.dtype == torch.float32, **meta,
+            BLOCK_T=config.block_rows, BLOCK_J=BLOCK_EARLIER,
+            AHEAD=config.block_rows > 16 and first == 0,
+            PAIR=_pairs(config, first), EARLIER=first > 0, EXACT=out.dtype == torch.float32, **meta,
         )  # fmt: skip
     prefer_shared(kernel, state.device, grid[0] * num_heads * batch)
 
@@ -165,11 +169,16 @@ def _solve(
     kernel = delta_solve_kernel[num_heads, batch](
         *inputs, mask, solved, state_dim**-0.5, first, first + num_tokens, *strides(inputs, 0),
         *strides(inputs, 1), mask.stride(0), HEADS_PER_K=num_heads // num_groups,
-        STATE_DIM=state_dim, BLOCK_T=size, EARLIER=first > 0, num_warps=config.solve_warps,
-        num_stages=1, **launch_options(device),
+        STATE_DIM=state_dim, BLOCK_T=size, PAIR=_pairs(config, first), EARLIER=first > 0,
+        num_warps=config.solve_warps, num_stages=1, **launch_options(device),
     )  # fmt: skip
     prefer_shared(kernel, device, num_heads * batch)
     return solved
+
+
+def _pairs(config: DeltaConfig, first: int) -> bool:
+    """Say whether k and q enter a product as one block: larger tiles lack the registers for it."""
+    return config.block_rows <= 32 and first == 0
 
 
 def _check_sizes(state: Tensor, num_rows: int, past: DeltaPast, gate: Gate | None) -> None:

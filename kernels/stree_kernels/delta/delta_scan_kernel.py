@@ -19,12 +19,15 @@ import triton
 import triton.language as tl
 
 from stree_kernels.delta.device_functions import (
+    advance_ahead,
     advance_delta,
     count_rounds,
+    dot_keys,
     dot_parts,
-    dot_state,
+    dot_state_keys,
     gate_and_store,
     invert,
+    load_keys,
     pair_decays,
     split_state,
     substitute,
@@ -68,18 +71,18 @@ def _path_sum(rows_T, stop, g, mask, num_rows, BLOCK_J: tl.constexpr):
 
 
 @triton.jit
-def _weights(k_NT, q_NT, beta_T, path_T, mask_TT, rows_T, scale):
+def _weights(keys, beta_T, path_T, mask_TT, rows_T, scale, PAIR: tl.constexpr):
     """W [J, T] of the system and the weights [J, T] of u in o, within one tile."""
-    k_JN = tl.trans(k_NT)
     decay_JT = pair_decays(path_T, path_T, mask_TT)
-    system_JT = tl.dot(k_JN, k_NT, input_precision="ieee") * decay_JT * beta_T[None, :]
+    system_JT, weight_JT = dot_keys(keys[2], keys, PAIR)
+    system_JT *= decay_JT * beta_T[None, :]
     system_JT = tl.where(rows_T[:, None] == rows_T[None, :], 0.0, system_JT)
-    return system_JT, tl.dot(k_JN, q_NT, input_precision="ieee") * decay_JT * scale
+    return system_JT, weight_JT * decay_JT * scale
 
 
 @triton.jit
 def _owe_earlier(
-    rows, mask, first, num_rows, k_NT, q_NT, beta_T, path_T, rows_T, scale, dims_P, dims_N,
+    rows, mask, first, num_rows, keys, beta_T, path_T, rows_T, scale, dims_P, dims_N,
     BLOCK_J: tl.constexpr, BLOCK_P: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """What the right side and o of a tile owe to u of the rows before `first` [P, T]."""
@@ -94,10 +97,10 @@ def _owe_earlier(
         decay_JT = pair_decays(path_J, path_T, mask_JT)
         k_JN = load_rows(k, rows_J, before_J, dims_N)
         u_PJ = load_columns(u, rows_J, before_J, dims_P)
-        system_JT = tl.dot(k_JN, k_NT, input_precision="ieee") * decay_JT * beta_T[None, :]
-        right_PT = dot_parts(u_PJ, -system_JT, right_PT, EXACT)
-        weight_JT = tl.dot(k_JN, q_NT, input_precision="ieee") * decay_JT * scale
-        o_PT = dot_parts(u_PJ, weight_JT, o_PT, EXACT)
+        # Tiles behind the first one never pair k with q: they have no registers for it.
+        system_JT, weight_JT = dot_keys(k_JN, keys, False)
+        right_PT = dot_parts(u_PJ, -system_JT * decay_JT * beta_T[None, :], right_PT, EXACT)
+        o_PT = dot_parts(u_PJ, weight_JT * decay_JT * scale, o_PT, EXACT)
     return right_PT, o_PT
 
 
@@ -119,20 +122,25 @@ def _solved_tile(solved_ptr, right_PT, o_PT, own_T, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def _accepted_state(
-    state_ptrs, past, counts, dims_P, dims_N, owns, COMMIT: tl.constexpr
+    state_ptrs, past, counts, dims_P, dims_N, owns, COMMIT: tl.constexpr, BLOCK_L: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """The state's tile after all accepted rows; it is stored where they do not fit."""
-    state = tl.load(state_ptrs).to(tl.float32)
     total = counts[0] + counts[1]
     is_buffered = total <= BUFFERED
-    if COMMIT:
-        state = advance_delta(state, past, counts, total, dims_P, dims_N, owns, is_buffered)
-        if not is_buffered:
-            tl.store(state_ptrs, state.to(state_ptrs.dtype.element_ty))
-    else:
+    saves = is_buffered & COMMIT
+    if not COMMIT:
         # More rows than may be kept are in the state since this step's first pass.
         total = tl.where(is_buffered, total, 0)
-        state = advance_delta(state, past, counts, total, dims_P, dims_N, owns, False)
+    if AHEAD:
+        state = advance_ahead(
+            state_ptrs, past, counts, total, dims_P, dims_N, owns, saves, BLOCK_L
+        )  # fmt: skip
+    else:
+        state = tl.load(state_ptrs).to(tl.float32)
+        state = advance_delta(state, past, counts, total, dims_P, dims_N, owns, saves, BLOCK_L)
+    if COMMIT and not is_buffered:
+        tl.store(state_ptrs, state.to(state_ptrs.dtype.element_ty))
     return state
 
 
@@ -150,7 +158,8 @@ def delta_scan_kernel(
     # meta
     HEADS_PER_K: tl.constexpr, HEAD_DIM: tl.constexpr, STATE_DIM: tl.constexpr,
     BLOCK_P: tl.constexpr, COMMIT: tl.constexpr, PDL: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_J: tl.constexpr, EARLIER: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_L: tl.constexpr, AHEAD: tl.constexpr, PAIR: tl.constexpr,
+    EARLIER: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Commit accepted rows and score the tile of rows from `first` on; see `delta_scan`."""
     release_next(PDL)
@@ -193,13 +202,14 @@ def delta_scan_kernel(
     if solved_ptr is None:
         rounds = count_rounds(_load_mask(mask, rows_T, rows_T, num_rows, EARLIER), rows_T)
     if not EARLIER:
-        state = _accepted_state(state_ptrs, past, counts, dims_P, dims_N, owns, COMMIT)
+        state = _accepted_state(
+            state_ptrs, past, counts, dims_P, dims_N, owns, COMMIT, BLOCK_L, AHEAD
+        )  # fmt: skip
         if BLOCK_T <= 32:
             # Before the wait, and it frees the registers of the fp32 state.
             state = split_state(state, EXACT)
     wait_for_previous(PDL)
-    k_NT = load_columns(k, rows_T, within, dims_N)
-    q_NT = load_columns(q, own_T, within, dims_N)
+    keys = load_keys(k, q, first, num_rows, dims_N, BLOCK_T, PAIR)
     mask_TT = _load_mask(mask, rows_T, rows_T, num_rows, EARLIER)
     beta_T = load_vector(beta, own_T, within)
     g_T = load_vector(g, rows_T, within)
@@ -209,16 +219,19 @@ def delta_scan_kernel(
         # the rows before has stored of it is visible by now.
         path_T += _path_sum(rows_T, first, g, mask, num_rows, BLOCK_J)
         owed_PT, owed_o_PT = _owe_earlier(
-            (u, k, g), mask, first, num_rows, k_NT, q_NT, beta_T, path_T, rows_T, scale, dims_P,
+            (u, k, g), mask, first, num_rows, keys, beta_T, path_T, rows_T, scale, dims_P,
             dims_N, BLOCK_J, BLOCK_P, EXACT,
         )  # fmt: skip
-        state = _accepted_state(state_ptrs, past, counts, dims_P, dims_N, owns, COMMIT)
+        state = _accepted_state(
+            state_ptrs, past, counts, dims_P, dims_N, owns, COMMIT, BLOCK_L, AHEAD
+        )  # fmt: skip
     if EARLIER or BLOCK_T > 32:
         state = split_state(state, EXACT)
     v_PT = load_columns(v, own_T, within, dims_P).to(tl.float32)
     decay_T = tl.exp(path_T)
-    right_PT = beta_T[None, :] * (v_PT - decay_T[None, :] * dot_state(state, k_NT, True))
-    o_PT = dot_state(state, q_NT, solved_ptr is not None) * (decay_T * scale)[None, :]
+    key_PT, query_PT = dot_state_keys(state, keys, PAIR)
+    right_PT = beta_T[None, :] * (v_PT - decay_T[None, :] * key_PT)
+    o_PT = query_PT * (decay_T * scale)[None, :]
     if EARLIER:
         right_PT += owed_PT
         o_PT += owed_o_PT
@@ -226,7 +239,7 @@ def delta_scan_kernel(
         solved_ptr += (sequence * tl.num_programs(1) + head) * (4 * BLOCK_T * BLOCK_T)
         u_PT, o_PT = _solved_tile(solved_ptr, right_PT, o_PT, own_T, BLOCK_T)
     else:
-        system_JT, weight_JT = _weights(k_NT, q_NT, beta_T, path_T, mask_TT, rows_T, scale)
+        system_JT, weight_JT = _weights(keys, beta_T, path_T, mask_TT, rows_T, scale, PAIR)
         if EXACT:
             u_PT = substitute(right_PT, system_JT, rounds, True)
         else:
@@ -248,7 +261,7 @@ def delta_solve_kernel(
     stride_beta_t, stride_mask_r,
     # meta
     HEADS_PER_K: tl.constexpr, STATE_DIM: tl.constexpr, PDL: tl.constexpr, BLOCK_T: tl.constexpr,
-    EARLIER: tl.constexpr,
+    PAIR: tl.constexpr, EARLIER: tl.constexpr,
 ):  # fmt: skip
     """Leave (I + W)^-1 and the weights of u [J, T] of one head, each as two bf16 parts."""
     release_next(PDL)
@@ -267,13 +280,12 @@ def delta_solve_kernel(
     q = (q_ptr + sequence * stride_q_b + k_base, stride_q_t)
     g = (g_ptr + sequence * stride_g_b + head, stride_g_r)
     beta = (beta_ptr + sequence * stride_beta_b + head, stride_beta_t)
-    k_NT = load_columns(k, rows_T, within, dims_N)
-    q_NT = load_columns(q, own_T, within, dims_N)
+    keys = load_keys(k, q, first, num_rows, dims_N, BLOCK_T, PAIR)
     g_T = load_vector(g, rows_T, within)
     # Differences of c alone matter here, so ancestors before the tile do not.
     path_T = tl.sum(tl.where(mask_TT, g_T[:, None], 0.0), axis=0)
     system_JT, weight_JT = _weights(
-        k_NT, q_NT, load_vector(beta, own_T, within), path_T, mask_TT, rows_T, scale
+        keys, load_vector(beta, own_T, within), path_T, mask_TT, rows_T, scale, PAIR
     )
     inverse_JT = invert(system_JT, own_T, rounds, BLOCK_T, False)
     solved_ptr += (sequence * tl.num_programs(0) + head) * (4 * BLOCK_T * BLOCK_T)
@@ -298,7 +310,7 @@ def delta_token_kernel(
     stride_out_b, stride_z_b, stride_sums_b, stride_path_b, stride_u_r, stride_k_r, stride_g_r,
     # meta
     HEADS_PER_K: tl.constexpr, HEAD_DIM: tl.constexpr, STATE_DIM: tl.constexpr,
-    BLOCK_P: tl.constexpr, COMMIT: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_P: tl.constexpr, COMMIT: tl.constexpr, PDL: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """Commit accepted rows and score row 0, without tensor cores; arguments as in `delta_scan`."""
     release_next(PDL)
@@ -309,7 +321,8 @@ def delta_token_kernel(
     k_base, v_base = head // HEADS_PER_K * STATE_DIM, head * HEAD_DIM
     state_ptr += sequence * stride_state_b + v_base * STATE_DIM
     state_ptrs = state_ptr + dims_P[:, None] * STATE_DIM + dims_N[None, :]
-    state = tl.load(state_ptrs).to(tl.float32)
+    # Nothing reads it again before the next step.
+    state = tl.load(state_ptrs, eviction_policy="evict_first").to(tl.float32)
     counts = (tl.load(num_buffered_ptr + sequence), tl.load(length_ptr + sequence))
     past = (
         (past_u_ptr + sequence * stride_u_b + v_base, stride_u_r),
@@ -322,7 +335,9 @@ def delta_token_kernel(
     total = counts[0] + counts[1]
     is_buffered = total <= BUFFERED
     if COMMIT and not is_buffered:
-        state = advance_delta(state, past, counts, total, dims_P, dims_N, owns, False)
+        state = advance_delta(
+            state, past, counts, total, dims_P, dims_N, owns, False, BLOCK_L
+        )  # fmt: skip
         rounded = state.to(state_ptr.dtype.element_ty)
         tl.store(state_ptrs, rounded)
         state = rounded.to(tl.float32)
@@ -341,10 +356,12 @@ def delta_token_kernel(
     own_decay = tl.exp(tl.load(g_ptr + sequence * stride_g_b + head))
     beta = tl.load(beta_ptr + sequence * stride_beta_b + head)
     k_LN = k_LN.to(tl.float32)
+    past_key_L = tl.sum(k_LN * k_N[None, :], axis=1)
+    past_query_L = tl.sum(k_LN * q_N[None, :], axis=1)
     key_P = tl.exp(decay) * tl.sum(state * k_N[None, :], axis=1)
-    key_P += tl.sum(u_PL * tl.sum(k_LN * k_N[None, :], axis=1)[None, :], axis=1)
+    key_P += tl.sum(u_PL * past_key_L[None, :], axis=1)
     query_P = tl.exp(decay) * tl.sum(state * q_N[None, :], axis=1)
-    query_P += tl.sum(u_PL * tl.sum(k_LN * q_N[None, :], axis=1)[None, :], axis=1)
+    query_P += tl.sum(u_PL * past_query_L[None, :], axis=1)
     u_P = beta * (v_P - own_decay * key_P)
     o_P = (own_decay * query_P + u_P * tl.sum(k_N * q_N, axis=0)) * scale
     tl.store(u_ptr + sequence * stride_u_b + v_base + dims_P, u_P)

@@ -14,7 +14,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from stree_kernels.ssm.device_functions import BUFFERED, dot_wide, halves, keep_rows, load_past
+from stree_kernels.ssm.device_functions import (
+    dot_wide,
+    halves,
+    keep_rows,
+    load_columns,
+    load_past,
+    load_rows,
+)
 
 
 @triton.jit
@@ -43,11 +50,8 @@ def split_state(state, EXACT: tl.constexpr):
 
 
 @triton.jit
-def dot_state(parts, right, WIDE: tl.constexpr):
-    """state @ right: of both parts with WIDE, for u; of the high one alone, for o.
-
-    fp16 on the right is taken apart as well, and then both parts serve.
-    """
+def dot_state(parts, right):
+    """state @ right, of both parts; fp16 on the right is taken apart as well."""
     if right.dtype == tl.float32:
         total = tl.dot(parts[0], right, input_precision="ieee")
     elif right.dtype == tl.float16:
@@ -55,10 +59,62 @@ def dot_state(parts, right, WIDE: tl.constexpr):
         total = tl.dot(parts[1], right_high, tl.dot(parts[0], right_high))
         total = tl.dot(parts[0], right_low, total)
     else:
-        total = tl.dot(parts[0], right)
-        if WIDE:
-            total = tl.dot(parts[1], right, total)
+        total = tl.dot(parts[1], right, tl.dot(parts[0], right))
     return total
+
+
+@triton.jit
+def load_keys(k, q, first, num_rows, dims_N, BLOCK_T: tl.constexpr, PAIR: tl.constexpr):
+    """k of the rows from `first` on and q, which begins there, as columns; k as rows too.
+
+    With PAIR the columns are one block [N, 2 T], given twice: one product serves both.
+    """
+    row = tl.arange(0, BLOCK_T)
+    within = first + row < num_rows
+    if PAIR:
+        column = tl.arange(0, 2 * BLOCK_T)
+        of_row = column % BLOCK_T
+        k_ptrs = k[0] + (first + of_row)[None, :] * k[1] + dims_N[:, None]
+        q_ptrs = q[0] + of_row[None, :] * q[1] + dims_N[:, None]
+        ptrs = tl.where((column < BLOCK_T)[None, :], k_ptrs, q_ptrs)
+        k_NT = tl.load(ptrs, mask=(first + of_row < num_rows)[None, :], other=0.0)
+        q_NT = k_NT
+        k_JN = load_rows(k, first + row, within, dims_N)
+    else:
+        k_NT = load_columns(k, first + row, within, dims_N)
+        q_NT = load_columns(q, row, within, dims_N)
+        k_JN = tl.trans(k_NT)
+    return k_NT, q_NT, k_JN
+
+
+@triton.jit
+def dot_keys(rows, keys, PAIR: tl.constexpr):
+    """rows @ k and rows @ q of what `load_keys` has loaded."""
+    if PAIR:
+        of_k, of_q = _split_pair(tl.dot(rows, keys[0], input_precision="ieee"))
+    else:
+        of_k = tl.dot(rows, keys[0], input_precision="ieee")
+        of_q = tl.dot(rows, keys[1], input_precision="ieee")
+    return of_k, of_q
+
+
+@triton.jit
+def dot_state_keys(parts, keys, PAIR: tl.constexpr):
+    """state @ k and state @ q [P, T], with both parts of the state."""
+    if PAIR:
+        of_k, of_q = _split_pair(dot_state(parts, keys[0]))
+    else:
+        of_k = dot_state(parts, keys[0])
+        of_q = dot_state(parts, keys[1])
+    return of_k, of_q
+
+
+@triton.jit
+def _split_pair(product):
+    """The two halves of a product's columns."""
+    rows: tl.constexpr = product.shape[0]
+    columns: tl.constexpr = product.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(product, [rows, 2, columns]), [0, 2, 1]))
 
 
 @triton.jit
@@ -68,17 +124,36 @@ def pair_decays(path_J, path_T, mask_JT):
 
 
 @triton.jit
-def advance_delta(state, past, counts, total, dims_P, dims_N, owns, saves):
-    """The state tile [P, N] after the first `total` accepted rows, which may be none.
+def advance_delta(
+    state, past, counts, total, dims_P, dims_N, owns, saves, BLOCK_L: tl.constexpr
+):  # fmt: skip
+    """The state tile [P, N] after the first `total` accepted rows, BLOCK_L at a time.
 
     With `saves` the path's rows are stored behind the buffered ones.
     """
-    for begin in range(0, tl.maximum(total, 1), BUFFERED):
-        position = begin + tl.arange(0, BUFFERED)
+    for begin in range(0, tl.maximum(total, 1), BLOCK_L):
+        position = begin + tl.arange(0, BLOCK_L)
         u_PL, g_L, k_LN, in_path = load_past(position, past, counts, dims_P, dims_N)
         keep_rows(position, past, u_PL, g_L, k_LN, in_path & saves, dims_P, dims_N, owns)
         u_PL, after_L, decay = weigh_delta(position, total, u_PL, g_L)
         state = dot_wide(u_PL * tl.exp(after_L)[None, :], k_LN, state * tl.exp(decay))
+    return state
+
+
+@triton.jit
+def advance_ahead(
+    state_ptrs, past, counts, total, dims_P, dims_N, owns, saves, BLOCK_L: tl.constexpr
+):  # fmt: skip
+    """`advance_delta`, with rows loaded before the state and a block ahead of their use."""
+    position = tl.arange(0, BLOCK_L)
+    u_PL, g_L, k_LN, in_path = load_past(position, past, counts, dims_P, dims_N)
+    state = tl.load(state_ptrs, eviction_policy="evict_first").to(tl.float32)
+    for begin in range(0, tl.maximum(total, 1), BLOCK_L):
+        here = begin + position
+        keep_rows(here, past, u_PL, g_L, k_LN, in_path & saves, dims_P, dims_N, owns)
+        u_PL, after_L, decay = weigh_delta(here, total, u_PL, g_L)
+        state = dot_wide(u_PL * tl.exp(after_L)[None, :], k_LN, state * tl.exp(decay))
+        u_PL, g_L, k_LN, in_path = load_past(here + BLOCK_L, past, counts, dims_P, dims_N)
     return state
 
 
