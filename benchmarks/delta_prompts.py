@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from delta_data import SHAPES, DeltaShape, make_inputs
+from delta_data import SHAPES, DeltaInputs, make_inputs
 from delta_peers import load_delta_peers
 from gate import require_green
 from layer_data import relative_error
@@ -24,8 +24,8 @@ from report import RESULTS, Row, header, print_table, save, table
 from timing import time_calls
 from torch import Tensor
 
-from stree_kernels import delta_chunk_scan, delta_chunk_scan_ref
-from stree_kernels.delta_chunk_scan_ref import PackedTokens
+from stree_kernels.delta import delta_chunk_scan, delta_chunk_scan_ref
+from stree_kernels.delta.delta_chunk_scan_ref import PackedTokens
 
 SIZES = ((1, 512), (1, 4096), (8, 512), (32, 512))
 """Prompts and tokens of each."""
@@ -42,11 +42,13 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("kernels are timed on a CUDA device, there is none; run this on a GPU")
     gate = require_green(skip=options.skip_gate)
+    device = torch.device("cuda", torch.cuda.current_device())
     peers = load_delta_peers(options.peers)
     rows: list[Row] = []
     with torch.inference_mode():
         for batch, length in SIZES:
-            rows.append(measure(SHAPES["qwen3-next"], batch, length, peers.ops.get("fla_chunk")))
+            inputs = make_inputs(SHAPES["qwen3-next"], batch, length, 1, device)
+            rows.append(measure(inputs, peers.ops.get("fla_chunk")))
             save(options.output, header(peers.versions, gate), rows)
     print(table(rows, SHOWN), end="")
 
@@ -60,10 +62,10 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(shape: DeltaShape, batch: int, length: int, fla: Callable[..., Any] | None) -> Row:
+def measure(inputs: DeltaInputs, fla: Callable[..., Any] | None) -> Row:
     """Return one row: check both ops against float64, then time them in turns."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    buffer = make_inputs(shape, batch, length, 1, device).buffers[0]
+    shape, batch, length, device = inputs.shape, inputs.batch, inputs.tokens, inputs.device
+    buffer = inputs.buffers[0]
     q, v, beta = buffer.tokens
     parts = (q, buffer.rows.k_BRGN, v, buffer.rows.g_BRH, beta)
     tokens = PackedTokens(*(tensor.flatten(0, 1).contiguous() for tensor in parts))

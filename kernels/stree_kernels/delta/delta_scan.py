@@ -42,14 +42,14 @@ class DeltaConfig:
     num_warps: int
     max_registers: int | None = None
     solve_warps: int | None = None
-    past_rows: int = 32
+    past_rows: int = 16
 
 
 # Never autotuned: the kernel updates the state in place, and one choice per size keeps decoding
 # reproducible. Each row is (few programs, many), measured on an H200 (docs/kernels.md).
 CONFIGS = (
-    (DeltaConfig(16, 4), DeltaConfig(16, 4, 128)),
-    (DeltaConfig(32, 4, past_rows=16), DeltaConfig(32, 4, 168, 4, 16)),
+    (DeltaConfig(16, 4, None, None, 32), DeltaConfig(16, 4, 128, None, 32)),
+    (DeltaConfig(32, 4), DeltaConfig(32, 4, 168, 4)),
     (DeltaConfig(64, 4, 255, 4),) * 2,
 )
 # Before compute capability 9.0 tensor cores take both operands from registers: larger tiles would
@@ -59,9 +59,9 @@ OLDER_CONFIGS = ((DeltaConfig(16, 4),) * 2,)
 NEWEST_CONFIGS = ((DeltaConfig(64, 4, None, 4),) * 2,)
 NEWEST_TOKEN_CONFIG = DeltaConfig(1, 2)
 # For rows of a block whose earlier rows another pass has scored. Likewise.
-LATER_CONFIGS = ((DeltaConfig(32, 4, past_rows=16),) * 2,)
-FP32_CONFIG = DeltaConfig(16, 8, past_rows=16)
-TOKEN_CONFIGS = (DeltaConfig(1, 4), DeltaConfig(1, 4, 128))
+LATER_CONFIGS = ((DeltaConfig(32, 4),) * 2,)
+FP32_CONFIG = DeltaConfig(16, 8)
+TOKEN_CONFIGS = (DeltaConfig(1, 4, None, None, 32), DeltaConfig(1, 4, 128, None, 32))
 FEW_PROGRAMS = 400
 """About three on each multiprocessor of an H200."""
 BLOCK_EARLIER = 16
