@@ -1,7 +1,8 @@
 """What the kernels of gated delta layers share: products, replay, and the triangular system.
 
-A source is a pair (pointer at this sequence and head, row stride), as in `ssm.device_functions`. Rows lie in
-columns, so the system is u (I + W) = r with W [J, T] strictly upper: rows J before rows T.
+A source is a pair (pointer at this sequence and head, row stride), as in `ssm.device_functions`.
+Rows lie in columns, so the system is u (I + W) = r with W [J, T] strictly upper: rows J before
+rows T.
 
 Shape letters: T rows, J their ancestors, L accepted rows that are not in the state, P value head
 dim, N key head dim.
