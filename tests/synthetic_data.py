@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from stree_autotune.cost.memory import USABLE_SHARE, MemoryLimit
+from stree_autotune.cost.memory import MemoryModel
 from stree_autotune.store.library import trace_file_name
 from stree_autotune.store.runtime_table import (
     OFF,
@@ -238,8 +239,13 @@ def make_profile(*rows: PolicyRow) -> Profile:
     )
 
 
-def limit_at(tree: Tree, batch_size: int) -> MemoryLimit:
-    """Return a memory that has just room for a tree."""
+def memory_of(table: RuntimeTable, memory_bytes: float = math.inf) -> MemoryModel:
+    """The memory model of a table's pair on a GPU with so much."""
+    model = MemoryModel(table.target, table.draft, table.context, table.gpu)
+    return replace(model, memory_bytes=memory_bytes)
+
+
+def memory_for(tree: Tree, batch_size: int) -> MemoryModel:
+    """A memory that has just room for a tree."""
     table = make_table()
-    needed = MemoryLimit(table.target, table.draft, 1024).needed_bytes(batch_size, tree)
-    return MemoryLimit(table.target, table.draft, 1024, "toy", needed / USABLE_SHARE + 1)
+    return memory_of(table, memory_of(table).needed(batch_size, [tree]).total)

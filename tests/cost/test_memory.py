@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from mtp_models import bamba_with_head
 from safetensors.torch import load_file
-from synthetic_data import make_table
+from synthetic_data import make_table, memory_of
 from tiny_models import save_pair
 
-from stree_autotune.cost.memory import CHAINS, fits, largest_batch, needed_bytes
+from stree_autotune.cost.memory import CHAINS, MemoryModel
 from stree_autotune.cost.traffic import model_cost
 from stree_autotune.store.gpu_spec import load_gpu_spec
 from stree_autotune.store.library import Library, shipped_root
-from stree_autotune.store.runtime_table import RuntimeTable, load_runtime_table
+from stree_autotune.store.runtime_table import RuleKey, RuntimeTable, load_runtime_table
 from stree_core.drafting import prefill
 from stree_core.drafting.pair import Pair, Runtime, load_pair
 from stree_core.engine.engine import Engine, EngineConfig
@@ -26,16 +27,11 @@ from stree_core.tree import DEFAULT_TREE, Tree
 LARGE = Tree.from_paths([[i] for i in range(32)] + [[i, 0] for i in range(32)])
 
 
-def table_of(pair: Pair, context: int) -> RuntimeTable:
+def model_of(pair: Pair, context: int) -> MemoryModel:
     element = pair.target.dtype.itemsize
-    return make_table().model_copy(
-        update={
-            "target": model_cost(pair.target.shape, pair.target_ref, element),
-            "draft": model_cost(pair.draft.shape, pair.draft_ref, element),
-            "context": context,
-            "gpu": pair.device.type,
-        }
-    )
+    target = model_cost(pair.target.shape, pair.target_ref, element)
+    draft = model_cost(pair.draft.shape, pair.draft_ref, element)
+    return MemoryModel(target, draft, context, pair.device.type)
 
 
 def test_caches_are_those_of_an_engine(tmp_path: Path) -> None:
@@ -49,9 +45,9 @@ def test_caches_are_those_of_an_engine(tmp_path: Path) -> None:
         (2, 80, (DEFAULT_TREE, Tree.chain(8), LARGE)),
     ):
         engine = Engine(pair.target, pair.draft, trees, EngineConfig(batch_size, context))
-        found = needed_bytes(table_of(pair, context), batch_size, trees)
+        found = model_of(pair, context).needed(batch_size, trees)
         assert found.caches == engine.needed_bytes() == engine.cache_bytes
-        longer = needed_bytes(table_of(pair, context), batch_size, trees, context=2 * context)
+        longer = model_of(pair, 2 * context).needed(batch_size, trees)
         assert longer.caches > found.caches
 
 
@@ -61,7 +57,7 @@ def test_caches_of_a_head_are_those_of_an_engine(tmp_path: Path) -> None:
     pair = headed.pair
     for batch_size, trees in ((3, (Tree.chain(5), Tree.chain(0))), (2, (DEFAULT_TREE, LARGE))):
         engine = Engine(pair.target, pair.draft, trees, EngineConfig(batch_size, 80))
-        found = needed_bytes(table_of(pair, 80), batch_size, trees)
+        found = model_of(pair, 80).needed(batch_size, trees)
         assert found.caches == engine.needed_bytes() == engine.cache_bytes
         loaded = load_file(headed.folder / "model.safetensors")
         assert found.weights == 8 * sum(tensor.numel() for tensor in loaded.values())
@@ -76,10 +72,11 @@ def test_the_largest_batch_is_the_last_that_fits() -> None:
     batches = []
     for gpu in ("rtx4090", "l40s", "h100", "h200"):
         spec = load_gpu_spec(shipped_root() / "gpus" / f"{gpu}.yaml")
-        for rule in ("greedy", "mss_truncated"):
-            most = largest_batch(table, spec, LARGE, rule)
-            assert fits(table, spec, most, LARGE, rule)
-            assert not fits(table, spec, most + 1, LARGE, rule)
+        rules: tuple[RuleKey, ...] = ("greedy", "mss_truncated")
+        for rule in rules:
+            memory = replace(memory_of(table, spec.memory_gb * 1e9), rule=rule)
+            most = memory.largest_batch(LARGE)
+            assert memory.excess(most, LARGE) <= 0 < memory.excess(most + 1, LARGE)
             batches.append(most)
     greedy, sampled = batches[::2], batches[1::2]
     assert greedy == sorted(greedy)
@@ -93,9 +90,9 @@ def test_a_model_larger_than_the_memory_fits_nowhere() -> None:
     table = make_table()
     large = table.target.model_copy(update={"held_bytes": 10**12})
     table = table.model_copy(update={"target": large})
-    spec = load_gpu_spec(shipped_root() / "gpus" / "b200.yaml")
-    assert largest_batch(table, spec, Tree.chain(2)) == 0
-    assert not fits(table, spec, 1, Tree.chain(2))
+    memory = memory_of(table, 192e9)
+    assert memory.largest_batch(Tree.chain(2)) == 0
+    assert memory.excess(1, Tree.chain(2)) > 0
 
 
 @pytest.mark.gpu
@@ -113,7 +110,7 @@ def test_the_bound_is_what_a_device_allocates(batch_size: int) -> None:
     for _ in range(3):
         engine.step()
     taken = torch.cuda.max_memory_allocated() - before
-    found = needed_bytes(table_of(pair, 1024), batch_size, [LARGE])
+    found = model_of(pair, 1024).needed(batch_size, [LARGE])
     weights = sum(
         model.shape.num_parameters * pair.target.dtype.itemsize
         for model in (pair.target, pair.draft)

@@ -131,9 +131,9 @@ def test_residuals_reach_the_neighbours() -> None:
 
 
 def test_a_tree_that_does_not_fit_is_not_measured(space: TreeSpace) -> None:
-    from synthetic_data import limit_at
+    from synthetic_data import memory_for
 
     world = World(9)
-    result = live(space, world, SearchSetting(20, memory=limit_at(Tree.chain(6), 1))).run(1)
+    result = live(space, world, SearchSetting(20, memory=memory_for(Tree.chain(6), 1))).run(1)
     assert max(tree.num_nodes for tree in world.first_looks) == 6
     assert result.search.best.tree.num_nodes <= 6

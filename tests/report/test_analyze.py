@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 from synthetic import FakeCost, latent_trace, trace_of
-from synthetic_data import make_table, make_trace, write_library
+from synthetic_data import make_table, make_trace, memory_for, write_library
 
 from stree_autotune.cli.commands import main
-from stree_autotune.cost.memory import USABLE_SHARE, MemoryLimit
 from stree_autotune.report.analyze import Scaling, scaling
 from stree_autotune.search.tree_space import OFF, TreeSpace
 from stree_autotune.trace.tree_walk import walk
@@ -58,15 +57,11 @@ def test_sizes_are_those_of_the_best_surveyed_tree() -> None:
 
 
 def test_sizes_that_do_not_fit_are_left_out() -> None:
-    table = make_table()
-    limit = MemoryLimit(table.target, table.draft, 1024, "toy")
+    memory = memory_for(Tree.chain(3), 2)
     space = perfect_chain()
-    fits, too_large = (Tree.chain(n) for n in (3, 4))
-    assert limit.needed_bytes(2, too_large) > limit.needed_bytes(2, fits)
-    memory = limit.needed_bytes(2, fits) / USABLE_SHARE
-    limit = MemoryLimit(table.target, table.draft, 1024, "toy", memory)
+    assert memory.excess(2, Tree.chain(4)) > 0
     cost = FakeCost(pad=16, per_level_ms=0.0)
-    assert scaling(space, cost, 2, limit).best.nodes == 3
+    assert scaling(space, cost, 2, memory).best.nodes == 3
 
 
 @pytest.fixture

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 from optuna.trial import TrialState
 from synthetic import FakeCost, latent_trace
-from synthetic_data import limit_at, make_table
+from synthetic_data import make_table, memory_for, memory_of
 
-from stree_autotune.cost.memory import MemoryLimit
 from stree_autotune.search.study import (
     NUM_TRIALS,
     SearchSetting,
@@ -45,7 +44,7 @@ def test_a_tree_that_does_not_fit_is_never_proposed(space: TreeSpace) -> None:
     free = search_batch(space, FREE, 4, seed=0)
     assert free.best.tree.num_nodes == 16
     assert "--max-nodes 16 binds" in binding_limit(free, space, SearchSetting())
-    setting = SearchSetting(memory=limit_at(Tree.chain(5), 4))
+    setting = SearchSetting(memory=memory_for(Tree.chain(5), 4))
     tight = search_batch(space, FREE, 4, setting, seed=0)
     assert max(trial.tree.num_nodes for trial in tight.trials) == 5
     assert tight.too_large is not None
@@ -54,23 +53,22 @@ def test_a_tree_that_does_not_fit_is_never_proposed(space: TreeSpace) -> None:
 
 
 def test_the_verdict_names_the_limit(trace: Trace) -> None:
-    setting = SearchSetting(memory=limit_at(Tree.chain(5), 4))
+    setting = SearchSetting(memory=memory_for(Tree.chain(5), 4))
     (decision,) = decide_policy(trace, FREE, (4,), max_nodes=16, seed=0, setting=setting)
     assert 0 < decision.tree.num_nodes <= 5
     assert "memory binds" in decision.reason
-    only_off = SearchSetting(memory=limit_at(OFF, 4))
+    only_off = SearchSetting(memory=memory_for(OFF, 4))
     (decision,) = decide_policy(trace, FREE, (4,), max_nodes=16, seed=0, setting=only_off)
     assert decision.verdict == "off"
     assert "no speculation fits" in decision.reason
-    table = make_table()
-    nothing = SearchSetting(memory=MemoryLimit(table.target, table.draft, 1024, "toy", 1e6))
+    nothing = SearchSetting(memory=memory_of(make_table(), 1e6))
     with pytest.raises(NoFeasibleTree, match="lower --batch-size or --context"):
         decide_policy(trace, FREE, (4,), max_nodes=16, seed=0, setting=nothing)
 
 
 def test_memory_is_a_constraint_of_the_study(space: TreeSpace, tmp_path: Path) -> None:
     place = StudyPlace(open_storage(str(tmp_path / "a.journal")), "toy")
-    setting = SearchSetting(NUM_TRIALS, place, limit_at(Tree.chain(5), 4))
+    setting = SearchSetting(NUM_TRIALS, place, memory_for(Tree.chain(5), 4))
     search_batch(space, FREE, 4, setting, seed=0)
     trials = place.open(4).get_trials(states=(TrialState.COMPLETE,))
     assert len(trials) == NUM_TRIALS

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from stree_kernels.lazy import exports
 
 if TYPE_CHECKING:
-    from stree_autotune.cost.memory import MemoryLimit as MemoryLimit
+    from stree_autotune.cost.memory import MemoryModel as MemoryModel
     from stree_autotune.cost.step_cost import StepCost as StepCost
     from stree_autotune.cost.table_cost import runtime_cost as runtime_cost
     from stree_autotune.cost.terms import PER_TOKENS as PER_TOKENS
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = exports(
     __name__,
     {
-        "memory": ["MemoryLimit"],
+        "memory": ["MemoryModel"],
         "step_cost": ["StepCost"],
         "table_cost": ["runtime_cost"],
         "terms": ["PER_TOKENS"],

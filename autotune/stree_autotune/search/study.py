@@ -15,7 +15,7 @@ import optuna
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import TrialState
 
-from stree_autotune.cost import MemoryLimit
+from stree_autotune.cost import MemoryModel
 from stree_autotune.search.tree_solver import MAX_DEPTH, refine
 from stree_autotune.search.tree_space import OFF, Cell, TreeSpace
 from stree_core.errors import (
@@ -279,7 +279,7 @@ class SearchSetting:
 
     num_trials: int = NUM_TRIALS
     place: StudyPlace = field(default_factory=StudyPlace)
-    memory: MemoryLimit | None = None
+    memory: MemoryModel | None = None
 
     def excess(self, batch_size: int, tree: Tree) -> float:
         """Return by which share of the memory a tree is too large; 0 or less means it fits."""
@@ -304,7 +304,8 @@ class Candidates:
         if memory is not None and self.excess(OFF) > 0:
             raise NoFeasibleTree(
                 f"batch size {self.batch_size} needs {memory.describe(self.batch_size, OFF)}, even "
-                "without a draft; lower --batch-size or --context"
+                f"without a draft, and {memory.largest_batch(OFF)} sequences fit; lower "
+                "--batch-size or --context"
             )
 
     def excess(self, tree: Tree) -> float:

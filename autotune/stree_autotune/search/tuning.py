@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from stree_autotune.cost import MemoryLimit, StepCost, runtime_cost
+from stree_autotune.cost import MemoryModel, StepCost, runtime_cost
 from stree_autotune.search.certificate import Certificate, certificate_path, load_certificate
 from stree_autotune.search.request import TuneRequest, probe_command_of, within_measured
 from stree_autotune.search.study import NUM_TRIALS, SearchSetting, StudyPlace, Trial, open_storage
@@ -19,6 +19,7 @@ from stree_autotune.store import (
     provenance,
     require_same_model,
     require_same_shape,
+    rule_key,
 )
 from stree_autotune.trace import Trace, load_trace
 from stree_core.errors import ConfigError
@@ -132,7 +133,7 @@ class Question:
     runtime: Runtime
     acceptance: Acceptance
     refs: tuple[ModelRef, ModelRef]
-    memory: MemoryLimit
+    memory: MemoryModel
 
     @property
     def trace(self) -> Trace:
@@ -230,10 +231,15 @@ def ask(request: TuneRequest) -> Question:
     refs = _require_one_pair(library, request, runtime, acceptance.trace, acceptance.source)
     runtime.cost.require(request.batch_sizes, request.max_nodes)
     table = runtime.table
-    memory = MemoryLimit(table.target, table.draft, request.context)
     spec = library.gpu_spec(request.gpu)
-    if spec is not None:
-        memory = replace(memory, gpu=spec.name, memory_bytes=1e9 * spec.memory_gb)
+    memory = MemoryModel(
+        table.target,
+        table.draft,
+        request.context,
+        request.gpu,
+        rule_key(request.sampling),
+        math.inf if spec is None else spec.memory_gb * 1e9,
+    )
     return Question(request, runtime, acceptance, refs, memory)
 
 
