@@ -16,7 +16,7 @@ import numpy as np
 from stree_autotune.cost.roofline import Sample, fit, log_errors, samples_of
 from stree_autotune.cost.step_cost import StepCost
 from stree_autotune.store.gpu_spec import GpuSpec
-from stree_autotune.store.runtime_table import OFF, Point, RuntimeTable
+from stree_autotune.store.runtime_table import Point, RuntimeTable
 
 PASSES = ("verify", "draft", "draft_root")
 
@@ -106,6 +106,6 @@ def _steps_without_batch_size(
             if step.batch_size == left_out and step.rule == "greedy":
                 tree = table.trees[step.tree].build()
                 predicted = rest.step_ms(left_out, tree, step.tokens_per_step)
-                kind = "off" if step.tree == OFF else "speculating"
+                kind = "off" if step.is_off else "speculating"
                 errors[kind].append(predicted / step.ms - 1)
     return [Accuracy.of("batch size", kind, found) for kind, found in errors.items() if found]

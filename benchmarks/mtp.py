@@ -28,13 +28,12 @@ from stree_core.engine.rules import SamplingSupport
 from stree_core.engine.sampling import SamplingParams
 from stree_core.engine.session import Request
 from stree_core.engine.stop import StopRule
-from stree_core.tree import DEFAULT_TREE, Tree
+from stree_core.tree import DEFAULT_TREE, OFF, Tree
 
 WIDE = Tree.from_paths([[i] for i in range(8)] + [[i, j] for i in range(4) for j in (0, 1)])
 TREES = {f"chain {k}": Tree.chain(k) for k in range(1, 6)} | {
     "published tree": DEFAULT_TREE, "ragged tree": RAGGED, "wide tree": WIDE,
 }  # fmt: skip
-OFF = Tree.chain(0)
 CONTEXT, FEWEST_PROMPTS = 768, 8
 SHOWN = ("draft", "batch", "mode", "tree", "tokens_per_step", "step_ms", "tokens_per_s")
 

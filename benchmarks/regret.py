@@ -28,14 +28,13 @@ from stree_autotune.live.tuning import decide_live, live_search, open_question_p
 from stree_autotune.probe.timing import Effort
 from stree_autotune.search.request import TuneRequest
 from stree_autotune.search.study import Trial, search_batch
-from stree_autotune.search.tree_space import OFF
 from stree_autotune.search.tuning import Question, ask
 from stree_autotune.search.verdict import decide_policy
 from stree_autotune.store.origin import git_sha, utc_now, versions
 from stree_core.drafting.pair import Pair, device_name, short_gpu_name
 from stree_core.models.backend import resolve_device
 from stree_core.profile import Sampling
-from stree_core.tree import Tree
+from stree_core.tree import OFF, Tree
 
 PAIRS = {
     "demo": ("demo-target", "demo-draft", "demo", ""),

@@ -12,13 +12,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from stree_core.errors import ConfigError, TreeError
 from stree_core.files import dump_yaml, load_yaml, require_place, write_atomically
 from stree_core.shown_text import clean_command, require_printable
-from stree_core.tree import MAX_NODES, Tree
+from stree_core.tree import MAX_NODES, Tree, Verdict
 
 MAX_BATCH_SIZE = 1 << 16
 MAX_CONTEXT = 1 << 26
 MAX_SEED = (1 << 63) - 1
 
-Verdict = Literal["off", "chain", "tree"]
 Status = Literal["measured", "estimated"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Printable = AfterValidator(require_printable)
@@ -151,8 +150,7 @@ class PolicyRow(Strict):
 
     @model_validator(mode="after")
     def _verdict_fits_tree(self) -> PolicyRow:
-        tree = self.tree.build()
-        kind = "off" if tree.num_nodes == 0 else "chain" if tree.is_chain else "tree"
+        kind = self.tree.build().kind
         if kind != self.verdict:
             raise ValueError(f"verdict {self.verdict} must match its paths, which are {kind}")
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,8 @@ MAX_NODES = 255
 """Draft nodes of one tree, root not counted: a verify pass takes at most 256 tokens."""
 
 Path = tuple[int, ...]
+Verdict = Literal["off", "chain", "tree"]
+"""How to decode: without speculation, or with which kind of tree."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,19 @@ class Tree:
     def is_chain(self) -> bool:
         """True when no node has a sibling (the root alone counts as a chain)."""
         return self.parents == tuple(range(-1, self.num_nodes))
+
+    @property
+    def kind(self) -> Verdict:
+        """The verdict that decodes with this tree: off when it has no nodes."""
+        if not self.num_nodes:
+            return "off"
+        return "chain" if self.is_chain else "tree"
+
+    @property
+    def label(self) -> str:
+        """How sentences name the tree: off, chain 3, a tree of 7 nodes."""
+        named = {"off": "off", "chain": f"chain {self.num_nodes}"}
+        return named.get(self.kind, f"a tree of {self.num_nodes} nodes")
 
     @cached_property
     def depths(self) -> tuple[int, ...]:
@@ -165,6 +181,9 @@ def _check_path(path: Path, index: dict[Path, int]) -> None:
             f"siblings have ranks without gaps, but {list(path)} stands without {sibling}; add it"
         )
 
+
+OFF = Tree.chain(0)
+"""Decoding without speculation: one token, no draft."""
 
 DEFAULT_TREE = Tree.from_paths(
     [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 1], [0, 1, 0]]

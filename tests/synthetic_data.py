@@ -12,7 +12,6 @@ import numpy as np
 from stree_autotune.cost.memory import MemoryModel
 from stree_autotune.store.library import trace_file_name
 from stree_autotune.store.runtime_table import (
-    OFF,
     ModelCost,
     Point,
     RulePoint,
@@ -35,7 +34,7 @@ from stree_core.profile import (
     Sources,
     TreeText,
 )
-from stree_core.tree import DEFAULT_TREE, Tree
+from stree_core.tree import DEFAULT_TREE, OFF, Tree
 
 VERIFY_SIZES = (1, 2, 4, 8, 15, 16, 17, 24, 31, 32, 33, 47, 48, 49, 63, 64, 65)
 WIDTHS = (1, 2, 3, 4, 8, 16, 17, 32)
@@ -129,7 +128,7 @@ def make_table(
         rows += [("verify", size, verify_ms(b, size)) for size in VERIFY_SIZES]
         rows += [("draft", width, draft_ms(b, width)) for width in WIDTHS]
         points += [Point(term, b, size, ms, spread * ms) for term, size, ms in rows]
-        steps.append(Step(b, OFF, off_ms(b), spread * off_ms(b)))
+        steps.append(Step(b, OFF.kind, off_ms(b), spread * off_ms(b)))
         steps += [Step(b, name, step_ms(b, tree), 0.0) for name, tree in TREES.items()]
     return RuntimeTable(
         gpu=gpu,
@@ -150,7 +149,7 @@ def make_table(
         ),
         points=tuple(points),
         rules=tuple(rule_points()),
-        trees={OFF: TreeText(paths=())}
+        trees={OFF.kind: TreeText(paths=())}
         | {name: TreeText(paths=tree.paths) for name, tree in TREES.items()},
         steps=tuple(steps),
     )

@@ -36,7 +36,7 @@ from stree_core.engine.stop import StopRule
 from stree_core.errors import CheckpointError
 from stree_core.models.backend import Backend
 from stree_core.models.source import folder_source
-from stree_core.tree import DEFAULT_TREE, Tree
+from stree_core.tree import DEFAULT_TREE, OFF, Tree
 
 RAGGED = Tree.from_paths([[0], [1], [2], [0, 0], [0, 1], [2, 0], [0, 0, 0], [2, 0, 0]])
 LARGE = Tree.from_paths(
@@ -47,7 +47,7 @@ LARGE = Tree.from_paths(
     + [[0, 0, 0, 0], [0, 0, 0, 1], [0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 1]]
     + [[1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1], [1, 0, 0, 0, 0, 0]]
 )
-OFF, CHAIN = Tree.chain(0), Tree.chain(4)
+CHAIN = Tree.chain(4)
 PROMPTS = ([7], [3, 9, 4, 11, 2], [5, 6])
 # transformers computes norms, gates and the scan in fp32, whatever the weights are.
 TOLERANCE = 1e-5

@@ -14,9 +14,8 @@ from stree_core.errors import ConfigError
 from stree_core.models.model import Model
 from stree_core.models.source import find_source
 from stree_core.profile import Profile
-from stree_core.tree import DEFAULT_TREE, Tree
+from stree_core.tree import DEFAULT_TREE, OFF, Tree
 
-OFF = Tree.chain(0)
 RAGGED = Tree.from_paths(
     [[0], [1], [2], [3], [0, 0], [0, 1], [0, 2], [1, 0], [0, 0, 0], [0, 0, 1], [0, 0, 0, 0]]
 )

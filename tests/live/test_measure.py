@@ -16,7 +16,6 @@ from stree_autotune.cli.commands import main
 from stree_autotune.live.measure import TraceScript, measure_steps, prompt_for, traced_engine
 from stree_autotune.probe.stepper import Stepper
 from stree_autotune.probe.timing import Effort
-from stree_autotune.search.tree_space import OFF
 from stree_autotune.store.library import Library
 from stree_autotune.trace.file import Trace
 from stree_autotune.trace.tree_walk import walk
@@ -27,7 +26,7 @@ from stree_core.engine.sampling import SamplingParams
 from stree_core.engine.stop import StopRule
 from stree_core.models.source import folder_source
 from stree_core.profile import load_profile
-from stree_core.tree import DEFAULT_TREE, Tree
+from stree_core.tree import DEFAULT_TREE, OFF, Tree
 
 PAIR = ("--target", "tiny-target", "--draft", "tiny-draft")
 SMALL = ("--batch-size", "1", "--max-nodes", "6", "--context", "64")

@@ -15,8 +15,8 @@ from stree_autotune.live.corrected_cost import MEDIAN_ERROR, CorrectedCost, Live
 from stree_autotune.live.search import FINALISTS, LiveSearch
 from stree_autotune.probe.timing import Effort
 from stree_autotune.search.study import SearchSetting, StudyPlace, open_storage, search_batch
-from stree_autotune.search.tree_space import OFF, TreeSpace
-from stree_core.tree import DEFAULT_TREE, Tree
+from stree_autotune.search.tree_space import TreeSpace
+from stree_core.tree import DEFAULT_TREE, OFF, Tree
 
 MODEL = FakeCost(pad=16, per_token_ms=0.01, per_level_ms=0.15)
 

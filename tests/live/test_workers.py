@@ -20,8 +20,8 @@ from synthetic import latent_trace
 
 from stree_autotune.live.workers import PATIENCE_S, TREE, Claim, Evaluated, Worker, evaluated
 from stree_autotune.search.study import StudyPlace, enqueue, enqueue_tree, open_storage, text_of
-from stree_autotune.search.tree_space import OFF, TreeSpace
-from stree_core.tree import Tree
+from stree_autotune.search.tree_space import TreeSpace
+from stree_core.tree import OFF, Tree
 
 SCRIPT = Path(__file__).parents[1] / "study_worker.py"
 BUDGET = 14

@@ -12,10 +12,10 @@ from synthetic_data import make_table, make_trace, memory_for, write_library
 
 from stree_autotune.cli.commands import main
 from stree_autotune.report.analyze import Scaling, scaling
-from stree_autotune.search.tree_space import OFF, TreeSpace
+from stree_autotune.search.tree_space import TreeSpace
 from stree_autotune.trace.tree_walk import walk
 from stree_core.extras import install_command
-from stree_core.tree import Tree
+from stree_core.tree import OFF, Tree
 
 TOY = ("--target", "toy-target", "--draft", "toy-draft", "--max-nodes", "12")
 

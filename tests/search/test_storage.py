@@ -20,12 +20,12 @@ from stree_autotune.search.study import (
     open_storage,
     search_batch,
 )
-from stree_autotune.search.tree_space import OFF, TreeSpace
+from stree_autotune.search.tree_space import TreeSpace
 from stree_autotune.search.verdict import decide_policy
 from stree_autotune.trace.file import Trace
 from stree_core.errors import ConfigError, NoFeasibleTree
 from stree_core.extras import install_command
-from stree_core.tree import DEFAULT_TREE, Tree
+from stree_core.tree import DEFAULT_TREE, OFF, Tree
 
 FREE = FakeCost(pad=16, per_token_ms=0.001, per_level_ms=0.0)
 

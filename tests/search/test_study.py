@@ -10,11 +10,11 @@ from synthetic import FakeCost, latent_trace, ordered_trees, trace_of
 
 from stree_autotune.search.study import SearchResult, search_batch
 from stree_autotune.search.tree_solver import MAX_DEPTH, refine
-from stree_autotune.search.tree_space import OFF, Cell, TreeSpace
+from stree_autotune.search.tree_space import Cell, TreeSpace
 from stree_autotune.trace.file import NO_RANK, Trace
 from stree_autotune.trace.tree_walk import FlatTrace, walk
 from stree_core.errors import ConfigError, MissingMeasurement
-from stree_core.tree import DEFAULT_TREE, Tree
+from stree_core.tree import DEFAULT_TREE, OFF, Tree
 
 STAIRS = {
     "stairs of 4": FakeCost(pad=4, per_token_ms=0.15, per_level_ms=0.05),

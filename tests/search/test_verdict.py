@@ -10,12 +10,12 @@ import pytest
 from synthetic import FakeCost, brute_walk, latent_trace, trace_of
 
 from stree_autotune.search.study import Trial
-from stree_autotune.search.tree_space import OFF, Cell, TreeSpace
+from stree_autotune.search.tree_space import Cell, TreeSpace
 from stree_autotune.search.verdict import NUM_RESAMPLES, CrossFit, Decision, decide_policy
 from stree_autotune.trace.file import NO_RANK, Trace
 from stree_autotune.trace.tree_walk import walk
 from stree_core.errors import ConfigError, MissingMeasurement
-from stree_core.tree import DEFAULT_TREE, Tree
+from stree_core.tree import DEFAULT_TREE, OFF, Tree
 
 
 @pytest.fixture(scope="module")

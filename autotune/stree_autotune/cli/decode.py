@@ -26,7 +26,7 @@ from stree_core.engine import (
     stream,
 )
 from stree_core.profile import load_profile
-from stree_core.tree import Tree
+from stree_core.tree import OFF
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def run_decode(models: PairRequest, request: DecodeRequest, *, as_json: bool) ->
     for warning in (gpu_warning(profile, pair.device), chat_warning(profile, chat=request.chat)):
         if warning:
             logger.warning(warning)
-    tree = profile.row_for(1).tree.build() if request.mode == "auto" else Tree.chain(0)
+    tree = profile.row_for(1).tree.build() if request.mode == "auto" else OFF
     (tokens,) = pair.encode([request.prompt], chat=request.chat)
     num_positions = needed_positions(len(tokens), request.max_new_tokens, [tree])
     params = request.sampling

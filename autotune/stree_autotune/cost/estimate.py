@@ -30,7 +30,7 @@ from stree_autotune.cost.roofline import (
     samples_of,
 )
 from stree_autotune.cost.tree_shape import shape_of
-from stree_autotune.store import OFF, GpuSpec, PairWords, Point, RulePoint, RuntimeTable, Step
+from stree_autotune.store import GpuSpec, PairWords, Point, RulePoint, RuntimeTable, Step
 from stree_core.errors import MissingMeasurement
 
 WIDEST = math.log(2.5)
@@ -182,7 +182,7 @@ def _carried(table: RuntimeTable, roofline: Fit, wanted: GpuSpec) -> RuntimeTabl
 
 def _step_works(step: Step, table: RuntimeTable) -> list[Work]:
     """Return the passes of a whole step."""
-    if step.tree == OFF:
+    if step.is_off:
         return [point_work("verify", step.batch_size, 1, table)]
     shape = shape_of(table.trees[step.tree].build())
     works = [point_work("verify", step.batch_size, shape.num_tokens, table)]

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from stree_autotune.store import OFF, GpuSpec, ModelCost, RuntimeTable
+from stree_autotune.store import GpuSpec, ModelCost, RuntimeTable
+from stree_core.tree import OFF
 
 Floats = NDArray[np.float64]
 
@@ -113,9 +114,9 @@ def samples_of(table: RuntimeTable) -> list[Sample]:
         if point.term in ("verify", "draft", "draft_root")
     ]  # fmt: skip
     samples += [
-        Sample(target, s.batch_size, OFF, point_work("verify", s.batch_size, 1, table), s.ms)
+        Sample(target, s.batch_size, OFF.kind, point_work("verify", s.batch_size, 1, table), s.ms)
         for s in table.steps
-        if s.tree == OFF and s.rule == "greedy"
+        if s.is_off and s.rule == "greedy"
     ]
     return samples
 

@@ -15,7 +15,6 @@ from stree_autotune.cost.overhead import Coefficients, Overhead, WholeStep, fit_
 from stree_autotune.cost.traffic import MAX_BUFFERED
 from stree_autotune.cost.tree_shape import FEWEST_ROWS, TreeShape, shape_of
 from stree_autotune.store import (
-    OFF,
     SEVERAL,
     STORES,
     TIMED_PATH,
@@ -329,7 +328,7 @@ def spreads(table: RuntimeTable) -> Factors:
     """Return the relative spread of each group: the median over its points, at most one half."""
     relative: dict[str, list[float]] = {group: [] for group in Factors._fields}
     for step in table.steps:
-        if step.tree == OFF:
+        if step.is_off:
             relative["off"].append(step.spread_ms / step.ms)
     for point in table.points:
         group = {"verify": "verify", "draft": "draft", "draft_root": "draft"}.get(point.term)
@@ -343,7 +342,7 @@ def _whole_steps(times: TermTimes, steps: Sequence[Step], table: RuntimeTable) -
     """Return speculative steps beside the sums of their terms, where these were measured."""
     found = []
     for step in steps:
-        if step.tree == OFF:
+        if step.is_off:
             continue
         shape = shape_of(table.trees[step.tree].build())
         load = Load(step.rule, 0.0, step.tokens_per_step)
@@ -366,7 +365,7 @@ def _at_batch_size(
     points = [without_rows(point, rows) for point in points]
     curves = {term: make_curve(term, batch_size, points, no_room, command) for term in terms}
     steps = [step for step in table.steps if step.batch_size == batch_size]
-    off: dict[RuleKey, float] = {step.rule: step.ms for step in steps if step.tree == OFF}
+    off: dict[RuleKey, float] = {step.rule: step.ms for step in steps if step.is_off}
     for sampled, same in (("mss", "naive"), ("naive_truncated", "mss_truncated")):
         # Without a tree the two choose alike.
         if sampled not in off and same in off:

@@ -19,9 +19,8 @@ from stree_autotune.store import Library, title
 from stree_autotune.trace import Trace, walk
 from stree_core.errors import MissingMeasurement, NoFeasibleTree
 from stree_core.profile import PolicyRow, Profile
-from stree_core.tree import MAX_NODES, Tree
+from stree_core.tree import MAX_NODES, OFF, Tree
 
-OFF = Tree.chain(0)
 LONGEST_CHAIN = 8
 """The longest chain that is tried in place of a tree."""
 
@@ -148,7 +147,7 @@ class Deployment:
             before, after = (self.tokens_per_s(row.batch_size, tree) for tree in (own, other))
             change = 100 * (after / before - 1)
             notes.append(
-                f"batch size {row.batch_size}: {words(other)} in place of {words(own)}, "
+                f"batch size {row.batch_size}: {other.label} in place of {own.label}, "
                 f"{after:.1f} instead of {before:.1f} tokens/s ({change:+.1f} %)"
             )
         return (reason, RATES_NOTE, *notes) if notes else ()
@@ -188,13 +187,6 @@ def stars(widest: int) -> list[Tree]:
     """Return the trees of one level with 2 to `widest` nodes."""
     widths = range(2, min(widest, MAX_NODES) + 1)
     return [Tree.from_paths([[rank] for rank in range(width)]) for width in widths]
-
-
-def words(tree: Tree) -> str:
-    """Name a tree in a sentence."""
-    if tree.num_nodes == 0:
-        return "off"
-    return f"chain {tree.num_nodes}" if tree.is_chain else f"a tree of {tree.num_nodes} nodes"
 
 
 def ranges(chosen: Mapping[int, Tree]) -> list[tuple[int, int, Tree]]:

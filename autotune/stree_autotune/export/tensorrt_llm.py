@@ -14,14 +14,13 @@ import yaml
 
 from stree_autotune.export.deployment import (
     LONGEST_CHAIN,
-    OFF,
     Deployment,
     Exported,
     chains,
     comments,
     ranges,
 )
-from stree_core.tree import Tree
+from stree_core.tree import OFF, Tree
 
 CHAINS_NOTE = (
     "TensorRT-LLM drafts chains with a draft model, none longer than that of the smallest batch "

@@ -32,12 +32,11 @@ from stree_autotune.probe import (
     prompt_reader,
     time_interleaved,
 )
-from stree_autotune.search import OFF
 from stree_autotune.trace import Trace
 from stree_core.drafting import DraftLevel, Pair, TreePlan
 from stree_core.engine import EngineConfig, GreedyRule, Rule, SamplingParams
 from stree_core.models import Backend
-from stree_core.tree import Tree
+from stree_core.tree import OFF, Tree
 
 FIRST_LOOK = Effort(min_rounds=5, max_rounds=30, seconds=0.1)
 FINAL = Effort(min_rounds=9, max_rounds=60, seconds=0.3)

@@ -18,7 +18,6 @@ from stree_autotune.live.corrected_cost import CorrectedCost, LiveStep, pad_buck
 from stree_autotune.live.measure import FINAL, FIRST_LOOK, Measure
 from stree_autotune.live.workers import PATIENCE_S, Claim, Evaluated, Worker, evaluated
 from stree_autotune.search import (
-    OFF,
     Candidates,
     SearchResult,
     SearchSetting,
@@ -31,7 +30,7 @@ from stree_autotune.search import (
     search_batch,
     search_result,
 )
-from stree_core.tree import Tree
+from stree_core.tree import OFF, Tree
 
 NUM_LIVE_TRIALS = 40
 PICKED_SHARE = 0.6

@@ -42,7 +42,7 @@ from stree_core.engine import (
 )
 from stree_core.files import require_place, write_atomically
 from stree_core.profile import Profile, load_profile, save_profile
-from stree_core.tree import DEFAULT_TREE, Tree
+from stree_core.tree import DEFAULT_TREE, OFF, Tree
 
 logger = logging.getLogger(__name__)
 
@@ -211,7 +211,7 @@ def _stage(
 def _fixed_modes(profile: Profile, setting: _Setting) -> dict[str, Tree]:
     """Return what is run whatever was measured: off, two chains, the tuned choice, two trees."""
     row = profile.row_for(setting.batch_size)
-    modes = {"off": Tree.chain(0), "chain 2": Tree.chain(2), "chain 4": Tree.chain(4)}
+    modes = {OFF.kind: OFF, "chain 2": Tree.chain(2), "chain 4": Tree.chain(4)}
     modes[f"tuned {row.verdict}"] = row.tree.build()
     return modes | {"published tree": DEFAULT_TREE, "ragged tree": RAGGED}
 
@@ -229,7 +229,7 @@ def _rows(setting: _Setting, profile: Profile, stages: Sequence[_Stage]) -> list
     runs = {tree: joined([stage.runs[tree] for stage in stages]) for tree in stages[0].runs}
     best = max(map(Tree.chain, _CHAINS), key=lambda chain: runs[chain].tokens_per_s)
     modes = _fixed_modes(profile, setting) | {f"best chain ({best.num_nodes})": best}
-    reference = runs[Tree.chain(0)]
+    reference = runs[OFF]
     return [
         _row(setting, name, tree, stages, runs[tree], reference) for name, tree in modes.items()
     ]

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
-from stree_autotune.store import OFF, STORES, RuleKey, RuntimeTable, Work
-from stree_core.tree import DEFAULT_TREE, MAX_NODES, Tree
+from stree_autotune.store import STORES, RuleKey, RuntimeTable, Work
+from stree_core.tree import DEFAULT_TREE, MAX_NODES, OFF, Tree
 
 _VERIFY_SIZES = (
     *(2, 3, 4, 5, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 47, 48, 49, 63, 64, 65),
@@ -26,7 +26,7 @@ _SLOTS_PER_FLUSH = 8
 
 _COMBS = ((5, 3), (8, 2), (8, 7))
 _FEW = {
-    OFF, "chain-1", "chain-2", "chain-4", "chain-8", "even-8x3", "even-32x8", "even-64x16",
+    OFF.kind, "chain-1", "chain-2", "chain-4", "chain-8", "even-8x3", "even-32x8", "even-64x16",
     "even-128x16", "even-255x32", "comb-5x3",
 }  # fmt: skip
 """Trees that a few whole steps are of."""
@@ -105,7 +105,7 @@ def measured_keys(table: RuntimeTable) -> set[Key]:
 
 def step_trees(max_nodes: int) -> dict[str, Tree]:
     """Return the trees whose whole steps are timed: off, and from one node to `max_nodes`."""
-    trees = {OFF: Tree.chain(0)}
+    trees = {OFF.kind: OFF}
     trees |= {f"chain-{k}": Tree.chain(k) for k in (1, 2, 3, 4, 6, 8)}
     trees["default-12"] = DEFAULT_TREE
     shapes = ((7, 4), (8, 3), (16, 4), (24, 3), (32, 8), (48, 6), (64, 16), (128, 16), (255, 32))
@@ -127,7 +127,7 @@ def comb_tree(depth: int, width: int) -> Tree:
 
 def sampled_trees(max_nodes: int) -> list[str]:
     """Return the names of the trees whose whole steps are timed with sampling as well."""
-    names = (OFF, "chain-1", "chain-4", "default-12", "even-7x4")
+    names = (OFF.kind, "chain-1", "chain-4", "default-12", "even-7x4")
     return [name for name in names if name in step_trees(max_nodes)]
 
 

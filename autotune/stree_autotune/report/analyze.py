@@ -14,14 +14,14 @@ from typing import Any
 from rich.table import Table
 
 from stree_autotune.cost import MemoryModel
-from stree_autotune.search import OFF, Question, StepCost, TreeSpace, Trial, TuneRequest, ask
+from stree_autotune.search import Question, StepCost, TreeSpace, Trial, TuneRequest, ask
 from stree_autotune.store import SEPARATOR, Library, result_console
 from stree_autotune.trace import load_trace
 from stree_core.errors import ConfigError, MissingMeasurement
 from stree_core.extras import install_command
 from stree_core.files import require_place, write_atomically
 from stree_core.shown_text import printable
-from stree_core.tree import Tree
+from stree_core.tree import OFF, Tree
 
 SHOWN_SIZES = (0, 1, 2, 3, 4, 6, 8, 12, 15, 16, 24, 31, 32, 48, 63, 64, 96, 127, 128, 192, 255)
 PICTURE_FORMATS = (".png", ".svg")

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from stree_autotune.cost import StepCost
 from stree_autotune.search import (
-    OFF,
     TreeSpace,
     Trial,
     find_source_file,
@@ -27,7 +26,7 @@ from stree_autotune.store import Library, RuntimeTable, load_runtime_table
 from stree_autotune.trace import FlatTrace, Trace, longest_paths, walk
 from stree_core.errors import StreeError
 from stree_core.profile import PolicyRow, Profile
-from stree_core.tree import Tree
+from stree_core.tree import OFF, Tree
 
 NUM_RESAMPLES = 400
 NUM_COST_DRAWS = 50

@@ -12,7 +12,7 @@ from stree_autotune.report.figure import Figure, Panel, rate
 from stree_autotune.report.svg_chart import WIDTH, add_text, svg_root, to_markup
 from stree_core.errors import StreeError
 from stree_core.profile import Measured, MeasuredBlock, Profile
-from stree_core.tree import DEFAULT_TREE, Tree
+from stree_core.tree import DEFAULT_TREE, OFF, Tree
 
 ROW_HEIGHT = 34
 _CHAIN = re.compile(r"(?:best )?chain \(?(\d{1,3})\)?")
@@ -89,8 +89,8 @@ def _live_row(row: Measured, profile: Profile, evidence: Evidence) -> LiveRow:
 
 def _tree_of(mode: str) -> Tree | None:
     """Return the tree that `validate` ran under a name, None when the name alone does not tell."""
-    if mode == "off":
-        return Tree.chain(0)
+    if mode == OFF.kind:
+        return OFF
     if mode == "published tree":
         return DEFAULT_TREE
     chain = _CHAIN.fullmatch(mode)

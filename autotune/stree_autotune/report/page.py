@@ -30,7 +30,7 @@ from stree_core.extras import DISTRIBUTION
 from stree_core.files import dump_yaml, open_regular, write_atomically
 from stree_core.profile import Profile, load_profile
 from stree_core.shown_text import printable
-from stree_core.tree import Tree
+from stree_core.tree import OFF, Tree
 
 logger = logging.getLogger(__name__)
 
@@ -162,4 +162,4 @@ def _walked_tree(profile: Profile) -> tuple[Tree, str]:
     for row in profile.policy:
         if row.verdict != "off":
             return row.tree.build(), f"where those of batch size {row.batch_size} start"
-    return Tree.chain(0), "at every position, as they do without speculation"
+    return OFF, "at every position, as they do without speculation"

@@ -7,9 +7,9 @@ import math
 from stree_autotune.cost import StepCost
 from stree_autotune.report.figure import Figure, Marks, Panel, about, ms, panel_rows
 from stree_autotune.report.svg_chart import XY, Chart, linear_axis, log_axis
-from stree_autotune.store import OFF, RuntimeTable
+from stree_autotune.store import RuntimeTable
 from stree_core.profile import PolicyRow, Profile
-from stree_core.tree import Tree
+from stree_core.tree import OFF
 
 TWO_SIDED = 1.96
 """Standard deviations on either side that hold 95 % of a normal distribution."""
@@ -69,7 +69,7 @@ def _staircase_panel(row: PolicyRow, table: RuntimeTable, cost: StepCost, marks:
     curve = _verify_curve(cost, batch_size)
     band = _verify_band(cost, curve, marks)
     points = [p for p in table.points if p.term == "verify" and p.batch_size == batch_size]
-    one_token = cost.step_ms(batch_size, Tree.chain(0))
+    one_token = cost.step_ms(batch_size, OFF)
     tops = [one_token, *(value for _, value in curve), *(point.ms for point in points)]
     tops += [value for _, value in band[1]]
     spoken = "Estimated. " if marks.times else ""
@@ -116,7 +116,7 @@ def steps_figure(table: RuntimeTable) -> Figure | None:
     """Draw whole measured steps against what the sum of the terms and its overhead say."""
     measured_cost = StepCost.from_table(table)
     built = {name: tree.build() for name, tree in table.trees.items()}
-    steps = [step for step in table.steps if step.tree != OFF and step.rule == "greedy"]
+    steps = [step for step in table.steps if not step.is_off and step.rule == "greedy"]
     pairs = [
         (step, measured_cost.step_ms(step.batch_size, built[step.tree], step.tokens_per_step))
         for step in steps

@@ -70,7 +70,7 @@ def _speed_panel(scan: Scan, marks: Marks) -> Panel:
     chart.line([(size, point.trial.tokens_per_s) for size, point in curve], "curve")
     for size, point in curve:
         trial = point.trial
-        chart.dot((size, trial.tokens_per_s), _kind(trial), _title(trial), radius=2.2)
+        chart.dot((size, trial.tokens_per_s), trial.tree.kind, _title(trial), radius=2.2)
     size = float(chosen.num_nodes)
     if chosen.num_nodes:
         chart.whisker(size, low, high, "whisker")
@@ -140,7 +140,7 @@ def _history_panel(scan: Scan, marks: Marks) -> Panel:
     chart.cloud(((i, trial.tokens_per_s) for i, trial in enumerate(trials, start=1)), "cloud")
     steps = [(float(i), trial.tokens_per_s) for i, trial in improved]
     chart.line([*steps, (float(len(trials)), best.tokens_per_s)], "best-line", stairs=True)
-    chart.dot((number, best.tokens_per_s), _kind(best), _title(best), radius=3.5)
+    chart.dot((number, best.tokens_per_s), best.tree.kind, _title(best), radius=3.5)
     return Panel(
         f"Batch size {scan.row.batch_size}", f"best: trial {number} of {len(trials)}", chart.svg()
     )
@@ -153,12 +153,6 @@ def _improvements(trials: Sequence[Trial]) -> list[tuple[int, Trial]]:
         if not improved or trial.tokens_per_s > improved[-1][1].tokens_per_s:
             improved.append((number, trial))
     return improved
-
-
-def _kind(trial: Trial) -> str:
-    if trial.tree.num_nodes == 0:
-        return "off"
-    return "chain" if trial.tree.is_chain else "tree"
 
 
 def _title(trial: Trial) -> str:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         text_of as text_of,
         tree_from_text as tree_from_text,
     )
-    from stree_autotune.search.tree_space import OFF as OFF, TreeSpace as TreeSpace
+    from stree_autotune.search.tree_space import TreeSpace as TreeSpace
     from stree_autotune.search.tuning import (
         Question as Question,
         ask as ask,
@@ -81,7 +81,7 @@ __getattr__, __dir__ = exports(
             "text_of",
             "tree_from_text",
         ],
-        "tree_space": ["OFF", "TreeSpace"],
+        "tree_space": ["TreeSpace"],
         "tuning": ["Question", "ask", "best_draft", "tune"],
         "verdict": ["CrossFit", "Decision", "decide"],
     },

@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 
 from stree_autotune.cost import MemoryModel
 from stree_autotune.search.tree_solver import MAX_DEPTH, refine
-from stree_autotune.search.tree_space import OFF, Cell, TreeSpace
+from stree_autotune.search.tree_space import Cell, TreeSpace
 from stree_core.errors import (
     ConfigError,
     NoFeasibleTree,
@@ -28,7 +28,7 @@ from stree_core.errors import (
 )
 from stree_core.extras import install_command
 from stree_core.files import open_regular, require_place
-from stree_core.tree import DEFAULT_TREE, Tree
+from stree_core.tree import DEFAULT_TREE, OFF, Tree
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage

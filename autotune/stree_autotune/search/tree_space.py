@@ -15,8 +15,6 @@ from stree_core.tree import MAX_NODES, Tree
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 16)
 
-OFF = Tree.chain(0)
-
 
 @dataclass(frozen=True, slots=True)
 class Cell:

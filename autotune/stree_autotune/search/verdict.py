@@ -23,11 +23,10 @@ from stree_autotune.search.study import (
     fastest,
     search_batch,
 )
-from stree_autotune.search.tree_space import OFF, Cell, TreeSpace
+from stree_autotune.search.tree_space import Cell, TreeSpace
 from stree_autotune.trace import Trace, walk
 from stree_core.errors import ConfigError
-from stree_core.profile import Verdict
-from stree_core.tree import DEFAULT_TREE, Tree
+from stree_core.tree import DEFAULT_TREE, OFF, Tree, Verdict
 
 NUM_RESAMPLES = 1000
 NUM_RUNTIME_DRAWS = 100
@@ -187,7 +186,7 @@ def decide(result: SearchResult, fit: CrossFit) -> Decision:
     to_off = chosen.ratio_to(off)
     return Decision(
         batch_size=result.batch_size,
-        verdict=_kind(trial.tree),
+        verdict=trial.tree.kind,
         tree=trial.tree,
         tokens_per_step=trial.tokens_per_step,
         step_ms=trial.step_ms,
@@ -216,36 +215,23 @@ def _candidates(result: SearchResult) -> list[Trial]:
     return [result.off, *chains, *dict.fromkeys(trees)]
 
 
-def _kind(tree: Tree) -> Verdict:
-    if tree.num_nodes == 0:
-        return "off"
-    return "chain" if tree.is_chain else "tree"
-
-
-def _name(option: Option) -> str:
-    tree = option.trial.tree
-    if tree.num_nodes == 0:
-        return "off"
-    return f"chain {tree.num_nodes}" if tree.is_chain else f"a tree of {tree.num_nodes} nodes"
-
-
 def _reason(chosen: Option, best: Option, options: list[Option]) -> str:
     """Say what the choice gains over the best option of a simpler kind, and what it leaves out."""
     if len(options) == 1:
         return "off: no speculation fits"
     if chosen is options[0]:
         rival = best if best is not chosen else min(options[1:], key=lambda other: other.whole_ms)
-        change = f"off: {_name(rival)} would change speed by {rival.ratio_to(chosen)}"
+        change = f"off: {rival.trial.tree.label} would change speed by {rival.ratio_to(chosen)}"
         return change if best is chosen else f"{change}, so maybe not at all"
     simpler = ("off",) if chosen.trial.tree.is_chain else ("off", "chain")
-    rivals = [option for option in options if _kind(option.trial.tree) in simpler]
+    rivals = [option for option in options if option.trial.tree.kind in simpler]
     rival = min(rivals, key=lambda option: option.whole_ms)
     tokens = chosen.trial.tokens_per_step - rival.trial.tokens_per_step
     step_ms = chosen.trial.step_ms - rival.trial.step_ms
     text = (
-        f"{_name(chosen)} gains {chosen.ratio_to(rival)} over {_name(rival)}: "
+        f"{chosen.trial.tree.label} gains {chosen.ratio_to(rival)} over {rival.trial.tree.label}: "
         f"{tokens:+.2f} tokens per step for {step_ms:+.3f} ms"
     )
     if best is not chosen:
-        text += f"; {_name(best)} would gain {best.ratio_to(chosen)}, so maybe nothing"
+        text += f"; {best.trial.tree.label} would gain {best.ratio_to(chosen)}, so maybe nothing"
     return text

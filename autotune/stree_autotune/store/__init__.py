@@ -51,7 +51,6 @@ if TYPE_CHECKING:
     from stree_autotune.store.progress import ProgressBar as ProgressBar
     from stree_autotune.store.prompts import PromptSet as PromptSet, parse_rows as parse_rows
     from stree_autotune.store.runtime_table import (
-        OFF as OFF,
         SEVERAL as SEVERAL,
         STORES as STORES,
         TIMED_PATH as TIMED_PATH,
@@ -115,7 +114,6 @@ __getattr__, __dir__ = exports(
         "runtime_table": [
             "ModelCost",
             "NoRoom",
-            "OFF",
             "Point",
             "RuleKey",
             "RulePoint",

@@ -44,7 +44,7 @@ from stree_core.profile import (
     TreeText,
     Versions,
 )
-from stree_core.tree import MAX_NODES
+from stree_core.tree import MAX_NODES, OFF
 
 Term = Literal[
     "verify", "draft_root", "draft", "draft_rows", "target_store", "draft_store", "target_path",
@@ -71,9 +71,6 @@ SEVERAL = 4
 
 RuleKey = Literal["greedy", "naive", "naive_truncated", "mss", "mss_truncated"]
 """A rule, and whether a part of the distribution is cut off (top-k, top-p, min-p)."""
-
-OFF = "off"
-"""The tree without nodes among the trees of whole steps."""
 
 LEAST_MS = 1e-9
 Size = Annotated[int, Field(ge=1, le=MAX_BATCH_SIZE)]
@@ -116,6 +113,11 @@ class Step(NamedTuple):
     spread_ms: NonNegativeMs
     tokens_per_step: Annotated[TokensPerStep, Field(allow_inf_nan=False)] = 1.0
     rule: RuleKey = "greedy"
+
+    @property
+    def is_off(self) -> bool:
+        """True for a step without speculation."""
+        return self.tree == OFF.kind
 
 
 class NoRoom(NamedTuple):
@@ -217,8 +219,8 @@ class RuntimeTable(Strict):
                 raise ValueError(f"a step names the tree {step.tree!r}, which `trees` lacks")
             _once(seen, "step", (step.batch_size, step.tree, step.rule))
         for name, tree in self.trees.items():
-            if bool(tree.paths) == (name == OFF):
-                raise ValueError(f"{OFF} is the one tree without nodes, but {name!r} is not so")
+            if bool(tree.paths) == (name == OFF.kind):
+                raise ValueError(f"off is the one tree without nodes, but {name!r} is not so")
         return self
 
     @property

@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from stree_autotune.store.advice import command
-from stree_core.profile import MeasuredBlock, PolicyRow, Profile, Source, Verdict
+from stree_core.profile import MeasuredBlock, PolicyRow, Profile, Source
+from stree_core.tree import Verdict
 
 HEADERS = (
     "batch size",
