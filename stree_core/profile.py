@@ -91,11 +91,16 @@ class Sampling(Strict):
         return self
 
     @property
+    def truncates(self) -> bool:
+        """True when a part of the distribution is cut off."""
+        return self.top_p < 1
+
+    @property
     def label(self) -> str:
         """The part of file names that tells settings apart: greedy, mss-t1, naive-t0.6-p0.9."""
         if self.rule == "greedy":
             return self.rule
-        nucleus = f"-p{self.top_p:g}" if self.top_p < 1 else ""
+        nucleus = f"-p{self.top_p:g}" if self.truncates else ""
         return f"{self.rule}-t{self.temperature:g}{nucleus}"
 
 

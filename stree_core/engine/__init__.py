@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     )
     from stree_core.engine.request import Request as Request, Update as Update
     from stree_core.engine.rules import (
-        GREEDY as GREEDY,
         GreedyRule as GreedyRule,
         Rule as Rule,
         RuleName as RuleName,
@@ -45,15 +44,7 @@ __getattr__, __dir__ = exports(
         "decode": ["Run", "generate", "profile_engine", "steps_of", "stream"],
         "engine": ["Engine", "EngineConfig", "MakeRules", "needed_positions"],
         "request": ["Request", "Update"],
-        "rules": [
-            "GREEDY",
-            "GreedyRule",
-            "Rule",
-            "RuleName",
-            "SampledRule",
-            "SamplingSupport",
-            "make_rules",
-        ],
+        "rules": ["GreedyRule", "Rule", "RuleName", "SampledRule", "SamplingSupport", "make_rules"],
         "sampling": ["SamplingParams"],
         "session": ["Session"],
         "step": ["Speculator", "make_speculators"],

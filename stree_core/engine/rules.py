@@ -22,6 +22,7 @@ from stree_core.drafting import DraftLevel, TreePlan
 from stree_core.engine.sampling import SamplingParams, SlotSettings, make_settings, processed
 from stree_core.errors import ConfigError
 from stree_core.models import Backend
+from stree_core.profile import Sampling
 from stree_kernels.sampling.top_tokens_ref import top_tokens
 
 RuleName = Literal["greedy", "naive", "mss"]
@@ -41,6 +42,11 @@ class SamplingSupport:
     rule: RuleName = "greedy"
     truncates: bool = False
     penalises: bool = False
+
+    @classmethod
+    def of(cls, sampling: Sampling) -> SamplingSupport:
+        """Return what an engine needs that serves requests under one setting."""
+        return cls(sampling.rule, truncates=sampling.truncates)
 
     def require(self, params: SamplingParams) -> None:
         """Raise ConfigError unless a request with these parameters can be served."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stree_core.errors import ConfigError, brief
 from stree_core.given import LIMIT, real_number, whole_number
+from stree_core.profile import Sampling
 
 LEAST_FACTOR, MOST_FACTOR = 1e-6, 1e6
 """What scores may be divided by without leaving fp32's range."""
@@ -56,6 +57,11 @@ class SamplingParams:
         for name, value, holds, rule in checks:
             if not holds:
                 raise ConfigError(f"{name} must be {rule}, got {brief(value)}; change it")
+
+    @classmethod
+    def of(cls, sampling: Sampling, seed: int = 0) -> SamplingParams:
+        """Return the parameters of a request under a profile's or a trace's setting."""
+        return cls(sampling.temperature, top_p=sampling.top_p, seed=seed)
 
     @property
     def truncates(self) -> bool:

@@ -17,7 +17,8 @@ from stree_autotune.cost.memory import CHAINS, MemoryModel
 from stree_autotune.cost.traffic import model_cost
 from stree_autotune.store.gpu_spec import load_gpu_spec
 from stree_autotune.store.library import Library, shipped_root
-from stree_autotune.store.runtime_table import RuleKey, RuntimeTable, load_runtime_table
+from stree_autotune.store.runtime_table import RuntimeTable, load_runtime_table
+from stree_autotune.store.step_rule import StepRule
 from stree_core.drafting import prefill
 from stree_core.drafting.pair import Pair, Runtime, load_pair
 from stree_core.engine.engine import Engine, EngineConfig
@@ -72,8 +73,7 @@ def test_the_largest_batch_is_the_last_that_fits() -> None:
     batches = []
     for gpu in ("rtx4090", "l40s", "h100", "h200"):
         spec = load_gpu_spec(shipped_root() / "gpus" / f"{gpu}.yaml")
-        rules: tuple[RuleKey, ...] = ("greedy", "mss_truncated")
-        for rule in rules:
+        for rule in (StepRule.GREEDY, StepRule.MSS_TRUNCATED):
             memory = replace(memory_of(table, spec.memory_gb * 1e9), rule=rule)
             most = memory.largest_batch(LARGE)
             assert memory.excess(most, LARGE) <= 0 < memory.excess(most + 1, LARGE)

@@ -17,6 +17,7 @@ from stree_autotune.cost.terms import PLAIN, Load
 from stree_autotune.cost.traffic import MAX_BUFFERED
 from stree_autotune.cost.tree_shape import TreeShape, shape_of
 from stree_autotune.store.runtime_table import TIMED_PATH, NoRoom, Point, RuntimeTable, Step
+from stree_autotune.store.step_rule import StepRule
 from stree_core.drafting.tree_plan import ModelRows, make_plan
 from stree_core.errors import MissingMeasurement
 from stree_core.tree import DEFAULT_TREE, Tree
@@ -152,11 +153,11 @@ def test_what_did_not_fit_is_refused_as_that() -> None:
         StepCost.from_table(table).step_ms(64, Tree.chain(100))
 
 
-def sampled(rule: str, off_rules: tuple[str, ...] = ()) -> StepCost:
+def sampled(rule: StepRule, *off_rules: StepRule) -> StepCost:
     table = make_table()
-    steps = [Step(8, "off", 5.0, 0.0, 1.0, name) for name in off_rules]  # type: ignore[arg-type]
+    steps = [Step(8, "off", 5.0, 0.0, 1.0, other) for other in off_rules]
     table = table.model_copy(update={"steps": (*table.steps, *steps)})
-    return StepCost.from_table(table, rule)  # type: ignore[arg-type]
+    return StepCost.from_table(table, rule)
 
 
 def test_sampling_rules_by_hand() -> None:
@@ -169,33 +170,35 @@ def test_sampling_rules_by_hand() -> None:
     tries = one + (four - one) / 3 * 2
     truncated_draws = sum(0.06 + 0.005 * 8 * width for width in (1, 2, 2, 1))
     for rule, extra in (
-        ("naive", naive),
-        ("naive_truncated", truncated),
-        ("mss", naive + draws + tries),
-        ("mss_truncated", truncated + truncated_draws + tries),
+        (StepRule.NAIVE, naive),
+        (StepRule.NAIVE_TRUNCATED, truncated),
+        (StepRule.MSS, naive + draws + tries),
+        (StepRule.MSS_TRUNCATED, truncated + truncated_draws + tries),
     ):
         cost = sampled(rule)
         assert cost.step_ms(8, DEFAULT_TREE) == pytest.approx(greedy + extra), rule
-        sample = truncated if "truncated" in rule else naive
-        off = step_ms(8, Tree.chain(0)) + (sample - 0.001 * 8 * 12 if "truncated" not in rule
-                                           else sample - 0.004 * 8 * 12)  # fmt: skip
+        cut = rule.sampling.truncates
+        sample = truncated - 0.004 * 8 * 12 if cut else naive - 0.001 * 8 * 12
+        off = step_ms(8, Tree.chain(0)) + sample
         assert cost.step_ms(8, Tree.chain(0)) == pytest.approx(off), rule
 
 
 def test_a_measured_step_without_speculation_goes_before_the_sum() -> None:
-    for rule in ("naive", "mss"):
-        assert sampled(rule, ("naive",)).step_ms(8, Tree.chain(0)) == 5.0
-    assert sampled("mss_truncated", ("naive",)).step_ms(8, Tree.chain(0)) < 4
+    for rule in (StepRule.NAIVE, StepRule.MSS):
+        assert sampled(rule, StepRule.NAIVE).step_ms(8, Tree.chain(0)) == 5.0
+    assert sampled(StepRule.MSS_TRUNCATED, StepRule.NAIVE).step_ms(8, Tree.chain(0)) < 4
 
 
 def test_steps_of_a_rule_have_a_remainder_of_their_own() -> None:
     table = make_table()
-    plain = StepCost.from_table(table, "mss")
+    plain = StepCost.from_table(table, StepRule.MSS)
     steps = [
-        Step(8, name, plain.step_ms(8, TREES[name], 1.0) + 0.5, 0.0, 1.0, "mss")
+        Step(8, name, plain.step_ms(8, TREES[name], 1.0) + 0.5, 0.0, 1.0, StepRule.MSS)
         for name in ("chain-2", "chain-4", "published")
     ]
-    cost = StepCost.from_table(table.model_copy(update={"steps": (*table.steps, *steps)}), "mss")
+    cost = StepCost.from_table(
+        table.model_copy(update={"steps": (*table.steps, *steps)}), StepRule.MSS
+    )
     assert cost.step_ms(8, RAGGED) == pytest.approx(plain.step_ms(8, RAGGED) + 0.5)
     assert cost.step_ms(4, RAGGED) == pytest.approx(plain.step_ms(4, RAGGED))
 

@@ -27,6 +27,7 @@ from stree_autotune.probe.steps import StepSetting
 from stree_autotune.probe.timing import WALL_CYCLE, Effort, Timing, Work, time_interleaved
 from stree_autotune.store.library import Library
 from stree_autotune.store.runtime_table import RuntimeTable, load_runtime_table, save_runtime_table
+from stree_autotune.store.step_rule import StepRule
 from stree_core.drafting.pair import Pair, Runtime, load_pair
 from stree_core.engine.step import Speculator
 from stree_core.errors import BackendUnavailable
@@ -90,7 +91,7 @@ def test_passes_of_a_head_run(tmp_path: Path) -> None:
     assert [point.term for point in points] == [key[0] for key in keys]
     assert not no_room
     trees = {"off": Tree.chain(0), "chain-2": Tree.chain(2)}
-    times = probe_steps.time_steps(headed.target, headed.draft, trees, "greedy", setting)
+    times = probe_steps.time_steps(headed.target, headed.draft, trees, StepRule.GREEDY, setting)
     assert [step.tree for step in times.steps] == list(trees)
 
 
@@ -171,8 +172,8 @@ def test_every_term_is_measured(pair: Pair, whole: RuntimeTable) -> None:
     timed = {(step.tree, step.rule) for step in whole.steps if step.batch_size == 1}
     assert {(name, "greedy") for name in step_trees(12)} <= timed
     assert {("off", "naive"), ("default-12", "mss"), ("chain-1", "mss_truncated")} <= timed
-    for rule in ("greedy", "naive", "naive_truncated", "mss", "mss_truncated"):
-        cost = StepCost.from_table(whole, rule)  # type: ignore[arg-type]
+    for rule in StepRule:
+        cost = StepCost.from_table(whole, rule)
         cost.require([1, 2], 12)
         assert cost.step_ms(1, DEFAULT_TREE) > 0
         assert cost.step_ms(2, Tree.chain(0)) > 0
@@ -200,8 +201,8 @@ def test_few_steps_predict_every_rule(whole: RuntimeTable) -> None:
     steps = [s for s in whole.steps if s.rule == "greedy" and s.tree in names]
     assert len(steps) < len(whole.steps)
     table = whole.model_copy(update={"steps": tuple(steps)})
-    for rule in ("greedy", "naive", "naive_truncated", "mss", "mss_truncated"):
-        cost = StepCost.from_table(table, rule)  # type: ignore[arg-type]
+    for rule in StepRule:
+        cost = StepCost.from_table(table, rule)
         cost.require([1, 2], 12)
         assert cost.step_ms(1, DEFAULT_TREE) > cost.step_ms(1, Tree.chain(0)) > 0
 
@@ -380,8 +381,8 @@ def test_a_gpu_is_probed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not table.no_room
     assert {point.term for point in table.points} >= {"host", "context", "target_store"}
     assert all(point.ms > 0 for point in table.points if point.term in ("verify", "host"))
-    for rule in ("greedy", "naive", "mss", "mss_truncated"):
-        cost = StepCost.from_table(table, rule)  # type: ignore[arg-type]
+    for rule in StepRule:
+        cost = StepCost.from_table(table, rule)
         for step in table.steps:
             if step.rule == rule:
                 tree = table.trees[step.tree].build()

@@ -28,6 +28,7 @@ from stree_autotune.store.advice import PairWords, command, probe_command, trace
 from stree_autotune.store.gpu_spec import load_gpu_spec
 from stree_autotune.store.library import shipped_root
 from stree_autotune.store.runtime_table import RuntimeTable, load_runtime_table, save_runtime_table
+from stree_autotune.store.step_rule import StepRule
 from stree_core.errors import ConfigError, MissingMeasurement
 from stree_core.models.source import folder_source
 from stree_core.profile import Sampling, load_profile
@@ -264,7 +265,9 @@ def test_estimates_that_cannot_be_made_propose_a_probe() -> None:
     with pytest.raises(MissingMeasurement) as err:
         estimate_table(few, gpus["h200"], gpus["h100"], (), WORDS)
     assert words_of(parsed(str(err.value))) == WORDS
-    no_rules = StepCost.from_table(table.model_copy(update={"rules": ()}), "mss", words=WORDS)
+    no_rules = StepCost.from_table(
+        table.model_copy(update={"rules": ()}), StepRule.MSS, words=WORDS
+    )
     with pytest.raises(MissingMeasurement) as err:
         no_rules.step_ms(1, Tree.chain(2))
     assert words_of(parsed(str(err.value))) == WORDS

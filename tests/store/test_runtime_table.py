@@ -14,12 +14,13 @@ from stree_autotune.store.library import shipped_root
 from stree_autotune.store.runtime_table import (
     RuntimeTable,
     load_runtime_table,
-    rule_key,
     save_runtime_table,
 )
+from stree_autotune.store.step_rule import StepRule
 from stree_core.errors import ConfigError
-from stree_core.files import validate
+from stree_core.files import dump_yaml, validate
 from stree_core.profile import Sampling
+from stree_core.strict_yaml import parse_yaml
 
 
 def content(**changes: Any) -> dict[str, Any]:
@@ -95,6 +96,14 @@ def test_the_command_that_records_a_table(weights: str, pair: str) -> None:
     assert table.probe_command() == f"stree-tune probe --gpu h200 {pair} --context 1024"
 
 
+def test_whole_steps_that_old_tables_keep_among_passes_are_read() -> None:
+    rows = [["verify", 8, 65], ["even-64x16 mss_truncated", 4, 65]]
+    table = validate(content(no_room=rows), RuntimeTable, "table")
+    assert table.no_room == (("verify", 8, 65),)
+    assert table.steps_no_room == ((4, "even-64x16", StepRule.MSS_TRUNCATED),)
+    assert validate(parse_yaml(dump_yaml(table), "table"), RuntimeTable, "table") == table
+
+
 def test_the_rule_of_a_setting() -> None:
     settings = [
         Sampling(),
@@ -102,9 +111,13 @@ def test_the_rule_of_a_setting() -> None:
         Sampling(rule="naive", temperature=0.7, top_p=0.9),
         Sampling(rule="mss", temperature=1.0, top_p=0.9),
     ]
-    assert [rule_key(setting) for setting in settings] == [
-        "greedy", "naive", "naive_truncated", "mss_truncated",
-    ]  # fmt: skip
+    assert [StepRule.of(setting) for setting in settings] == [
+        StepRule.GREEDY,
+        StepRule.NAIVE,
+        StepRule.NAIVE_TRUNCATED,
+        StepRule.MSS_TRUNCATED,
+    ]
+    assert [StepRule.of(rule.sampling) for rule in StepRule] == list(StepRule)
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(

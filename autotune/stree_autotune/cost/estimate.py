@@ -176,6 +176,7 @@ def _carried(table: RuntimeTable, roofline: Fit, wanted: GpuSpec) -> RuntimeTabl
             "steps": tuple(map(step, table.steps)),
             "rules": tuple(map(rule_point, table.rules)),
             "no_room": (),
+            "steps_no_room": (),
         }
     )
 

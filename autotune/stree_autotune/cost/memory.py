@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stree_autotune.cost.tree_shape import shape_of
-from stree_autotune.store import ModelCost, RuleKey
+from stree_autotune.store import ModelCost, StepRule
 from stree_core.tree import Tree
 
 RESERVED_BYTES = 3 << 29
@@ -18,7 +18,13 @@ CHAINS = {"cpu": 64, "cuda": 256}
 
 _INT_BYTES = 4
 _LOGIT_BYTES = 4
-_COPIES = {"greedy": 1, "naive": 5, "naive_truncated": 10, "mss": 6, "mss_truncated": 10}
+_COPIES = {
+    StepRule.GREEDY: 1,
+    StepRule.NAIVE: 5,
+    StepRule.NAIVE_TRUNCATED: 10,
+    StepRule.MSS: 6,
+    StepRule.MSS_TRUNCATED: 10,
+}
 """fp32 tensors as large as the logits that exist at one time, ids of a sort counted twice."""
 
 _BRANCH_COPIES = 7
@@ -51,7 +57,7 @@ class MemoryModel:
     draft: ModelCost
     context: int
     gpu: str
-    rule: RuleKey = "greedy"
+    rule: StepRule = StepRule.GREEDY
     memory_bytes: float = math.inf
 
     def needed(self, batch_size: int, trees: Sequence[Tree]) -> Needed:
@@ -101,7 +107,7 @@ class MemoryModel:
         widest = max((1, *shape.widths))
         draft = max(_COPIES[self.rule], _BRANCH_COPIES if shape.branching else 1) * widest * row
         # MSS keeps the draft's distributions until the target has chosen.
-        kept = shape.num_inner * row if self.rule.startswith("mss") else 0
+        kept = shape.num_inner * row if self.rule.sampling.rule == "mss" else 0
         return max(verify, draft) + kept
 
 

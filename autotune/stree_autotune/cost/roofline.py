@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from stree_autotune.store import GpuSpec, ModelCost, RuntimeTable
+from stree_autotune.store import GpuSpec, ModelCost, RuntimeTable, StepRule
 from stree_core.tree import OFF
 
 Floats = NDArray[np.float64]
@@ -116,7 +116,7 @@ def samples_of(table: RuntimeTable) -> list[Sample]:
     samples += [
         Sample(target, s.batch_size, OFF.kind, point_work("verify", s.batch_size, 1, table), s.ms)
         for s in table.steps
-        if s.is_off and s.rule == "greedy"
+        if s.is_off and s.rule == StepRule.GREEDY
     ]
     return samples
 

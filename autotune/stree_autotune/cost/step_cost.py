@@ -24,7 +24,7 @@ import numpy as np
 from stree_autotune.cost.estimate import Estimate
 from stree_autotune.cost.terms import PLAIN, Factors, Load, TermTimes, spreads, term_times
 from stree_autotune.cost.tree_shape import FEWEST_ROWS, TreeShape, shape_of
-from stree_autotune.store import PairWords, RuleKey, RuntimeTable
+from stree_autotune.store import PairWords, RuntimeTable, StepRule
 from stree_core.errors import MissingMeasurement
 from stree_core.tree import Tree
 
@@ -59,7 +59,7 @@ class StepCost:
     def from_table(
         cls,
         table: RuntimeTable,
-        rule: RuleKey = "greedy",
+        rule: StepRule = StepRule.GREEDY,
         context: int | None = None,
         words: PairWords | None = None,
     ) -> StepCost:
@@ -76,7 +76,7 @@ class StepCost:
     def from_estimate(
         cls,
         estimate: Estimate,
-        rule: RuleKey = "greedy",
+        rule: StepRule = StepRule.GREEDY,
         context: int | None = None,
         words: PairWords | None = None,
     ) -> StepCost:

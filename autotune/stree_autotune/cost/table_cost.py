@@ -10,8 +10,8 @@ from stree_autotune.store import (
     Library,
     PairWords,
     RuntimeTable,
+    StepRule,
     load_runtime_table,
-    rule_key,
 )
 from stree_core.errors import MissingMeasurement
 from stree_core.profile import Sampling
@@ -33,7 +33,7 @@ def runtime_cost(
     """
     table = load_runtime_table(path)
     _require_context(table, path, context, words)
-    rule = rule_key(sampling)
+    rule = StepRule.of(sampling)
     if table.gpu == gpu:
         return table, StepCost.from_table(table, rule, context, words), None
     measured, wanted = library.gpu_spec(table.gpu), library.gpu_spec(gpu)

@@ -20,10 +20,10 @@ from stree_autotune.store import (
     TIMED_PATH,
     NoRoom,
     Point,
-    RuleKey,
     RulePoint,
     RuntimeTable,
     Step,
+    StepRule,
     Term,
     Work,
 )
@@ -76,7 +76,7 @@ def make_curve(
 
     mine = sorted((point.size, point.ms) for point in points if point.term == term)
     remedy = f"record it with `{command}`"
-    if any(row.name == term for row in no_room):
+    if any(row.term == term for row in no_room):
         remedy = "larger sizes did not fit into the GPU's memory when it was probed"
     if not mine:
         return Curve(term, batch_size, 1, (), remedy)
@@ -140,26 +140,25 @@ class RuleTimes:
             return float(times[-1] * rows / sizes[-1])
         return float(np.interp(rows, sizes, times))
 
-    def step_ms(self, rule: RuleKey, batch_size: int, shape: TreeShape) -> float:
+    def step_ms(self, rule: StepRule, batch_size: int, shape: TreeShape) -> float:
         """Return what the rule adds to a speculative step; branching is greedy's as well."""
         total = sum(self.at("branch", width * batch_size) for width in shape.branching)
-        name, _, truncated = rule.partition("_")
-        if name == "greedy":
+        if rule == StepRule.GREEDY:
             return total
         total += self.off_ms(rule, batch_size, shape.num_tokens)
-        if name == "mss":
-            draw: Work = "draw_truncated" if truncated else "draw"
+        if rule.sampling.rule == "mss":
+            draw: Work = "draw_truncated" if rule.sampling.truncates else "draw"
             total += sum(self.at(draw, width * batch_size) for width in (1, *shape.widths))
             rows = shape.num_inner * batch_size
             one, several = self.at("try", rows), self.at("tries", rows)
             total += one + max(0.0, several - one) / (SEVERAL - 1) * (shape.most_children - 1)
         return total
 
-    def off_ms(self, rule: RuleKey, batch_size: int, num_tokens: int = 1) -> float:
+    def off_ms(self, rule: StepRule, batch_size: int, num_tokens: int = 1) -> float:
         """Return what choosing the target's tokens by the rule adds."""
-        if rule == "greedy":
+        if rule == StepRule.GREEDY:
             return 0.0
-        work: Work = "sample_truncated" if rule.endswith("truncated") else "sample"
+        work: Work = "sample_truncated" if rule.sampling.truncates else "sample"
         return self.at(work, num_tokens * batch_size)
 
 
@@ -188,7 +187,7 @@ class Load(NamedTuple):
     average; `tokens_per_step` says how often states are stored.
     """
 
-    rule: RuleKey = "greedy"
+    rule: StepRule = StepRule.GREEDY
     more_context: float = 0.0
     tokens_per_step: float = 1.0
 
@@ -215,15 +214,15 @@ class TermTimes:
     curves: Mapping[Term, Curve]
     verify: Curve
     rules: RuleTimes
-    off_steps: Mapping[RuleKey, float]
-    overheads: Mapping[RuleKey, Overhead]
+    off_steps: Mapping[StepRule, float]
+    overheads: Mapping[StepRule, Overhead]
     command: str
 
     def off_ms(self, load: Load, factors: Factors) -> float:
         """Return the time of a step with verdict off; raise MissingMeasurement without any."""
         ms = self.off_steps.get(load.rule)
-        if ms is None and "greedy" in self.off_steps:
-            ms = self.off_steps["greedy"] + self.rules.off_ms(load.rule, self.batch_size)
+        if ms is None and StepRule.GREEDY in self.off_steps:
+            ms = self.off_steps[StepRule.GREEDY] + self.rules.off_ms(load.rule, self.batch_size)
         if ms is None:
             raise self._missing("a whole step without speculation")
         return ms * factors.off + self._context_ms(1, load)
@@ -263,20 +262,20 @@ class TermTimes:
     @property
     def left_out(self) -> tuple[float, ...]:
         """Relative errors of greedy steps, each predicted from the others."""
-        greedy = self.overheads.get("greedy")
+        greedy = self.overheads.get(StepRule.GREEDY)
         return greedy.left_out if greedy is not None else ()
 
-    def fitted(self, rule: RuleKey) -> Overhead:
+    def fitted(self, rule: StepRule) -> Overhead:
         """Return a rule's overhead, greedy's for one without steps of its own.
 
         Raises MissingMeasurement when there were no steps to fit it to.
         """
-        found = self.overheads.get(rule) or self.overheads.get("greedy")
+        found = self.overheads.get(rule) or self.overheads.get(StepRule.GREEDY)
         if found is None:
             raise self._missing("two or more whole steps")
         return found
 
-    def require(self, max_nodes: int, rule: RuleKey) -> None:
+    def require(self, max_nodes: int, rule: StepRule) -> None:
         """Raise MissingMeasurement unless verdict off and trees up to `max_nodes` have a time."""
         self.off_ms(Load(rule), PLAIN)
         self.curves["draft_root"].at(1)
@@ -365,26 +364,29 @@ def _at_batch_size(
     points = [without_rows(point, rows) for point in points]
     curves = {term: make_curve(term, batch_size, points, no_room, command) for term in terms}
     steps = [step for step in table.steps if step.batch_size == batch_size]
-    off: dict[RuleKey, float] = {step.rule: step.ms for step in steps if step.is_off}
-    for sampled, same in (("mss", "naive"), ("naive_truncated", "mss_truncated")):
+    off: dict[StepRule, float] = {step.rule: step.ms for step in steps if step.is_off}
+    for sampled, same in (
+        (StepRule.MSS, StepRule.NAIVE),
+        (StepRule.NAIVE_TRUNCATED, StepRule.MSS_TRUNCATED),
+    ):
         # Without a tree the two choose alike.
         if sampled not in off and same in off:
-            off[sampled] = off[same]  # type: ignore[index]
+            off[sampled] = off[same]
     times = TermTimes(batch_size, curves, curves["verify"], rules, off, {}, command)
-    overheads: dict[RuleKey, Overhead] = {}
-    for rule in sorted({step.rule for step in steps}, key=lambda rule: rule != "greedy"):
+    overheads: dict[StepRule, Overhead] = {}
+    for rule in sorted({step.rule for step in steps}, key=lambda rule: rule != StepRule.GREEDY):
         whole = _whole_steps(times, [step for step in steps if step.rule == rule], table)
         free = [row for row in whole if row.ms > _HOST_BOUND * times.host_ms]
         used = free if len(free) > 1 else whole
         if len(used) > 1:
-            overheads[rule] = _fitted(used, times, overheads.get("greedy"))
-        if rule == "greedy" and rule in overheads:
+            overheads[rule] = _fitted(used, times, overheads.get(StepRule.GREEDY))
+        if rule == StepRule.GREEDY and rule in overheads:
             # Few trees are timed with the others, which are compared with verify as these show it.
             missed = overheads[rule].missed
             assert missed is not None
             times = replace(times, verify=times.verify.scaled(missed.factor))
-    if "mss_truncated" in overheads:
-        overheads.setdefault("naive_truncated", overheads["mss_truncated"])
+    if StepRule.MSS_TRUNCATED in overheads:
+        overheads.setdefault(StepRule.NAIVE_TRUNCATED, overheads[StepRule.MSS_TRUNCATED])
     return replace(times, overheads=overheads)
 
 

@@ -18,6 +18,7 @@ from stree_autotune.store import (
     PairRequest,
     ProgressBar,
     RuntimeTable,
+    StepRule,
     chat_warning,
     command_line,
     encode_prompts,
@@ -25,7 +26,6 @@ from stree_autotune.store import (
     open_profile_pair,
     open_prompts,
     print_json,
-    rule_key,
     utc_now,
     versions,
 )
@@ -146,10 +146,10 @@ def _record(
         trace = record_trace(pair, prompts, config, progress)
     stop = StopRule(request.max_new_tokens, pair.target.shape.eos_token_ids)
     requests = [
-        Request(prompt, stop, SamplingParams(sampling.temperature, top_p=sampling.top_p, seed=seed))
+        Request(prompt, stop, SamplingParams.of(sampling, seed))
         for seed, prompt in enumerate(prompts)
     ]
-    support = SamplingSupport(sampling.rule, truncates=sampling.top_p < 1)
+    support = SamplingSupport.of(sampling)
     return _Setting(pair, requests, trace, support, request.batch_size, profile.context)
 
 
@@ -202,7 +202,7 @@ def _stage(
         for tree in dict.fromkeys(trees):
             runs[tree] = _decode(setting, requests, tree)
             progress(len(runs))
-    rule = rule_key(setting.trace.meta.sampling)
+    rule = StepRule.of(setting.trace.meta.sampling)
     prompts = [request.prompt for request in setting.requests]
     cost = StepCost.from_table(table, rule, typical_context(prompts, setting.trace))
     return _Stage(table, cost, runs)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
-from stree_autotune.store import STORES, RuleKey, RuntimeTable, Work
+from stree_autotune.store import STORES, RuntimeTable, StepRule, Work
 from stree_core.tree import DEFAULT_TREE, MAX_NODES, OFF, Tree
 
 _VERIFY_SIZES = (
@@ -34,7 +34,7 @@ _FEW = {
 _MOST_RULE_ROWS = 4096
 _TRIES_AT_MOST = 1024
 
-SAMPLED: tuple[RuleKey, ...] = ("naive", "mss", "mss_truncated")
+SAMPLED = (StepRule.NAIVE, StepRule.MSS, StepRule.MSS_TRUNCATED)
 """Rules whose whole steps are timed; a truncated distribution costs naive what it costs MSS."""
 
 Key = tuple[Any, ...]
@@ -97,9 +97,8 @@ def measured_keys(table: RuntimeTable) -> set[Key]:
     keys: set[Key] = {("passes", *point[:3]) for point in table.points}
     keys |= {("rules", *point[:2]) for point in table.rules}
     keys |= {("steps", step.batch_size, step.tree, step.rule) for step in table.steps}
-    for name, batch_size, size in table.no_room:
-        tree, _, rule = name.partition(" ")
-        keys.add(("steps", batch_size, tree, rule) if rule else ("passes", name, batch_size, size))
+    keys |= {("passes", *row) for row in table.no_room}
+    keys |= {("steps", *row) for row in table.steps_no_room}
     return keys
 
 
@@ -140,7 +139,9 @@ def _stages(config: ProbeConfig, has_attention: bool) -> Iterator[Stage]:
         yield Stage("passes", batch_size, tuple(passes))
         few = config.few_steps
         trees = [name for name in step_trees(config.max_nodes) if not few or name in _FEW]
-        yield Stage("steps", batch_size, tuple((batch_size, name, "greedy") for name in trees))
+        yield Stage(
+            "steps", batch_size, tuple((batch_size, name, StepRule.GREEDY) for name in trees)
+        )
         for rule in SAMPLED if config.sampled and not few else ():
             names = sampled_trees(config.max_nodes)
             yield Stage("steps", batch_size, tuple((batch_size, name, rule) for name in names))

@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from stree_autotune.probe.plan import Key, even_tree
-from stree_autotune.probe.steps import TIMED_TEMPERATURE, TIMED_TOP_P, StepSetting, free
+from stree_autotune.probe.steps import StepSetting, free
 from stree_autotune.probe.timing import Timing, Work, captured, time_interleaved
-from stree_autotune.store import SEVERAL, RulePoint
+from stree_autotune.store import SEVERAL, RulePoint, StepRule
 from stree_core.drafting import ModelRows, Pair, make_plan
-from stree_core.engine import GREEDY, Rule, SampledRule, SamplingSupport, make_rules
+from stree_core.engine import Rule, SampledRule, SamplingSupport, make_rules
+from stree_core.profile import Sampling
 from stree_core.tree import Tree
 
 _MOST_TOKENS = 64
-_NAIVE, _NAIVE_TRUNCATED = SamplingSupport("naive"), SamplingSupport("naive", truncates=True)
-_MSS, _MSS_TRUNCATED = SamplingSupport("mss"), SamplingSupport("mss", truncates=True)
 _ONE, _WIDE = Tree.chain(1), even_tree(SEVERAL, SEVERAL)
 
 
@@ -28,19 +27,22 @@ class _Side(NamedTuple):
 
     draws: bool
     tree: Tree
-    support: SamplingSupport
+    rule: StepRule
 
 
 _WORKS = {
-    "branch": (_Side(True, _WIDE, GREEDY), _Side(True, _ONE, GREEDY)),
-    "draw": (_Side(True, _ONE, _MSS), _Side(True, _ONE, GREEDY)),
-    "draw_truncated": (_Side(True, _ONE, _MSS_TRUNCATED), _Side(True, _ONE, GREEDY)),
-    "try": (_Side(False, _ONE, _MSS), _Side(False, _ONE, _NAIVE)),
-    "tries": (_Side(False, _WIDE, _MSS), _Side(False, _WIDE, _NAIVE)),
+    "branch": (_Side(True, _WIDE, StepRule.GREEDY), _Side(True, _ONE, StepRule.GREEDY)),
+    "draw": (_Side(True, _ONE, StepRule.MSS), _Side(True, _ONE, StepRule.GREEDY)),
+    "draw_truncated": (
+        _Side(True, _ONE, StepRule.MSS_TRUNCATED),
+        _Side(True, _ONE, StepRule.GREEDY),
+    ),
+    "try": (_Side(False, _ONE, StepRule.MSS), _Side(False, _ONE, StepRule.NAIVE)),
+    "tries": (_Side(False, _WIDE, StepRule.MSS), _Side(False, _WIDE, StepRule.NAIVE)),
 }
 """What is timed and what it is compared with, one node of each slot in question."""
 
-_SAMPLES = {"sample": _NAIVE, "sample_truncated": _NAIVE_TRUNCATED}
+_SAMPLES = {"sample": StepRule.NAIVE, "sample_truncated": StepRule.NAIVE_TRUNCATED}
 """The same of rules that choose after every node alike."""
 
 
@@ -75,7 +77,7 @@ def _sides(work: str, rows: int) -> list[tuple[_Side, int]]:
         return [(side, rows) for side in _WORKS[work]]
     tokens = min(rows, _MOST_TOKENS)
     tree = Tree.chain(tokens - 1)
-    return [(_Side(False, tree, s), rows // tokens) for s in (_SAMPLES[work], GREEDY)]
+    return [(_Side(False, tree, s), rows // tokens) for s in (_SAMPLES[work], StepRule.GREEDY)]
 
 
 def _rule_point(work: str, rows: int, timings: dict[tuple[str, int, bool], Timing]) -> RulePoint:
@@ -91,8 +93,9 @@ def _rule_point(work: str, rows: int, timings: dict[tuple[str, int, bool], Timin
 def _work(pair: Pair, side: _Side, num_slots: int, logits_RV: Tensor) -> Work:
     """Return one side's work on logits that all share."""
     plan = make_plan(side.tree, frozenset(), ModelRows(frozenset()), pair.device)
-    (rule,) = make_rules(side.support, [plan], num_slots, logits_RV.shape[1], pair.target.backend)
-    _set_all(rule, side.support)
+    support = SamplingSupport.of(side.rule.sampling)
+    (rule,) = make_rules(support, [plan], num_slots, logits_RV.shape[1], pair.target.backend)
+    _set_all(rule, side.rule.sampling)
     tokens_TB = torch.zeros(plan.tree.num_tokens, num_slots, dtype=torch.int64, device=pair.device)
     num_nodes = 1 if side.draws else len(tokens_TB)
     logits_NBV = logits_RV[: num_nodes * num_slots].view(num_nodes, num_slots, -1)
@@ -101,8 +104,8 @@ def _work(pair: Pair, side: _Side, num_slots: int, logits_RV: Tensor) -> Work:
     return partial(rule.choose, logits_NBV, tokens_TB)
 
 
-def _set_all(rule: Rule, support: SamplingSupport) -> None:
-    """Give every slot the setting that steps are timed with."""
+def _set_all(rule: Rule, sampling: Sampling) -> None:
+    """Give every slot the same setting."""
     if isinstance(rule, SampledRule):
-        rule.settings.temperature_B.fill_(TIMED_TEMPERATURE)
-        rule.settings.top_p_B.fill_(TIMED_TOP_P if support.truncates else 1.0)
+        rule.settings.temperature_B.fill_(sampling.temperature)
+        rule.settings.top_p_B.fill_(sampling.top_p)

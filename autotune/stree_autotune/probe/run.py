@@ -26,6 +26,7 @@ from stree_autotune.store import (
     RulePoint,
     RuntimeTable,
     Step,
+    StepNoRoom,
     TableMeasured,
     command_line,
     git_sha,
@@ -63,6 +64,7 @@ class _Found:
     rules: list[RulePoint] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     no_room: list[NoRoom] = field(default_factory=list)
+    steps_no_room: list[StepNoRoom] = field(default_factory=list)
     trees: dict[str, TreeText] = field(default_factory=dict)
 
 
@@ -82,7 +84,12 @@ def probe(
     found = _Found()
     if known is not None:
         found = _Found(
-            [*known.points], [*known.rules], [*known.steps], [*known.no_room], {**known.trees}
+            [*known.points],
+            [*known.rules],
+            [*known.steps],
+            [*known.no_room],
+            [*known.steps_no_room],
+            {**known.trees},
         )
     stages = missing_stages(config, has_attention(pair), known)
     settle = prompt_reader(pair.target)
@@ -115,7 +122,7 @@ def has_attention(pair: Pair) -> bool:
 def extends(known: RuntimeTable, pair: Pair, config: ProbeConfig) -> bool:
     """True when `known` has this pair, device and setting, so that rows may join it."""
     same = make_table(pair, config, _Found(), "")
-    open_keys = ("measured", "points", "rules", "trees", "steps", "no_room")
+    open_keys = ("measured", "points", "rules", "trees", "steps", "no_room", "steps_no_room")
     return known.model_dump(exclude=set(open_keys)) == same.model_dump(exclude=set(open_keys))
 
 
@@ -146,6 +153,7 @@ def make_table(pair: Pair, config: ProbeConfig, found: _Found, clocks: str) -> R
             for s in found.steps
         ),
         no_room=tuple(found.no_room),
+        steps_no_room=tuple(found.steps_no_room),
     )  # fmt: skip
 
 
@@ -180,7 +188,7 @@ def _measure_steps(
     mine = {name: trees[name] for _, name, _ in keys}
     times = time_steps(pair.target, pair.draft, mine, keys[0][2], setting)
     found.steps += times.steps
-    found.no_room += times.no_room
+    found.steps_no_room += times.no_room
     if times.host is not None and times.host[:3] not in {p[:3] for p in found.points}:
         found.points.append(times.host)
 

@@ -14,6 +14,7 @@ from stree_autotune.probe.run import BUDGETS, rounded
 from stree_autotune.probe.stepper import occupy, prompt_reader
 from stree_autotune.probe.steps import StepSetting, free, time_steps
 from stree_autotune.probe.timing import Work, captured, time_interleaved
+from stree_autotune.store import StepRule
 from stree_core.drafting import ModelRows, make_plan
 from stree_core.engine import GreedyRule, make_speculators
 from stree_core.models import Model
@@ -43,7 +44,7 @@ def probe_model(
     for batch_size in config.batch_sizes:
         setting = StepSetting(batch_size, config.context, effort, math.inf, settle)
         rows = _passes(model, config, setting)
-        (step,) = time_steps(model, None, {OFF.kind: OFF}, "greedy", setting).steps
+        (step,) = time_steps(model, None, {OFF.kind: OFF}, StepRule.GREEDY, setting).steps
         progress(f"batch size {batch_size}: one token {step.ms:.3f} ms")
         step_ms = rounded(step.ms)
         yield [row._replace(step_ms=step_ms) if row.num_tokens == 1 else row for row in rows]

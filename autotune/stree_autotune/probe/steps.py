@@ -12,22 +12,19 @@ import torch
 
 from stree_autotune.probe.stepper import SteadyEngine, Stepper
 from stree_autotune.probe.timing import Effort, Work, time_interleaved
-from stree_autotune.store import NoRoom, Point, RuleKey, Step
+from stree_autotune.store import Point, Step, StepNoRoom, StepRule
 from stree_core.drafting import Draft
 from stree_core.engine import EngineConfig, SamplingParams, SamplingSupport
 from stree_core.errors import NotEnoughMemory
 from stree_core.models import Model
 from stree_core.tree import Tree
 
-TIMED_TEMPERATURE, TIMED_TOP_P = 1.0, 0.9
-"""What steps are timed at; every other value costs the same."""
-
 
 class StepTimes(NamedTuple):
     """What was measured of whole steps, and what did not fit; `host` is None without a GPU."""
 
     steps: list[Step]
-    no_room: list[NoRoom]
+    no_room: list[StepNoRoom]
     host: Point | None
 
 
@@ -43,7 +40,7 @@ class StepSetting:
 
 
 def time_steps(
-    target: Model, draft: Draft | None, trees: Mapping[str, Tree], rule: RuleKey,
+    target: Model, draft: Draft | None, trees: Mapping[str, Tree], rule: StepRule,
     setting: StepSetting,
 ) -> StepTimes:  # fmt: skip
     """Time complete steps with each tree, host included.
@@ -54,7 +51,7 @@ def time_steps(
     off = {name: tree for name, tree in trees.items() if not tree.num_nodes}
     speculating = {name: tree for name, tree in trees.items() if tree.num_nodes}
     steps: list[Step] = []
-    no_room: list[NoRoom] = []
+    no_room: list[StepNoRoom] = []
     host: Point | None = None
     for group in (off, speculating):
         while group:
@@ -62,28 +59,24 @@ def time_steps(
                 rows, host_ms = _time_group(target, draft, group, rule, setting)
             except NotEnoughMemory:
                 largest = max(group, key=lambda name: group[name].num_tokens)
-                size = group.pop(largest).num_tokens
-                no_room.append(NoRoom(f"{largest} {rule}", setting.batch_size, size))
+                del group[largest]
+                no_room.append(StepNoRoom(setting.batch_size, largest, rule))
                 continue
             finally:
                 free(target.device)
             steps += rows
-            if host_ms and rule == "greedy":
+            if host_ms and rule == StepRule.GREEDY:
                 host = Point("host", setting.batch_size, 1, host_ms, 0.0)
             break
     return StepTimes(steps, no_room, host)
 
 
 def _time_group(
-    target: Model, draft: Draft | None, trees: Mapping[str, Tree], rule: RuleKey,
+    target: Model, draft: Draft | None, trees: Mapping[str, Tree], rule: StepRule,
     setting: StepSetting,
 ) -> tuple[list[Step], float]:  # fmt: skip
     """Return the steps of one engine, and what the host works for one."""
-    name, _, truncated = rule.partition("_")
-    params = SamplingParams()
-    if rule != "greedy":
-        params = SamplingParams(TIMED_TEMPERATURE, top_p=TIMED_TOP_P if truncated else 1.0)
-    support = SamplingSupport(name, truncates=bool(truncated))  # type: ignore[arg-type]
+    params, support = SamplingParams.of(rule.sampling), SamplingSupport.of(rule.sampling)
     config = EngineConfig(setting.batch_size, setting.context, sampling=support)
     stepper = Stepper(SteadyEngine(target, draft, list(trees.values()), config), params)
     works: dict[str, Work] = {

@@ -7,7 +7,7 @@ import math
 from stree_autotune.cost import StepCost
 from stree_autotune.report.figure import Figure, Marks, Panel, about, ms, panel_rows
 from stree_autotune.report.svg_chart import XY, Chart, linear_axis, log_axis
-from stree_autotune.store import RuntimeTable
+from stree_autotune.store import RuntimeTable, StepRule
 from stree_core.profile import PolicyRow, Profile
 from stree_core.tree import OFF
 
@@ -116,7 +116,7 @@ def steps_figure(table: RuntimeTable) -> Figure | None:
     """Draw whole measured steps against what the sum of the terms and its overhead say."""
     measured_cost = StepCost.from_table(table)
     built = {name: tree.build() for name, tree in table.trees.items()}
-    steps = [step for step in table.steps if not step.is_off and step.rule == "greedy"]
+    steps = [step for step in table.steps if not step.is_off and step.rule == StepRule.GREEDY]
     pairs = [
         (step, measured_cost.step_ms(step.batch_size, built[step.tree], step.tokens_per_step))
         for step in steps

@@ -16,10 +16,10 @@ from stree_autotune.search.verdict import Decision, decide_policy
 from stree_autotune.store import (
     Library,
     RuntimeTable,
+    StepRule,
     provenance,
     require_same_model,
     require_same_shape,
-    rule_key,
 )
 from stree_autotune.trace import Trace, load_trace
 from stree_core.errors import ConfigError
@@ -237,7 +237,7 @@ def ask(request: TuneRequest) -> Question:
         table.draft,
         request.context,
         request.gpu,
-        rule_key(request.sampling),
+        StepRule.of(request.sampling),
         math.inf if spec is None else spec.memory_gb * 1e9,
     )
     return Question(request, runtime, acceptance, refs, memory)

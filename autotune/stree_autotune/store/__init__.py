@@ -57,15 +57,14 @@ if TYPE_CHECKING:
         ModelCost as ModelCost,
         NoRoom as NoRoom,
         Point as Point,
-        RuleKey as RuleKey,
         RulePoint as RulePoint,
         RuntimeTable as RuntimeTable,
         Step as Step,
+        StepNoRoom as StepNoRoom,
         TableMeasured as TableMeasured,
         Term as Term,
         Work as Work,
         load_runtime_table as load_runtime_table,
-        rule_key as rule_key,
         runtime_file_name as runtime_file_name,
         save_runtime_table as save_runtime_table,
     )
@@ -77,6 +76,7 @@ if TYPE_CHECKING:
         result_console as result_console,
         title as title,
     )
+    from stree_autotune.store.step_rule import StepRule as StepRule
 
 __getattr__, __dir__ = exports(
     __name__,
@@ -115,18 +115,17 @@ __getattr__, __dir__ = exports(
             "ModelCost",
             "NoRoom",
             "Point",
-            "RuleKey",
             "RulePoint",
             "RuntimeTable",
             "SEVERAL",
             "STORES",
             "Step",
+            "StepNoRoom",
             "TIMED_PATH",
             "TableMeasured",
             "Term",
             "Work",
             "load_runtime_table",
-            "rule_key",
             "runtime_file_name",
             "save_runtime_table",
         ],
@@ -138,5 +137,6 @@ __getattr__, __dir__ = exports(
             "result_console",
             "title",
         ],
+        "step_rule": ["StepRule"],
     },
 )

@@ -24,11 +24,12 @@ tree without nodes. The deepest level of a tree has no children, so it costs no 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from stree_autotune.store.advice import PairWords, probe_command
+from stree_autotune.store.step_rule import StepRule
 from stree_core.files import dump_yaml, load_yaml, write_atomically
 from stree_core.profile import (
     MAX_BATCH_SIZE,
@@ -38,7 +39,6 @@ from stree_core.profile import (
     ModelRef,
     Ms,
     Name,
-    Sampling,
     Strict,
     TokensPerStep,
     TreeText,
@@ -68,9 +68,6 @@ side (MSS), tries: SEVERAL.
 
 SEVERAL = 4
 """Children of a node where more than one are timed."""
-
-RuleKey = Literal["greedy", "naive", "naive_truncated", "mss", "mss_truncated"]
-"""A rule, and whether a part of the distribution is cut off (top-k, top-p, min-p)."""
 
 LEAST_MS = 1e-9
 Size = Annotated[int, Field(ge=1, le=MAX_BATCH_SIZE)]
@@ -112,7 +109,7 @@ class Step(NamedTuple):
     ms: PositiveMs
     spread_ms: NonNegativeMs
     tokens_per_step: Annotated[TokensPerStep, Field(allow_inf_nan=False)] = 1.0
-    rule: RuleKey = "greedy"
+    rule: StepRule = StepRule.GREEDY
 
     @property
     def is_off(self) -> bool:
@@ -121,11 +118,19 @@ class Step(NamedTuple):
 
 
 class NoRoom(NamedTuple):
-    """A point or a whole step that did not fit into the memory of the GPU, by its name and size."""
+    """A pass that did not fit into the memory of the GPU."""
 
-    name: Name
+    term: Term
     batch_size: BatchSize
     size: Size
+
+
+class StepNoRoom(NamedTuple):
+    """A whole step that did not fit into the memory of the GPU."""
+
+    batch_size: BatchSize
+    tree: Name
+    rule: StepRule
 
 
 class ModelCost(ModelRef):
@@ -187,6 +192,19 @@ class RuntimeTable(Strict):
     trees: Annotated[dict[Name, TreeText], Field(max_length=64)]
     steps: Annotated[tuple[Step, ...], Field(max_length=4_000)]
     no_room: Annotated[tuple[NoRoom, ...], Field(max_length=20_000)] = ()
+    steps_no_room: Annotated[tuple[StepNoRoom, ...], Field(max_length=4_000)] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _migrated(cls, content: Any) -> Any:
+        """Return a file's content, with whole steps that 0.1 kept in `no_room` in their place."""
+        rows = content.get("no_room") if isinstance(content, dict) else None
+        steps = [row for row in rows if _is_old_step(row)] if isinstance(rows, list) else []
+        if not steps:
+            return content
+        passes = [row for row in rows if not _is_old_step(row)]
+        named = [(size, *name.split(" ")) for name, size, _ in steps]
+        return {**content, "no_room": passes, "steps_no_room": named}
 
     @model_validator(mode="after")
     def _points_are_usable(self) -> RuntimeTable:
@@ -246,13 +264,6 @@ class RuntimeTable(Strict):
         return probe_command(self.gpu, pair, *more, shapes=shapes)
 
 
-def rule_key(sampling: Sampling) -> RuleKey:
-    """Return the rule under which steps with this setting are timed."""
-    if sampling.rule == "greedy" or sampling.top_p == 1:
-        return sampling.rule
-    return "naive_truncated" if sampling.rule == "naive" else "mss_truncated"
-
-
 def runtime_file_name(gpu: str, target: str, draft: str) -> str:
     """Return the file name of a runtime table."""
     return f"{gpu}--{target}--{draft}.yaml"
@@ -272,6 +283,11 @@ def _largest_size(point: Point) -> int:
     if point.term in STORES:
         return point.batch_size
     return 1 if point.term in UNSIZED else MAX_NODES + 1
+
+
+def _is_old_step(row: Any) -> bool:
+    """True for a row [tree and rule, batch size, tokens] among those of passes, as 0.1 wrote it."""
+    return isinstance(row, list) and len(row) == 3 and len(str(row[0]).split(" ")) == 2
 
 
 def _once(seen: set[tuple[object, ...]], what: str, key: tuple[object, ...]) -> None:

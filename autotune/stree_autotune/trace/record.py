@@ -128,7 +128,7 @@ def _make_engine(pair: Pair, prompts: Sequence[Sequence[int]], config: RecordCon
         )
     star = Tree.from_paths([[rank] for rank in range(config.num_children)])
     num_positions = needed_positions(max(lengths), config.max_new_tokens, [star])
-    support = SamplingSupport(config.sampling.rule, truncates=config.sampling.top_p < 1)
+    support = SamplingSupport.of(config.sampling)
     engine_config = EngineConfig(config.num_slots, num_positions, sampling=support)
     try:
         return Engine(pair.target, pair.draft, star, engine_config, step=Speculator.record)
@@ -140,10 +140,7 @@ def _make_engine(pair: Pair, prompts: Sequence[Sequence[int]], config: RecordCon
 
 
 def _params(config: RecordConfig, index: int) -> SamplingParams:
-    sampling = config.sampling
-    return SamplingParams(
-        temperature=sampling.temperature, top_p=sampling.top_p, seed=config.seed + index
-    )
+    return SamplingParams.of(config.sampling, config.seed + index)
 
 
 def _record_batch(
