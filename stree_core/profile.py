@@ -11,12 +11,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from stree_core.errors import ConfigError, TreeError
 from stree_core.files import dump_yaml, load_yaml, require_place, write_atomically
+from stree_core.limits import MAX_BATCH_SIZE, MAX_CONTEXT, MAX_SEED
 from stree_core.shown_text import clean_command, require_printable
 from stree_core.tree import MAX_NODES, Tree, Verdict
-
-MAX_BATCH_SIZE = 1 << 16
-MAX_CONTEXT = 1 << 26
-MAX_SEED = (1 << 63) - 1
 
 Status = Literal["measured", "estimated"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Literal
 
 from stree_core.errors import TreeError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 MAX_NODES = 255
 """Draft nodes of one tree, root not counted: a verify pass takes at most 256 tokens."""
@@ -158,6 +159,8 @@ class Tree:
     @cached_property
     def mask(self) -> NDArray[np.bool_]:
         """Tree mask [T, T], True where the column is the row's ancestor or the row itself."""
+        import numpy as np
+
         mask = np.zeros((self.num_tokens, self.num_tokens), dtype=np.bool_)
         for node, nodes in enumerate(self.node_paths):
             mask[node, list(nodes)] = True

@@ -18,8 +18,6 @@ from stree_autotune.cli.live import register_live_verbs
 from stree_autotune.cli.report import register_report
 from stree_autotune.store import command
 from stree_core.errors import ConfigError, NoFeasibleTree, StreeError, os_sentence
-from stree_core.files import require_place
-from stree_core.profile import load_profile, require_writable, save_profile
 from stree_core.shown_text import printable, shown
 
 if TYPE_CHECKING:
@@ -77,6 +75,7 @@ def tune_command(
     # optuna and scipy load here, so that the other verbs start at once
     from stree_autotune.search import TuneRequest
     from stree_autotune.store import data_folder
+    from stree_core.profile import require_writable
 
     request = TuneRequest(
         gpu=gpu,
@@ -104,6 +103,7 @@ def _tune(request: TuneRequest, output: Path, *, measure: bool, as_json: bool) -
     """Tune, write the profile, print it; only measuring loads torch."""
     from stree_autotune.search import best_draft
     from stree_autotune.store import print_profile, print_profile_json, result_console
+    from stree_core.profile import save_profile
 
     if measure:
         from stree_autotune.live import tune_live as tune
@@ -134,6 +134,7 @@ def show(
 ) -> None:
     """Print profiles: verdicts, predictions, what is estimated, where the numbers come from."""
     from stree_autotune.store import Library, print_profile, print_profile_json, result_console
+    from stree_core.profile import load_profile
 
     searched = Library.open(flags.search_path(data, library))
     paths = [searched.find_profile(name) for name in profiles] or searched.profile_paths()
@@ -158,6 +159,7 @@ def certify(
     """Bound what any static tree can reach on traces; `trace` does it for those it records."""
     from stree_autotune.search import certificate_path, certify_file, describe
     from stree_autotune.store import Library
+    from stree_core.files import require_place
 
     library = Library.open(data)
     found: dict[str, list[float]] = {}

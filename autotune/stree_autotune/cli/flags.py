@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pydantic import ValidationError
 
 from stree_autotune.cli import completion
 from stree_autotune.store import command
 from stree_core.errors import ConfigError
-from stree_core.profile import MAX_BATCH_SIZE, MAX_CONTEXT, MAX_SEED, Sampling
+from stree_core.limits import MAX_BATCH_SIZE, MAX_CONTEXT, MAX_SEED
 from stree_core.tree import MAX_NODES
+
+if TYPE_CHECKING:
+    from stree_core.profile import Sampling
 
 DEFAULT_TARGET = "demo-target"
 DEFAULT_DRAFT = "demo-draft"
@@ -258,6 +260,11 @@ def sampling(rule: str, temperature: float, top_p: float) -> Sampling:
     rule = rule or ("mss" if temperature > 0 else "greedy")
     if rule not in ("greedy", "naive", "mss"):
         raise ConfigError(f"--rule is greedy, naive or mss, got {rule!r}; pass one of them")
+    # help needs no schema, and pydantic takes longer to import than all else together
+    from pydantic import ValidationError
+
+    from stree_core.profile import Sampling
+
     try:
         return Sampling(rule=rule, temperature=temperature, top_p=top_p)  # type: ignore[arg-type]
     except ValidationError as err:

@@ -11,7 +11,6 @@ import typer
 
 from stree_autotune.cli import completion, flags
 from stree_core.errors import ConfigError
-from stree_core.files import require_place
 from stree_core.shown_text import printable
 
 DEFAULT_REPORT = Path("report.html")
@@ -43,6 +42,7 @@ def report(
     """Write one HTML page of profiles: verdict, figures, sources; it needs no network."""
     from stree_autotune.report import is_report, write_report
     from stree_autotune.store import Library
+    from stree_core.files import require_place
 
     require_place(output)
     if output.exists() and not force and not is_report(output):

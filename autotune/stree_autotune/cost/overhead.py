@@ -10,9 +10,9 @@ depends on how its tokens fill the kernels' tiles: steps with as many tokens sha
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -47,7 +47,8 @@ class Coefficients(NamedTuple):
 
     def ms(self, shape: TreeShape) -> float:
         """Return the sum for a step with a tree of this shape."""
-        return sum(map(operator.mul, self, _features(shape)), 0.0)
+        total = self.constant + self.per_level * shape.depth + self.per_token * shape.num_tokens
+        return total + self.branching * bool(shape.branching)
 
 
 # The constant and any others, simplest first; a later set is taken only when it predicts left-out
@@ -81,7 +82,7 @@ class Missed:
         return min(MOST, max(LEAST, 1 + share))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Overhead:
     """Accept, commit, host, launches; `left_out` are the errors of steps predicted from others."""
 
@@ -89,7 +90,7 @@ class Overhead:
     missed: Missed | None
     left_out: tuple[float, ...]
 
-    @property
+    @cached_property
     def fit_error(self) -> float:
         """Root mean square of the relative errors of left-out steps."""
         return _root_mean_square(self.left_out)

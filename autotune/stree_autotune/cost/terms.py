@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -46,6 +46,13 @@ class Curve:
         if not 0 <= index < len(self.ms):
             raise self._missing(size)
         return self.ms[index]
+
+    def sum_at(self, sizes: Sequence[int]) -> float:
+        """Return the sum of the times at several sizes; raises as `at` does."""
+        low, high, ms = min(sizes) - self.first, max(sizes) - self.first, self.ms
+        if low < 0 or high >= len(ms):
+            return sum(map(self.at, sizes))
+        return sum([ms[size - self.first] for size in sizes])
 
     def scaled(self, factor: Callable[[int], float]) -> Curve:
         """Return the times multiplied by a factor of their size, rising as before."""
@@ -202,12 +209,21 @@ class Load(NamedTuple):
         return min(1.0, rate / (MAX_BUFFERED + (1 + rate) / 2))
 
 
+class Sums(NamedTuple):
+    """The terms of a speculative step (ms), summed by the groups that a draw moves."""
+
+    verify: float
+    drafts: float
+    rules: float
+
+
 @dataclass(frozen=True, slots=True)
 class TermTimes:
     """All terms at one batch size; `overheads` and `off_steps` are by rule.
 
     The curve of `draft` is that of points without what their rows cost, `draft_rows`; `verify` is
-    what verify takes inside whole steps.
+    what verify takes inside whole steps. A search asks for one step with many draws of the factors,
+    so `sums` keeps what they multiply.
     """
 
     batch_size: int
@@ -217,6 +233,9 @@ class TermTimes:
     off_steps: Mapping[StepRule, float]
     overheads: Mapping[StepRule, Overhead]
     command: str
+    sums: dict[tuple[TreeShape, Load], Sums] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
 
     def off_ms(self, load: Load, factors: Factors) -> float:
         """Return the time of a step with verdict off; raise MissingMeasurement without any."""
@@ -229,19 +248,24 @@ class TermTimes:
 
     def sum_ms(self, shape: TreeShape, load: Load, factors: Factors) -> float:
         """Return the sum of the terms of a speculative step, without the overhead."""
+        sums = self.sums.get((shape, load))
+        if sums is None:
+            sums = self.sums[shape, load] = self._sums(shape, load)
+        verify, drafts, rules = sums
+        return verify * factors.verify + drafts * factors.draft + rules * factors.rules
+
+    def _sums(self, shape: TreeShape, load: Load) -> Sums:
         more_accepted = load.tokens_per_step - TIMED_PATH
         drafts = self.curves["draft_root"].at(1) + self._stored_ms("draft_store", load)
         drafts += more_accepted * self._optional("draft_path") * (1 + len(shape.widths))
         if shape.widths:
-            at = self.curves["draft"].at
-            drafts += sum([at(width) for width in shape.widths])
+            drafts += self.curves["draft"].sum_at(shape.widths)
             if self.curves["draft_rows"].ms:
-                drafts += sum([self.curves["draft_rows"].at(rows) for rows in shape.rows])
+                drafts += self.curves["draft_rows"].sum_at(shape.rows)
         verify = self.verify.at(shape.num_tokens) + self._stored_ms("target_store", load)
         verify += more_accepted * self._optional("target_path")
         verify += self._context_ms(shape.num_tokens, load)
-        rules = self.rules.step_ms(load.rule, self.batch_size, shape)
-        return verify * factors.verify + drafts * factors.draft + rules * factors.rules
+        return Sums(verify, drafts, self.rules.step_ms(load.rule, self.batch_size, shape))
 
     def speculative_ms(
         self, shape: TreeShape, load: Load, factors: Factors, steps_off: float

@@ -49,7 +49,11 @@ def time_passes(
             free(pair.device)
     measured = [key for key in keys if (key[0], key[2]) not in missing]
     points = [_point(key, timings, differences) for key in measured]
-    no_room = [NoRoom(term, setting.batch_size, size) for term, size in sorted(missing)]
+    no_room = [
+        NoRoom(term, batch_size, size)
+        for term, batch_size, size in sorted(keys)
+        if (term, size) in missing
+    ]
     return points, no_room
 
 

@@ -104,7 +104,7 @@ def measured_keys(table: RuntimeTable) -> set[Key]:
 
 def step_trees(max_nodes: int) -> dict[str, Tree]:
     """Return the trees whose whole steps are timed: off, and from one node to `max_nodes`."""
-    trees = {OFF.kind: OFF}
+    trees: dict[str, Tree] = {OFF.kind: OFF}
     trees |= {f"chain-{k}": Tree.chain(k) for k in (1, 2, 3, 4, 6, 8)}
     trees["default-12"] = DEFAULT_TREE
     shapes = ((7, 4), (8, 3), (16, 4), (24, 3), (32, 8), (48, 6), (64, 16), (128, 16), (255, 32))

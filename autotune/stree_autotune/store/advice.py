@@ -5,14 +5,13 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from stree_core.profile import Sampling
+if TYPE_CHECKING:
+    from stree_core.profile import Sampling
 
 KNOWN_DATASETS = ("demo", "gsm8k", "human_eval", "mt_bench")
 """Datasets whose rows `stree-tune trace` finds by name; others are in a file of the user's."""
-
-PLAIN = Sampling()
 
 
 class PairWords(NamedTuple):
@@ -38,12 +37,15 @@ def probe_command(gpu: str, words: PairWords, *more: str | Path | int, shapes: b
 
 
 def trace_command(
-    words: PairWords, dataset: str, sampling: Sampling = PLAIN, *more: str | Path | int
+    words: PairWords, dataset: str, sampling: Sampling | None = None, *more: str | Path | int
 ) -> str:
-    """Return the command that records a trace; FILE holds the rows of a dataset of the user's."""
+    """Return the command that records a trace, greedy unless another setting is given.
+
+    FILE holds the rows of a dataset of the user's.
+    """
     rows = [] if dataset in KNOWN_DATASETS else ["--prompts", "FILE"]
     setting: list[str] = []
-    if sampling != PLAIN:
+    if sampling is not None and sampling.rule != "greedy":
         setting = ["--rule", sampling.rule, "--temperature", f"{sampling.temperature:g}"]
         setting += ["--top-p", f"{sampling.top_p:g}"] if sampling.top_p != 1 else []
     pair = ["--target", words.target, "--draft", words.draft]

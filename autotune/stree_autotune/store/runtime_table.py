@@ -31,8 +31,8 @@ from pydantic import Field, model_validator
 from stree_autotune.store.advice import PairWords, probe_command
 from stree_autotune.store.step_rule import StepRule
 from stree_core.files import dump_yaml, load_yaml, write_atomically
+from stree_core.limits import MAX_BATCH_SIZE
 from stree_core.profile import (
-    MAX_BATCH_SIZE,
     BatchSize,
     Command,
     Context,
@@ -199,10 +199,10 @@ class RuntimeTable(Strict):
     def _migrated(cls, content: Any) -> Any:
         """Return a file's content, with whole steps that 0.1 kept in `no_room` in their place."""
         rows = content.get("no_room") if isinstance(content, dict) else None
-        steps = [row for row in rows if _is_old_step(row)] if isinstance(rows, list) else []
-        if not steps:
+        if not isinstance(rows, list) or not any(map(_is_old_step, rows)):
             return content
         passes = [row for row in rows if not _is_old_step(row)]
+        steps = [row for row in rows if _is_old_step(row)]
         named = [(size, *name.split(" ")) for name, size, _ in steps]
         return {**content, "no_room": passes, "steps_no_room": named}
 
