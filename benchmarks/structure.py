@@ -16,7 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,7 +67,13 @@ print(json.dumps([len(modules), len(calls)]))
 
 def main() -> None:
     """Measure this checkout and print the result."""
-    result = {package: _package(package, folder) for package, folder in FOLDERS.items()}
+    names, homes = {}, {}
+    for package, folder in FOLDERS.items():
+        homes.update(_homes(package, folder))
+        paths = [path for path in folder.rglob("*.py") if path.name != "__init__.py"]
+        names.update({_dotted(package, folder, path): path for path in paths})
+    graph = {name: _imports(path, names, homes) - {name} for name, path in names.items()}
+    result = {package: _package(package, names, graph) for package in FOLDERS}
     with tempfile.TemporaryDirectory() as folder:
         run = subprocess.run(
             [sys.executable, "-c", _FOLLOW, *MAIN_JOB],
@@ -77,25 +83,19 @@ def main() -> None:
     print(json.dumps({**result, "path": {"modules": modules, "cross_module_calls": calls}}))
 
 
-def _package(package: str, folder: Path) -> dict[str, int]:
-    paths = [path for path in folder.rglob("*.py") if path.name != "__init__.py"]
-    names = {_dotted(package, folder, path): path for path in paths}
-    per_folder: dict[Path, int] = defaultdict(int)
-    for path in paths:
-        per_folder[path.parent] += 1
+def _package(package: str, names: dict[str, Path], graph: dict[str, set[str]]) -> dict[str, int]:
+    own = [name for name in names if name.startswith(f"{package}.")]
+    paths = [names[name] for name in own]
+    per_folder = Counter(path.parent for path in paths)
     lines = sorted(path.read_text().count("\n") for path in paths)
-    homes = _homes(package, folder)
-    graph = {name: _imports(path, names, homes) - {name} for name, path in names.items()}
-    importers: dict[str, int] = defaultdict(int)
-    for targets in graph.values():
-        for target in targets:
-            importers[target] += 1
+    importers = Counter(target for targets in graph.values() for target in targets)
     return {
+        "modules": len(own),
         "files": max(per_folder.values()),
         "p90_lines": lines[int(0.9 * len(lines))],
-        "single_importer": sum(importers[name] == 1 for name in names),
+        "single_importer": sum(importers[name] == 1 for name in own),
         "long_functions": sum(_long_functions(path) for path in paths),
-        "circles": _circles(graph),
+        "circles": _circles({name: graph[name] for name in own}),
     }
 
 
@@ -140,7 +140,9 @@ def _long_functions(path: Path) -> int:
 def _circles(graph: dict[str, set[str]]) -> int:
     """Count the strongly connected components of more than one module."""
     reach = {name: _reach(graph, name) for name in graph}
-    groups = {frozenset(o for o in reach[n] if n in reach[o]) for n in graph if n in reach[n]}
+    groups = {
+        frozenset(o for o in reach[n] if n in reach.get(o, ())) for n in graph if n in reach[n]
+    }
     return len(groups)
 
 
@@ -151,7 +153,7 @@ def _reach(graph: dict[str, set[str]], start: str) -> set[str]:
         name = todo.pop()
         if name not in seen:
             seen.add(name)
-            todo += graph[name]
+            todo += graph.get(name, ())
     return seen
 
 
