@@ -14,6 +14,7 @@ from tiny_models import ours, perturbed, random_texts, save_pair, tiny_mamba2
 
 from stree_autotune.cli.commands import main
 from stree_autotune.live.measure import TraceScript, measure_steps, prompt_for, traced_engine
+from stree_autotune.probe.run import BUDGETS, Budget
 from stree_autotune.probe.stepper import Stepper
 from stree_autotune.probe.timing import Effort
 from stree_autotune.store.library import Library
@@ -149,6 +150,7 @@ def test_tuning_by_measurement(
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(folder)
+    monkeypatch.setitem(BUDGETS, "quick", Budget(1.0, Effort(1, 1, 0.0)))
     caplog.set_level(logging.INFO)
     (folder / "prompts.jsonl").write_text(
         "\n".join(f'{{"question": "{text}"}}' for text in random_texts(8))
