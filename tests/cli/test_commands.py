@@ -463,3 +463,23 @@ def test_tuning_needs_no_torch(terminal: Terminal) -> None:
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("toy-target + toy-draft on h100 (estimated")
+
+
+def test_help_needs_no_schema(terminal: Terminal) -> None:
+    script = (
+        "import sys\n"
+        "from stree_autotune.cli.commands import main\n"
+        "try:\n    main()\nexcept SystemExit as left:\n    assert left.code == 0, left.code\n"
+        "slow = {'numpy', 'pydantic', 'yaml', 'optuna', 'scipy'} & set(sys.modules)\n"
+        "assert not slow, slow\n"
+    )
+    path = os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, "-c", script, "--help"],
+        cwd=terminal.folder,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr

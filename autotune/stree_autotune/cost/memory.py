@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from stree_autotune.cost.tree_shape import shape_of
 from stree_autotune.store import ModelCost, StepRule
@@ -59,6 +59,7 @@ class MemoryModel:
     gpu: str
     rule: StepRule = StepRule.GREEDY
     memory_bytes: float = math.inf
+    by_tree: dict[Tree, tuple[int, int]] = field(default_factory=dict, compare=False, repr=False)
 
     def needed(self, batch_size: int, trees: Sequence[Tree]) -> Needed:
         """Return what an engine with these trees takes; it has no draft unless one has nodes."""
@@ -84,18 +85,25 @@ class MemoryModel:
         """
         if math.isinf(self.memory_bytes):
             return -1.0
-        return self.needed(batch_size, [tree]).total / self.memory_bytes - 1
+        fixed, each = self._linear(tree)
+        return (fixed + batch_size * each) / self.memory_bytes - 1
 
     def largest_batch(self, tree: Tree) -> int:
         """Return the most sequences that fit with `tree`, 0 when not even one does."""
-        none = self.needed(0, [tree]).total
-        each = self.needed(1, [tree]).total - none
-        return max(0, int((self.memory_bytes - none) // each))
+        fixed, each = self._linear(tree)
+        return max(0, int((self.memory_bytes - fixed) // each))
 
     def describe(self, batch_size: int, tree: Tree) -> str:
         """Return what a tree needs beside what there is."""
         needed = self.needed(batch_size, [tree]).total / 1e9
         return f"{needed:.1f} GB of the {self.memory_bytes / 1e9:.1f} GB of {self.gpu}"
+
+    def _linear(self, tree: Tree) -> tuple[int, int]:
+        """Return what a tree takes without a sequence, and more for each; kept for later calls."""
+        if tree not in self.by_tree:
+            fixed = self.needed(0, [tree]).total
+            self.by_tree[tree] = fixed, self.needed(1, [tree]).total - fixed
+        return self.by_tree[tree]
 
     def _scratch_bytes(self, batch_size: int, tree: Tree) -> int:
         """Return a bound of what passes and the rule hold between the caches."""

@@ -69,7 +69,7 @@ class StepCost:
         """
         load = Load(rule, 0.0 if context is None else (context - table.context) / 2)
         command = table.probe_command(words)
-        times = term_times(table, command)
+        times = term_times(table, rule, command)
         return cls(times, table.batch_sizes, spreads(table), command, load)
 
     @classmethod

@@ -338,13 +338,13 @@ class TermTimes:
         )
 
 
-def term_times(table: RuntimeTable, command: str) -> dict[int, TermTimes]:
-    """Return the terms of every measured batch size, overheads fitted, ascending.
+def term_times(table: RuntimeTable, rule: StepRule, command: str) -> dict[int, TermTimes]:
+    """Return the terms of every measured batch size, ascending, overheads fitted for one rule.
 
     `command` is what errors propose to record what is missing.
     """
     rules = RuleTimes.of(table.rules, command)
-    return {size: _at_batch_size(table, size, rules, command) for size in table.batch_sizes}
+    return {size: _at_batch_size(table, size, rules, rule, command) for size in table.batch_sizes}
 
 
 def spreads(table: RuntimeTable) -> Factors:
@@ -379,7 +379,7 @@ def _whole_steps(times: TermTimes, steps: Sequence[Step], table: RuntimeTable) -
 
 
 def _at_batch_size(
-    table: RuntimeTable, batch_size: int, rules: RuleTimes, command: str
+    table: RuntimeTable, batch_size: int, rules: RuleTimes, asked: StepRule, command: str
 ) -> TermTimes:
     points = [point for point in table.points if point.batch_size == batch_size]
     no_room = [row for row in table.no_room if row.batch_size == batch_size]
@@ -398,7 +398,11 @@ def _at_batch_size(
             off[sampled] = off[same]
     times = TermTimes(batch_size, curves, curves["verify"], rules, off, {}, command)
     overheads: dict[StepRule, Overhead] = {}
-    for rule in sorted({step.rule for step in steps}, key=lambda rule: rule != StepRule.GREEDY):
+    # Greedy's overhead is part of every rule's, and the last two share theirs.
+    fitted = dict.fromkeys((StepRule.GREEDY, asked))
+    if asked == StepRule.NAIVE_TRUNCATED:
+        fitted[StepRule.MSS_TRUNCATED] = None
+    for rule in fitted:
         whole = _whole_steps(times, [step for step in steps if step.rule == rule], table)
         free = [row for row in whole if row.ms > _HOST_BOUND * times.host_ms]
         used = free if len(free) > 1 else whole

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -52,6 +52,13 @@ class DepthBound(Strict):
         return max(line.starts - line.price * num_nodes for line in self.lines)
 
 
+Block = list[tuple[tuple[int, int], float]]
+"""Numbers of nodes and levels, each with the fewest starts of such trees."""
+
+BLOCK_SIZES = 8
+"""Sizes that are skipped together where not even their bound is fast enough."""
+
+
 class LeastTime(Protocol):
     """What a step takes at least with any tree of some nodes and levels; 0 nodes means off."""
 
@@ -60,7 +67,8 @@ class LeastTime(Protocol):
     ) -> float:
         """Return the milliseconds of the quickest step, which more tokens per step may lengthen.
 
-        Tokens per step over this time must not fall as the tokens grow.
+        Neither more nodes of a tree with siblings nor more tokens per step shorten it, and tokens
+        per step over this time must not fall as the tokens grow.
         """
 
 
@@ -77,7 +85,7 @@ class Certificate(Strict):
     provenance: Provenance
 
     @cached_property
-    def _sizes(self) -> dict[int, list[tuple[tuple[int, int], float]]]:
+    def _blocks(self) -> dict[int, list[Block]]:
         return {}
 
     def least_starts(self, num_nodes: int, depth: int) -> float:
@@ -118,21 +126,40 @@ class Certificate(Strict):
             # a trace of prompts that ended at once: no tree emits anything more
             return 1000 * batch_size / off_ms
         least_ms = self.num_positions * off_ms
-        for size, starts in self._sizes_up_to(max_nodes):
-            if starts:
+        for sizes in self._blocks_up_to(max_nodes):
+            if self._bound_ms(sizes, cost, batch_size) >= least_ms:
+                continue
+            for size, starts in sizes:
                 rate = self.num_positions / starts
                 least_ms = min(least_ms, starts * cost.least_ms(batch_size, *size, rate))
         return 1000 * batch_size * self.num_positions / least_ms
 
-    def _sizes_up_to(self, max_nodes: int) -> list[tuple[tuple[int, int], float]]:
-        """Return every number of nodes and levels with the least starts, computed once."""
-        if max_nodes not in self._sizes:
-            self._sizes[max_nodes] = [
-                ((num_nodes, depth), self.least_starts(num_nodes, depth))
-                for num_nodes in range(1, max_nodes + 1)
-                for depth in range(1, num_nodes + 1)
-            ]
-        return self._sizes[max_nodes]
+    def _bound_ms(self, sizes: Block, cost: LeastTime, batch_size: int) -> float:
+        """Return a time that no size of a block falls below: fewest starts, quickest step."""
+        fewest, most = (choose(starts for _, starts in sizes) for choose in (min, max))
+        return fewest * cost.least_ms(batch_size, *sizes[0][0], self.num_positions / most)
+
+    def _blocks_up_to(self, max_nodes: int) -> list[Block]:
+        """Return every number of nodes and levels with the least starts, computed once.
+
+        The sizes of a block have as many levels, in ascending order; a chain is one by itself.
+        """
+        if max_nodes not in self._blocks:
+            blocks: list[Block] = []
+            for depth in range(1, max_nodes + 1):
+                for first, last in _ranges(depth, max_nodes):
+                    sizes = (((n, depth), self.least_starts(n, depth)) for n in range(first, last))
+                    # trees without any start are those of an empty trace
+                    blocks.append([size for size in sizes if size[1]])
+            self._blocks[max_nodes] = [block for block in blocks if block]
+        return self._blocks[max_nodes]
+
+
+def _ranges(depth: int, max_nodes: int) -> Iterator[tuple[int, int]]:
+    """Yield the chain's range of nodes, then those of the trees with siblings, ends excluded."""
+    yield depth, depth + 1
+    for first in range(depth + 1, max_nodes + 1, BLOCK_SIZES):
+        yield first, min(first + BLOCK_SIZES, max_nodes + 1)
 
 
 def certificate_path(trace: Path) -> Path:
