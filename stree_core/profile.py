@@ -195,6 +195,15 @@ class Sources(Strict):
     certificate: Source | None = None
 
 
+class ServerRef(Strict):
+    """The server that a profile was measured on and is for; `method` is its way to draft."""
+
+    name: Literal["vllm", "sglang"]
+    version: Name
+    method: Name
+    date: Name
+
+
 class Provenance(Strict):
     """Who made the file, with what; the only block that may differ between equal runs.
 
@@ -212,7 +221,8 @@ class Provenance(Strict):
 class Profile(Strict):
     """Everything needed to decode, to judge and to reproduce one tuning.
 
-    `chat` says that the trace's prompts were put into the target's chat template.
+    `chat` says that the trace's prompts were put into the target's chat template. With `server` the
+    times are that server's, and our own engine refuses the profile.
     """
 
     schema_version: Literal[1] = 1
@@ -226,6 +236,7 @@ class Profile(Strict):
     context: Context
     policy: Annotated[tuple[PolicyRow, ...], Field(min_length=1, max_length=64)]
     measured: MeasuredBlock | None = None
+    server: ServerRef | None = None
     sources: Sources
     provenance: Provenance
 
@@ -253,6 +264,18 @@ class Profile(Strict):
 def load_profile(path: str | Path) -> Profile:
     """Read a profile; raise ConfigError when it is malformed."""
     return load_yaml(Path(path), Profile)
+
+
+def load_own_profile(path: str | Path) -> Profile:
+    """Read a profile to decode by; raise ConfigError when its times are a server's."""
+    profile = load_profile(path)
+    if profile.server is not None:
+        name = profile.server.name
+        raise ConfigError(
+            f"{path} cannot be run here, its times are those of {name} {profile.server.version}; "
+            f"take it to that server with `stree-tune export {path} --to {name}`"
+        )
+    return profile
 
 
 def save_profile(profile: Profile, path: str | Path) -> None:

@@ -25,7 +25,7 @@ from stree_core.engine import (
     needed_positions,
     stream,
 )
-from stree_core.profile import load_profile
+from stree_core.profile import load_own_profile
 from stree_core.tree import OFF
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class DecodeRequest:
 
 def run_decode(models: PairRequest, request: DecodeRequest, *, as_json: bool) -> None:
     """Continue a prompt as a profile says, printing text as it comes."""
-    profile = load_profile(request.profile_path)
+    profile = load_own_profile(request.profile_path)
     pair = open_profile_pair(models, profile)
     for warning in (gpu_warning(profile, pair.device), chat_warning(profile, chat=request.chat)):
         if warning:

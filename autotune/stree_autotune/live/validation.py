@@ -41,7 +41,7 @@ from stree_core.engine import (
     generate,
 )
 from stree_core.files import require_place, write_atomically
-from stree_core.profile import Profile, load_profile, save_profile
+from stree_core.profile import Profile, load_own_profile, save_profile
 from stree_core.tree import DEFAULT_TREE, OFF, Tree
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def run_validate(request: ValidateRequest, models: PairRequest, *, as_json: bool
     for path in (request.output, request.profile_path if request.write else None):
         if path is not None:
             require_place(path)
-    profile = load_profile(request.profile_path)
+    profile = load_own_profile(request.profile_path)
     pair = open_profile_pair(models, profile)
     warning = chat_warning(profile, chat=request.chat)
     if warning:

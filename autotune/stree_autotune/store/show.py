@@ -41,6 +41,8 @@ def print_profile(profile: Profile, console: Console) -> None:
     """Print a profile: title, predictions by batch size, why, measurements, sources."""
     console.print(title(profile), style="bold")
     console.print(_policy_table(profile.policy))
+    if profile.server is not None:
+        console.print(str(profile.sources.runtime.note))
     for reason, rows in groupby(profile.policy, key=lambda row: row.reason):
         sizes = ", ".join(str(row.batch_size) for row in rows)
         console.print(f"batch size {sizes}: {reason}")
@@ -49,6 +51,8 @@ def print_profile(profile: Profile, console: Console) -> None:
         console.print(_measured_table(profile.measured))
     for kind, source in (("times", profile.sources.runtime), ("acceptance", profile.sources.trace)):
         console.print(_source_line(kind, source))
+    if profile.server is not None:
+        return
     if profile.sources.certificate is None:
         made = command("certify", PurePosixPath(profile.sources.trace.name).stem)
         console.print(f"certificate: none; make one with `{made}` and tune again")
