@@ -16,6 +16,7 @@ from stree_autotune.cli.analyze import register_analyze
 from stree_autotune.cli.deploy import register_deploy_verbs
 from stree_autotune.cli.live import register_live_verbs
 from stree_autotune.cli.report import register_report
+from stree_autotune.cli.server import register_server_verbs, tune_on_server
 from stree_autotune.store import command
 from stree_core.errors import ConfigError, NoFeasibleTree, StreeError, os_sentence
 from stree_core.shown_text import printable, shown
@@ -58,6 +59,9 @@ def tune_command(
     library: flags.Libraries = flags.NO_LIBRARIES,
     acceptance_from: flags.AcceptanceFrom = "",
     measure: flags.Measure = False,
+    server: flags.Server = "",
+    rates: flags.Rates = "",
+    smooth: flags.Smooth = False,
     storage: flags.Storage = "",
     trials: flags.Trials = 0,
     seed: flags.Seed = 0,
@@ -68,6 +72,9 @@ def tune_command(
     """Choose how to speculate, per batch size, from measured times and a recorded trace."""
     if ctx.invoked_subcommand is not None:
         _refuse_flags_before_verb(ctx)
+        return
+    if server or rates or smooth:
+        tune_on_server(ctx)
         return
     if not gpu or not (dataset or acceptance_from):
         raise flags.needs_gpu_and_dataset("tuning", gpu, dataset)
@@ -179,6 +186,7 @@ register_live_verbs(app)
 register_analyze(app)
 register_deploy_verbs(app)
 register_report(app)
+register_server_verbs(app)
 
 
 def main() -> None:

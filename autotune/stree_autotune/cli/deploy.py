@@ -55,7 +55,7 @@ def export(
     force: flags.Force = False,
 ) -> None:
     """Write a profile as the settings of a server; what a format cannot say is chosen anew."""
-    from stree_autotune.export import Deployment, run_export
+    from stree_autotune.export import deployment_of, run_export
     from stree_autotune.store import Library, profile_model_name
     from stree_core.profile import load_profile
 
@@ -63,7 +63,7 @@ def export(
     content = load_profile(searched.find_profile(profile))
     target = target or profile_model_name(content.target.name)
     draft = draft or profile_model_name(content.draft.name)
-    deployment = Deployment(content, searched, target, draft, batch_size)
+    deployment = deployment_of(content, searched, target, draft, batch_size)
     run_export(deployment, to, Path(output) if output else None, force=force)
 
 

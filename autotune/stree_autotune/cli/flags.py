@@ -130,6 +130,26 @@ Measure = Annotated[
     bool,
     typer.Option("--measure", help="Measure trees live on this machine, and decide by that."),
 ]
+Server = Annotated[
+    str,
+    typer.Option(
+        "--server",
+        metavar="NAME",
+        help="Tune a server by what `stree-tune import` read of it: vllm or sglang.",
+    ),
+]
+Rates = Annotated[
+    str,
+    typer.Option(
+        "--rates",
+        metavar="R[,R]",
+        help="With --server: shares of steps that keep at least 1, 2, ... draft tokens.",
+    ),
+]
+Smooth = Annotated[
+    bool,
+    typer.Option("--smooth", help="With --server: K never rises with the batch size."),
+]
 Storage = Annotated[
     str,
     typer.Option(
