@@ -188,7 +188,7 @@ def check_nextn(text: str) -> tuple[int, list[float]]:
     """aiconfigurator's and Dynamo's flags: 1 to 5 draft tokens, and what goes with them."""
     words = text.splitlines()[-1].split()
     flags = dict(zip(words[::2], words[1::2], strict=True))
-    prefix = "--aic-nextn" if "--aic-nextn" in flags else "--nextn"
+    prefix = "--ais-nextn" if "--ais-nextn" in flags else "--nextn"
     length = int(flags.pop(prefix))
     assert 1 <= length <= 5
     ((name, values),) = flags.items()
@@ -197,7 +197,7 @@ def check_nextn(text: str) -> tuple[int, list[float]]:
         assert len(numbers) == 1
         assert 0 <= numbers[0] <= length
     else:
-        assert name == "--aic-nextn-accept-rates"
+        assert name == "--ais-nextn-accept-rates"
         assert len(numbers) == length
         assert all(0 <= number <= 1 for number in numbers)
     return length, numbers

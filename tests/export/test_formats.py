@@ -21,6 +21,7 @@ from synthetic import growth_orders
 from synthetic_data import make_profile, policy_row
 from synthetic_profile import NAME, RAGGED, write_profile
 
+from stree_autotune.export.compatibility import limit_notes, markdown_table, model_notes
 from stree_autotune.export.deployment import Deployment
 from stree_autotune.export.formats import FORMATS
 from stree_autotune.export.trees import export_choices, export_sequoia
@@ -310,3 +311,27 @@ def test_exporting_needs_no_torch(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     rules.check_vllm(json.loads(run.stdout))
+
+
+def test_the_docs_have_the_compatibility_table() -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "exports.md"
+    assert markdown_table() in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("server", "target", "draft", "words"),
+    [
+        ("vllm", "zamba2-7b", "x", "may not start with any speculation"),
+        ("vllm", "llama", "state-spaces/mamba2-130m", "crashes at its first proposal"),
+        ("vllm", "bamba-9b", "x", "was removed"),
+    ],
+)
+def test_known_traps_are_said(server: str, target: str, draft: str, words: str) -> None:
+    assert any(words in note for note in model_notes(server, target, draft))
+    assert not list(model_notes(server, "llama-8b", "llama-1b"))
+
+
+def test_sglang_s_limits_are_said() -> None:
+    assert "--max-running-requests 64" in next(limit_notes("sglang", 64))
+    assert not any("max-running" in note for note in limit_notes("sglang", 48))
+    assert not list(limit_notes("vllm", 64))

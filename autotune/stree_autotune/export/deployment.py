@@ -74,6 +74,16 @@ class Deployment:
         """Pair, GPU, dataset and rule, and what of it is estimated."""
         return title(self.profile)
 
+    @property
+    def method(self) -> str:
+        """How the server drafts: draft_model, or what it was measured with."""
+        return "draft_model" if self.profile.server is None else self.profile.server.method
+
+    @property
+    def drafts_with_model(self) -> bool:
+        """True when the draft is a model of its own, which the server has to load."""
+        return self.method in ("draft_model", "eagle3")
+
     def tokens_per_s(self, batch_size: int, tree: Tree) -> float:
         """Return the rate of all sequences together, as tuning predicts it."""
         if tree not in self.walked:

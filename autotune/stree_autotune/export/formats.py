@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from stree_autotune.export.compatibility import limit_notes, model_notes
 from stree_autotune.export.deployment import Deployment, Exported
 from stree_autotune.export.nvidia import (
     export_aiconfigurator,
     export_dynamo,
     export_speculation_profile,
 )
+from stree_autotune.export.served import times_notes
 from stree_autotune.export.sglang import export_sglang, export_sglang_adaptive
 from stree_autotune.export.tensorrt_llm import export_tensorrt_llm
 from stree_autotune.export.trees import export_choices, export_sequoia
@@ -31,13 +33,14 @@ class Format(NamedTuple):
     export: Callable[[Deployment], Exported]
     loads: tuple[str, ...] = ()
     is_text: bool = True
+    server: str = ""
 
 
 FORMATS = {
-    "vllm": Format(export_vllm, loads=("draft",)),
+    "vllm": Format(export_vllm, loads=("draft",), server="vllm"),
     "vllm-synthetic": Format(export_vllm_synthetic, loads=("draft",)),
-    "sglang": Format(export_sglang, loads=("target", "draft")),
-    "sglang-adaptive": Format(export_sglang_adaptive),
+    "sglang": Format(export_sglang, loads=("target", "draft"), server="sglang"),
+    "sglang-adaptive": Format(export_sglang_adaptive, server="sglang"),
     "tensorrt-llm": Format(export_tensorrt_llm, loads=("draft",)),
     "choices": Format(export_choices),
     "sequoia": Format(export_sequoia, is_text=False),
@@ -65,7 +68,12 @@ def run_export(deployment: Deployment, name: str, output: Path | None, *, force:
     exported = chosen.export(deployment)
     if deployment.profile.estimated:
         logger.warning("note: estimated: %s", deployment.title)
-    for note in (*exported.notes, *_name_notes(deployment, chosen)):
+    notes = (
+        *_server_notes(deployment, chosen),
+        *exported.notes,
+        *_name_notes(deployment, chosen),
+    )
+    for note in notes:
         logger.warning("note: %s", note)
     if output is None:
         sys.stdout.write(exported.content.decode())
@@ -74,11 +82,27 @@ def run_export(deployment: Deployment, name: str, output: Path | None, *, force:
         logger.info("wrote %s", output)
 
 
+def _server_notes(deployment: Deployment, chosen: Format) -> list[str]:
+    """Say whose times these are, and what is known of the server with such a pair."""
+    if not chosen.server:
+        return []
+    profile, largest = deployment.profile, max(row.batch_size for row in deployment.rows)
+    names = (
+        f"{profile.target.name} {deployment.target}",
+        f"{profile.draft.name} {deployment.draft}",
+    )
+    return [
+        *times_notes(profile, chosen.server),
+        *model_notes(chosen.server, *names),
+        *limit_notes(chosen.server, largest),
+    ]
+
+
 def _name_notes(deployment: Deployment, chosen: Format) -> list[str]:
     """Say which names are the profile's own, which no server knows."""
     names = {role: getattr(deployment, role) for role in chosen.loads}
     return [
         f"{name} is the profile's name of the {role}; pass --{role} with its folder or hub id"
         for role, name in names.items()
-        if not is_path(name)
+        if not is_path(name) and (role != "draft" or deployment.drafts_with_model)
     ]

@@ -129,11 +129,11 @@ def export_aiconfigurator(deployment: Deployment) -> Exported:
 
 
 def export_dynamo(deployment: Deployment) -> Exported:
-    """Return `--aic-nextn K --aic-nextn-accept-rates C` for Dynamo's mocker, rates conditional."""
+    """Return `--ais-nextn K --ais-nextn-accept-rates C` for Dynamo's mocker, rates conditional."""
     tree, notes = _short_chain(deployment)
     rates = conditional_rates(marginal_rates(deployment.trace, tree.num_nodes))
     text = ",".join(f"{round(rate, DIGITS):g}" for rate in rates)
-    flags = f"--aic-nextn {tree.num_nodes} --aic-nextn-accept-rates {shlex.quote(text)}"
+    flags = f"--ais-nextn {tree.num_nodes} --ais-nextn-accept-rates {shlex.quote(text)}"
     return _flags(deployment, flags, notes)
 
 

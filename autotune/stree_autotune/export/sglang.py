@@ -23,6 +23,7 @@ from stree_autotune.export.deployment import (
 from stree_core.tree import Tree
 
 WIDEST_STAR = 16
+ALGORITHMS = {"draft_model": "STANDALONE", "mtp": "NEXTN"}
 
 ONE_NOTE = (
     "SGLang has one setting for all batch sizes and takes no tree shape, so this is the best over "
@@ -43,8 +44,12 @@ def export_sglang(deployment: Deployment) -> Exported:
     notes += deployment.rule_note("SGLang")
     flags = {
         "--model-path": deployment.target,
-        "--speculative-algorithm": "STANDALONE",
-        "--speculative-draft-model-path": deployment.draft,
+        "--speculative-algorithm": ALGORITHMS.get(deployment.method, deployment.method.upper()),
+        **(
+            {"--speculative-draft-model-path": deployment.draft}
+            if deployment.drafts_with_model
+            else {}
+        ),
         "--speculative-num-steps": tree.depth,
         "--speculative-eagle-topk": tree.max_children,
         "--speculative-num-draft-tokens": tree.num_tokens,

@@ -54,11 +54,10 @@ def export_vllm_synthetic(deployment: Deployment) -> Exported:
 
 
 def _config(deployment: Deployment, chosen: dict[int, Tree]) -> dict[str, Any]:
-    config: dict[str, Any] = {
-        "method": "draft_model",
-        "model": deployment.draft,
-        "num_speculative_tokens": max(tree.num_nodes for tree in chosen.values()),
-    }
+    config: dict[str, Any] = {"method": deployment.method}
+    if deployment.drafts_with_model:
+        config["model"] = deployment.draft
+    config["num_speculative_tokens"] = max(tree.num_nodes for tree in chosen.values())
     if deployment.profile.sampling.rule == "mss":
         config["draft_sample_method"] = "probabilistic"
     table = [[first, last, tree.num_nodes] for first, last, tree in ranges(chosen)]
