@@ -3,7 +3,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup tune test format lint types imports wheel aot docs newcomer screenshots gpu-test bench sanitize fuzz check
+.PHONY: setup tune test format lint types imports wheel aot docs newcomer screenshots server-test gpu-test bench sanitize fuzz check
 
 setup: .venv/stamp
 
@@ -54,6 +54,10 @@ screenshots: setup
 # Mutated files for every loader, some ten minutes.
 fuzz: setup
 	$(BIN)/python benchmarks/fuzz.py
+
+# The whole way on a real vLLM server on this CPU; installs it in an environment of its own.
+server-test: setup
+	$(BIN)/python benchmarks/server_run.py .server-test
 
 # The targets below need a GPU.
 gpu-test: setup
