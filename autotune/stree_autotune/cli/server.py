@@ -12,8 +12,6 @@ import typer
 
 from stree_autotune.cli import flags
 from stree_core.errors import ConfigError
-from stree_core.files import require_place, write_atomically
-from stree_core.profile import require_writable, save_profile
 from stree_core.shown_text import printable
 
 if TYPE_CHECKING:
@@ -76,6 +74,7 @@ def plan(
 ) -> None:
     """Write a shell script that measures a server by K and concurrency with its own load."""
     from stree_autotune.server import Plan, plan_script
+    from stree_core.files import require_place, write_atomically
 
     if not gpu:
         raise ConfigError("results are filed by GPU, none was named; pass --gpu, such as h100")
@@ -136,6 +135,7 @@ def tune_on_server(ctx: typer.Context) -> None:
     """Tune as the flags of `stree-tune --server` say: profile, its print, what to measure next."""
     from stree_autotune.server import tune_server
     from stree_autotune.store import print_profile, print_profile_json, result_console
+    from stree_core.profile import require_writable, save_profile
 
     output = ctx.params["output"]
     is_default = flags.is_default(ctx, "output")
