@@ -79,8 +79,7 @@ def tune_command(
     if not gpu or not (dataset or acceptance_from):
         raise flags.needs_gpu_and_dataset("tuning", gpu, dataset)
     target, draft = flags.pair_names(target, draft)
-    # optuna and scipy load here, so that the other verbs start at once
-    from stree_autotune.search import TuneRequest
+    from stree_autotune.search import TuneRequest  # loads optuna and scipy
     from stree_autotune.store import data_folder
     from stree_core.profile import require_writable
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
-from stree_autotune.export.deployment import OFF, RATES_NOTE, Deployment
+from stree_autotune.export.deployment import RATES_NOTE, Deployment
 from stree_autotune.search import find_source_file
 from stree_autotune.server import (
     NAMES,
@@ -20,7 +20,7 @@ from stree_autotune.server import (
 from stree_autotune.store import Library
 from stree_core.errors import MissingMeasurement
 from stree_core.profile import PolicyRow, Profile
-from stree_core.tree import Tree
+from stree_core.tree import OFF, Tree
 
 OWN_TIMES_NOTE = (
     "times are stree's; a server spends others on the same tree, so measure there with `stree-tune "

@@ -16,7 +16,7 @@ from stree_autotune.server.files import LARGEST, Document, number, text_of
 from stree_autotune.server.runs import AGREES, Run, require_milliseconds
 from stree_autotune.server.tables import MAX_DRAFT_TOKENS, median
 from stree_core.errors import ConfigError, brief
-from stree_core.profile import MAX_BATCH_SIZE
+from stree_core.limits import MAX_BATCH_SIZE
 
 FEWEST_LOGS = 3
 MAX_LOGS = 100_000

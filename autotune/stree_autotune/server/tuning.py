@@ -43,9 +43,8 @@ from stree_core.profile import (
     Source,
     Sources,
     TreeText,
-    Verdict,
 )
-from stree_core.tree import Tree
+from stree_core.tree import Tree, Verdict
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from stree_autotune.server.files import Document, number, text_of
 from stree_autotune.server.runs import AGREES, Run, require_milliseconds, whole_tokens
 from stree_core.errors import ConfigError
-from stree_core.profile import MAX_BATCH_SIZE
+from stree_core.limits import MAX_BATCH_SIZE
 
 DRAFTS = "spec_decode_num_drafts"
 
@@ -48,8 +48,7 @@ def read_bench(document: Document) -> Run:
             "server with --speculative-config and run it again"
         )
     per_step = 1 + accepted / steps if steps else 1.0
-    step_ms = tpot_ms * per_step
-    notes += _disagreement(document, step_ms)
+    notes += _disagreement(document, tpot_ms * per_step)
     return Run(
         file=document.file,
         server="vllm",
@@ -62,7 +61,7 @@ def read_bench(document: Document) -> Run:
         batch_size=batch_size,
         draft_tokens=tokens,
         round=_round(document),
-        step_ms=step_ms,
+        step_ms=tpot_ms * per_step,
         usual_ms=_optional(document, "median_itl_ms"),
         tokens_per_s=rate,
         running=running,
