@@ -38,8 +38,8 @@ def medusa_greedy(flat: FlatTrace, max_nodes: int) -> Iterator[Tree]:
     distributions = []
     for offset in range(DEPTH):
         place = np.flatnonzero(flat.positions_S >= 0)
-        inside = place[place + offset < len(flat.ranks_S)] + offset
-        ranks = flat.ranks_S[inside[flat.positions_S[inside] >= 0]]
+        inside = place[place + offset < len(flat.positions_S)]
+        ranks = flat.ranks_at(offset)[inside[flat.positions_S[inside + offset] >= 0]]
         counts = np.bincount(ranks, minlength=flat.num_children + 1)[: flat.num_children]
         distributions.append(counts / max(len(ranks), 1))
     yield from _best_first(distributions, max_nodes)
@@ -47,7 +47,7 @@ def medusa_greedy(flat: FlatTrace, max_nodes: int) -> Iterator[Tree]:
 
 def sequoia(flat: FlatTrace, max_nodes: int) -> Iterator[Tree]:
     """Solve the rank vector as counted exactly, for every size and a few depths."""
-    ranks = flat.ranks_S[flat.positions_S >= 0]
+    ranks = flat.ranks_at(0)[flat.positions_S >= 0]
     counts = np.bincount(ranks, minlength=flat.num_children + 1)[: flat.num_children]
     distribution = counts / max(len(ranks), 1)
     for depth in (1, 2, 3, 4, 6, DEPTH):

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
         TargetReader as TargetReader,
         as_draft as as_draft,
     )
+    from stree_core.drafting.forced_starts import (
+        ForcedStarts as ForcedStarts,
+        KnownTexts as KnownTexts,
+    )
+    from stree_core.drafting.mtp_draft import MtpDraft as MtpDraft
     from stree_core.drafting.pair import (
         Pair as Pair,
         Runtime as Runtime,
@@ -37,6 +42,8 @@ __getattr__, __dir__ = exports(
     __name__,
     {
         "draft": ["Draft", "PromptReader", "StepEnd", "TargetReader", "as_draft"],
+        "forced_starts": ["ForcedStarts", "KnownTexts"],
+        "mtp_draft": ["MtpDraft"],
         "pair": [
             "Pair",
             "Runtime",

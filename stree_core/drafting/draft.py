@@ -71,6 +71,11 @@ class Draft(Protocol):
     def falls_behind(self) -> bool:
         """True when steps without speculation leave it behind, so that it has to catch up."""
 
+    @property
+    def feeds_itself(self) -> bool:
+        """True when what it proposes depends on what it made since the step began, not on the
+        text alone."""
+
     def make_cache(self, size: CacheSize, device: torch.device | None = None) -> Cache:
         """Allocate what it keeps, for blocks of its layout, on its device unless one is given."""
 
@@ -113,6 +118,7 @@ class ModelDraft:
     """A separate model: it reads tokens, and keeps states, keys and values of its own."""
 
     falls_behind = True
+    feeds_itself = False
 
     def __init__(self, model: Model) -> None:
         self.model = model

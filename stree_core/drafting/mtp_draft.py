@@ -45,6 +45,7 @@ class MtpDraft:
     """An MTP head, with the embedding and the LM head of its target."""
 
     falls_behind = False
+    feeds_itself = True
 
     def __init__(self, shape: ModelShape, weights: ModelWeights, target: Model) -> None:
         assert weights.join is not None
@@ -76,8 +77,18 @@ class MtpDraft:
         tokens_WB = tokens_RB[1:][level.inputs].contiguous()
         source_WB = level.source_W1.expand(-1, tokens_WB.shape[1])
         this = Pass(plan.draft_block, cache, level.first, len(tokens_WB), level.first == 0)
-        residual, rows = self._joined(tokens_WB, cache.features_RBD, source_WB)
         out_WBD = cache.features_RBD[1 + this.first : 1 + this.end]
+        return self.run(tokens_WB, cache.features_RBD, source_WB, this, out_WBD)
+
+    def run(
+        self, tokens_WB: Tensor, hidden_NBD: Tensor, source_WB: Tensor, this: Pass,
+        out_WBD: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Run rows of tokens and of the hidden states from before them, `source_WB` of N.
+
+        Writes what the head makes of them; returns logits [W, B, V] of the tokens that follow.
+        """
+        residual, rows = self._joined(tokens_WB, hidden_NBD, source_WB)
         self._body.run_blocks(residual, rows, this, out_WBD.flatten(0, 1))
         return self._target.logits(out_WBD)
 

@@ -29,7 +29,11 @@ if TYPE_CHECKING:
         SamplingSupport as SamplingSupport,
         make_rules as make_rules,
     )
-    from stree_core.engine.sampling import SamplingParams as SamplingParams
+    from stree_core.engine.sampling import (
+        SamplingParams as SamplingParams,
+        SlotSettings as SlotSettings,
+        processed as processed,
+    )
     from stree_core.engine.session import Session as Session
     from stree_core.engine.step import (
         Speculator as Speculator,
@@ -45,7 +49,7 @@ __getattr__, __dir__ = exports(
         "engine": ["Engine", "EngineConfig", "MakeRules", "needed_positions"],
         "request": ["Request", "Update"],
         "rules": ["GreedyRule", "Rule", "RuleName", "SampledRule", "SamplingSupport", "make_rules"],
-        "sampling": ["SamplingParams"],
+        "sampling": ["SamplingParams", "SlotSettings", "processed"],
         "session": ["Session"],
         "step": ["Speculator", "make_speculators"],
         "step_result": ["StepResult"],

@@ -93,7 +93,7 @@ def test_the_bound_covers_the_worst_tree(trace: Trace, seed: int) -> None:
     flat = FlatTrace.of(trace)
     rng = np.random.default_rng(seed)
     weights, price = rng.random(flat.num_positions), float(rng.random())
-    before = np.zeros(len(flat.ranks_S) + 1)
+    before = np.zeros(len(flat.positions_S) + 1)
     before[np.flatnonzero(flat.positions_S >= 0) + 1] = weights
     before = np.cumsum(before)
     two_levels = [tree for n in range(7) for tree in ordered_trees(n) if tree.depth <= 2]
@@ -103,7 +103,7 @@ def test_the_bound_covers_the_worst_tree(trace: Trace, seed: int) -> None:
         paths, total = set(tree.paths), 0.0
         for place in np.flatnonzero(flat.positions_S >= 0).tolist():
             length = 0
-            while tuple(flat.ranks_S[place : place + length + 1].tolist()) in paths:
+            while tuple(int(flat.ranks_at(d)[place]) for d in range(length + 1)) in paths:
                 length += 1
             total += max(0.0, float(before[place + length + 1] - before[place]) - 1)
         worst = max(worst, total - price * tree.num_nodes)

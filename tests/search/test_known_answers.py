@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from scripts import script
 from synthetic import FakeCost, latent_trace, ordered_trees, trace_of
 
-from stree_autotune.search.path_counts import index_paths, path_shares
+from stree_autotune.search.path_counts import index_paths, path_shares, rank_distribution
 from stree_autotune.search.tree_solver import MAX_DEPTH, grow
 from stree_autotune.search.verdict import Decision, decide_policy
 from stree_autotune.trace.file import NO_RANK, Trace
@@ -100,7 +100,7 @@ def test_the_exact_recursion_against_every_tree(
 def test_growth_is_the_exact_recursion_for_independent_ranks(num_nodes: int, depth: int) -> None:
     trace = latent_trace(0, num_prompts=300)
     index = index_paths(FlatTrace.of(trace), max_nodes=num_nodes, max_depth=depth)
-    distribution = index.rank_distribution_K
+    distribution = rank_distribution(index.flat)
     shares = path_shares(index)
     for level in index.levels[1:]:
         shares[level] = distribution[index.ranks[level]] * shares[index.parents[level]]

@@ -105,16 +105,16 @@ def rank_shares(trace: Trace, tree: Tree) -> Ranks:
     place = _start_places(flat, trace, tree)
     columns = MOST_RANKS + 2
     shares, num_steps = [], []
-    for _ in range(MOST_DEPTHS):
-        place = place[flat.positions_S[place] >= 0]
+    for depth in range(min(MOST_DEPTHS, flat.max_depth)):
+        place = place[flat.positions_S[place + depth] >= 0]
         if not len(place):
             break
-        ranks = flat.ranks_S[place]
+        ranks = flat.ranks_at(depth)[place]
         kinds = np.where(ranks < MOST_RANKS, ranks, MOST_RANKS)
         kinds = np.where(ranks == num_children, MOST_RANKS + 1, kinds)
         shares.append(np.bincount(kinds, minlength=columns) / len(place))
         num_steps.append(len(place))
-        place = place[ranks < num_children] + 1
+        place = place[ranks < num_children]
     return Ranks(np.array(shares), tuple(num_steps))
 
 

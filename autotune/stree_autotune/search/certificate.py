@@ -73,12 +73,17 @@ class LeastTime(Protocol):
 
 
 class Certificate(Strict):
-    """Bounds for one trace; `chains` and `stars` hold the starts of those with 1, 2, ... nodes."""
+    """Bounds for one trace; `chains` and `stars` hold the starts of those with 1, 2, ... nodes.
+
+    `max_depth` is the deepest level that a trace with a depth axis tells about: the bounds are on
+    trees of so many levels.
+    """
 
     schema_version: Literal[1] = 1
     kind: Literal["stree-certificate"] = "stree-certificate"
     trace_sha256: Sha256
     num_positions: Count
+    max_depth: Annotated[int, Field(ge=1, le=MAX_NODES)] | None = None
     chains: Counts
     stars: Counts
     bounds: Annotated[tuple[DepthBound, ...], Field(min_length=1, max_length=16)]
@@ -91,10 +96,12 @@ class Certificate(Strict):
     def least_starts(self, num_nodes: int, depth: int) -> float:
         """Return the fewest starts of any tree with exactly these nodes and levels.
 
-        0 for shapes that no tree on the trace has.
+        All positions for shapes that no tree on the trace has.
         """
         if depth == num_nodes and num_nodes <= len(self.chains):
             return self.chains[num_nodes - 1]
+        if self.max_depth is not None and depth > self.max_depth:
+            return self.num_positions
         if depth == 1:
             return self.stars[num_nodes - 1] if num_nodes <= len(self.stars) else self.num_positions
         # a step covers its levels and the bonus token
@@ -246,7 +253,7 @@ def certify(
     `progress` gets one line per depth.
     """
     flat = FlatTrace.of(trace)
-    chains = _nested_starts(flat, Tree.chain(LISTED_DEPTH))
+    chains = _nested_starts(flat, Tree.chain(min(LISTED_DEPTH, flat.max_depth)))
     bounds = []
     for max_depth in (*_depths(chains), None):
         bounds.append(_depth_bound(flat, max_depth))
@@ -257,6 +264,7 @@ def certify(
     return Certificate(
         trace_sha256=trace_sha256,
         num_positions=flat.num_positions,
+        max_depth=trace.meta.depths if trace.meta.depths > 1 else None,
         chains=chains,
         stars=_nested_starts(flat, stars),
         bounds=tuple(bounds),
@@ -266,8 +274,10 @@ def certify(
 
 def _depths(chains: Sequence[int]) -> list[int]:
     """Return the depths for bounds of their own: all that are small, and those that still gain."""
-    depths = [depth for depth in DEPTHS if depth <= ALWAYS_DEPTH]
-    for before, depth in pairwise(depth for depth in DEPTHS if depth >= ALWAYS_DEPTH):
+    # the deepest of a trace with a depth axis is the bound on all trees
+    listed = [depth for depth in DEPTHS if depth < len(chains)]
+    depths = [depth for depth in listed if depth <= ALWAYS_DEPTH]
+    for before, depth in pairwise(depth for depth in listed if depth >= ALWAYS_DEPTH):
         if chains[depth - 1] <= (1 - LEAST_GAIN) * chains[before - 1]:
             depths.append(depth)
     return depths
@@ -282,8 +292,8 @@ def _nested_starts(flat: FlatTrace, tree: Tree) -> tuple[int, ...]:
 
 def _depth_bound(flat: FlatTrace, max_depth: int | None) -> DepthBound:
     """Fit weights from the lowest price up, each from the ones before."""
-    deeper = max_depth is None
-    depth = LISTED_DEPTH if max_depth is None else max_depth
+    deeper = max_depth is None and flat.max_depth > LISTED_DEPTH
+    depth = min(LISTED_DEPTH, flat.max_depth) if max_depth is None else max_depth
     blocks = Blocks.of(flat, depth, deeper=deeper)
     prices, starts = _prices(flat, min(depth, SOLVER_DEPTH))
     weights = np.full(flat.num_positions, starts / max(flat.num_positions, 1))

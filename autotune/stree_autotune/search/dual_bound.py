@@ -76,7 +76,7 @@ class Blocks:
         new_nodes, families = [np.zeros(1, np.intp)], []
         num_paths, first_of_level = 1, 0
         for depth in range(1, max_depth + 1):
-            rank = flat.ranks_S[start + depth - 1]
+            rank = flat.ranks_at(depth - 1)[start]
             hit = np.flatnonzero(rank < width)
             key = (path[hit] - first_of_level) * width + rank[hit]
             counts = np.bincount(key, minlength=1)
@@ -101,7 +101,7 @@ class Blocks:
         if deeper:
             covered_E = np.where(length_E == max_depth, _run_lengths(flat)[start_E], length_E)
         return cls(
-            num_places=len(flat.ranks_S),
+            num_places=len(flat.positions_S),
             positions=positions,
             first_E=np.flatnonzero(length_E == 0),
             start_E=start_E,
@@ -113,9 +113,10 @@ class Blocks:
 
 
 def _run_lengths(flat: FlatTrace) -> Ints:
-    """Return per place how many positions from there on have a rank."""
-    missed = np.flatnonzero(flat.ranks_S >= flat.num_children)
-    every = np.arange(len(flat.ranks_S))
+    """Return per place how many positions from there on have a rank; without a depth axis."""
+    (ranks_S,) = flat.ranks_DS
+    missed = np.flatnonzero(ranks_S >= flat.num_children)
+    every = np.arange(len(ranks_S))
     # the last place is an end mark, which has none
     return missed[np.searchsorted(missed, every)] - every if len(missed) else every * 0
 

@@ -32,7 +32,7 @@ class PathIndex:
     parents, ranks, depths: per path, path 0 is the root. levels: the paths of each depth.
     widths: the children per node that a tree needs to contain the path.
     node_S: per place the longest indexed path from there, one past the last path at end marks.
-    rank_distribution_K: the share of positions with each rank, isotonic.
+    priors: per path the share of positions with its rank at its depth; 1 for the root.
     """
 
     flat: FlatTrace
@@ -42,7 +42,7 @@ class PathIndex:
     widths: Ints
     levels: tuple[slice, ...]
     node_S: Ints
-    rank_distribution_K: Shares
+    priors: Shares
 
 
 def index_paths(flat: FlatTrace, *, max_nodes: int, max_depth: int) -> PathIndex:
@@ -50,13 +50,13 @@ def index_paths(flat: FlatTrace, *, max_nodes: int, max_depth: int) -> PathIndex
 
     Every depth cap has paths of its own, so that shallow trees do not lack nodes.
     """
-    distribution = rank_distribution(flat)
     parents, shares = [np.full(1, -1)], [np.ones(1)]
     # The places that reach a path of the deepest level so far, and which one.
     place = np.flatnonzero(flat.positions_S >= 0)
     path = np.zeros(len(place), np.intp)
-    for depth in range(max_depth):
-        rank = flat.ranks_S[place + depth]
+    for depth in range(min(max_depth, flat.max_depth)):
+        rank = flat.ranks_at(depth)[place]
+        distribution = rank_distribution(flat, depth)
         child_shares = _child_shares(shares[-1], path, rank, distribution)
         kept = _largest(child_shares, PATHS_PER_NODE * max_nodes)
         first = sum(map(len, shares[:-1]))
@@ -73,7 +73,7 @@ def index_paths(flat: FlatTrace, *, max_nodes: int, max_depth: int) -> PathIndex
     chosen += [_largest(all_shares[:end], PATHS_PER_DEPTH_CAP * max_nodes + 1) for end in ends]
     paths = np.unique(np.concatenate(chosen))
     chosen_parents = np.searchsorted(paths, np.concatenate(parents)[paths[1:]])
-    return _index(flat, np.append(-1, chosen_parents), distribution)
+    return _index(flat, np.append(-1, chosen_parents))
 
 
 def path_shares(index: PathIndex, starts_S: Ints | None = None) -> Shares:
@@ -91,7 +91,7 @@ def path_shares(index: PathIndex, starts_S: Ints | None = None) -> Shares:
         counts[: level.start] += np.bincount(parents, weights=counts[level], minlength=level.start)
     parents = index.parents[1:]
     conditional = np.ones(num_paths)
-    conditional[1:] = (counts[1:] + PRIOR_WEIGHT * index.rank_distribution_K[index.ranks[1:]]) / (
+    conditional[1:] = (counts[1:] + PRIOR_WEIGHT * index.priors[1:]) / (
         counts[parents] + PRIOR_WEIGHT
     )
     conditional[1:] = _falling(conditional[1:], parents)
@@ -136,9 +136,13 @@ def _cap_by_parent(index: PathIndex, worths: Shares) -> None:
         worths[level] = np.minimum(worths[level], worths[index.parents[level]])
 
 
-def rank_distribution(flat: FlatTrace) -> Shares:
-    """Return the share of each rank among all positions, never rising, never 0."""
-    counts = np.bincount(flat.ranks_S[flat.positions_S >= 0], minlength=flat.num_children + 1)
+def rank_distribution(flat: FlatTrace, depth: int = 0) -> Shares:
+    """Return the share of each rank among all positions, never rising, never 0.
+
+    Without a depth axis it is that of depth 0 at every depth.
+    """
+    ranks_S = flat.ranks_DS[min(depth, len(flat.ranks_DS) - 1)]
+    counts = np.bincount(ranks_S[flat.positions_S >= 0], minlength=flat.num_children + 1)
     distribution = (counts[:-1] + 1.0) / (counts.sum() + flat.num_children + 1)
     return _falling(distribution, np.zeros(len(distribution), np.intp))
 
@@ -177,12 +181,14 @@ def _largest(shares: Shares, count: int) -> Ints:
     return np.sort(np.argsort(-shares, kind="stable")[:count])
 
 
-def _index(flat: FlatTrace, parents: Ints, distribution: Shares) -> PathIndex:
+def _index(flat: FlatTrace, parents: Ints) -> PathIndex:
     levels = level_slices(parents)
     depths = np.repeat(np.arange(len(levels)), [level.stop - level.start for level in levels])
     node_S = longest_paths(flat, parents)
     ranks = sibling_ranks(parents)
     widths = ranks + 1
-    for level in levels[1:]:
+    priors = np.ones(len(parents))
+    for depth, level in enumerate(levels[1:]):
         widths[level] = np.maximum(widths[level], widths[parents[level]])
-    return PathIndex(flat, parents, ranks, depths, widths, levels, node_S, distribution)
+        priors[level] = rank_distribution(flat, depth)[ranks[level]]
+    return PathIndex(flat, parents, ranks, depths, widths, levels, node_S, priors)

@@ -1,12 +1,14 @@
 """Tokens per step of a static tree, exactly, by walking an acceptance trace.
 
 From a start s the step accepts the longest path of ranks that is in the tree; the next start is
-behind the bonus token. Averaging accept lengths over all positions instead is off by 10 to 80 % on
-correlated ranks, because starts cluster where drafting fails.
+behind the bonus token. The ranks are those of the start: in a trace with a depth axis its row, else
+the ranks of the positions from there on. Averaging accept lengths over all positions instead is off
+by 10 to 80 % on correlated ranks, because starts cluster where drafting fails.
 
 A *place* is a position, or one of the two end marks behind every prompt (a step may accept the last
 position, so that its bonus token falls behind the end). Laid out like this a walk needs no bounds
-checks. Shape letters: N positions of the trace, P prompts, S places, C trees walked side by side.
+checks. Shape letters: N positions of the trace, P prompts, S places, D recorded depths, C trees
+walked side by side.
 """
 
 from __future__ import annotations
@@ -32,16 +34,18 @@ Ints = NDArray[np.intp]
 class FlatTrace:
     """The positions of some prompts, prompt after prompt, with end marks.
 
-    ranks_S: the rank, or num_children for none and at end marks.
+    ranks_DS: the ranks of a start, or num_children for none and at end marks.
+    max_depth: the deepest level of a tree that can be walked.
     positions_S: the position in the trace, -1 at end marks.
     first_P: first place of each prompt. positions_P: number of positions of each prompt.
     """
 
-    ranks_S: Ints
+    ranks_DS: Ints
     positions_S: Ints
     first_P: Ints
     positions_P: Ints
     num_children: int
+    max_depth: int
 
     @classmethod
     def of(cls, trace: Trace, prompts: Ints | None = None) -> FlatTrace:
@@ -56,10 +60,18 @@ class FlatTrace:
         num_places = num_chosen + NUM_END_MARKS * len(chosen)
         positions = np.full(num_places, -1, np.intp)
         positions[target] = source
-        ranks = np.full(num_places, trace.meta.num_children, np.intp)
-        ranks[target] = np.minimum(trace.ranks[source], trace.meta.num_children)
+        num_children = trace.meta.num_children
+        ranks = np.full((trace.meta.depths, num_places), num_children, np.intp)
+        ranks[:, target] = np.minimum(trace.ranks_ND[source].T, num_children)
         first = ends - lengths + NUM_END_MARKS * np.arange(len(chosen))
-        return cls(ranks, positions, first, lengths, trace.meta.num_children)
+        return cls(ranks, positions, first, lengths, num_children, trace.meta.max_depth)
+
+    def ranks_at(self, depth: int) -> Ints:
+        """Return the ranks that steps meet at a depth (from 0), by the place where they start.
+
+        Defined where a step comes that far: where the ranks before are ranks.
+        """
+        return self.ranks_DS[depth] if len(self.ranks_DS) > 1 else self.ranks_DS[0, depth:]
 
     @property
     def num_positions(self) -> int:
@@ -86,7 +98,7 @@ def walk(trace: Trace | FlatTrace, tree: Tree, prompts: Ints | None = None) -> W
 
     Every prompt starts at its own position 0; a step near a prompt's end covers what is left.
     FlatTrace know their prompts already, so `prompts` is for a trace only. Raises TreeError when a
-    node has more children than the trace recorded.
+    node has more children, or the tree more levels, than the trace recorded.
     """
     flat = flat_trace(trace, prompts)
     node_S = longest_paths(flat, _parents_of(tree, flat))
@@ -106,7 +118,7 @@ def walk_nested(
     `added[i]` tells after how many additions node i of `tree` is there: 0 for the root, then 1, 2
     and so on, parents before children and lower ranks first. One result per entry of `sizes`: the
     walk of the nodes with added <= size.
-    Raises TreeError when a node has more children than the trace recorded.
+    Raises TreeError when a node has more children, or the tree more levels, than were recorded.
     """
     flat = flat_trace(trace)
     parents = _parents_of(tree, flat)
@@ -138,12 +150,12 @@ def longest_paths(flat: FlatTrace, parents: Ints) -> Ints:
     table = np.zeros(len(parents) * width, np.intp)
     nodes = np.arange(1, len(parents))
     table[parents[1:] * width + sibling_ranks(parents)[1:]] = nodes
-    node_S = table.take(flat.ranks_S)
+    node_S = table.take(flat.ranks_at(0))
     active = np.flatnonzero(node_S)
     node = node_S.take(active)
     depth = 1
-    while len(active):
-        node = table.take(node * width + flat.ranks_S.take(active + depth))
+    while len(active) and depth < flat.max_depth:
+        node = table.take(node * width + flat.ranks_at(depth).take(active))
         matched = np.flatnonzero(node)
         active, node = active.take(matched), node.take(matched)
         node_S[active] = node
@@ -246,6 +258,11 @@ def _parents_of(tree: Tree, flat: FlatTrace) -> Ints:
         raise TreeError(
             f"a tree walked on this trace has at most {flat.num_children} children per node, got "
             f"{tree.max_children}; record the trace with more children"
+        )
+    if tree.depth > flat.max_depth:
+        raise TreeError(
+            f"a tree walked on this trace has at most {flat.max_depth} levels, got {tree.depth}; "
+            "record the trace with more --depths"
         )
     return np.asarray(tree.parents, np.intp)
 
