@@ -17,9 +17,11 @@ SHARES = (0.52, 0.14, 0.07, 0.045, 0.03, 0.02, 0.015, 0.012, 0.01, 0.008)
 """A plausible distribution of ranks 0, 1, ...; what is missing to 1 is the share of misses."""
 
 
-def meta(num_prompts: int, num_children: int) -> TraceMeta:
+def meta(num_prompts: int, num_children: int, depths: int = 1) -> TraceMeta:
     """Return metadata for invented models."""
     return TraceMeta(
+        schema_version=1 if depths == 1 else 2,
+        depths=depths,
         target=ModelRef(name="target", config_sha256="a" * 64),
         draft=ModelRef(name="draft", config_sha256="b" * 64),
         dataset="synthetic",
@@ -52,11 +54,14 @@ def latent_trace(
     prompt_sd: float = 0.0,
     num_children: int = 10,
     shares: tuple[float, ...] = SHARES,
+    depths: int = 1,
 ) -> Trace:
     """Draw ranks with the marginal distribution `shares` from a Gaussian per position.
 
     phi is the Gaussian's AR(1) coefficient, prompt_sd the spread of its level between prompts; with
     both 0 the ranks are independent. Prompts have `length` positions, every fifth one half of it.
+    With `depths` every start has ranks of its own, which share the position's Gaussian by half and
+    grow with depth.
     """
     rng = np.random.default_rng(seed)
     noise = rng.standard_normal((num_prompts, length))
@@ -64,13 +69,39 @@ def latent_trace(
     for t in range(1, length):
         latent[:, t] = phi * latent[:, t - 1] + np.sqrt(1 - phi * phi) * noise[:, t]
     latent += prompt_sd * rng.standard_normal((num_prompts, 1))
-    uniform = norm.cdf(latent / np.sqrt(1 + prompt_sd**2))
-    ranks = np.searchsorted(np.cumsum(shares), uniform)
+    latent /= np.sqrt(1 + prompt_sd**2)
+    if depths > 1:
+        ahead = np.pad(latent, ((0, 0), (0, depths)))
+        ahead = np.stack([ahead[:, d : d + length] for d in range(depths)], axis=-1)
+        own = rng.standard_normal(ahead.shape)
+        latent = np.sqrt(0.5) * (ahead + own) + 0.1 * np.arange(depths)
+    ranks = np.searchsorted(np.cumsum(shares), norm.cdf(latent))
     ranks[ranks >= min(num_children, len(shares))] = NO_RANK
     lengths = np.where(np.arange(num_prompts) % 5 == 4, length // 2, length)
+    if depths > 1:
+        ranks[np.add.outer(np.arange(length), np.arange(depths)) >= lengths[:, None, None]] = (
+            NO_RANK
+        )
     keep = np.arange(length) < lengths[:, None]
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return Trace(ranks[keep].astype(np.uint8), offsets, meta(num_prompts, num_children))
+    return Trace(ranks[keep].astype(np.uint8), offsets, meta(num_prompts, num_children, depths))
+
+
+def with_depths(trace: Trace, depths: int) -> Trace:
+    """Return the trace with a depth axis that says the same of trees of so many levels."""
+    ranks = np.full((trace.num_positions, depths), NO_RANK, np.uint8)
+    for first, end in zip(trace.offsets[:-1], trace.offsets[1:], strict=True):
+        for depth in range(depths):
+            own = trace.ranks[first + depth : end]
+            ranks[first : first + len(own), depth] = own
+    return Trace(ranks, trace.offsets, meta(trace.num_prompts, trace.meta.num_children, depths))
+
+
+def met_ranks(trace: Trace, start: int, num: int) -> tuple[int, ...]:
+    """Return the first ranks that a step from a position meets, one after the other."""
+    if trace.meta.depths == 1:
+        return tuple(int(rank) for rank in trace.ranks[start : start + num])
+    return tuple(int(rank) for rank in trace.ranks[start, :num])
 
 
 def brute_walk(trace: Trace, tree: Tree) -> tuple[list[int], list[int]]:
@@ -83,9 +114,7 @@ def brute_walk(trace: Trace, tree: Tree) -> tuple[list[int], list[int]]:
             starts.append(s)
             count += 1
             accepted = 0
-            while s + accepted < end and (
-                tuple(int(r) for r in trace.ranks[s : s + accepted + 1]) in paths
-            ):
+            while s + accepted < end and met_ranks(trace, s, accepted + 1) in paths:
                 accepted += 1
             s += accepted + 1
         starts_P.append(count)

@@ -37,6 +37,7 @@ from stree_core.tree import Tree
 KINDS = {
     "phi 0.6": {"phi": 0.6},
     "prompts": {"prompt_sd": 1.0},
+    "depths": {"phi": 0.6, "depths": 6},
 }
 QUICK = (Stage(0.1, 30, False), Stage(0.05, 30, True))
 
@@ -45,12 +46,16 @@ def starts(trace: Trace, tree: Tree) -> int:
     return int(walk(trace, tree).starts_P.sum())
 
 
-def random_tree(rng: np.random.Generator, num_nodes: int, num_children: int) -> Tree:
+def random_tree(
+    rng: np.random.Generator, num_nodes: int, num_children: int, max_depth: int = 256
+) -> Tree:
     """Grow by random frontier nodes, likelier ones near the root's first child."""
     order: list[tuple[int, ...]] = []
     counts: dict[tuple[int, ...], int] = {(): 0}
     while len(order) < num_nodes:
-        open_nodes = [path for path, count in counts.items() if count < num_children]
+        open_nodes = [
+            path for path, count in counts.items() if count < num_children and len(path) < max_depth
+        ]
         weights = np.array([0.6 ** sum(path) * 0.7 ** (counts[path]) for path in open_nodes])
         parent = open_nodes[rng.choice(len(open_nodes), p=weights / weights.sum())]
         path = (*parent, counts[parent])
@@ -174,9 +179,12 @@ def test_never_below_random_large_trees(
     rng = np.random.default_rng(1)
     for num_nodes in (8, 16, 40, 64, 120, 255):
         for _ in range(5):
-            tree = random_tree(rng, num_nodes, trace.meta.num_children)
+            tree = random_tree(rng, num_nodes, trace.meta.num_children, trace.meta.max_depth)
             assert certificate.least_starts(num_nodes, tree.depth) <= starts(trace, tree)
     for length in (LISTED_DEPTH, LISTED_DEPTH + 9):
+        if length > trace.meta.max_depth:
+            assert certificate.least_starts(length, length) == trace.num_positions
+            continue
         chain = Tree.chain(length)
         assert certificate.least_starts(length, length) <= starts(trace, chain)
 

@@ -41,6 +41,7 @@ KINDS = {
     "phi -0.6": {"phi": -0.6},
     "prompts": {"prompt_sd": 1.0},
     "phi 0.5 and prompts": {"phi": 0.5, "prompt_sd": 0.5},
+    "depths": {"phi": 0.5, "depths": 7},
 }
 
 

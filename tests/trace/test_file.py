@@ -48,6 +48,35 @@ def refusal(path: Path) -> str:
     return message
 
 
+def test_ranks_by_depth_survive_their_file(tmp_path: Path) -> None:
+    """A byte a rank; a trace of the other schema is another file."""
+    trace = latent_trace(0, num_prompts=320, length=256, depths=8)
+    save_trace(trace, tmp_path / "t")
+    loaded = load_trace(tmp_path / "t")
+    assert (loaded.meta, loaded.meta.depths, loaded.meta.schema_version) == (trace.meta, 8, 2)
+    assert np.array_equal(loaded.ranks, trace.ranks)
+    assert trace.ranks.size < (tmp_path / "t").stat().st_size < 1_000_000
+    assert loaded.meta.max_depth == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"ranks": RANKS}, "ranks must be a list of uint8 of 2 each, got uint8 [5]"),
+        ({"ranks": np.zeros((5, 3), np.uint8)}, "of 2 each, got uint8 [5, 3]"),
+        ({"ranks": np.zeros((5, 2), np.uint8)}, "a rank behind its prompt's end must be 255"),
+        ({"ranks": np.full((5, 2), 7, np.uint8)}, "a rank must be below 3 or 255, got 7"),
+    ],
+)
+def test_ranks_by_depth_that_do_not_fit_are_refused(
+    tmp_path: Path, change: dict[str, np.ndarray], complaint: str
+) -> None:
+    arrays = {"ranks": np.full((5, 2), NO_RANK, np.uint8), "offsets": OFFSETS}
+    text = meta(3, 3, 2).model_dump_json()
+    load_trace(write_raw(tmp_path / "sound", arrays, text))
+    assert complaint in refusal(write_raw(tmp_path / "t", arrays | change, text))
+
+
 def test_a_trace_survives_its_file(tmp_path: Path) -> None:
     trace = trace_of([[0, 1, NO_RANK], [], [0, 2]], 3)
     save_trace(trace, tmp_path / "deep" / "t.safetensors")

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
-from synthetic import brute_walk, growth_orders, latent_trace, small_traces, trace_of
+from hypothesis import event, given, settings, strategies as st
+from synthetic import (
+    brute_walk,
+    growth_orders,
+    latent_trace,
+    meta,
+    small_traces,
+    trace_of,
+    with_depths,
+)
 
 from stree_autotune.trace.file import NO_RANK, Trace
 from stree_autotune.trace.tree_walk import (
@@ -140,3 +148,33 @@ def test_more_children_than_recorded_are_refused() -> None:
         walk(trace, DEFAULT_TREE)
     with pytest.raises(TreeError, match="at most 2 children"):
         walk_nested(trace, DEFAULT_TREE, range(13), [12])
+
+
+@given(small_traces(), growth_orders())
+def test_ranks_by_depth_that_say_the_same_walk_the_same(trace: Trace, order: Order) -> None:
+    tree = Tree.from_paths(order)
+    deep = with_depths(trace, max(2, tree.depth))
+    for prompts in (None, np.arange(trace.num_prompts)[::2]):
+        mine, theirs = walk(deep, tree, prompts), walk(trace, tree, prompts)
+        assert mine.starts.tolist() == theirs.starts.tolist()
+        assert mine.starts_P.tolist() == theirs.starts_P.tolist()
+
+
+@given(st.integers(0, 99), growth_orders())
+@settings(max_examples=40, deadline=None)
+def test_a_walk_takes_the_row_of_its_start(seed: int, order: Order) -> None:
+    trace = latent_trace(seed, num_prompts=6, length=25, phi=0.5, num_children=4, depths=12)
+    tree = Tree.from_paths(order)
+    result = walk(trace, tree)
+    starts_P, starts = brute_walk(trace, tree)
+    assert (result.starts_P.tolist(), result.starts.tolist()) == (starts_P, starts)
+    first_rows = Trace(trace.ranks[:, 0].copy(), trace.offsets, meta(6, 4))
+    if tree.depth > 2 and walk(first_rows, tree).starts.tolist() != starts:
+        event("ranks of the first level alone mislead")
+
+
+def test_levels_that_were_not_recorded_are_refused() -> None:
+    trace = latent_trace(0, num_prompts=2, length=9, depths=3)
+    walk(trace, Tree.chain(3))
+    with pytest.raises(TreeError, match="at most 3 levels, got 4; record the trace with more"):
+        walk(trace, Tree.chain(4))

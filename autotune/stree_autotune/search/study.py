@@ -171,7 +171,7 @@ EXACT = "exact"
 
 def suggest(trial: optuna.Trial, space: TreeSpace) -> Tree:
     """Let Optuna choose a cell, and return its tree."""
-    trial.suggest_int("depth", 1, MAX_DEPTH)
+    trial.suggest_int("depth", 1, space.max_depth)
     trial.suggest_categorical("width", space.widths)
     trial.suggest_int("num_nodes", 0, space.max_nodes)
     return tree_of(trial, space)
@@ -188,11 +188,12 @@ def enqueue(study: optuna.Study, space: TreeSpace, picks: Sequence[Cell]) -> Non
 
     What the study knows already is not queued again.
     """
-    chains = range(1, min(LONGEST_CHAIN, space.max_nodes) + 1)
+    chains = range(1, min(LONGEST_CHAIN, space.max_nodes, space.max_depth) + 1)
     cells = [Cell(1, 1, 0), *(Cell(length, 1, length) for length in chains), *picks]
     for cell in cells:
         study.enqueue_trial(asdict(cell), skip_if_exists=True)
     fits_trace = DEFAULT_TREE.max_children <= space.flat.num_children
+    fits_trace &= DEFAULT_TREE.depth <= space.max_depth
     if fits_trace and DEFAULT_TREE.num_nodes <= space.max_nodes:
         enqueue_tree(study, space, DEFAULT_TREE)
 
@@ -386,6 +387,8 @@ def binding_limit(result: SearchResult, space: TreeSpace, setting: SearchSetting
         )
     if best.num_nodes == space.max_nodes:
         return f"--max-nodes {space.max_nodes} binds"
+    if best.depth == space.max_depth < MAX_DEPTH:
+        return f"the {best.depth} depths that the trace recorded bind"
     if best.depth == MAX_DEPTH:
         return f"the depth limit of {MAX_DEPTH} binds"
     if best.max_children == space.flat.num_children:

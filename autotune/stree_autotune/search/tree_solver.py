@@ -134,10 +134,11 @@ def refine(
     """Add, drop or swap the one leaf that helps the objective most, until none does.
 
     The objective gets a tree and its exact tokens per step on the trace; more is better. Added
-    nodes respect `max_nodes`, `max_depth` and the number of children that the trace recorded.
+    nodes respect `max_nodes`, `max_depth` and the children and levels that the trace recorded.
     Raises TreeError when a node of the given tree has more children than the trace recorded.
     """
     flat = flat_trace(trace)
+    max_depth = min(max_depth, flat.max_depth)
     tokens_per_step = walk(flat, tree).tokens_per_step
     best = Scored(tree, tokens_per_step, objective(tree, tokens_per_step))
     while True:

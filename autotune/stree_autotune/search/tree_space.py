@@ -54,6 +54,11 @@ class TreeSpace:
         return cls(flat, index_paths(flat, max_nodes=max_nodes, max_depth=MAX_DEPTH), max_nodes)
 
     @property
+    def max_depth(self) -> int:
+        """The deepest level that is searched: the trace's where it has a depth axis."""
+        return min(MAX_DEPTH, self.flat.max_depth)
+
+    @property
     def widths(self) -> tuple[int, ...]:
         """The width caps that the trace can tell apart."""
         return tuple(width for width in WIDTHS if width <= self.flat.num_children)
@@ -82,7 +87,7 @@ class TreeSpace:
         """Every size of one grown tree per depth cap, walked: the picks that trials start from."""
         picks = []
         width = self.widths[-1]
-        for depth in range(1, MAX_DEPTH + 1):
+        for depth in range(1, self.max_depth + 1):
             found = solve(self.index, depth=depth, width=width, num_nodes=self.max_nodes)
             grown = found.grown
             sizes = range(1, len(grown.added))
