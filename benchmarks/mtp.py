@@ -1,122 +1,244 @@
-"""Decode the demo target live with its own MTP head and with the demo draft.
+"""Predict how a target with an MTP head decodes, with the head and with a sibling; then decode.
 
-    python benchmarks/mtp.py [--batches 1 8 32] [--rules greedy mss] [--tokens 128] [--output FILE]
+    python benchmarks/mtp.py --pairs demo --drafts mtp demo-draft
+                             [--batches 1 8 32] [--rules greedy mss]
+    python benchmarks/mtp.py --pairs nemotron-3-nano-mtp --drafts mtp
+                             [--data DIR] [--prompts N] [--tokens N] [--seconds S] [--output FILE]
 
-Greedy, and sampled at temperature 1; without speculation, chains of 1 to 5 and three trees. Prompts
-of the demo set are decoded in waves (stree_autotune.live.speed): tokens/s are those of full slots,
-prefill left out. With --seconds, what is not done by then is left out. Kernels of a fresh machine
-are compiled by a run with few --tokens; several may do so at once, each with a part of the cases.
+The demo target decodes prompts of its demo set. Their acceptance is recorded first, by depth for
+the head (stree_autotune.trace), and its walk predicts tokens per step. A shape has random weights
+and accepts what the demo target's head does: its tokens per step check the counting alone. Times
+are predicted by the draft's runtime table of this GPU where --data has one; else a quick probe of
+the batch sizes at hand writes one there. The live side is that of benchmarks/prediction.py: waves
+of prompts, all slots at work, modes in turns.
+
+A block of rows (pair, draft, batch size, mode) replaces that of the same names in FILE; other rows
+stay. With --seconds, what is not begun by then is left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import gc
+import statistics
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from report import RESULTS, Row, header, save, table
+import numpy as np
+import torch
+from report import RESULTS, Row, header, read, save, table
+from stree_autotune.live.trace_rule import prompt_for
+from traced_pair import traced_config
 
-from stree_autotune.live.speed import live_speed
+from stree_autotune.cost.step_cost import StepCost
+from stree_autotune.live.rows import error_summary
+from stree_autotune.live.speed import LiveSpeed, live_speed, typical_context
 from stree_autotune.live.validation import RAGGED
+from stree_autotune.probe.plan import ProbeConfig
+from stree_autotune.probe.run import probe
+from stree_autotune.store.library import Library
 from stree_autotune.store.open_models import PairRequest, open_pair, open_prompts
-from stree_core.drafting.pair import Pair, Runtime
+from stree_autotune.store.runtime_table import load_runtime_table, save_runtime_table
+from stree_autotune.trace.file import Trace
+from stree_autotune.trace.record import RecordConfig, record_trace
+from stree_autotune.trace.tree_walk import walk
+from stree_core.drafting.pair import Pair, Runtime, device_name, short_gpu_name
 from stree_core.engine.decode import generate
 from stree_core.engine.engine import Engine, EngineConfig
 from stree_core.engine.rules import SamplingSupport
 from stree_core.engine.sampling import SamplingParams
 from stree_core.engine.session import Request
 from stree_core.engine.stop import StopRule
-from stree_core.tree import DEFAULT_TREE, OFF, Tree
+from stree_core.profile import Sampling
+from stree_core.tree import DEFAULT_TREE, Tree
 
+DEMO = "demo"
 WIDE = Tree.from_paths([[i] for i in range(8)] + [[i, j] for i in range(4) for j in (0, 1)])
-TREES = {f"chain {k}": Tree.chain(k) for k in range(1, 6)} | {
-    "published tree": DEFAULT_TREE, "ragged tree": RAGGED, "wide tree": WIDE,
-}  # fmt: skip
-CONTEXT, FEWEST_PROMPTS = 768, 8
-SHOWN = ("draft", "batch", "mode", "tree", "tokens_per_step", "step_ms", "tokens_per_s")
+TREES = {
+    "off": Tree.chain(0),
+    **{f"chain {k}": Tree.chain(k) for k in (1, 2, 3, 5)},
+    "published tree": DEFAULT_TREE,
+    "ragged tree": RAGGED,
+    "wide tree": WIDE,
+}
+CONTEXT, WARM_UP_TOKENS, FEWEST_PROMPTS = 1024, 16, 4
+SHOWN = (
+    "pair", "draft", "batch", "mode", "tree", "predicted_tokens_per_s", "live_tokens_per_s",
+    "predicted_tokens_per_step", "live_tokens_per_step",
+)  # fmt: skip
+NAMES = ("pair", "draft", "batch", "mode")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One way of decoding; `draft` is off without speculation."""
+    """A target with one of its drafts, what is decoded, and what predicts it."""
 
-    draft: str
-    batch: int
-    rule: str
     name: str
-    tree: Tree
+    draft: str
+    pair: Pair
+    trace: Trace
+    cost: StepCost
+    requests: list[Request]
+    support: SamplingSupport
 
 
 def main() -> None:
     options = parse()
-    start = time.perf_counter()
-    pairs = {
-        draft: open_pair(PairRequest("demo-target", draft, (), Runtime(options.device, "auto")))
-        for draft in options.drafts
-    }
-    texts = open_prompts("demo", "", ())
-    any_pair = pairs[options.drafts[0]]
-    prompts = any_pair.encode(texts)
-    head, rows = header({}, "tests of the head", None), []
-    for case in cases(options):
-        if time.perf_counter() - start > options.seconds:
-            print(f"left out from {case} on")
-            break
-        pair = any_pair if case.draft == "off" else pairs[case.draft]
-        rows.append(measured(pair, case, prompts, options.tokens))
-        save(options.output, head, rows)
+    start, rows = time.perf_counter(), []
+    head = header({}, "tests of the head", None)
+    for name, draft in ((name, draft) for name in options.pairs for draft in options.drafts):
+        for case in cases(name, draft, options):
+            for batch in options.batches:
+                if time.perf_counter() - start > options.seconds:
+                    print(f"left out: {name}, {draft}, {case.trace.meta.sampling.label}, {batch}")
+                    continue
+                rows += measure(case, batch, options.rounds)
+                save_beside(options.output, head, rows)
+            del case
+            give_back()
     print(table(rows, SHOWN), end="")
+    for quantity in ("tokens_per_s", "tokens_per_step"):
+        errors = [row[f"predicted_{quantity}"] / row[f"live_{quantity}"] - 1 for row in rows]
+        if errors:
+            print(f"{quantity}: {error_summary(errors)}")
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="The demo target with its head and its draft")
+    parser = argparse.ArgumentParser(description="A target with its head and with a sibling")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--pairs", nargs="+", default=[DEMO], help="demo, or shapes with a head")
     parser.add_argument("--drafts", nargs="+", default=["mtp", "demo-draft"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
-    parser.add_argument("--rules", nargs="+", default=["greedy", "mss"])
+    parser.add_argument("--rules", nargs="+", default=["greedy"], help="greedy, naive, mss")
+    parser.add_argument("--prompts", type=int, default=64, help="recorded and decoded")
     parser.add_argument("--tokens", type=int, default=128, help="of every text, at most")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--data", type=Path, default=Path("stree-data"), help="tables, read first")
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--output", type=Path, default=RESULTS / "mtp-h200.json")
     return parser.parse_args()
 
 
-def cases(options: argparse.Namespace) -> list[Case]:
-    """Return every way of decoding, the most asked for first."""
-    found = []
-    for rule, batch in itertools.product(options.rules, options.batches):
-        found.append(Case("off", batch, rule, "off", OFF))
-        for (name, tree), draft in itertools.product(TREES.items(), options.drafts):
-            found.append(Case(draft, batch, rule, name, tree))
-    return found
+def save_beside(path: Path, head: Row, rows: Sequence[Row]) -> None:
+    """Write rows beside those of a result file that are of other names."""
+    known = read(path)["rows"] if path.exists() else []
+    mine = {tuple(row[key] for key in NAMES) for row in rows}
+    kept = [row for row in known if tuple(row[key] for key in NAMES) not in mine]
+    save(path, head, [*kept, *rows])
 
 
-def measured(pair: Pair, case: Case, prompts: list[list[int]], num_tokens: int) -> Row:
-    """Decode at least two waves and return what came of it."""
-    temperature = 0.0 if case.rule == "greedy" else 1.0
-    support = SamplingSupport(case.rule)  # type: ignore[arg-type]
-    engine = Engine(
-        pair.target, pair.draft, case.tree, EngineConfig(case.batch, CONTEXT, sampling=support)
-    )
-    chosen = prompts[: max(FEWEST_PROMPTS, 2 * case.batch)]
-    generate(engine, chosen[: case.batch], StopRule(16))
-    eos = pair.target.shape.eos_token_ids
+def give_back() -> None:
+    """Free the memory of engines, whose captured steps refer to them."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def cases(name: str, draft: str, options: argparse.Namespace) -> Iterator[Case]:
+    """Yield a pair with every rule; a shape with greedy steps that accept what a trace says."""
+    runtime = Runtime(options.device)
+    demo = open_pair(PairRequest("demo-target", draft, (), runtime))
+    prompts = demo.encode(open_prompts(DEMO).texts[: options.prompts])
+    for rule in options.rules:
+        sampling = Sampling(rule=rule, temperature=0.0 if rule == "greedy" else 1.0)
+        config = RecordConfig(DEMO, sampling, max_new_tokens=options.tokens, num_slots=32)
+        trace = record_trace(demo, prompts, config)
+        if name == DEMO:
+            yield demo_case(demo, draft, trace, prompts, options)
+        elif rule == "greedy":
+            pair = open_pair(PairRequest(name, draft, (), runtime, shapes=True))
+            yield shape_case(name, draft, pair, trace, options)
+
+
+def demo_case(
+    pair: Pair, draft: str, trace: Trace, prompts: list[list[int]], options: argparse.Namespace
+) -> Case:
+    sampling = trace.meta.sampling
+    stop = StopRule(options.tokens, pair.target.shape.eos_token_ids)
     requests = [
-        Request(prompt, StopRule(num_tokens, eos), SamplingParams(temperature, seed=index))
-        for index, prompt in enumerate(chosen)
+        # seeds that the trace did not have
+        Request(prompt, stop, SamplingParams(sampling.temperature, seed=1000 + number))
+        for number, prompt in enumerate(prompts)
     ]
-    speed = live_speed(engine, requests)
+    cost = step_cost(pair, trace, typical_context(prompts, trace), options)
+    return Case(DEMO, draft, pair, trace, cost, requests, SamplingSupport(sampling.rule))
+
+
+def shape_case(
+    name: str, draft: str, pair: Pair, trace: Trace, options: argparse.Namespace
+) -> Case:
+    lengths = np.diff(trace.offsets).tolist()
+    # The first token is none of the trace's positions.
+    requests = [
+        Request(prompt_for(index), StopRule(length + 1))
+        for index, length in enumerate(lengths)
+        if length
+    ]
+    cost = step_cost(pair, trace, typical_context([prompt_for(0)], trace), options)
+    return Case(name, draft, pair, trace, cost, requests, SamplingSupport())
+
+
+def step_cost(pair: Pair, trace: Trace, context: int, options: argparse.Namespace) -> StepCost:
+    """Return the cost of steps by a known table, or by a quick probe that writes one."""
+    full_name = device_name(pair.device)
+    gpu = short_gpu_name(full_name, pair.device)
+    names = (pair.target_ref.name, pair.draft_ref.name)
+    path = Library.open((options.data,), missing_ok=True).measured_runtime(gpu, *names)
+    if path is None:
+        sampled = options.rules != ["greedy"]
+        nodes = max(tree.num_nodes for tree in TREES.values())
+        config = ProbeConfig(gpu, CONTEXT, tuple(options.batches), nodes, sampled=sampled)
+        *_, found = probe(pair, config, print)
+        path = options.data / "runtime" / f"{'--'.join((gpu, *names))}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_runtime_table(found, path)
+    print(f"times of {path}")
+    return StepCost.from_table(load_runtime_table(path), trace.meta.sampling.rule, context)
+
+
+def measure(case: Case, batch: int, rounds: int) -> list[Row]:
+    """Return a row for each tree at one batch size, timed in turns."""
+    config = EngineConfig(batch, CONTEXT, sampling=case.support)
+    if case.name != DEMO:
+        config = traced_config(case.pair, case.trace, batch, CONTEXT)
+    target, draft = case.pair.target, case.pair.draft
+    engines = {name: Engine(target, draft, tree, config) for name, tree in TREES.items()}
+    for engine in engines.values():
+        warm_up = [request.prompt for request in case.requests[:batch]]
+        generate(engine, warm_up, StopRule(WARM_UP_TOKENS))
+    # A whole number of waves, so that slots are at work.
+    limit = len(case.requests) if case.name == DEMO else max(FEWEST_PROMPTS, batch)
+    chosen = case.requests[: max(batch, limit // batch * batch)]
+    runs = [
+        {name: live_speed(engine, chosen) for name, engine in engines.items()}
+        for _ in range(rounds)
+    ]
+    return [row(case, batch, name, [run[name] for run in runs]) for name in TREES]
+
+
+def row(case: Case, batch: int, name: str, runs: Sequence[LiveSpeed]) -> Row:
+    tree, sampling = TREES[name], case.trace.meta.sampling
+    prompts = np.flatnonzero(np.diff(case.trace.offsets))[: len(runs[0].generations)]
+    if case.name == DEMO:
+        prompts = np.arange(len(runs[0].generations))
+    tokens_per_step = walk(case.trace, tree, prompts).tokens_per_step
+    step_ms = case.cost.step_ms(batch, tree, tokens_per_step)
+    live_ms = statistics.median(run.step_ms for run in runs)
+    live = statistics.fmean(run.tokens_per_step for run in runs)
     return {
+        "pair": case.name,
         "draft": case.draft,
-        "batch": case.batch,
-        "mode": "greedy" if case.rule == "greedy" else f"{case.rule}, T = 1",
-        "tree": case.name,
-        "nodes": case.tree.num_nodes,
-        "prompts": len(chosen),
-        "tokens_per_step": round(speed.tokens_per_step, 4),
-        "step_ms": round(speed.step_ms, 4),
-        "tokens_per_s": round(speed.tokens_per_s, 1),
+        "batch": batch,
+        "mode": "greedy" if sampling.rule == "greedy" else f"{sampling.rule}, T = 1",
+        "tree": name,
+        "predicted_tokens_per_s": round(1e3 * batch * tokens_per_step / step_ms, 1),
+        "live_tokens_per_s": round(1e3 * batch * live / live_ms, 1),
+        "predicted_tokens_per_step": round(tokens_per_step, 4),
+        "live_tokens_per_step": round(live, 4),
+        "predicted_step_ms": round(step_ms, 4),
+        "live_step_ms": round(live_ms, 4),
+        "prompts": len(runs[0].generations),
     }
 
 

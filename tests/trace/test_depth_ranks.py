@@ -1,4 +1,4 @@
-"""Ranks by depth: of a plain head's tokens, and a walk over them is live decoding, step for step."""
+"""Ranks by depth: those of a plain head's tokens; their walk is live decoding, step for step."""
 
 from __future__ import annotations
 
@@ -78,7 +78,10 @@ def test_the_first_level_alone_misleads(headed: HeadedModel, trace: Trace) -> No
     """What a trace without a depth axis would say of the same draft is not what it does."""
     meta = trace.meta.model_copy(update={"schema_version": 1, "depths": 1})
     first = Trace(trace.ranks[:, 0].copy(), trace.offsets, meta)
-    assert walk(first, WIDE).starts.tolist() != walk(trace, WIDE).starts.tolist()
+    bush = Tree.from_paths(
+        [[i] for i in range(15)] + [[i, j] for i in range(15) for j in range(15)]
+    )
+    assert walk(first, bush).starts.tolist() != walk(trace, bush).starts.tolist()
     assert walk(first, Tree.chain(1)).starts.tolist() == walk(trace, Tree.chain(1)).starts.tolist()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -64,6 +65,7 @@ def tune_command(
     smooth: flags.Smooth = False,
     storage: flags.Storage = "",
     trials: flags.Trials = 0,
+    max_token_ms: flags.MaxTokenMs = 0.0,
     seed: flags.Seed = 0,
     as_json: flags.AsJson = False,
     output: flags.Output = flags.DEFAULT_PROFILE,
@@ -100,6 +102,7 @@ def tune_command(
         storage=storage,
         studies=data_folder(data) / "studies",
         num_trials=trials,
+        max_token_ms=max_token_ms or math.inf,
     )
     require_writable(output, force=force, is_default=flags.is_default(ctx, "output"))
     _tune(request, output, measure=measure, as_json=as_json)

@@ -63,7 +63,8 @@ Drafts = Annotated[
         "--draft",
         metavar="NAME[,NAME]",
         show_default="demo-draft for the demo target",
-        help="Draft model, as --target; of several, with commas, the best is taken.",
+        help="Draft model, as --target, or mtp, the target's own head; the best of several is "
+        "taken, which stand between commas.",
     ),
 ]
 Rule = Annotated[
@@ -166,6 +167,16 @@ Trials = Annotated[
         min=0,
         show_default="24, with --measure 40",
         help="Trees that Optuna tries per batch size.",
+    ),
+]
+MaxTokenMs = Annotated[
+    float,
+    typer.Option(
+        "--max-token-ms",
+        min=0,
+        metavar="MS",
+        show_default="no limit",
+        help="Most time per output token of one sequence; rows say where it binds.",
     ),
 ]
 Seed = Annotated[

@@ -105,6 +105,10 @@ def trace(
     num_children: Annotated[
         int, typer.Option("--num-children", min=1, max=64, help="Children recorded per position.")
     ] = 16,
+    depths: Annotated[
+        int,
+        typer.Option("--depths", min=2, max=64, help="Levels recorded of a draft such as mtp."),
+    ] = 8,
     max_new_tokens: flags.MaxNewTokens = 256,
     limit: flags.Limit = 0,
     rows: Annotated[
@@ -141,6 +145,7 @@ def trace(
         num_slots=batch_size,
         seed=seed,
         chat=chat,
+        depths=depths,
     )
     request = PairRequest(target, draft, tuple(data), Runtime(device, dtype, backend))
     run_trace(request, config, prompts=chosen, as_json=as_json, force=force)

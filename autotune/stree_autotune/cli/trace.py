@@ -159,6 +159,7 @@ def settings_of(pair: Pair, prompts: list[list[int]], config: RecordConfig) -> S
         "chat": meta.chat,
         "sampling": meta.sampling.label,
         "num_children": meta.num_children,
+        "depths": meta.depths,
         "max_new_tokens": meta.max_new_tokens,
         "ignore_eos": meta.ignore_eos,
         "seed": meta.seed,

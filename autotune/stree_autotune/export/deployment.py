@@ -18,6 +18,7 @@ from stree_autotune.search import profile_cost, profile_trace
 from stree_autotune.store import Library, title
 from stree_autotune.trace import Trace, walk
 from stree_core.errors import MissingMeasurement, NoFeasibleTree
+from stree_core.models import MTP
 from stree_core.profile import PolicyRow, Profile
 from stree_core.tree import MAX_NODES, OFF, Tree
 
@@ -76,8 +77,10 @@ class Deployment:
 
     @property
     def method(self) -> str:
-        """How the server drafts: draft_model, or what it was measured with."""
-        return "draft_model" if self.profile.server is None else self.profile.server.method
+        """How the server drafts: as the profile does, or what it was measured with."""
+        if self.profile.server is not None:
+            return self.profile.server.method
+        return "mtp" if self.profile.draft.name == MTP else "draft_model"
 
     @property
     def drafts_with_model(self) -> bool:
@@ -105,7 +108,8 @@ class Deployment:
         rated: list[tuple[float, int, Tree]] = []
         untimed: MissingMeasurement | None = None
         for tree in candidates:
-            if tree.max_children > self.trace.meta.num_children:
+            meta = self.trace.meta
+            if tree.max_children > meta.num_children or tree.depth > meta.max_depth:
                 continue
             try:
                 rate = self.mean_log_rate({row.batch_size: tree for row in rows})

@@ -44,19 +44,20 @@ def export_speculation_profile(deployment: Deployment) -> Exported:
             "speculation_profile.json says what was measured of this draft, and this profile's "
             f"trace is borrowed; record one of the pair with `{command}` and tune again"
         )
-    lengths = range(1, LONGEST_CHAIN + 1)
+    longest = min(LONGEST_CHAIN, deployment.trace.meta.max_depth)
+    lengths = range(1, longest + 1)
     by_k = {k: walk(deployment.trace, Tree.chain(k)).tokens_per_step for k in lengths}
     content = {
         "schema_version": "1.0",
         "measured": True,
-        "method": "draft_model",
+        "method": deployment.method,
         "draft_checkpoint": _checkpoint(deployment.profile.draft),
         "target_model": _checkpoint(deployment.profile.target),
-        "num_speculative_tokens": LONGEST_CHAIN,
+        "num_speculative_tokens": longest,
         "block_size": None,
-        "max_supported_k": LONGEST_CHAIN,
+        "max_supported_k": longest,
         "verification_method": "longest_prefix",
-        **_acceptance(deployment),
+        **_acceptance(deployment, longest),
         "accept_length_model": "measured_per_k",
         "accept_length_by_k": {str(k): round(length, DIGITS) for k, length in by_k.items()},
         "per_category": None,
@@ -65,12 +66,12 @@ def export_speculation_profile(deployment: Deployment) -> Exported:
     return Exported((json.dumps(content, indent=2) + "\n").encode())
 
 
-def _acceptance(deployment: Deployment) -> dict[str, Any]:
+def _acceptance(deployment: Deployment, longest: int) -> dict[str, Any]:
     """Return the rates and lengths of the longest chain, and the schema's two checks of them."""
-    trace, chain = deployment.trace, Tree.chain(LONGEST_CHAIN)
+    trace, chain = deployment.trace, Tree.chain(longest)
     result, emitted = walk(trace, chain), emitted_per_step(trace, chain)
-    marginals = [round(rate, DIGITS) for rate in marginal_rates(trace, LONGEST_CHAIN)]
-    conditionals = conditional_rates(marginal_rates(trace, LONGEST_CHAIN))
+    marginals = [round(rate, DIGITS) for rate in marginal_rates(trace, longest)]
+    conditionals = conditional_rates(marginal_rates(trace, longest))
     spoken = result.starts_P > 0
     per_request = float((result.positions_P[spoken] / result.starts_P[spoken]).mean())
     implied, mean = 1 + sum(marginals), result.tokens_per_step

@@ -4,6 +4,7 @@ Read from sglang/srt: arg_groups/speculative_hook.py and speculative/adaptive_sp
 `--speculative-num-draft-tokens` the root counts as one; with `--speculative-eagle-topk` 1 it is
 `--speculative-num-steps` + 1. SGLang grows its trees by the draft's scores, another one in every
 step, so that a shape cannot be given; only one step of top-k W is the same W children every time.
+The target's own MTP head is the algorithm NEXTN, which needs no draft's path and counts as EAGLE.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ ONE_NOTE = (
 )
 CHAINS_NOTE = (
     "SGLang adapts chains, so a tree gives way to the fastest chain of up to 8 tokens, or off"
+)
+STANDALONE_NOTE = (
+    "SGLang adapts EAGLE and EAGLE3 drafts only; with STANDALONE, the algorithm of a draft model "
+    "of its own, it warns and keeps --speculative-num-steps"
 )
 
 
@@ -80,7 +85,7 @@ def export_sglang_adaptive(deployment: Deployment) -> Exported:
         *deployment.rule_note("SGLang"),
         "pass it with --speculative-adaptive --speculative-adaptive-config FILE "
         f"--speculative-eagle-topk 1 --speculative-num-steps {most}",
-        "SGLang adapts EAGLE and EAGLE3 drafts only; with STANDALONE, the algorithm of a draft "
-        "model of its own, it warns and keeps --speculative-num-steps",
     )
+    if deployment.method == "draft_model":
+        notes += (STANDALONE_NOTE,)
     return Exported((json.dumps(config) + "\n").encode(), notes)

@@ -1,9 +1,9 @@
 """TensorRT-LLM: the `speculative_config` of its YAML, read from llmapi/llm_args.py of 1.3.
 
-A draft model of its own (`Draft_Target`) drafts chains only. `draft_len_schedule` maps the last
-batch size of a range to its draft tokens, bonus token not counted; the smallest key must carry
-`max_draft_len`, no value may be larger, and above the largest key there is no speculation. Up to
-1.2 a key was the first batch size of its range instead.
+A draft model of its own (`Draft_Target`) drafts chains only, and so does the target's own head
+(`MTP`). `draft_len_schedule` maps the last batch size of a range to its draft tokens, bonus token
+not counted; the smallest key must carry `max_draft_len`, no value may be larger, and above the
+largest key there is no speculation. Up to 1.2 a key was the first batch size of its range instead.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from stree_autotune.export.deployment import (
 from stree_core.tree import OFF, Tree
 
 CHAINS_NOTE = (
-    "TensorRT-LLM drafts chains with a draft model, none longer than that of the smallest batch "
-    "size, so these are the fastest of such schedules"
+    "TensorRT-LLM drafts chains, none longer than that of the smallest batch size, so these are "
+    "the fastest of such schedules"
 )
 KEYS_NOTE = (
     "the keys of draft_len_schedule are the last batch sizes of their ranges, as of TensorRT-LLM "
@@ -37,11 +37,9 @@ def export_tensorrt_llm(deployment: Deployment) -> Exported:
     chosen = longest_first(deployment, deployment.chains())
     schedule = {last: tree.num_nodes for _, last, tree in ranges(chosen)}
     longest = max(schedule.values())
-    config: dict[str, object] = {
-        "decoding_type": "Draft_Target",
-        "max_draft_len": longest,
-        "speculative_model": deployment.draft,
-    }
+    config: dict[str, object] = {"decoding_type": "MTP", "max_draft_len": longest}
+    if deployment.method != "mtp":
+        config |= {"decoding_type": "Draft_Target", "speculative_model": deployment.draft}
     notes = deployment.changes(chosen, CHAINS_NOTE) + deployment.rule_note("TensorRT-LLM")
     if len(schedule) > 1:
         config["draft_len_schedule"] = schedule

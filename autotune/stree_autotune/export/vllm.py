@@ -3,7 +3,8 @@
 A step drafts a chain of K tokens, the bonus token not counted; token trees were removed in 2026.
 `num_speculative_tokens_per_batch_size` holds [first, last, K], both ends included, starting at 1; K
 is at most `num_speculative_tokens`, and above the last range the last K stays in use. Drafts are
-the likeliest tokens unless `draft_sample_method` is probabilistic.
+the likeliest tokens unless `draft_sample_method` is probabilistic. The target's own head is the
+method `mtp`, without a model.
 """
 
 from __future__ import annotations

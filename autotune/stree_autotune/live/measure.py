@@ -105,11 +105,18 @@ class TraceScript:
     """
 
     def __init__(self, trace: Trace, num_slots: int, room: int, device: torch.device) -> None:
-        ranks = np.minimum(trace.ranks.astype(np.int64), trace.meta.num_children)
-        self._num_positions = len(ranks)
+        num_children, depths = trace.meta.num_children, trace.meta.depths
+        ranks_ND = np.minimum(trace.ranks_ND.astype(np.int64), num_children)
+        self._num_positions = len(ranks_ND)
         self._first_positions = trace.offsets.tolist()
-        padded = np.resize(ranks, len(ranks) + room + 1)
-        self.tokens_N = torch.from_numpy(padded).to(device)
+        self._max_depth = trace.meta.max_depth
+        padded_ND = np.resize(ranks_ND, (len(ranks_ND) + room + 1, depths))
+        # without a depth axis the next depth is the next position
+        self._stride = 1 if depths == 1 else len(padded_ND)
+        if depths > 1:
+            # below its deepest level a tree has no child
+            padded_ND = np.pad(padded_ND, ((0, 0), (0, 1)), constant_values=num_children)
+        self._tokens_X = torch.from_numpy(np.ascontiguousarray(padded_ND.T).ravel()).to(device)
         self.position_B = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self._rng = np.random.default_rng(0)
 
@@ -122,8 +129,13 @@ class TraceScript:
         drawn = self._rng.integers(0, self._num_positions, len(self.position_B))
         self.position_B.copy_(torch.from_numpy(drawn))
 
+    def tokens(self, depths_T1: Tensor) -> Tensor:
+        """Return the tokens [T, B] that the target picks after nodes at these depths."""
+        return self._tokens_X.take(self.position_B + depths_T1 * self._stride)
+
     def rules(self, plans: Sequence[TreePlan], backend: Backend) -> list[Rule]:
-        """Return the rules of some trees."""
+        """Return the rules of some trees; they have no more levels than the trace."""
+        assert all(plan.tree.depth <= self._max_depth for plan in plans)
         return [TraceRule(plan, backend, self) for plan in plans]
 
 
@@ -156,7 +168,7 @@ class TraceRule(GreedyRule):
     def choose(self, logits_TBV: Tensor, tokens_TB: Tensor) -> Tensor:
         """Return the tokens of the ranks that the trace has at each node's depth."""
         super().choose(logits_TBV, tokens_TB)
-        return self._script.tokens_N.take(self._script.position_B + self._depths_T1)
+        return self._script.tokens(self._depths_T1)
 
     def advance(self, emitted_LB: Tensor, count_B: Tensor) -> None:
         """Move on in the trace."""

@@ -141,6 +141,7 @@ def _record(
         sampling,
         max_new_tokens=request.max_new_tokens,
         chat=request.chat,
+        depths=max(*_CHAINS, *(row.tree.build().depth for row in profile.policy)),
     )
     with ProgressBar(len(prompts), "trace") as progress:
         trace = record_trace(pair, prompts, config, progress)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         describe as describe,
         has_certificate as has_certificate,
     )
+    from stree_autotune.search.draft_choice import best_draft as best_draft
     from stree_autotune.search.profile_sources import (
         find_source_file as find_source_file,
         profile_cost as profile_cost,
@@ -39,12 +40,7 @@ if TYPE_CHECKING:
         tree_from_text as tree_from_text,
     )
     from stree_autotune.search.tree_space import TreeSpace as TreeSpace
-    from stree_autotune.search.tuning import (
-        Question as Question,
-        ask as ask,
-        best_draft as best_draft,
-        tune as tune,
-    )
+    from stree_autotune.search.tuning import Question as Question, ask as ask, tune as tune
     from stree_autotune.search.verdict import (
         CrossFit as CrossFit,
         Decision as Decision,
@@ -61,6 +57,7 @@ __getattr__, __dir__ = exports(
             "describe",
             "has_certificate",
         ],
+        "draft_choice": ["best_draft"],
         "profile_sources": ["find_source_file", "profile_cost", "profile_trace"],
         "request": ["TuneRequest"],
         "study": [
@@ -82,7 +79,7 @@ __getattr__, __dir__ = exports(
             "tree_from_text",
         ],
         "tree_space": ["TreeSpace"],
-        "tuning": ["Question", "ask", "best_draft", "tune"],
+        "tuning": ["Question", "ask", "tune"],
         "verdict": ["CrossFit", "Decision", "decide"],
     },
 )

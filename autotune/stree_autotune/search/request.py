@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ class TuneRequest:
     `storage` is a journal file or a database's URL, empty for the default, which live searches have
     in the folder `studies`; `num_trials` is per batch size, 0 for the default. `left_open` names
     the limits (batch_sizes, max_nodes) that nobody asked for: they end where the table does.
+    `max_token_ms` limits the time per output token of one sequence.
     `own_data` are the folders of `data` that are no library's copies.
     """
 
@@ -47,6 +49,7 @@ class TuneRequest:
     storage: str = ""
     studies: Path = DEFAULT_DATA / "studies"
     num_trials: int = 0
+    max_token_ms: float = math.inf
     own_data: tuple[Path, ...] = ()
     left_open: frozenset[str] = frozenset()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -275,12 +276,14 @@ class SearchResult:
 class SearchSetting:
     """How long to search, where trials are kept, and what fits.
 
-    `num_trials` is per batch size, the enqueued ones included.
+    `num_trials` is per batch size, the enqueued ones included; `max_token_ms` is what an output
+    token of one sequence may take.
     """
 
     num_trials: int = NUM_TRIALS
     place: StudyPlace = field(default_factory=StudyPlace)
     memory: MemoryModel | None = None
+    max_token_ms: float = math.inf
 
     def excess(self, batch_size: int, tree: Tree) -> float:
         """Return by which share of the memory a tree is too large; 0 or less means it fits."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from stree_autotune.cost import MemoryModel, StepCost, runtime_cost
@@ -24,6 +22,7 @@ from stree_autotune.store import (
 from stree_autotune.trace import Trace, load_trace
 from stree_core.errors import ConfigError
 from stree_core.files import sha256_of
+from stree_core.models import MTP, ModelSource, head_source
 from stree_core.profile import (
     GpuRef,
     Interval,
@@ -197,7 +196,9 @@ def tune(request: TuneRequest) -> Profile:
     place = StudyPlace(
         open_storage(request.storage), f"offline, {question.name}, seed {request.seed}"
     )
-    setting = SearchSetting(request.num_trials or NUM_TRIALS, place, question.memory)
+    setting = SearchSetting(
+        request.num_trials or NUM_TRIALS, place, question.memory, request.max_token_ms
+    )
     decisions = decide_policy(
         question.trace,
         question.runtime.cost,
@@ -268,15 +269,11 @@ def _require_one_pair(
     borrowed trace may be of any.
     """
     table, borrowed = runtime.table, trace_source.status == "estimated"
-    roles = (
-        (table.target, trace.meta.target, request.target),
-        (table.draft, trace.meta.draft, request.draft),
-    )
+    roles = ((table.target, trace.meta.target), (table.draft, trace.meta.draft))
     table_file = f"runtime table {PurePosixPath(runtime.source.name).name}"
     trace_file = f"trace {PurePosixPath(trace_source.name).name}"
     refs = []
-    for timed, traced, name in roles:
-        here = library.find_source(name)
+    for (timed, traced), here in zip(roles, _sources_here(library, request), strict=True):
         if here is not None:
             again = f"record it again with `{table.probe_command(request.words)} --force`"
             require_same_shape(timed, here.ref, table_file, "folder", again)
@@ -292,6 +289,16 @@ def _require_one_pair(
             require_same_shape(timed, traced, table_file, trace_file, again)
             refs.append(traced)
     return refs[0], refs[1]
+
+
+def _sources_here(
+    library: Library, request: TuneRequest
+) -> tuple[ModelSource | None, ModelSource | None]:
+    """Return what the models' files say now, None where they are not on this machine."""
+    target = library.find_source(request.target)
+    if request.draft == MTP:
+        return target, None if target is None else head_source(target)
+    return target, library.find_source(request.draft)
 
 
 def _policy_row(decision: Decision, gap: float | None) -> PolicyRow:
@@ -315,27 +322,3 @@ def _policy_row(decision: Decision, gap: float | None) -> PolicyRow:
 def _rounded(value: float) -> float:
     """Return `value` to six digits: what rounding hides, no measurement resolves."""
     return float(f"{value:.6g}")
-
-
-logger = logging.getLogger(__name__)
-
-
-def best_draft(request: TuneRequest, tune: Callable[[TuneRequest], Profile]) -> Profile:
-    """Tune every draft of a request, whose names stand between commas; return the best profile.
-
-    Raises ConfigError for an empty or repeated name, and whatever `tune` raises.
-    """
-    names = request.draft.split(",")
-    if not all(names) or len(set(names)) < len(names):
-        raise ConfigError(f"--draft names different drafts, got {request.draft!r}; list each once")
-    profiles = {name: tune(replace(request, draft=name)) for name in names}
-    if len(names) > 1:
-        for name, profile in profiles.items():
-            logger.info("draft %s: %.3fx off, mean of batch sizes", name, _mean_speedup(profile))
-    return max(profiles.values(), key=_mean_speedup)
-
-
-def _mean_speedup(profile: Profile) -> float:
-    """Return the geometric mean over batch sizes; off is the same target's for every draft."""
-    logs = [math.log(row.predicted.speedup) for row in profile.policy]
-    return math.exp(sum(logs) / len(logs))

@@ -8,6 +8,7 @@ on every second prompt and timed on the others, and the other way round.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -161,7 +162,7 @@ def decide_policy(
     decisions = []
     for batch_size in batch_sizes:
         result = search_batch(space, cost, batch_size, setting, seed=seed)
-        decision = decide(result, fit)
+        decision = decide(result, fit, setting.max_token_ms)
         limit = binding_limit(result, space, setting)
         if limit:
             decision = replace(decision, reason=f"{decision.reason}; {limit}")
@@ -171,8 +172,12 @@ def decide_policy(
     return tuple(decisions)
 
 
-def decide(result: SearchResult, fit: CrossFit) -> Decision:
-    """Choose among the options of one search; see the module's first lines for the rule."""
+def decide(result: SearchResult, fit: CrossFit, max_token_ms: float = math.inf) -> Decision:
+    """Choose among the options of one search; see the module's first lines for the rule.
+
+    `max_token_ms` limits the time per output token of one sequence. At one batch size the fastest
+    option has the least, so the limit may rule out a simpler one that would do otherwise.
+    """
     options = [fit.option(result.batch_size, trial) for trial in _candidates(result)]
     # Simplest first; an option slower than a simpler one is never chosen.
     front = options[:1]
@@ -180,7 +185,8 @@ def decide(result: SearchResult, fit: CrossFit) -> Decision:
         if option.whole_ms < front[-1].whole_ms:
             front.append(option)
     best = front[-1]
-    chosen = next(option for option in front if option is best or best.ratio_to(option).low <= 1.0)
+    good = [option for option in front if option is best or best.ratio_to(option).low <= 1.0]
+    chosen = next((option for option in good if _token_ms(option) <= max_token_ms), best)
     off = options[0]
     trial = chosen.trial
     to_off = chosen.ratio_to(off)
@@ -193,8 +199,23 @@ def decide(result: SearchResult, fit: CrossFit) -> Decision:
         tokens_per_s=trial.tokens_per_s,
         speedup=trial.tokens_per_s / off.trial.tokens_per_s,
         speedup_interval=(to_off.low, to_off.high),
-        reason=_reason(chosen, best, options),
+        reason=_reason(chosen, best, options) + _limit_note(chosen, good[0], max_token_ms),
     )
+
+
+def _token_ms(option: Option) -> float:
+    """Return the time per output token of one sequence."""
+    return option.trial.step_ms / option.trial.tokens_per_step
+
+
+def _limit_note(chosen: Option, otherwise: Option, max_token_ms: float) -> str:
+    """Say that the limit on the time per token binds, nothing where it does not."""
+    binds = f"; --max-token-ms {max_token_ms:g} binds: "
+    if _token_ms(chosen) > max_token_ms:
+        return f"{binds}a token takes {_token_ms(chosen):.3g} ms here, serve fewer sequences"
+    if chosen is not otherwise:
+        return f"{binds}{_name(otherwise)} takes {_token_ms(otherwise):.3g} ms per token"
+    return ""
 
 
 def _candidates(result: SearchResult) -> list[Trial]:

@@ -17,7 +17,7 @@ from stree_autotune.store.gpu_spec import GpuSpec, load_gpu_spec
 from stree_autotune.store.runtime_table import runtime_file_name
 from stree_core.errors import ConfigError, MissingMeasurement, nearest
 from stree_core.families import find_shape_spec
-from stree_core.models import ModelSource, folder_source, is_hub_id
+from stree_core.models import MTP, ModelSource, folder_source, is_hub_id
 from stree_core.profile import ModelRef
 
 DEFAULT_DATA = Path("stree-data")
@@ -193,8 +193,12 @@ class Library:
     def model_name(self, name: str) -> str:
         """Return the name that a model's files go by; a folder or id goes by its last part.
 
+        A target's own head goes by `mtp`.
+
         Raises ConfigError for a name that no folder, table or trace has.
         """
+        if name == MTP:
+            return name
         if is_hub_id(name) and not Path(name).exists():
             return check_name(name.split("/")[1], "model")
         if is_path(name) or (name not in self.model_names() and Path(name).is_dir()):

@@ -78,21 +78,24 @@ def open_profile_pair(request: PairRequest, profile: Profile) -> Pair:
 
     Raises ConfigError when it is not the pair that the profile was made for.
     """
-    names = ((request.target, profile.target.name), (request.draft, profile.draft.name))
-    target, draft = (
-        open_source(request, typed) if typed else _named_source(request, name)
-        for typed, name in names
-    )
-    pair = load_pair(target, draft, request.runtime)
+    target = _profile_source(request, request.target, profile.target.name)
+    if (request.draft or profile.draft.name) == MTP:
+        pair = load_with_head(target, request.runtime)
+    else:
+        draft = _profile_source(request, request.draft, profile.draft.name)
+        pair = load_pair(target, draft, request.runtime)
     require_profile_fits(profile, pair)
     return pair
 
 
-def _named_source(request: PairRequest, name: str) -> ModelSource:
-    """Find a model that a profile names: in the search path alone, for a profile may be anybody's.
+def _profile_source(request: PairRequest, typed: str, name: str) -> ModelSource:
+    """Find a model where a user says, else by a profile's name in the search path alone.
 
-    Only a user's own words name a folder elsewhere, or a repository to fetch.
+    A profile may be anybody's: only a user's own words name a folder elsewhere, or a repository to
+    fetch.
     """
+    if typed:
+        return open_source(request, typed)
     library = Library.open(request.data, missing_ok=True)
     return folder_source(library.find_model(profile_model_name(name)))
 

@@ -95,10 +95,11 @@ def record_prompts(
 ) -> Iterator[tuple[int, Recording]]:
     """Decode the prompts whose indices are `wanted`; yield each with its index when it ends.
 
-    With a draft that sees the text alone every step drafts K children of the root, verifies them with the decoder's own accept code and
-    notes the accepted child, but emits only the target's next token, so that every position is
-    seen. Whether child i is accepted does not depend on how many there are, whatever the rule. With
-    one that feeds itself, prompts are yielded when the last of their batch has ended.
+    With a draft that sees the text alone every step drafts K children of the root, verifies them
+    with the decoder's own accept code and notes the accepted child, but emits only the target's
+    next token, so that every position is seen. Whether child i is accepted does not depend on how
+    many there are, whatever the rule. With one that feeds itself, prompts are yielded when the last
+    of their batch has ended.
 
     `num_slots` neighbours form a batch, in which each prompt has its own slot; a slot whose prompt
     has ended, or is not wanted, computes on without effect. So a prompt's passes have the same
