@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from report import RESULTS, Row, header, read, save, table
 from stree_autotune.live.trace_rule import prompt_for
-from traced_pair import traced_config
+from traced_pair import traced_rules
 
 from stree_autotune.cost.step_cost import StepCost
 from stree_autotune.live.rows import error_summary
@@ -41,6 +41,7 @@ from stree_autotune.probe.run import probe
 from stree_autotune.store.library import Library
 from stree_autotune.store.open_models import PairRequest, open_pair, open_prompts
 from stree_autotune.store.runtime_table import load_runtime_table, save_runtime_table
+from stree_autotune.store.step_rule import StepRule
 from stree_autotune.trace.file import Trace
 from stree_autotune.trace.record import RecordConfig, record_trace
 from stree_autotune.trace.tree_walk import walk
@@ -57,7 +58,7 @@ from stree_core.tree import DEFAULT_TREE, Tree
 DEMO = "demo"
 WIDE = Tree.from_paths([[i] for i in range(8)] + [[i, j] for i in range(4) for j in (0, 1)])
 TREES = {
-    "off": Tree.chain(0),
+    OFF.label: OFF,
     **{f"chain {k}": Tree.chain(k) for k in (1, 2, 3, 5)},
     "published tree": DEFAULT_TREE,
     "ragged tree": RAGGED,
@@ -194,16 +195,17 @@ def step_cost(pair: Pair, trace: Trace, context: int, options: argparse.Namespac
         path.parent.mkdir(parents=True, exist_ok=True)
         save_runtime_table(found, path)
     print(f"times of {path}")
-    return StepCost.from_table(load_runtime_table(path), trace.meta.sampling.rule, context)
+    return StepCost.from_table(load_runtime_table(path), StepRule.of(trace.meta.sampling), context)
 
 
 def measure(case: Case, batch: int, rounds: int) -> list[Row]:
     """Return a row for each tree at one batch size, timed in turns."""
     config = EngineConfig(batch, CONTEXT, sampling=case.support)
-    if case.name != DEMO:
-        config = traced_config(case.pair, case.trace, batch, CONTEXT)
+    rules = None if case.name == DEMO else traced_rules(case.pair, case.trace, batch)
     target, draft = case.pair.target, case.pair.draft
-    engines = {name: Engine(target, draft, tree, config) for name, tree in TREES.items()}
+    engines = {
+        name: Engine(target, draft, tree, config, rules=rules) for name, tree in TREES.items()
+    }
     for engine in engines.values():
         warm_up = [request.prompt for request in case.requests[:batch]]
         generate(engine, warm_up, StopRule(WARM_UP_TOKENS))

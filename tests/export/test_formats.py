@@ -335,3 +335,27 @@ def test_sglang_s_limits_are_said() -> None:
     assert "--max-running-requests 64" in next(limit_notes("sglang", 64))
     assert not any("max-running" in note for note in limit_notes("sglang", 48))
     assert not list(limit_notes("vllm", 64))
+
+
+@pytest.fixture
+def by_head(deploy: Deploy) -> Deployment:
+    """A profile whose draft is the target's own head."""
+    made = deploy(MIXED)
+    draft = made.profile.draft.model_copy(update={"name": "mtp"})
+    return replace(made, profile=made.profile.model_copy(update={"draft": draft}))
+
+
+def test_servers_are_told_of_the_targets_own_head(by_head: Deployment) -> None:
+    config = json.loads(exported(by_head, "vllm"))
+    assert config["method"] == "mtp"
+    assert "model" not in config
+    assert config["num_speculative_tokens"] == 3
+    script = exported(by_head, "sglang")
+    assert "--speculative-algorithm NEXTN" in script
+    assert "draft-model-path" not in script
+    notes = FORMATS["sglang-adaptive"].export(by_head).notes
+    assert not any("STANDALONE" in note for note in notes)
+    config = yaml.safe_load(exported(by_head, "tensorrt-llm"))["speculative_config"]
+    assert config["decoding_type"] == "MTP"
+    assert "speculative_model" not in config
+    assert json.loads(exported(by_head, "speculation-profile"))["method"] == "mtp"

@@ -89,8 +89,10 @@ def test_steps_accept_what_the_trace_says(pair: Pair, trace: Trace) -> None:
         assert own == expected[start : start + len(own)]
 
 
+@pytest.mark.parametrize("depths", [1, 4])
 @pytest.mark.parametrize("tree", [WIDE, Tree.chain(2), DEFAULT_TREE], ids=["wide", "chain", "12"])
-def test_tokens_per_step_are_those_of_the_walk(pair: Pair, trace: Trace, tree: Tree) -> None:
+def test_tokens_per_step_are_those_of_the_walk(pair: Pair, tree: Tree, depths: int) -> None:
+    trace = latent_trace(2, num_prompts=6, length=30, num_children=4, depths=depths)
     one = Trace(
         trace.ranks,
         np.array([0, len(trace.ranks)]),

@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from synthetic_data import make_table, make_trace, write_library
+from synthetic_data import make_profile, make_table, make_trace, write_library
 
 from stree_autotune.cli.commands import main
+from stree_autotune.search.draft_choice import TunedDraft, choose
 from stree_autotune.trace.file import NO_RANK
-from stree_core.profile import load_profile
+from stree_core.profile import Interval, load_profile
 
 ASKED = ("--gpu", "h200", "--dataset", "gsm8k", "--target", "toy-target", "--max-nodes", "8")
 SIZES = ("--batch-size", "1", "--batch-size", "8")
@@ -48,8 +49,12 @@ def test_the_best_draft_is_kept(
 ) -> None:
     caplog.set_level("INFO")
     assert tune(monkeypatch, capsys, "--draft", names)[0] == 0
-    assert load_profile(folder / "stree-profile.yaml").draft.name == "good-draft"
-    assert "draft poor-draft: " in caplog.text
+    profile = load_profile(folder / "stree-profile.yaml")
+    assert profile.draft.name == "good-draft"
+    assert "draft poor-draft 1." in caplog.text
+    assert (
+        profile.sources.trace.note == "good-draft 1.820x off, chosen beside poor-draft 1.412x off"
+    )
     assert tune(monkeypatch, capsys, "--draft", "poor-draft")[0] == 0
     assert load_profile(folder / "stree-profile.yaml").draft.name == "poor-draft"
 
@@ -61,3 +66,35 @@ def test_drafts_are_listed_once(
     code, err = tune(monkeypatch, capsys, "--draft", names)
     assert code == 2
     assert "list each once" in err
+
+
+def tuned(name: str, speedup: float, half_width: float) -> TunedDraft:
+    """Return a draft whose every row is so much faster than off, give or take a share."""
+    low, high = speedup / (1 + half_width), speedup * (1 + half_width)
+    profile = make_profile()
+    rows = [
+        row.model_copy(
+            update={
+                "predicted": row.predicted.model_copy(
+                    update={"speedup": speedup, "speedup_interval": Interval(low=low, high=high)}
+                )
+            }
+        )
+        for row in profile.policy
+    ]
+    return TunedDraft(name, profile.model_copy(update={"policy": tuple(rows)}))
+
+
+@pytest.mark.parametrize(
+    ("head", "sibling", "expected"),
+    [(1.50, 1.55, "mtp"), (1.55, 1.50, "mtp"), (1.30, 1.55, "sibling"), (1.8, 1.55, "mtp")],
+)
+def test_the_head_wins_a_tie(head: float, sibling: float, expected: str) -> None:
+    """It needs no second model."""
+    drafts = [tuned("sibling", sibling, 0.05), tuned("mtp", head, 0.05)]
+    for order in (drafts, drafts[::-1]):
+        assert choose(order).name == expected
+
+
+def test_among_siblings_the_fastest_wins() -> None:
+    assert choose([tuned("a", 1.50, 0.05), tuned("b", 1.51, 0.05)]).name == "b"

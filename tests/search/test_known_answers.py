@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -9,6 +11,7 @@ from scripts import script
 from synthetic import FakeCost, latent_trace, ordered_trees, trace_of
 
 from stree_autotune.search.path_counts import index_paths, path_shares, rank_distribution
+from stree_autotune.search.study import SearchSetting
 from stree_autotune.search.tree_solver import MAX_DEPTH, grow
 from stree_autotune.search.verdict import Decision, decide_policy
 from stree_autotune.trace.file import NO_RANK, Trace
@@ -107,3 +110,32 @@ def test_growth_is_the_exact_recursion_for_independent_ranks(num_nodes: int, dep
     grown = grow(index, shares, depth=depth, width=10, num_nodes=num_nodes).tree
     value = script("search_baselines").best_tree(distribution, num_nodes, depth)[0]
     assert independent_value(distribution.tolist(), grown) == pytest.approx(value, rel=1e-3)
+
+
+def test_a_limit_on_the_time_per_token_rules_out_what_is_too_slow(trace: Trace) -> None:
+    """A tie goes to the simpler option, unless a token of it takes too long."""
+    cost = FakeCost(pad=8, spread=0.3)
+    space = SearchSetting()
+    (free,) = decide_policy(trace, cost, (1,), max_nodes=16, seed=0, setting=space)
+    assert free.verdict == "off"
+    token_ms = free.step_ms / free.tokens_per_step
+    (best,) = decide_policy(
+        trace,
+        cost,
+        (1,),
+        max_nodes=16,
+        seed=0,
+        setting=replace(space, max_token_ms=0.99 * token_ms),
+    )
+    assert best.step_ms / best.tokens_per_step < token_ms
+    assert "--max-token-ms" in best.reason
+    assert "binds" in best.reason
+    (loose,) = decide_policy(
+        trace, cost, (1,), max_nodes=16, seed=0, setting=replace(space, max_token_ms=2 * token_ms)
+    )
+    assert loose == free
+    (never,) = decide_policy(
+        trace, cost, (1,), max_nodes=16, seed=0, setting=replace(space, max_token_ms=0.01)
+    )
+    assert never.step_ms / never.tokens_per_step < best.step_ms / best.tokens_per_step
+    assert "serve fewer sequences" in never.reason

@@ -214,7 +214,7 @@ def _limit_note(chosen: Option, otherwise: Option, max_token_ms: float) -> str:
     if _token_ms(chosen) > max_token_ms:
         return f"{binds}a token takes {_token_ms(chosen):.3g} ms here, serve fewer sequences"
     if chosen is not otherwise:
-        return f"{binds}{_name(otherwise)} takes {_token_ms(otherwise):.3g} ms per token"
+        return f"{binds}{otherwise.trial.tree.label} takes {_token_ms(otherwise):.3g} ms per token"
     return ""
 
 
