@@ -53,7 +53,7 @@ from stree_core.engine.sampling import SamplingParams
 from stree_core.engine.session import Request
 from stree_core.engine.stop import StopRule
 from stree_core.profile import Sampling
-from stree_core.tree import DEFAULT_TREE, Tree
+from stree_core.tree import DEFAULT_TREE, OFF, Tree
 
 DEMO = "demo"
 WIDE = Tree.from_paths([[i] for i in range(8)] + [[i, j] for i in range(4) for j in (0, 1)])

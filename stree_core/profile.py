@@ -301,15 +301,21 @@ def require_writable(path: Path, *, force: bool, is_default: bool) -> None:
         ) from err
 
 
+Expected = tuple[float, float]
+"""The least and the most tokens per step that a profile expects."""
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
     """Distinct trees and, for every number of active sequences, which of them a step takes.
 
-    The tree without nodes is decoding without speculation.
+    The tree without nodes is decoding without speculation. `expected` is a profile's, where rows
+    are.
     """
 
     trees: tuple[Tree, ...]
     rows: tuple[tuple[int, int], ...]
+    expected: Expected | None = None
 
     @classmethod
     def always(cls, trees: Sequence[Tree]) -> Policy:
@@ -331,4 +337,17 @@ def policy_of(profile: Profile) -> Policy:
         if tree not in trees:
             trees.append(tree)
         rows.append((row.batch_size, trees.index(tree)))
-    return Policy(tuple(trees), tuple(rows))
+    expected = [_expected(row) for row in profile.policy]
+    lowest, highest = min(low for low, _ in expected), max(high for _, high in expected)
+    return Policy(tuple(trees), tuple(rows), (lowest, highest))
+
+
+def _expected(row: PolicyRow) -> Expected:
+    """Return a row's tokens per step, as far off as the interval of its speedup is wide."""
+    predicted = row.predicted
+    interval = predicted.speedup_interval
+    low, high = (edge / predicted.speedup for edge in (interval.low, interval.high))
+    return (
+        max(1.0, predicted.tokens_per_step * min(low, 1.0)),
+        predicted.tokens_per_step * max(high, 1.0),
+    )

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
+from stree_core.engine.accept_watch import AcceptWatch
 from stree_core.engine.engine import Engine, require_tree
 from stree_core.engine.request import Request, Running, Update
 from stree_core.engine.step_result import StepResult
@@ -51,6 +52,8 @@ class Session:
         on_gpu = engine.target.device.type == "cuda"
         self._lookahead = int(on_gpu) if lookahead is None else lookahead
         self._choose_tree = choose_tree or engine.policy.choose
+        expected = None if choose_tree else engine.policy.expected
+        self._watch = None if expected is None else AcceptWatch(expected)
         self._decode = careful(decode) if decode is not None else None
         self._waiting: deque[tuple[int, Request]] = deque()
         self._slots: list[Running | None] = [None] * engine.config.num_slots
@@ -290,3 +293,5 @@ class Session:
         running.generation.finish = finish
         running.generation.error = error
         self._updates.append(Update(running.request_id, tokens, running.generation))
+        if self._watch is not None:
+            self._watch.note(running.generation)
