@@ -185,9 +185,9 @@ def live_run(headed: HeadedModel, tree: Tree, sampling: Sampling, prompts: list[
 @pytest.mark.parametrize("rule", ["naive", "mss"])
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
 def test_sampled_walks_and_steps_agree(bamba: HeadedModel, rule: str, temperature: float) -> None:
-    """Other seeds on either side: three standard errors, each at most 1 % of the mean."""
+    """Other seeds on either side: three standard errors, each at most 0.5 % of the mean."""
     sampling = Sampling(rule=rule, temperature=temperature)
-    prompts = prompts_of(16) * 12
+    prompts = prompts_of(16) * 18
     config = RecordConfig(
         "tiny", sampling, max_new_tokens=32, num_slots=64, depths=4, ignore_eos=True
     )
@@ -197,6 +197,6 @@ def test_sampled_walks_and_steps_agree(bamba: HeadedModel, rule: str, temperatur
     tokens = np.array([len(g.tokens) - 1 for g in run.generations])
     steps = np.array([g.num_steps for g in run.generations])
     live, predicted = Mean.of(tokens, steps), Mean.of(walked.positions_P, walked.starts_P)
-    assert max(live.error, predicted.error) < 0.01 * live.value
+    assert max(live.error, predicted.error) < 0.005 * live.value
     assert abs(live.value - predicted.value) < 3 * np.hypot(live.error, predicted.error)
-    assert live.value > 1.05
+    assert live.value > 1.03
