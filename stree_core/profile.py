@@ -70,11 +70,17 @@ class GpuRef(Strict):
 
 
 class Sampling(Strict):
-    """How the target samples and how drafts are accepted; greedy is temperature 0."""
+    """How the target samples and how drafts are accepted; greedy is temperature 0.
+
+    None is off for what is left out.
+    """
 
     rule: Literal["greedy", "naive", "mss"] = "greedy"
     temperature: float = Field(default=0.0, ge=0.0, le=100.0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: int | None = Field(default=None, ge=1, lt=1 << 31)
+    min_p: float | None = Field(default=None, gt=0.0, le=1.0)
+    repetition_penalty: float | None = Field(default=None, ge=1e-6, le=1e6)
 
     @model_validator(mode="after")
     def _rule_fits_the_temperature(self) -> Sampling:
@@ -85,20 +91,28 @@ class Sampling(Strict):
                 "rule greedy has temperature 0 and top_p 1, naive and mss a temperature above 0, "
                 f"got {self.rule}, {self.temperature:g} and {self.top_p:g}"
             )
+        if self.rule == "greedy" and self.truncates:
+            raise ValueError("top_k and min_p need a temperature above 0, got 0")
+        if self.repetition_penalty == 1:
+            raise ValueError("a repetition_penalty of 1 changes nothing, leave it out")
         return self
 
     @property
     def truncates(self) -> bool:
         """True when a part of the distribution is cut off."""
-        return self.top_p < 1
+        return self.top_p < 1 or self.top_k is not None or self.min_p is not None
 
     @property
     def label(self) -> str:
-        """The part of file names that tells settings apart: greedy, mss-t1, naive-t0.6-p0.9."""
-        if self.rule == "greedy":
-            return self.rule
-        nucleus = f"-p{self.top_p:g}" if self.truncates else ""
-        return f"{self.rule}-t{self.temperature:g}{nucleus}"
+        """The part of file names that tells settings apart: greedy, mss-t1, naive-t0.6-k40-p0.9."""
+        parts = (
+            ("t", self.temperature or None),
+            ("k", self.top_k),
+            ("p", self.top_p if self.top_p < 1 else None),
+            ("m", self.min_p),
+            ("r", self.repetition_penalty),
+        )
+        return "-".join([self.rule, *(f"{key}{n:g}" for key, n in parts if n is not None)])
 
 
 class Interval(Strict):

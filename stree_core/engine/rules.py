@@ -46,7 +46,8 @@ class SamplingSupport:
     @classmethod
     def of(cls, sampling: Sampling) -> SamplingSupport:
         """Return what an engine needs that serves requests under one setting."""
-        return cls(sampling.rule, truncates=sampling.truncates)
+        penalises = sampling.repetition_penalty is not None
+        return cls(sampling.rule, truncates=sampling.truncates, penalises=penalises)
 
     def require(self, params: SamplingParams) -> None:
         """Raise ConfigError unless a request with these parameters can be served."""
@@ -137,7 +138,7 @@ class SampledRule:
         backend: Backend,
     ) -> None:  # fmt: skip
         self.settings = memory.settings
-        self._seen_BV = memory.seen_BV
+        self.seen_BV = memory.seen_BV
         self._support = support
         self._plan = plan
         self._backend = backend
@@ -148,16 +149,16 @@ class SampledRule:
     def start(self, slot: int, params: SamplingParams, prompt: Sequence[int]) -> None:
         """Begin a request: its settings, its first random numbers, the tokens of its prompt."""
         self.settings.set(slot, params)
-        if self._seen_BV is not None:
-            self._seen_BV[slot] = False
-            self._seen_BV[slot, torch.tensor(prompt, device=self._seen_BV.device)] = True
+        if self.seen_BV is not None:
+            self.seen_BV[slot] = False
+            self.seen_BV[slot, torch.tensor(prompt, device=self.seen_BV.device)] = True
 
     def first(self, slot: int, logits_V: Tensor) -> Tensor:
         """Draw the token that follows the prompt."""
         here = slice(slot, slot + 1)
         fields = dataclasses.fields(self.settings)
         own = type(self.settings)(*(getattr(self.settings, field.name)[here] for field in fields))
-        seen_11V = None if self._seen_BV is None else self._seen_BV[None, here]
+        seen_11V = None if self.seen_BV is None else self.seen_BV[None, here]
         scores_11V = processed(
             logits_V[None, None], own, seen_11V, truncates=self._support.truncates
         )
@@ -167,8 +168,8 @@ class SampledRule:
         self._backend.sample_tokens(scores_11V, own.temperature_B, uniform_111[..., 0], token_11)
         token = token_11[0, 0]
         self.settings.step_B[here] += 1
-        if self._seen_BV is not None:
-            self._seen_BV[slot, token] = True
+        if self.seen_BV is not None:
+            self.seen_BV[slot, token] = True
         return token
 
     def draw(self, level: DraftLevel, logits_WBV: Tensor, tokens_TB: Tensor) -> None:
@@ -203,19 +204,19 @@ class SampledRule:
     def advance(self, emitted_LB: Tensor, count_B: Tensor) -> None:
         """Count the step, and remember its tokens where they are penalised."""
         self.settings.step_B.add_(count_B.clamp(max=1))
-        if self._seen_BV is not None:
+        if self.seen_BV is not None:
             row_L1 = torch.arange(len(emitted_LB), device=emitted_LB.device)[:, None]
             # Entries that do not count repeat one that does.
             kept_LB = torch.where(row_L1 < count_B, emitted_LB, emitted_LB[:1])
-            self._seen_BV.scatter_(1, kept_LB.t(), value=True)
+            self.seen_BV.scatter_(1, kept_LB.t(), value=True)
 
     def _scores(self, logits_NBV: Tensor, nodes_N: Tensor | None, tokens_TB: Tensor) -> Tensor:
         """Return what some nodes, or all, sample from."""
         seen_NBV = None
-        if self._seen_BV is not None:
+        if self.seen_BV is not None:
             paths_TL = self._plan.target_path_TL
             path_NL = paths_TL if nodes_N is None else paths_TL[nodes_N]
-            seen_NBV = self._seen_BV.expand(len(path_NL), -1, -1).clone()
+            seen_NBV = self.seen_BV.expand(len(path_NL), -1, -1).clone()
             seen_NBV.scatter_(2, tokens_TB[path_NL].transpose(1, 2), value=True)
         return processed(logits_NBV, self.settings, seen_NBV, truncates=self._support.truncates)
 

@@ -61,7 +61,14 @@ class SamplingParams:
     @classmethod
     def of(cls, sampling: Sampling, seed: int = 0) -> SamplingParams:
         """Return the parameters of a request under a profile's or a trace's setting."""
-        return cls(sampling.temperature, top_p=sampling.top_p, seed=seed)
+        return cls(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k or 0,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p or 0.0,
+            repetition_penalty=sampling.repetition_penalty or 1.0,
+            seed=seed,
+        )
 
     @property
     def truncates(self) -> bool:

@@ -33,6 +33,7 @@ from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from stree_autotune.trace.record import RecordConfig, record_trace
 from stree_autotune.trace.tree_walk import walk
+from stree_core.drafting.draft import ModelDraft
 from stree_core.drafting.pair import Pair as LoadedPair
 from stree_core.engine.decode import generate
 from stree_core.engine.engine import Engine, EngineConfig
@@ -141,7 +142,8 @@ def test_a_sampled_trace_predicts_live_tokens_per_step(
         seed=10**6,
         ignore_eos=True,
     )
-    trace = record_trace(LoadedPair(*pair, source, source, None), [PROMPT] * NUM_SLOTS, config)
+    loaded = LoadedPair(pair[0], ModelDraft(pair[1]), source, source, None)
+    trace = record_trace(loaded, [PROMPT] * NUM_SLOTS, config)
     result = walk(trace, TREES["ragged"])
     predicted = _ratio(result.positions_P.tolist(), result.starts_P.tolist())
     support = SamplingSupport(rule)

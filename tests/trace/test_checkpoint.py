@@ -22,6 +22,7 @@ from stree_autotune.trace.checkpoint import TraceCheckpoint, explained_writing
 from stree_autotune.trace.file import Trace, load_trace, save_trace
 from stree_autotune.trace.record import RecordConfig, make_trace, record_trace
 from stree_autotune.trace.shard import Shard, current_shard, take_own_gpu
+from stree_core.drafting.draft import ModelDraft
 from stree_core.drafting.pair import Pair
 from stree_core.engine.engine import Engine
 from stree_core.errors import BackendUnavailable, ConfigError, NonFiniteLogits, NotEnoughMemory
@@ -44,7 +45,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     target = ours(tiny_mamba2(layers=1), folder / "target")
     draft = ours(perturbed(tiny_mamba2(layers=1), 0.1), folder / "draft")
     source = ModelSource(REF, target.shape, None)
-    return Pair(target, draft, source, source, None)
+    return Pair(target, ModelDraft(draft), source, source, None)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from mtp_models import (
 from scipy import stats
 from tiny_models import VOCAB_SIZE
 
-from stree_autotune.trace.depth_ranks import drawn_rank
+from stree_autotune.trace.depth_ranks import drawn_rank, seen_along
 from stree_autotune.trace.file import NO_RANK, Trace
 from stree_autotune.trace.record import RecordConfig, record_prompts, record_trace
 from stree_autotune.trace.tree_walk import walk
@@ -174,19 +174,38 @@ class Mean:
 
 
 def live_run(headed: HeadedModel, tree: Tree, sampling: Sampling, prompts: list[list[int]]) -> Run:
-    support = SamplingSupport(sampling.rule)
+    support = SamplingSupport.of(sampling)
     engine = Engine(
         headed.pair.target, headed.pair.draft, tree, EngineConfig(64, 96, sampling=support)
     )
-    params = [SamplingParams(sampling.temperature, seed=10_000 + i) for i in range(len(prompts))]
+    params = [SamplingParams.of(sampling, 10_000 + i) for i in range(len(prompts))]
     return generate(engine, prompts, StopRule(32), sampling=params)
 
 
-@pytest.mark.parametrize("rule", ["naive", "mss"])
-@pytest.mark.parametrize("temperature", [0.6, 1.0])
-def test_sampled_walks_and_steps_agree(bamba: HeadedModel, rule: str, temperature: float) -> None:
+SETTINGS = {
+    "naive-t0.6": Sampling(rule="naive", temperature=0.6),
+    "naive-t1": Sampling(rule="naive", temperature=1.0),
+    "mss-t0.6": Sampling(rule="mss", temperature=0.6),
+    "mss-t1": Sampling(rule="mss", temperature=1.0),
+    "mss-t1-k20-r1.5": Sampling(rule="mss", temperature=1.0, top_k=20, repetition_penalty=1.5),
+}
+
+
+def test_penalised_rows_know_the_prompt_and_the_text_before_them() -> None:
+    prompt_BV = torch.zeros(1, 8, dtype=torch.bool)
+    prompt_BV[0, [1, 2]] = True
+    roots_NB = torch.tensor([[3], [4], [3], [6]])
+    rows = seen_along(prompt_BV, roots_NB, 1)
+    assert [row[0].nonzero()[:, 0].tolist() for row in rows] == [
+        [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4, 6],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("label", SETTINGS)
+def test_sampled_walks_and_steps_agree(bamba: HeadedModel, label: str) -> None:
     """Other seeds on either side: three standard errors, each at most 0.5 % of the mean."""
-    sampling = Sampling(rule=rule, temperature=temperature)
+    sampling = SETTINGS[label]
+    assert sampling.label == label
     prompts = prompts_of(16) * 18
     config = RecordConfig(
         "tiny", sampling, max_new_tokens=32, num_slots=64, depths=4, ignore_eos=True

@@ -12,6 +12,7 @@ from tiny_models import VOCAB_SIZE, ours, perturbed, tiny_bamba
 from stree_autotune.trace.file import NO_RANK, Trace
 from stree_autotune.trace.record import RecordConfig, record_trace, repeated_positions
 from stree_autotune.trace.tree_walk import walk
+from stree_core.drafting.draft import ModelDraft
 from stree_core.drafting.pair import Pair
 from stree_core.engine.decode import generate
 from stree_core.engine.engine import Engine, EngineConfig
@@ -41,7 +42,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     target = ours(tiny_bamba(), folder / "target")
     draft = ours(perturbed(tiny_bamba(), 0.07), folder / "draft")
     source = ModelSource(REF, target.shape, None)
-    return Pair(target, draft, source, source, None)
+    return Pair(target, ModelDraft(draft), source, source, None)
 
 
 @pytest.fixture(scope="module")

@@ -75,6 +75,15 @@ Rule = Annotated[
 ]
 Temperature = Annotated[float, typer.Option("--temperature", help="Sampling temperature.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Nucleus of the sampling distribution.")]
+TopK = Annotated[
+    int, typer.Option("--top-k", min=0, help="Likeliest tokens to sample from, 0 for all.")
+]
+MinP = Annotated[
+    float, typer.Option("--min-p", help="Least share of the likeliest token's probability.")
+]
+RepetitionPenalty = Annotated[
+    float, typer.Option("--repetition-penalty", help="Above 1 against repetition.")
+]
 Context = Annotated[
     int,
     typer.Option(
@@ -286,8 +295,11 @@ def search_path(data: list[Path], libraries: list[str]) -> tuple[Path, ...]:
     return (*own, *map(sync, libraries))
 
 
-def sampling(rule: str, temperature: float, top_p: float) -> Sampling:
-    """Return the setting of three flags; raise ConfigError when they do not fit each other."""
+def sampling(
+    rule: str, temperature: float, top_p: float, top_k: int = 0, min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+) -> Sampling:  # fmt: skip
+    """Return the setting of these flags; raise ConfigError when they do not fit each other."""
     rule = rule or ("mss" if temperature > 0 else "greedy")
     if rule not in ("greedy", "naive", "mss"):
         raise ConfigError(f"--rule is greedy, naive or mss, got {rule!r}; pass one of them")
@@ -297,7 +309,14 @@ def sampling(rule: str, temperature: float, top_p: float) -> Sampling:
     from stree_core.profile import Sampling
 
     try:
-        return Sampling(rule=rule, temperature=temperature, top_p=top_p)  # type: ignore[arg-type]
+        return Sampling(
+            rule=rule,  # type: ignore[arg-type]
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k or None,
+            min_p=min_p or None,
+            repetition_penalty=None if repetition_penalty == 1 else repetition_penalty,
+        )
     except ValidationError as err:
         problem = err.errors()[0]
         where = "".join(f"--{str(part).replace('_', '-')}: " for part in problem["loc"])

@@ -118,7 +118,10 @@ def trace(
     batch_size: flags.BatchSize = 16,
     rule: flags.Rule = "",
     temperature: flags.Temperature = 0.0,
+    top_k: flags.TopK = 0,
     top_p: flags.TopP = 1.0,
+    min_p: flags.MinP = 0.0,
+    repetition_penalty: flags.RepetitionPenalty = 1.0,
     chat: flags.Chat = False,
     data: flags.Data = flags.DEFAULT_DATA_PATHS,
     device: flags.Device = "auto",
@@ -139,7 +142,7 @@ def trace(
     chosen = open_prompts(dataset, prompts, tuple(data), rows=which, limit=limit or None)
     config = RecordConfig(
         dataset=dataset,
-        sampling=flags.sampling(rule, temperature, top_p),
+        sampling=flags.sampling(rule, temperature, top_p, top_k, min_p, repetition_penalty),
         num_children=num_children,
         max_new_tokens=max_new_tokens,
         num_slots=batch_size,
@@ -214,16 +217,10 @@ def decode(
     ] = "auto",
     rule: flags.Rule = "",
     temperature: flags.Temperature = 0.0,
-    top_k: Annotated[
-        int, typer.Option("--top-k", min=0, help="Likeliest tokens to sample from, 0 for all.")
-    ] = 0,
+    top_k: flags.TopK = 0,
     top_p: flags.TopP = 1.0,
-    min_p: Annotated[
-        float, typer.Option("--min-p", help="Least share of the likeliest token's probability.")
-    ] = 0.0,
-    repetition_penalty: Annotated[
-        float, typer.Option("--repetition-penalty", help="Above 1 against repetition.")
-    ] = 1.0,
+    min_p: flags.MinP = 0.0,
+    repetition_penalty: flags.RepetitionPenalty = 1.0,
     seed: flags.Seed = 0,
     device: flags.Device = "auto",
     dtype: flags.Dtype = "auto",

@@ -45,12 +45,24 @@ def trace_command(
     """
     rows = [] if dataset in KNOWN_DATASETS else ["--prompts", "FILE"]
     setting: list[str] = []
-    if sampling is not None and sampling.rule != "greedy":
-        setting = ["--rule", sampling.rule, "--temperature", f"{sampling.temperature:g}"]
-        setting += ["--top-p", f"{sampling.top_p:g}"] if sampling.top_p != 1 else []
+    if sampling is not None:
+        setting = _sampling_flags(sampling)
     pair = ["--target", words.target, "--draft", words.draft]
     data = _data_flags(words.data)
     return command("trace", "--dataset", dataset, *rows, *pair, *setting, *more, *data)
+
+
+def _sampling_flags(sampling: Sampling) -> list[str]:
+    flags = {
+        "--temperature": sampling.temperature or None,
+        "--top-k": sampling.top_k,
+        "--top-p": sampling.top_p if sampling.top_p != 1 else None,
+        "--min-p": sampling.min_p,
+        "--repetition-penalty": sampling.repetition_penalty,
+    }
+    rule = [] if sampling.rule == "greedy" else ["--rule", sampling.rule]
+    given = [(flag, f"{value:g}") for flag, value in flags.items() if value is not None]
+    return [*rule, *(word for pair in given for word in pair)]
 
 
 def repeated(flag: str, values: Sequence[int]) -> list[str]:

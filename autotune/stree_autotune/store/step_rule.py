@@ -21,8 +21,14 @@ class StepRule(StrEnum):
 
     @classmethod
     def of(cls, sampling: Sampling) -> StepRule:
-        """Return the member whose steps take as long as steps with `sampling`."""
-        asked = sampling.rule, sampling.truncates
+        """Return the member whose steps take as long as steps with `sampling`.
+
+        Greedy steps with a repetition penalty run the kernels of naive ones; what the penalty
+        itself takes is in no table.
+        """
+        penalised = sampling.repetition_penalty is not None
+        rule = "naive" if sampling.rule == "greedy" and penalised else sampling.rule
+        asked = rule, sampling.truncates
         return next(
             rule for rule, timed in _TIMED.items() if (timed.rule, timed.truncates) == asked
         )

@@ -17,6 +17,7 @@ depths, C children, V vocabulary, M rows (a start of a slot each).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -53,6 +54,9 @@ class DepthRanks:
         """Take note of prompts that were just read."""
         self._hidden = []
         self._begin_B = self._cache.committed_B.clone()
+        rule = self._engine.speculator.rule
+        seen_BV = rule.seen_BV if isinstance(rule, SampledRule) else None
+        self._prompt_BV = None if seen_BV is None else seen_BV.clone()
         self.look()
 
     def look(self) -> None:
@@ -89,25 +93,30 @@ class DepthRanks:
     def _chunk(self, known: KnownTexts, first: int) -> Tensor:
         """Return the ranks [W, B, D] of some starts."""
         width = self._starts.num_starts
-        finder = self._finder(known.hidden_NBD[first + 1 : first + width + self._depths], first)
+        finder = self._finder(known, first)
         ranks = []
         for depth, logits_WBV in enumerate(self._starts.run(known, first)):
             begin = first + depth + 1
             ranks.append(finder(logits_WBV, known.roots_NB[begin : begin + width], depth))
         return torch.stack(ranks, dim=-1)
 
-    def _finder(self, hidden_NBD: Tensor, first: int) -> Finder:
-        """Return what finds ranks, by the hidden states after the roots of a chunk."""
+    def _finder(self, known: KnownTexts, first: int) -> Finder:
+        """Return what finds the ranks of a chunk's tokens."""
         config, rule = self._engine.config.sampling, self._engine.speculator.rule
         if config.rule != "mss":
             return partial(_likeliest_rank, self._num_children)
         assert isinstance(rule, SampledRule)
-        scores = partial(processed, settings=rule.settings, seen_NBV=None)
-        logits_NBV = self._engine.target.logits(hidden_NBD)
-        return _DrawnRank(
-            partial(scores, truncates=config.truncates), rule.settings, logits_NBV,
-            self._engine.target.backend, (self._num_children, first),
-        )  # fmt: skip
+        end = first + self._starts.num_starts + self._depths - 1
+        logits_NBV = self._engine.target.logits(known.hidden_NBD[first + 1 : end + 1])
+        seen_NBV = None
+        if self._prompt_BV is not None:
+            seen_NBV = seen_along(self._prompt_BV, known.roots_NB[:end], first)
+        scores = partial(processed, settings=rule.settings, truncates=config.truncates)
+        p_NBV = softmax_distribution(
+            scores(logits_NBV, seen_NBV=seen_NBV), rule.settings.temperature_B
+        )
+        draws = _Draws(rule.settings, self._engine.target.backend, self._num_children, first)
+        return _DrawnRank(scores, seen_NBV, p_NBV, draws)
 
 
 Finder = Callable[[Tensor, Tensor, int], Tensor]
@@ -120,34 +129,56 @@ def _likeliest_rank(num_children: int, logits_WBV: Tensor, token_WB: Tensor, dep
     return torch.where(is_child_WBC.any(-1), is_child_WBC.int().argmax(-1), none)
 
 
+def seen_along(prompt_BV: Tensor, roots_NB: Tensor, first: int) -> Tensor:
+    """Return which tokens [N - first, B, V] (bool) are seen after each root from `first` on."""
+    before_BV = prompt_BV.scatter(1, roots_NB[:first].t(), value=True)
+    here_NBV = torch.zeros(
+        len(roots_NB) - first, *prompt_BV.shape, dtype=torch.uint8, device=prompt_BV.device
+    ).scatter_(2, roots_NB[first:, :, None], 1)
+    seen_NBV: Tensor = here_NBV.cummax(0).values.bool() | before_BV
+    return seen_NBV
+
+
+@dataclass(frozen=True, slots=True)
+class _Draws:
+    """Where a chunk's random numbers come from: they depend on a prompt's seed, start and depth."""
+
+    settings: SlotSettings
+    backend: Backend
+    num_children: int
+    first: int
+
+    def uniforms(self, like_WB: Tensor, depth: int) -> Tensor:
+        """Return two numbers for each child [W, B, 2 C]."""
+        uniform_WBX = torch.empty(*like_WB.shape, 2 * self.num_children, device=like_WB.device)
+        start_B = torch.full_like(self.settings.step_B, self.first)
+        self.backend.fill_uniforms(
+            self.settings.seed_B, start_B, uniform_WBX, stream=_STREAM + depth
+        )
+        return uniform_WBX
+
+
 class _DrawnRank:
-    """Draws the ranks of a chunk's tokens; numbers depend on a prompt's seed, start and depth."""
+    """Draws the ranks of a chunk's tokens."""
 
     def __init__(
-        self, scores: Callable[[Tensor], Tensor], settings: SlotSettings, logits_NBV: Tensor,
-        backend: Backend, place: tuple[int, int],
-    ) -> None:  # fmt: skip
+        self, scores: Callable[..., Tensor], seen_NBV: Tensor | None, p_NBV: Tensor, draws: _Draws
+    ) -> None:
         self._scores = scores
-        self._settings = settings
-        self._backend = backend
-        self._num_children, self._first = place
-        self._p_NBV = self._distribution(logits_NBV)
-
-    def _distribution(self, logits_NBV: Tensor) -> Tensor:
-        return softmax_distribution(self._scores(logits_NBV), self._settings.temperature_B)
+        self._seen_NBV = seen_NBV
+        self._p_NBV = p_NBV
+        self._draws = draws
 
     def __call__(self, logits_WBV: Tensor, token_WB: Tensor, depth: int) -> Tensor:
         """Return the ranks [W, B] of tokens that the target chose at a depth of each start."""
-        q_WBV = self._distribution(logits_WBV)
-        p_WBV = self._p_NBV[depth : depth + len(q_WBV)]
-        uniform_WBX = q_WBV.new_empty(*token_WB.shape, 2 * self._num_children)
-        start_B = torch.full_like(self._settings.step_B, self._first)
-        self._backend.fill_uniforms(
-            self._settings.seed_B, start_B, uniform_WBX, stream=_STREAM + depth
+        rows = slice(depth, depth + len(token_WB))
+        seen_WBV = None if self._seen_NBV is None else self._seen_NBV[rows]
+        q_WBV = softmax_distribution(
+            self._scores(logits_WBV, seen_NBV=seen_WBV), self._draws.settings.temperature_B
         )
         rank_M = drawn_rank(
-            p_WBV.flatten(0, 1), q_WBV.flatten(0, 1), token_WB.flatten(),
-            uniform_WBX.flatten(0, 1),
+            self._p_NBV[rows].flatten(0, 1), q_WBV.flatten(0, 1), token_WB.flatten(),
+            self._draws.uniforms(token_WB, depth).flatten(0, 1),
         )  # fmt: skip
         return rank_M.view_as(token_WB)
 
