@@ -126,7 +126,8 @@ def save_beside(path: Path, head: Row, rows: Sequence[Row]) -> None:
     """Write rows beside those of a result file that are of other names."""
     known = read(path)["rows"] if path.exists() else []
     mine = {tuple(row[key] for key in NAMES) for row in rows}
-    kept = [row for row in known if tuple(row[key] for key in NAMES) not in mine]
+    # rows of older runs say nothing of a pair
+    kept = [row for row in known if tuple(row.get(key) for key in NAMES) not in mine]
     save(path, head, [*kept, *rows])
 
 
