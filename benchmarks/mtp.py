@@ -29,10 +29,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from report import RESULTS, Row, header, read, save, table
-from stree_autotune.live.trace_rule import prompt_for
 from traced_pair import traced_rules
 
 from stree_autotune.cost.step_cost import StepCost
+from stree_autotune.live.measure import prompt_for
 from stree_autotune.live.rows import error_summary
 from stree_autotune.live.speed import LiveSpeed, live_speed, typical_context
 from stree_autotune.live.validation import RAGGED
