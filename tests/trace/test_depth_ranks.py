@@ -203,7 +203,7 @@ def test_penalised_rows_know_the_prompt_and_the_text_before_them() -> None:
 
 @pytest.mark.parametrize("label", SETTINGS)
 def test_sampled_walks_and_steps_agree(bamba: HeadedModel, label: str) -> None:
-    """Other seeds on either side: three standard errors, each at most 0.5 % of the mean."""
+    """Other seeds on either side: three standard errors, each at most 1 % of the mean."""
     sampling = SETTINGS[label]
     assert sampling.label == label
     prompts = prompts_of(16) * 18
@@ -216,6 +216,6 @@ def test_sampled_walks_and_steps_agree(bamba: HeadedModel, label: str) -> None:
     tokens = np.array([len(g.tokens) - 1 for g in run.generations])
     steps = np.array([g.num_steps for g in run.generations])
     live, predicted = Mean.of(tokens, steps), Mean.of(walked.positions_P, walked.starts_P)
-    assert max(live.error, predicted.error) < 0.005 * live.value
+    assert max(live.error, predicted.error) < 0.01 * live.value
     assert abs(live.value - predicted.value) < 3 * np.hypot(live.error, predicted.error)
     assert live.value > 1.03
