@@ -26,7 +26,7 @@ from synthetic_profile import PROFILE, TABLE, TRACE as TRACE_FILE, write_profile
 from tiny_models import FAMILIES, tiny_mamba2, word_tokenizer
 
 from stree_autotune.cli.listing import list_rows, print_rows
-from stree_autotune.cost.table_cost import runtime_cost
+from stree_autotune.cost.table_cost import read_runtime, runtime_cost
 from stree_autotune.export.deployment import Deployment
 from stree_autotune.export.formats import FORMATS
 from stree_autotune.report.page import make_section, render
@@ -41,7 +41,7 @@ from stree_autotune.share.files import own_files
 from stree_autotune.share.index import INDEX
 from stree_autotune.share.remote import pull, push
 from stree_autotune.store.gpu_spec import load_gpu_spec
-from stree_autotune.store.library import Library, shipped_root
+from stree_autotune.store.library import Library, RuntimeSource, shipped_root
 from stree_autotune.store.origin import provenance
 from stree_autotune.store.prompts import load_prompts
 from stree_autotune.store.show import print_profile, print_profile_json
@@ -199,11 +199,12 @@ def read_table(bench: Bench, data: bytes) -> None:
     path = bench.place(f"runtime/{Path(TABLE).name}", data)
     for gpu, sampling in (("h200", Sampling()), ("h100", Sampling(rule="mss", temperature=1.0))):
         with suppress(StreeError):
-            table, cost, _ = runtime_cost(bench.library, path, gpu, sampling, 1024)
+            inputs = read_runtime(bench.library, RuntimeSource(path), gpu)
+            cost, _ = runtime_cost(inputs, sampling, 1024)
             for tree in CHAINS:
                 with suppress(StreeError):
-                    cost.step_ms(table.batch_sizes[0], tree, 1.5)
-    runtime_cost(bench.library, path, "h200", Sampling(), 1024)
+                    cost.step_ms(inputs.table.batch_sizes[0], tree, 1.5)
+    runtime_cost(read_runtime(bench.library, RuntimeSource(path), "h200"), Sampling(), 1024)
     _list(bench)
 
 
@@ -244,7 +245,8 @@ def read_gpu_spec(bench: Bench, data: bytes) -> None:
     spec.likeness(load_gpu_spec(bench.data / "gpus" / "h200.yaml"))
     library = Library((bench.root / "input", bench.data))
     with suppress(StreeError):
-        runtime_cost(library, bench.data / TABLE, "new", Sampling(), 1024)
+        inputs = read_runtime(library, RuntimeSource(bench.data / TABLE), "new")
+        runtime_cost(inputs, Sampling(), 1024)
 
 
 def read_shape(bench: Bench, data: bytes) -> None:

@@ -191,20 +191,33 @@ def _try_lock(handle: int) -> bool:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a model's JSON object; raise CheckpointError when it is missing or holds none."""
+    return read_json_bytes(path)[0]
+
+
+def read_json_bytes(path: Path) -> tuple[dict[str, Any], bytes]:
+    """Open a model's JSON file once; return what `read_json` does and the file's bytes."""
     if not path.exists():
         raise CheckpointError(f"{path.parent} must hold a {path.name}, it has none; check the path")
     try:
-        content = json.loads(read_limited(path, MAX_JSON_BYTES))
+        data = read_limited(path, MAX_JSON_BYTES)
+        content = json.loads(data)
     except (ValueError, RecursionError, ConfigError) as err:
         raise CheckpointError(f"{path} is not valid JSON ({err}); fetch it again") from err
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object; fetch it again")
-    return content
+    return content, data
 
 
 def load_yaml(path: Path, model: type[ModelT]) -> ModelT:
     """Read a YAML file into `model`; raise ConfigError with one sentence when it does not fit."""
-    return validate(parse_yaml(read_limited(path, MAX_YAML_BYTES), str(path)), model, str(path))
+    return read_yaml(path, model)[0]
+
+
+def read_yaml(path: Path, model: type[ModelT]) -> tuple[ModelT, str]:
+    """Open a YAML file once; return what `load_yaml` does and the hex SHA-256 of its bytes."""
+    data = read_limited(path, MAX_YAML_BYTES)
+    content = validate(parse_yaml(data, str(path)), model, str(path))
+    return content, hashlib.sha256(data).hexdigest()
 
 
 def validate(content: Any, model: type[ModelT], name: str) -> ModelT:

@@ -20,7 +20,7 @@ from stree_core.families import (
     load_shape_spec,
     shape_from_config,
 )
-from stree_core.files import read_json, sha256_of
+from stree_core.files import read_json, read_json_bytes, sha256_of
 from stree_core.models.hub import fetch_model, is_hub_id
 from stree_core.models.text import tokenizer_sha256
 from stree_core.models.weight_index import weights_sha256
@@ -66,10 +66,11 @@ def find_source(name: str | Path) -> ModelSource:
 def folder_source(folder: Path, name: str | None = None) -> ModelSource:
     """Return the source of a model folder; raise CheckpointError when it cannot be used."""
     name = name or folder.resolve().name
-    shape = shape_from_config(read_config(folder), name)
+    config, digest = _read_config(folder)
+    shape = shape_from_config(config, name)
     ref = ModelRef(
         name=name,
-        config_sha256=_config_sha256(folder),
+        config_sha256=digest,
         tokenizer_sha256=tokenizer_sha256(folder),
         shape_sha256=shape.digest,
         weights_sha256=weights_sha256(folder),
@@ -108,15 +109,6 @@ def head_source(target: ModelSource) -> ModelSource:
     return ModelSource(ref, target.shape.mtp, target.folder)
 
 
-def _config_sha256(folder: Path) -> str:
-    """Return the hash of config.json, or of it and the file that says which layers attend."""
-    digest = sha256_of(folder / CONFIG)
-    if not (folder / MAMBA_CONFIG).is_file():
-        return digest
-    both = digest + sha256_of(folder / MAMBA_CONFIG)
-    return hashlib.sha256(both.encode()).hexdigest()
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """Return config.json, with what stands in further files under keys of its own.
 
@@ -125,9 +117,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     trained for a model whose config stays as it is. Raises CheckpointError when a file cannot be
     read.
     """
-    config = read_json(folder / CONFIG)
+    return _read_config(folder)[0]
+
+
+def _read_config(folder: Path) -> tuple[dict[str, Any], str]:
+    """Return the config and its hash: of config.json and the file that says which layers attend."""
+    config, data = read_json_bytes(folder / CONFIG)
+    digest = hashlib.sha256(data).hexdigest()
     if (folder / MAMBA_CONFIG).is_file():
-        config["mamba_config"] = read_json(folder / MAMBA_CONFIG)
+        config["mamba_config"], data = read_json_bytes(folder / MAMBA_CONFIG)
+        both = digest + hashlib.sha256(data).hexdigest()
+        digest = hashlib.sha256(both.encode()).hexdigest()
     if (folder / HF_QUANT_CONFIG_FILE).is_file():
         config[HF_QUANT_CONFIG] = read_json(folder / HF_QUANT_CONFIG_FILE)
     if (folder / MTP_FILE).is_file():
@@ -136,4 +136,4 @@ def read_config(folder: Path) -> dict[str, Any]:
         eos = read_json(folder / GENERATION_CONFIG).get("eos_token_id")
         if eos is not None:
             config["eos_token_id"] = eos
-    return config
+    return config, digest

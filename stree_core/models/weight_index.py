@@ -90,14 +90,17 @@ def weights_sha256(folder: Path) -> str | None:
 
 def read_header(path: Path) -> SafeHeader:
     """Read the header of a safetensors file; raise CheckpointError unless all lies in the file."""
+    with open_weights(path) as file:
+        return _read_header(file, path)
+
+
+def _read_header(file: io.BufferedReader, path: Path) -> SafeHeader:
     try:
-        with open_weights(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(MAX_HEADER_BYTES, size - 8):
-                raise ValueError(f"a file of {size} bytes announces a header of {length}")
-            content = json.loads(file.read(length))
-        return _parse_header(content, 8 + length, size)
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(MAX_HEADER_BYTES, size - 8):
+            raise ValueError(f"a file of {size} bytes announces a header of {length}")
+        return _parse_header(json.loads(file.read(length)), 8 + length, size)
     except (ValueError, RecursionError) as err:
         raise damaged(path, err) from err
 
@@ -218,9 +221,8 @@ def _fingerprint(path: Path) -> Iterator[bytes]:
     if path.suffix == ".bin":
         yield from _bin_fingerprint(path)
         return
-    header = read_header(path)
     with open_weights(path) as file:
-        for key, stored in header.tensors.items():
+        for key, stored in _read_header(file, path).tensors.items():
             first = os.pread(
                 file.fileno(), min(FIRST_BYTES, stored.end - stored.start), stored.start
             )

@@ -443,43 +443,65 @@ def test_tables_are_not_cut_on_narrow_output(
     assert "\x1b" not in outcome.out
 
 
-def test_tuning_needs_no_torch(terminal: Terminal) -> None:
-    script = (
+def _run_main(folder: Path, before: str, after: str, *arguments: str) -> str:
+    """Run the command in a process of its own, between two pieces of code; return its stdout."""
+    main = (
         "import sys\n"
         "from stree_autotune.cli.commands import main\n"
         "try:\n    main()\nexcept SystemExit as left:\n    assert left.code == 0, left.code\n"
-        "heavy = {'torch', 'triton', 'transformers'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
     )
-    arguments = ["--gpu", "h100", "--dataset", "gsm8k", *QUICK]
     path = os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])
     run = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        cwd=terminal.folder,
+        [sys.executable, "-c", before + main + after, *arguments],
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith("toy-target + toy-draft on h100 (estimated")
+    return run.stdout
+
+
+def test_tuning_needs_no_torch(terminal: Terminal) -> None:
+    after = (
+        "heavy = {'torch', 'triton', 'transformers'} & set(sys.modules)\nassert not heavy, heavy\n"
+    )
+    out = _run_main(terminal.folder, "", after, "--gpu", "h100", "--dataset", "gsm8k", *QUICK)
+    assert out.startswith("toy-target + toy-draft on h100 (estimated")
+
+
+def test_tuning_opens_every_input_once(terminal: Terminal) -> None:
+    before = (
+        "import os, sys\n"
+        "opened = []\n"
+        "def note(event, details):\n"
+        "    if event == 'open' and isinstance(details[0], str):\n"
+        "        opened.append(os.path.realpath(details[0]))\n"
+        "sys.addaudithook(note)\n"
+    )
+    after = (
+        "kinds = ('/gpus/', '/runtime/', '/traces/', '/models/')\n"
+        "ends = ('.yaml', '.safetensors', '.json')\n"
+        "inputs = [p for p in opened if p.endswith(ends) and any(k in p for k in kinds)]\n"
+        "print('\\n'.join(['inputs', *inputs]))\n"
+    )
+    # The demo pair is a whole one: with models, certificate, and times to carry to another GPU.
+    asked = ("--gpu", "h100", "--dataset", "gsm8k", "--trials", "8", "--batch-size", "1")
+    out = _run_main(
+        terminal.folder, before, after, *asked, "--target", "demo-target", "--draft", "demo-draft"
+    )
+    opened = out.partition("inputs\n")[2].split()
+    names = {Path(path).name for path in opened}
+    assert {"h100.yaml", "h200.yaml", "h200--demo-target--demo-draft.yaml"} <= names
+    assert {"demo-target--demo-draft--gsm8k--greedy.safetensors", "config.json"} <= names
+    assert any(name.endswith(".certificate.yaml") for name in names)
+    assert sorted(opened) == sorted(set(opened))
 
 
 def test_help_needs_no_schema(terminal: Terminal) -> None:
-    script = (
-        "import sys\n"
-        "from stree_autotune.cli.commands import main\n"
-        "try:\n    main()\nexcept SystemExit as left:\n    assert left.code == 0, left.code\n"
+    after = (
         "slow = {'numpy', 'pydantic', 'yaml', 'optuna', 'scipy'} & set(sys.modules)\n"
         "assert not slow, slow\n"
     )
-    path = os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run(
-        [sys.executable, "-c", script, "--help"],
-        cwd=terminal.folder,
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
+    _run_main(terminal.folder, "", after, "--help")

@@ -9,7 +9,11 @@ from stree_kernels.lazy import exports
 if TYPE_CHECKING:
     from stree_autotune.cost.memory import MemoryModel as MemoryModel
     from stree_autotune.cost.step_cost import StepCost as StepCost
-    from stree_autotune.cost.table_cost import runtime_cost as runtime_cost
+    from stree_autotune.cost.table_cost import (
+        RuntimeInputs as RuntimeInputs,
+        read_runtime as read_runtime,
+        runtime_cost as runtime_cost,
+    )
     from stree_autotune.cost.terms import PER_TOKENS as PER_TOKENS
     from stree_autotune.cost.traffic import model_cost as model_cost
     from stree_autotune.cost.tree_shape import FEWEST_ROWS as FEWEST_ROWS
@@ -19,7 +23,7 @@ __getattr__, __dir__ = exports(
     {
         "memory": ["MemoryModel"],
         "step_cost": ["StepCost"],
-        "table_cost": ["runtime_cost"],
+        "table_cost": ["RuntimeInputs", "read_runtime", "runtime_cost"],
         "terms": ["PER_TOKENS"],
         "traffic": ["model_cost"],
         "tree_shape": ["FEWEST_ROWS"],

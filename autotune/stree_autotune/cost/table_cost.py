@@ -2,50 +2,82 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from stree_autotune.cost.estimate import Estimate, estimate_table
 from stree_autotune.cost.step_cost import StepCost
 from stree_autotune.store import (
+    GpuSpec,
     Library,
     PairWords,
+    RuntimeSource,
     RuntimeTable,
     StepRule,
     load_runtime_table,
 )
 from stree_core.errors import MissingMeasurement
+from stree_core.files import read_yaml
 from stree_core.profile import Sampling
 
 
+@dataclass(frozen=True, slots=True)
+class RuntimeInputs:
+    """A runtime table, and what carries its times to the GPU `gpu`; each file is read once.
+
+    `wanted` and `measured` are the specs of that GPU and of the table's, None where there is none
+    or none is needed; `others` are the further tables of the table's GPU, which estimates are
+    fitted to. `sha256` is the digest of the table's file.
+    """
+
+    path: Path
+    sha256: str
+    gpu: str
+    table: RuntimeTable
+    wanted: GpuSpec | None = None
+    measured: GpuSpec | None = None
+    others: tuple[RuntimeTable, ...] = ()
+
+
+def read_runtime(library: Library, found: RuntimeSource, gpu: str) -> RuntimeInputs:
+    """Read the table that was found for a GPU and, for an estimate, the specs not read yet.
+
+    Raises ConfigError when one is malformed.
+    """
+    table, digest = read_yaml(found.path, RuntimeTable)
+    if table.gpu == gpu:
+        return RuntimeInputs(found.path, digest, gpu, table, found.wanted)
+    known = {spec.name: spec for spec in (found.measured, found.wanted) if spec is not None}
+    measured, wanted = (known.get(name) or library.gpu_spec(name) for name in (table.gpu, gpu))
+    others: tuple[RuntimeTable, ...] = ()
+    if measured and wanted:
+        paths = library.runtime_paths(table.gpu)
+        others = tuple(load_runtime_table(path) for path in paths if path != found.path)
+    return RuntimeInputs(found.path, digest, gpu, table, wanted, measured, others)
+
+
 def runtime_cost(
-    library: Library,
-    path: Path,
-    gpu: str,
-    sampling: Sampling,
-    context: int,
-    words: PairWords | None = None,
-) -> tuple[RuntimeTable, StepCost, Estimate | None]:
-    """Return the table at `path`, its cost on `gpu` under a setting, and how it was estimated.
+    inputs: RuntimeInputs, sampling: Sampling, context: int, words: PairWords | None = None
+) -> tuple[StepCost, Estimate | None]:
+    """Return the step cost of a table on the GPU asked for, and how it was estimated if it was.
 
     Raises MissingMeasurement when a spec is missing, the band of an estimate would be too wide, or
     attention layers make times depend on more context than was measured; `words` are the user's for
     the pair.
     """
-    table = load_runtime_table(path)
-    _require_context(table, path, context, words)
+    table, gpu = inputs.table, inputs.gpu
+    _require_context(table, inputs.path, context, words)
     rule = StepRule.of(sampling)
     if table.gpu == gpu:
-        return table, StepCost.from_table(table, rule, context, words), None
-    measured, wanted = library.gpu_spec(table.gpu), library.gpu_spec(gpu)
-    if measured is None or wanted is None:
-        missing = table.gpu if measured is None else gpu
+        return StepCost.from_table(table, rule, context, words), None
+    if inputs.measured is None or inputs.wanted is None:
+        missing = table.gpu if inputs.measured is None else gpu
         raise MissingMeasurement(
             f"times of {gpu} are estimated from those of {table.gpu}, and no spec of {missing} is "
             f"there; name the folder that has gpus/{missing}.yaml with --data"
         )
-    others = [load_runtime_table(p) for p in library.runtime_paths(table.gpu) if p != path]
-    estimate = estimate_table(table, measured, wanted, others, words)
-    return table, StepCost.from_estimate(estimate, rule, context, words), estimate
+    estimate = estimate_table(table, inputs.measured, inputs.wanted, inputs.others, words)
+    return StepCost.from_estimate(estimate, rule, context, words), estimate
 
 
 def _require_context(

@@ -13,16 +13,15 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from stree_autotune.cost import StepCost
+from stree_autotune.cost import StepCost, runtime_cost
 from stree_autotune.search import (
     TreeSpace,
     Trial,
-    find_source_file,
-    profile_cost,
+    profile_runtime,
     profile_trace,
     search_batch,
 )
-from stree_autotune.store import Library, RuntimeTable, load_runtime_table
+from stree_autotune.store import Library, RuntimeTable
 from stree_autotune.trace import FlatTrace, Trace, longest_paths, walk
 from stree_core.errors import StreeError
 from stree_core.profile import PolicyRow, Profile
@@ -189,13 +188,12 @@ class Evidence:
 def find_evidence(profile: Profile, library: Library) -> Evidence:
     """Return what can be found of the files that a profile was made from."""
     missing: list[str] = []
-    runtime = profile.sources.runtime
     trace = _attempt(lambda: profile_trace(profile, library), missing)
-    table = _attempt(
-        lambda: load_runtime_table(find_source_file(runtime, "runtime", library)), missing
-    )
-    cost = None if table is None else _attempt(lambda: profile_cost(profile, library), missing)
-    return Evidence(trace, table, cost, tuple(missing))
+    inputs = _attempt(lambda: profile_runtime(profile, library), missing)
+    if inputs is None:
+        return Evidence(trace, None, None, tuple(missing))
+    cost = _attempt(lambda: runtime_cost(inputs, profile.sampling, profile.context)[0], missing)
+    return Evidence(trace, inputs.table, cost, tuple(missing))
 
 
 def _attempt(load: Callable[[], T], missing: list[str]) -> T | None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from stree_autotune.search.profile_sources import (
         find_source_file as find_source_file,
         profile_cost as profile_cost,
+        profile_runtime as profile_runtime,
         profile_trace as profile_trace,
     )
     from stree_autotune.search.request import TuneRequest as TuneRequest
@@ -58,7 +59,7 @@ __getattr__, __dir__ = exports(
             "has_certificate",
         ],
         "draft_choice": ["best_draft"],
-        "profile_sources": ["find_source_file", "profile_cost", "profile_trace"],
+        "profile_sources": ["find_source_file", "profile_cost", "profile_runtime", "profile_trace"],
         "request": ["TuneRequest"],
         "study": [
             "Candidates",

@@ -24,7 +24,7 @@ from stree_autotune.search.tree_solver import solve
 from stree_autotune.store import command, provenance
 from stree_autotune.trace import FlatTrace, Trace, load_trace, walk_nested
 from stree_core.errors import ConfigError
-from stree_core.files import dump_yaml, load_yaml, sha256_of, write_atomically
+from stree_core.files import dump_yaml, read_yaml, sha256_of, write_atomically
 from stree_core.profile import Provenance, Sha256, Strict
 from stree_core.tree import MAX_NODES, Tree
 
@@ -179,16 +179,24 @@ def load_certificate(trace: Path) -> Certificate | None:
 
     Raises ConfigError when it is malformed or belongs to another trace.
     """
-    path = certificate_path(trace)
-    if not path.is_file():
+    if not certificate_path(trace).is_file():
         return None
-    certificate = load_yaml(path, Certificate)
-    if certificate.trace_sha256 != sha256_of(trace):
+    return read_certificate(trace, sha256_of(trace))[0]
+
+
+def read_certificate(trace: Path, trace_sha256: str) -> tuple[Certificate, str]:
+    """Return the certificate beside a trace file of this digest, and the certificate's own digest.
+
+    Raises ConfigError when it is missing, malformed or belongs to another trace.
+    """
+    path = certificate_path(trace)
+    certificate, digest = read_yaml(path, Certificate)
+    if certificate.trace_sha256 != trace_sha256:
         raise ConfigError(
             f"{path} must belong to the trace beside it, which has changed since; "
             f"make it again with `{command('certify', trace)}`"
         )
-    return certificate
+    return certificate, digest
 
 
 def has_certificate(trace: Path) -> bool:

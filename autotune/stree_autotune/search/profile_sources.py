@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 
-from stree_autotune.cost import StepCost, runtime_cost
-from stree_autotune.store import (
-    Library,
-)
+from stree_autotune.cost import RuntimeInputs, StepCost, read_runtime, runtime_cost
+from stree_autotune.store import Library, RuntimeSource
 from stree_autotune.trace import Trace, load_trace
 from stree_core.errors import MissingMeasurement
 from stree_core.files import sha256_of
@@ -19,13 +17,22 @@ def profile_trace(profile: Profile, library: Library) -> Trace:
     return load_trace(find_source_file(profile.sources.trace, "traces", library))
 
 
+def profile_runtime(profile: Profile, library: Library) -> RuntimeInputs:
+    """Return the very table that `profile` names, with what estimates need.
+
+    Raises MissingMeasurement without it.
+    """
+    path = find_source_file(profile.sources.runtime, "runtime", library)
+    return read_runtime(library, RuntimeSource(path), profile.gpu.name)
+
+
 def profile_cost(profile: Profile, library: Library) -> StepCost:
     """Return the step cost that `profile` was tuned with, carried over where tuning did so.
 
     Raises MissingMeasurement when the table, or a GPU's spec, is not at hand.
     """
-    path = find_source_file(profile.sources.runtime, "runtime", library)
-    return runtime_cost(library, path, profile.gpu.name, profile.sampling, profile.context)[1]
+    inputs = profile_runtime(profile, library)
+    return runtime_cost(inputs, profile.sampling, profile.context)[0]
 
 
 def find_source_file(source: Source, folder: str, library: Library) -> Path:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from stree_autotune.cost import MemoryModel, StepCost, runtime_cost
-from stree_autotune.search.certificate import Certificate, certificate_path, load_certificate
+from stree_autotune.cost import (
+    MemoryModel,
+    RuntimeInputs,
+    StepCost,
+    read_runtime,
+    runtime_cost,
+)
+from stree_autotune.search.certificate import Certificate, certificate_path, read_certificate
 from stree_autotune.search.request import TuneRequest, probe_command_of, within_measured
 from stree_autotune.search.study import NUM_TRIALS, SearchSetting, StudyPlace, Trial, open_storage
 from stree_autotune.search.verdict import Decision, decide_policy
@@ -20,9 +27,9 @@ from stree_autotune.store import (
     require_same_model,
     require_same_shape,
 )
-from stree_autotune.trace import Trace, load_trace
+from stree_autotune.trace import MAX_FILE_BYTES, Trace, parse_trace
 from stree_core.errors import ConfigError
-from stree_core.files import sha256_of
+from stree_core.files import read_limited
 from stree_core.models import MTP, ModelSource, head_source
 from stree_core.profile import (
     GpuRef,
@@ -70,7 +77,7 @@ def load_acceptance(
         if borrowed
         else library.find_trace(*pair, dataset, sampling.label, command)
     )
-    trace = load_trace(path) if borrowed else _load_own(path, command)
+    trace, digest = _read_trace(path, "" if borrowed else command)
     if dataset and trace.meta.dataset != dataset:
         raise ConfigError(
             f"trace {path.name} must be of the asked dataset, got {trace.meta.dataset} for "
@@ -86,51 +93,68 @@ def load_acceptance(
         notes.append(f"borrowed from {trace.meta.target.name} + {trace.meta.draft.name}")
     if not trace.reliable:
         notes.append(f"only {trace.meta.num_prompts} prompts; a reliable trace has at least 64")
-    certificate, certificate_source = load_certificate(path), None
-    if certificate is not None:
+    certificate, certificate_source = None, None
+    if certificate_path(path).is_file():
+        certificate, certificate_digest = read_certificate(path, digest)
         note = (
             f"within: of the best possible static tree of up to {max_nodes} nodes on this "
             "trace, in predicted tokens/s"
         )
         certificate_source = source_of(
-            library, certificate_path(path), note, estimated=bool(borrowed)
+            library.label(certificate_path(path)),
+            certificate_digest,
+            note,
+            estimated=bool(borrowed),
         )
-    source = source_of(library, path, "; ".join(notes), estimated=bool(borrowed))
+    source = source_of(library.label(path), digest, "; ".join(notes), estimated=bool(borrowed))
     return Acceptance(trace, source, certificate, certificate_source)
 
 
-def _load_own(path: Path, command: str) -> Trace:
+def _read_trace(path: Path, command: str) -> tuple[Trace, str]:
+    """Open a trace once; return it with its file's digest. A command that records it helps."""
     try:
-        return load_trace(path)
+        data = read_limited(path, MAX_FILE_BYTES)
+        return parse_trace(data, str(path)), hashlib.sha256(data).hexdigest()
     except ConfigError as err:
+        if not command:
+            raise
         raise ConfigError(f"{err} (`{command} --force`)") from err
 
 
-def source_of(library: Library, path: Path, note: str, *, estimated: bool) -> Source:
-    """Return how a profile names a file."""
+def source_of(name: str, sha256: str, note: str, *, estimated: bool) -> Source:
+    """Return how a profile names a file of this label and digest."""
     return Source(
-        name=library.label(path),
-        sha256=sha256_of(path),
+        name=name,
+        sha256=sha256,
         status="estimated" if estimated else "measured",
         note=note or None,
     )
 
 
 @dataclass(frozen=True, slots=True)
-class Runtime:
-    """The step cost of the asked pair and GPU, and the table it was made from."""
+class Times:
+    """The step cost of the asked pair and GPU, and the table and specs it was made from."""
 
-    table: RuntimeTable
+    inputs: RuntimeInputs
     cost: StepCost
     source: Source
+
+    @property
+    def table(self) -> RuntimeTable:
+        """The table as measured."""
+        return self.inputs.table
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A request and all that its answer follows from, loaded and checked against each other."""
+    """A request and all inputs of its answer, each file read once and checked against the others.
+
+    Times with the table and the GPU specs, acceptance with its certificate, and both models as the
+    profile names them; the sources hold the digests. What comes later reads no file.
+    """
 
     request: TuneRequest
-    runtime: Runtime
+    runtime: Times
     acceptance: Acceptance
     refs: tuple[ModelRef, ModelRef]
     memory: MemoryModel
@@ -233,7 +257,7 @@ def ask(request: TuneRequest) -> Question:
     refs = _require_one_pair(library, request, runtime, acceptance.trace, acceptance.source)
     runtime.cost.require(request.batch_sizes, request.max_nodes)
     table = runtime.table
-    spec = library.gpu_spec(request.gpu)
+    spec = runtime.inputs.wanted
     memory = MemoryModel(
         table.target,
         table.draft,
@@ -245,23 +269,25 @@ def ask(request: TuneRequest) -> Question:
     return Question(request, runtime, acceptance, refs, memory)
 
 
-def _load_runtime(library: Library, request: TuneRequest, target: str, draft: str) -> Runtime:
+def _load_runtime(library: Library, request: TuneRequest, target: str, draft: str) -> Times:
     command = probe_command_of(library, request)
     found = library.find_runtime(request.gpu, target, draft, command)
-    table, cost, estimate = runtime_cost(
-        library, found.path, request.gpu, request.sampling, request.context, request.words
-    )
+    inputs = read_runtime(library, found, request.gpu)
+    table = inputs.table
+    cost, estimate = runtime_cost(inputs, request.sampling, request.context, request.words)
     note = f"{table.gpu_name}, {table.dtype}, {table.backend}"
     if estimate is not None:
         note = estimate.rule
     note += (
         f"; whole steps are predicted with an error of {100 * cost.fit_error:.1f} % (leave one out)"
     )
-    return Runtime(table, cost, source_of(library, found.path, note, estimated=not found.is_exact))
+    label = library.label(inputs.path)
+    source = source_of(label, inputs.sha256, note, estimated=not found.is_exact)
+    return Times(inputs, cost, source)
 
 
 def _require_one_pair(
-    library: Library, request: TuneRequest, runtime: Runtime, trace: Trace, trace_source: Source
+    library: Library, request: TuneRequest, runtime: Times, trace: Trace, trace_source: Source
 ) -> tuple[ModelRef, ModelRef]:
     """Return the target and the draft as the profile names them.
 

@@ -28,7 +28,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 
 @dataclass(frozen=True, slots=True)
 class RuntimeSource:
-    """A runtime table's file, and both specs when it is another GPU's."""
+    """A runtime table's file, the asked GPU's spec, and that of the GPU it was measured on.
+
+    `wanted` is None for a GPU without a spec, `measured` where that is the GPU asked for.
+    """
 
     path: Path
     measured: GpuSpec | None = None
@@ -37,7 +40,7 @@ class RuntimeSource:
     @property
     def is_exact(self) -> bool:
         """True when the table was measured on the GPU that was asked for."""
-        return self.wanted is None
+        return self.measured is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +103,13 @@ class Library:
         """
         command = command or probe_command(gpu, PairWords(target, draft))
         known(gpu, self.gpu_names(), "GPU", f"or measure a new one with `{command}`")
-        exact = self.measured_runtime(gpu, target, draft)
+        exact, wanted = self.measured_runtime(gpu, target, draft), self.gpu_spec(gpu)
         if exact is not None:
-            return RuntimeSource(exact)
-        wanted = self.gpu_spec(gpu)
+            return RuntimeSource(exact, wanted=wanted)
         found = []
         for other in sorted(self.gpu_names() - {gpu}):
-            path, spec = self.measured_runtime(other, target, draft), self.gpu_spec(other)
+            path = self.measured_runtime(other, target, draft)
+            spec = self.gpu_spec(other) if path and wanted else None
             if path and spec and wanted:
                 source = RuntimeSource(path, spec, wanted)
                 found.append((wanted.likeness(spec), other, source))
