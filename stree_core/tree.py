@@ -101,6 +101,11 @@ class Tree:
         named = {"off": "off", "chain": f"chain {self.num_nodes}"}
         return named.get(self.kind, f"a tree of {self.num_nodes} nodes")
 
+    @property
+    def full_label(self) -> str:
+        """The label, of a tree with its depth: lists tell trees of one size apart by it."""
+        return f"{self.label}, depth {self.depth}" if self.kind == "tree" else self.label
+
     @cached_property
     def depths(self) -> tuple[int, ...]:
         """Edges from the root, per node."""

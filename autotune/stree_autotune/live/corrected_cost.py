@@ -15,7 +15,7 @@ from functools import cached_property
 
 import numpy as np
 
-from stree_autotune.search import StepCost
+from stree_autotune.search import CostModel
 from stree_core.tree import Tree
 
 PAD = 16
@@ -42,7 +42,7 @@ def pad_bucket(tree: Tree) -> int:
 class CorrectedCost:
     """A model's times at one batch size, each multiplied by the nearest residual."""
 
-    model: StepCost
+    model: CostModel
     batch_size: int
     steps: Mapping[Tree, LiveStep]
 

@@ -19,9 +19,9 @@ from stree_autotune.live.measure import FINAL, FIRST_LOOK, Measure
 from stree_autotune.live.workers import PATIENCE_S, Claim, Evaluated, Worker, evaluated
 from stree_autotune.search import (
     Candidates,
+    CostModel,
     SearchResult,
     SearchSetting,
-    StepCost,
     TreeSpace,
     Trial,
     enqueue,
@@ -58,7 +58,7 @@ class LiveSearch:
     """The search of one pair's trees by live steps; see the module for its stages."""
 
     space: TreeSpace
-    model: StepCost
+    model: CostModel
     measure: Measure
     setting: SearchSetting
     seed: int

@@ -87,11 +87,9 @@ def measured_rows(result: LiveResult) -> list[Measured]:
 
 def _measured(trial: Trial, result: LiveResult) -> Measured:
     tree, spread_ms = trial.tree, result.cost.steps[trial.tree].spread_ms
-    kind = "chain" if tree.is_chain else f"tree, depth {tree.depth}, nodes"
-    mode = f"{kind} {tree.num_nodes}" if tree.num_nodes else "off"
     return Measured(
         batch_size=result.search.batch_size,
-        mode=mode,
+        mode=tree.full_label,
         tokens_per_step=float(f"{trial.tokens_per_step:.6g}"),
         step_ms=float(f"{trial.step_ms:.6g}"),
         spread_ms=float(f"{spread_ms:.3g}"),

@@ -14,7 +14,7 @@ from typing import Any
 from rich.table import Table
 
 from stree_autotune.cost import MemoryModel
-from stree_autotune.search import Question, StepCost, TreeSpace, Trial, TuneRequest, ask
+from stree_autotune.search import CostModel, Question, TreeSpace, Trial, TuneRequest, ask
 from stree_autotune.store import SEPARATOR, Library, result_console
 from stree_autotune.trace import load_trace
 from stree_core.errors import ConfigError, MissingMeasurement
@@ -80,7 +80,7 @@ class Scaling:
 
 
 def scaling(
-    space: TreeSpace, cost: StepCost, batch_size: int, memory: MemoryModel | None = None
+    space: TreeSpace, cost: CostModel, batch_size: int, memory: MemoryModel | None = None
 ) -> Scaling:
     """Return how speed grows with the number of nodes; sizes that do not fit are left out.
 

@@ -15,14 +15,16 @@ from numpy.typing import NDArray
 
 from stree_autotune.cost import StepCost, runtime_cost
 from stree_autotune.search import (
+    PairedBootstrap,
     TreeSpace,
     Trial,
+    interval,
     profile_runtime,
     profile_trace,
     search_batch,
 )
 from stree_autotune.store import Library, RuntimeTable
-from stree_autotune.trace import FlatTrace, Trace, longest_paths, walk
+from stree_autotune.trace import FlatTrace, Ints, Trace, longest_paths, walk
 from stree_core.errors import StreeError
 from stree_core.profile import PolicyRow, Profile
 from stree_core.tree import OFF, Tree
@@ -74,14 +76,21 @@ def scan(profile: Profile, trace: Trace, cost: StepCost) -> tuple[Scan, ...]:
     batch_sizes = [row.batch_size for row in profile.policy]
     seed, most = profile.provenance.seed, cost.most_nodes(batch_sizes, MOST_NODES) or 1
     space = TreeSpace.of(trace, most)
-    bootstrap = _Bootstrap.of(space.flat, cost, seed)
+    bootstrap = PairedBootstrap.of(
+        len(space.flat.first_P),
+        cost,
+        num_resamples=NUM_RESAMPLES,
+        num_draws=NUM_COST_DRAWS,
+        seed=seed,
+    )
+    paired = _PairedTimes(space.flat, bootstrap, {})
     scans = []
     for row in profile.policy:
         result = search_batch(space, cost, row.batch_size, seed=seed)
         best: dict[int, Trial] = {}
         for trial in sorted(result.trials, key=_rate):
             best[trial.tree.num_nodes] = trial
-        points = bootstrap.points(row.batch_size, [best[n] for n in sorted(best)], result.off)
+        points = paired.points(row.batch_size, [best[n] for n in sorted(best)], result.off)
         scans.append(Scan(row, result.off, result.trials, points))
     return tuple(scans)
 
@@ -126,40 +135,27 @@ def trial_of(trace: Trace, cost: StepCost, batch_size: int, tree: Tree) -> Trial
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Bootstrap:
-    """Resampled prompts [R, P] and as many draws of the step cost, the same for every tree."""
+class _PairedTimes:
+    """Times of trees on the resamples of a trace's prompts; each tree is walked once."""
 
     flat: FlatTrace
-    weights_RP: NDArray[np.float64]
-    costs: tuple[StepCost, ...]
-    starts: dict[Tree, NDArray[np.float64]]
-
-    @classmethod
-    def of(cls, flat: FlatTrace, cost: StepCost, seed: int) -> _Bootstrap:
-        """Draw resamples of the trace's prompts and of the cost."""
-        rng = np.random.default_rng(seed)
-        num_prompts = len(flat.first_P)
-        shares = np.full(num_prompts, 1 / num_prompts)
-        weights = rng.multinomial(num_prompts, shares, size=NUM_RESAMPLES).astype(np.float64)
-        draws = tuple(cost.draw(rng) for _ in range(NUM_COST_DRAWS))
-        return cls(flat, weights, draws, {})
+    bootstrap: PairedBootstrap
+    starts: dict[Tree, Ints]
 
     def points(self, batch_size: int, trials: Sequence[Trial], off: Trial) -> tuple[SizePoint, ...]:
         """Return trials with the intervals of their gains over off, in tokens/s."""
-        off_ms, found = self._ms(batch_size, OFF), []
+        off_ms_R, found = self._ms_R(batch_size, OFF), []
         for trial in trials:
-            ratios = off_ms / self._ms(batch_size, trial.tree)
-            low, high = np.quantile(ratios, (0.025, 0.975)) * off.tokens_per_s
-            found.append(SizePoint(trial, float(low), float(high)))
+            low, high = interval(off_ms_R / self._ms_R(batch_size, trial.tree))
+            found.append(SizePoint(trial, low * off.tokens_per_s, high * off.tokens_per_s))
         return tuple(found)
 
-    def _ms(self, batch_size: int, tree: Tree) -> NDArray[np.float64]:
+    def _ms_R(self, batch_size: int, tree: Tree) -> NDArray[np.float64]:
         if tree not in self.starts:
-            self.starts[tree] = self.weights_RP @ walk(self.flat, tree).starts_P
-        rate = self.flat.num_positions / float(self.starts[tree].mean())
-        drawn = np.array([cost.step_ms(batch_size, tree, rate) for cost in self.costs])
-        times: NDArray[np.float64] = self.starts[tree] * np.resize(drawn, NUM_RESAMPLES)
-        return times
+            self.starts[tree] = walk(self.flat, tree).starts_P
+        starts_P = self.starts[tree]
+        rate = self.flat.num_positions / float(starts_P.sum())
+        return self.bootstrap.times_R(starts_P, batch_size, tree, rate)
 
 
 def _start_places(flat: FlatTrace, trace: Trace, tree: Tree) -> NDArray[np.intp]:

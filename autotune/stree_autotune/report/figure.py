@@ -72,15 +72,6 @@ def panel_rows(rows: tuple[PolicyRow, ...]) -> tuple[PolicyRow, ...]:
     return tuple(rows[i] for i in sorted(chosen))
 
 
-def tree_words(num_nodes: int, depth: int) -> str:
-    """Return how a tree is called: off, chain of 4, 7 nodes, depth 2."""
-    if num_nodes == 0:
-        return "no draft tokens"
-    if num_nodes == depth:
-        return f"chain of {num_nodes}"
-    return f"tree of {num_nodes}, depth {depth}"
-
-
 def rate(value: float) -> str:
     """Return tokens per second, without decimals from 100 on."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

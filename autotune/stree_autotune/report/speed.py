@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from stree_autotune.report.data import Scan
-from stree_autotune.report.figure import Figure, Marks, Panel, about, rate, tree_words
+from stree_autotune.report.figure import Figure, Marks, Panel, about, rate
 from stree_autotune.report.svg_chart import Chart, linear_axis, nodes_axis
 from stree_autotune.search import Trial
 
@@ -24,7 +24,7 @@ def speed_figure(scans: Sequence[Scan], marks: Marks) -> Figure:
     rows = tuple(
         (
             str(scan.row.batch_size),
-            tree_words(point.trial.tree.num_nodes, point.trial.tree.depth),
+            point.trial.tree.full_label,
             f"{point.trial.tokens_per_step:.3f}",
             f"{point.trial.step_ms:.3f}",
             rate(point.trial.tokens_per_s),
@@ -57,7 +57,7 @@ def _speed_panel(scan: Scan, marks: Marks) -> Panel:
     chosen, interval = row.tree.build(), row.predicted.speedup_interval
     low, high = (off.tokens_per_s * gain for gain in (interval.low, interval.high))
     tops = [*(point.high for point in best), high, off.tokens_per_s]
-    words = tree_words(chosen.num_nodes, chosen.depth)
+    words = chosen.full_label
     across = nodes_axis("draft tokens per step", most)
     chart = Chart(across, linear_axis("tokens/s", tops), marks.spoken + _spoken(scan, words))
     curve = [(float(point.trial.tree.num_nodes), point) for point in best]
@@ -84,7 +84,7 @@ def _speed_panel(scan: Scan, marks: Marks) -> Panel:
 def _spoken(scan: Scan, words: str) -> str:
     """Return what the curve of a row says."""
     fastest = scan.fastest_speculation
-    name = tree_words(fastest.tree.num_nodes, fastest.tree.depth)
+    name = fastest.tree.full_label
     return (
         f"Batch size {scan.row.batch_size}: tokens per second against draft tokens, from 0 to "
         f"{scan.best[-1].trial.tree.num_nodes}. Without speculation {rate(scan.off.tokens_per_s)}; "
@@ -108,7 +108,7 @@ def history_figure(scans: Sequence[Scan], marks: Marks) -> Figure:
             (
                 str(scan.row.batch_size),
                 str(number),
-                tree_words(trial.tree.num_nodes, trial.tree.depth),
+                trial.tree.full_label,
                 f"{trial.tokens_per_step:.3f}",
                 f"{trial.step_ms:.3f}",
                 rate(trial.tokens_per_s),
@@ -125,7 +125,7 @@ def _history_panel(scan: Scan, marks: Marks) -> Panel:
     trials = scan.trials
     improved = _improvements(trials)
     number, best = improved[-1]
-    name = tree_words(best.tree.num_nodes, best.tree.depth)
+    name = best.tree.full_label
     description = (
         f"{marks.spoken}Batch size {scan.row.batch_size}: {len(trials)} trees evaluated; the "
         f"fastest, {name} with {rate(best.tokens_per_s)} tokens per second, was number {number}."
@@ -156,7 +156,7 @@ def _improvements(trials: Sequence[Trial]) -> list[tuple[int, Trial]]:
 
 
 def _title(trial: Trial) -> str:
-    words = tree_words(trial.tree.num_nodes, trial.tree.depth)
+    words = trial.tree.full_label
     return (
         f"{words}: {rate(trial.tokens_per_s)} tokens/s, {trial.tokens_per_step:.2f} tokens per "
         f"step, {trial.step_ms:.3f} ms"

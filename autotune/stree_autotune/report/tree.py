@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from xml.etree import ElementTree
 
 from stree_autotune.report.data import MOST_RANKS, Ranks
-from stree_autotune.report.figure import Figure, Panel, percent, tree_words
+from stree_autotune.report.figure import Figure, Panel, percent
 from stree_autotune.report.svg_chart import WIDTH, add_text, svg_root, to_markup
 from stree_core.profile import PolicyRow
 from stree_core.tree import Tree
@@ -143,12 +143,12 @@ def _tree_panel(tree: Tree, words: str, shares: tuple[float, ...] | None) -> Pan
     step_x = max(40.0, min(54.0, DEEP_WIDTH / tree.depth))
     width = 2 * NODE_MARGIN + step_x * tree.depth + LABEL_WIDTH
     height = 2 * NODE_MARGIN + NODE_STEP_Y * max(y for _, y in places) - 4
-    name = tree_words(tree.num_nodes, tree.depth)
+    name = tree.full_label
     spoken = "."
     if shares is not None:
         likeliest = ", ".join(percent(shares[level[0]]) for level in tree.levels[1:])
         spoken = f"; the likeliest node of each depth is accepted in {likeliest} of the steps."
-    root = svg_root(width, height, f"A {name}, {words}{spoken}")
+    root = svg_root(width, height, f"{name[0].upper()}{name[1:]}, {words}{spoken}")
     at = [(NODE_MARGIN + step_x * x, NODE_MARGIN + NODE_STEP_Y * y) for x, y in places]
     for node, parent in enumerate(tree.parents[1:], start=1):
         (x0, y0), (x1, y1) = at[parent], at[node]

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
-from stree_autotune.report.figure import Marks, tree_words
+from stree_autotune.report.figure import Marks
 from stree_autotune.report.svg_chart import svg_root, to_markup
 from stree_core.profile import PolicyRow, Profile
 
@@ -44,7 +44,7 @@ class Verdicts:
         lines = []
         for row in rows:
             tree = row.tree.build()
-            words = tree_words(tree.num_nodes, tree.depth)
+            words = tree.full_label
             bar = _bar(row, limits) if row.verdict != "off" else Markup("")
             lines.append(VerdictRow(row, words, bar))
         reasons = tuple(

@@ -7,6 +7,10 @@ from typing import TYPE_CHECKING
 from stree_kernels.lazy import exports
 
 if TYPE_CHECKING:
+    from stree_autotune.search.bootstrap import (
+        PairedBootstrap as PairedBootstrap,
+        interval as interval,
+    )
     from stree_autotune.search.certificate import (
         Certificate as Certificate,
         certificate_path as certificate_path,
@@ -25,9 +29,9 @@ if TYPE_CHECKING:
     from stree_autotune.search.study import (
         EXACT as EXACT,
         Candidates as Candidates,
+        CostModel as CostModel,
         SearchResult as SearchResult,
         SearchSetting as SearchSetting,
-        StepCost as StepCost,
         StudyPlace as StudyPlace,
         Trial as Trial,
         enqueue as enqueue,
@@ -51,6 +55,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = exports(
     __name__,
     {
+        "bootstrap": ["PairedBootstrap", "interval"],
         "certificate": [
             "Certificate",
             "certificate_path",
@@ -63,10 +68,10 @@ __getattr__, __dir__ = exports(
         "request": ["TuneRequest"],
         "study": [
             "Candidates",
+            "CostModel",
             "EXACT",
             "SearchResult",
             "SearchSetting",
-            "StepCost",
             "StudyPlace",
             "Trial",
             "enqueue",

@@ -223,7 +223,7 @@ NUM_PICKS = 6
 NUM_TRIALS = 24
 
 
-class StepCost(Protocol):
+class CostModel(Protocol):
     """Milliseconds of one step; an empty tree is one-token decoding with verdict off."""
 
     def step_ms(self, batch_size: int, tree: Tree, tokens_per_step: float | None = None) -> float:
@@ -232,7 +232,7 @@ class StepCost(Protocol):
         Raises MissingMeasurement where none is known.
         """
 
-    def draw(self, rng: np.random.Generator) -> StepCost:
+    def draw(self, rng: np.random.Generator) -> CostModel:
         """Return a cost with the runtime's uncertainty drawn once."""
 
 
@@ -298,7 +298,7 @@ class Candidates:
     """
 
     batch_size: int
-    cost: StepCost
+    cost: CostModel
     setting: SearchSetting
     fitting: dict[Tree, Trial] = field(default_factory=dict)
     too_large: dict[Tree, Trial] = field(default_factory=dict)
@@ -341,7 +341,7 @@ class Candidates:
 
 def search_batch(
     space: TreeSpace,
-    cost: StepCost,
+    cost: CostModel,
     batch_size: int,
     setting: SearchSetting | None = None,
     *,

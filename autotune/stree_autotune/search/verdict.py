@@ -15,10 +15,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from stree_autotune.search.bootstrap import Floats, PairedBootstrap, interval
 from stree_autotune.search.study import (
+    CostModel,
     SearchResult,
     SearchSetting,
-    StepCost,
     Trial,
     binding_limit,
     fastest,
@@ -33,8 +34,6 @@ NUM_RESAMPLES = 1000
 NUM_RUNTIME_DRAWS = 100
 SMALLER_TREES = (0.25, 0.5, 0.75)
 """Node counts, as shares of the best tree's, up to which a smaller tree is offered as well."""
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,25 +82,21 @@ class Option:
 
     def ratio_to(self, other: Option) -> Ratio:
         """Return how many times faster this option is than the other, on the same resamples."""
-        low, high = np.quantile(other.resampled_ms_R / self.resampled_ms_R, (0.025, 0.975))
-        return Ratio(other.whole_ms / self.whole_ms, float(low), float(high))
+        low, high = interval(other.resampled_ms_R / self.resampled_ms_R)
+        return Ratio(other.whole_ms / self.whole_ms, low, high)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CrossFit:
-    """Two halves of a trace's prompts, resamples of each, and draws of the step cost.
-
-    weights: per half, how often each resample [R, P] holds each prompt.
-    """
+    """Two halves of a trace's prompts, each with its part of one bootstrap."""
 
     halves: tuple[TreeSpace, TreeSpace]
-    weights: tuple[Floats, Floats]
-    cost: StepCost
-    drawn_costs: tuple[StepCost, ...]
+    bootstraps: tuple[PairedBootstrap, PairedBootstrap]
+    cost: CostModel
     counted: dict[tuple[int, Tree], NDArray[np.int64]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, trace: Trace, cost: StepCost, *, max_nodes: int, seed: int) -> CrossFit:
+    def of(cls, trace: Trace, cost: CostModel, *, max_nodes: int, seed: int) -> CrossFit:
         """Split the prompts that have positions by turns, and draw prompts and costs.
 
         Raises ConfigError when fewer than two prompts have positions.
@@ -112,26 +107,24 @@ class CrossFit:
                 f"a decision needs two prompts with output, the trace has {len(prompts)}; record "
                 "a trace of more prompts"
             )
-        rng = np.random.default_rng(seed)
-        shares = np.full(len(prompts), 1 / len(prompts))
-        drawn = rng.multinomial(len(prompts), shares, size=NUM_RESAMPLES).astype(np.float64)
+        bootstrap = PairedBootstrap.of(
+            len(prompts), cost, num_resamples=NUM_RESAMPLES, num_draws=NUM_RUNTIME_DRAWS, seed=seed
+        )
         first, second = (TreeSpace.of(trace, max_nodes, prompts[half::2]) for half in (0, 1))
-        costs = tuple(cost.draw(rng) for _ in range(NUM_RUNTIME_DRAWS))
-        return cls((first, second), (drawn[:, 0::2], drawn[:, 1::2]), cost, costs)
+        return cls((first, second), (bootstrap.part(0, 2), bootstrap.part(1, 2)), cost)
 
     def option(self, batch_size: int, trial: Trial) -> Option:
         """Time a trial on each half, with the tree that the other half's prompts would choose."""
         fixed = trial.tree.is_chain or trial.tree == DEFAULT_TREE
         whole_ms = 0.0
         resampled_ms_R = np.zeros(NUM_RESAMPLES)
-        for half, weights_RP in enumerate(self.weights):
+        for half, bootstrap in enumerate(self.bootstraps):
             other = self.halves[1 - half]
             tree = trial.tree if fixed else other.solve(Cell.of(trial.tree))
             starts_P = self._starts(half, tree)
             rate = self.halves[half].flat.num_positions / float(starts_P.sum())
             whole_ms += float(starts_P.sum()) * self.cost.step_ms(batch_size, tree, rate)
-            drawn_ms = np.array([cost.step_ms(batch_size, tree, rate) for cost in self.drawn_costs])
-            resampled_ms_R += (weights_RP @ starts_P) * np.resize(drawn_ms, NUM_RESAMPLES)
+            resampled_ms_R += bootstrap.times_R(starts_P, batch_size, tree, rate)
         return Option(trial, whole_ms, resampled_ms_R)
 
     def _starts(self, half: int, tree: Tree) -> NDArray[np.int64]:
@@ -142,7 +135,7 @@ class CrossFit:
 
 def decide_policy(
     trace: Trace,
-    cost: StepCost,
+    cost: CostModel,
     batch_sizes: Sequence[int],
     *,
     max_nodes: int,
