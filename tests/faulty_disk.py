@@ -28,7 +28,7 @@ from synthetic_data import make_table, make_trace
 from synthetic_profile import PAIR, PROFILE, TRACE, write_profile
 
 from stree_autotune.cli.commands import main
-from stree_autotune.live.rows import Row
+from stree_autotune.live.rows import ValidationRow
 from stree_autotune.search.certificate import Certificate, DepthBound, Line
 from stree_autotune.share.check import check_shared
 from stree_autotune.share.files import own_files
@@ -128,7 +128,7 @@ def verbs(root: Path) -> list[Verb]:
     )
     refs = {"target_ref": SimpleNamespace(name=PAIR[0]), "draft_ref": SimpleNamespace(name=PAIR[1])}
     pair = SimpleNamespace(device=torch.device("cpu"), encode=lambda *_, **__: [[1], [2]], **refs)
-    row = Row("off", 0, 1, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0)
+    row = ValidationRow("off", 0, 1, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0)
     recorded = [(i, Recording(b"\x00", 0)) for i in range(2)]
     prompts = PromptSet((Prompt(("prompt",), Chat.of_user("a")),))
     room = "stree_autotune."

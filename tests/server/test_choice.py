@@ -25,7 +25,13 @@ from stree_autotune.server.policy import (
     next_measurement,
     smoothed,
 )
-from stree_autotune.server.tables import AcceptedRun, Cell, Served, ServerAcceptance, ServerTable
+from stree_autotune.server.tables import (
+    AcceptedRun,
+    Served,
+    ServerAcceptance,
+    ServerTable,
+    TimedCell,
+)
 from stree_core.errors import ConfigError, MissingMeasurement
 
 SERVED = Served(
@@ -41,7 +47,7 @@ SERVED = Served(
 
 def table_of(cells: dict[tuple[int, int], tuple[float, ...]]) -> ServerTable:
     made = [
-        Cell(
+        TimedCell(
             batch_size=size,
             draft_tokens=tokens,
             rounds=tuple(range(1, len(times) + 1)),

@@ -15,7 +15,7 @@ from stree_core.profile import Measured, MeasuredBlock, Profile
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ValidationRow:
     """One way of decoding: what was predicted of it and what it did. Errors are relative."""
 
     mode: str
@@ -59,7 +59,7 @@ class Heading:
         )
 
 
-def print_rows(rows: Sequence[Row], heading: Heading) -> None:
+def print_rows(rows: Sequence[ValidationRow], heading: Heading) -> None:
     """Print a table of rows, predicted beside live, and how far they are apart."""
     console = result_console()
     console.print(f"{heading.pair} · {heading.prompts} · batch size {rows[0].batch_size}")
@@ -94,7 +94,7 @@ def error_summary(errors: Sequence[float]) -> str:
     return f"median error {statistics.median(sizes):.1%}, worst {max(sizes):.1%}"
 
 
-def with_measured(profile: Profile, rows: Sequence[Row], pair: Pair) -> Profile:
+def with_measured(profile: Profile, rows: Sequence[ValidationRow], pair: Pair) -> Profile:
     """Return the profile with the live side of `rows` as its measured block."""
     measured = tuple(
         Measured(

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stree_autotune.cost import StepCost
-from stree_autotune.live.rows import Heading, Row, print_rows, with_measured
+from stree_autotune.live.rows import Heading, ValidationRow, print_rows, with_measured
 from stree_autotune.live.speed import LiveSpeed, joined, live_speed, typical_context
 from stree_autotune.probe import ProbeConfig, probe
 from stree_autotune.store import (
@@ -225,7 +225,7 @@ def _decode(setting: _Setting, requests: list[Request], tree: Tree) -> LiveSpeed
     return live_speed(engine, requests)
 
 
-def _rows(setting: _Setting, profile: Profile, stages: Sequence[_Stage]) -> list[Row]:
+def _rows(setting: _Setting, profile: Profile, stages: Sequence[_Stage]) -> list[ValidationRow]:
     """Return predicted against live, the best chain being the one that was fastest live."""
     runs = {tree: joined([stage.runs[tree] for stage in stages]) for tree in stages[0].runs}
     best = max(map(Tree.chain, _CHAINS), key=lambda chain: runs[chain].tokens_per_s)
@@ -243,14 +243,14 @@ def _row(
     stages: Sequence[_Stage],
     run: LiveSpeed,
     reference: LiveSpeed,
-) -> Row:
+) -> ValidationRow:
     tokens_per_step = walk(setting.trace, tree).tokens_per_step
     step_ms = statistics.fmean(
         s.cost.step_ms(setting.batch_size, tree, tokens_per_step) for s in stages
     )
     pairs = zip(run.generations, reference.generations, strict=True)
     differing = sum(a.tokens != b.tokens for a, b in pairs)
-    return Row(
+    return ValidationRow(
         mode=name,
         nodes=tree.num_nodes,
         batch_size=setting.batch_size,

@@ -57,7 +57,7 @@ class ProbeConfig:
     few_steps: bool = False
 
 
-class Stage(NamedTuple):
+class ProbeStage(NamedTuple):
     """A part of a probe that is written down as a whole: which keys of which kind, at one size.
 
     Keys are what makes a point of a table unique; `batch_size` is 0 for rules, which know none.
@@ -81,7 +81,7 @@ class Stage(NamedTuple):
 
 def missing_stages(
     config: ProbeConfig, has_attention: bool, known: RuntimeTable | None
-) -> list[Stage]:
+) -> list[ProbeStage]:
     """Return what a probe with this setting has to measure beyond `known`, in order."""
     done = measured_keys(known) if known else set()
     stages = []
@@ -130,21 +130,21 @@ def sampled_trees(max_nodes: int) -> list[str]:
     return [name for name in names if name in step_trees(max_nodes)]
 
 
-def _stages(config: ProbeConfig, has_attention: bool) -> Iterator[Stage]:
+def _stages(config: ProbeConfig, has_attention: bool) -> Iterator[ProbeStage]:
     """Yield every stage of a probe, small batch sizes first; rules serve all of them."""
     sizes = sorted(set(config.batch_sizes))
-    yield Stage("rules", 0, tuple(_rule_keys(config)))
+    yield ProbeStage("rules", 0, tuple(_rule_keys(config)))
     for batch_size in sizes:
         passes = _pass_keys(config, batch_size, has_attention)
-        yield Stage("passes", batch_size, tuple(passes))
+        yield ProbeStage("passes", batch_size, tuple(passes))
         few = config.few_steps
         trees = [name for name in step_trees(config.max_nodes) if not few or name in _FEW]
-        yield Stage(
+        yield ProbeStage(
             "steps", batch_size, tuple((batch_size, name, StepRule.GREEDY) for name in trees)
         )
         for rule in SAMPLED if config.sampled and not few else ():
             names = sampled_trees(config.max_nodes)
-            yield Stage("steps", batch_size, tuple((batch_size, name, rule) for name in names))
+            yield ProbeStage("steps", batch_size, tuple((batch_size, name, rule) for name in names))
 
 
 def _pass_keys(config: ProbeConfig, batch_size: int, has_attention: bool) -> Iterator[Key]:

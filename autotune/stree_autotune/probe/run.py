@@ -15,7 +15,7 @@ import torch
 
 from stree_autotune.cost import model_cost
 from stree_autotune.probe.passes import time_passes
-from stree_autotune.probe.plan import Key, ProbeConfig, Stage, missing_stages, step_trees
+from stree_autotune.probe.plan import Key, ProbeConfig, ProbeStage, missing_stages, step_trees
 from stree_autotune.probe.rules import time_rules
 from stree_autotune.probe.stepper import prompt_reader
 from stree_autotune.probe.steps import StepSetting, time_steps
@@ -168,7 +168,7 @@ def _trees(steps: Sequence[Step]) -> dict[str, TreeText]:
 
 
 def _measure(
-    pair: Pair, config: ProbeConfig, stage: Stage, setting: StepSetting, found: _Found
+    pair: Pair, config: ProbeConfig, stage: ProbeStage, setting: StepSetting, found: _Found
 ) -> None:
     """Run one stage and add what it finds."""
     if stage.kind == "rules":
@@ -193,14 +193,14 @@ def _measure_steps(
         found.points.append(times.host)
 
 
-def _until(stages: Sequence[Stage], end: float) -> float:
+def _until(stages: Sequence[ProbeStage], end: float) -> float:
     """Return when the first of the stages should be done for all of them to be by `end`."""
     now = time.perf_counter()
     share = stages[0].weight / sum(stage.weight for stage in stages)
     return now + max(0.0, end - now) * share
 
 
-def _progress_line(stages: Sequence[Stage], number: int, seconds: float) -> str:
+def _progress_line(stages: Sequence[ProbeStage], number: int, seconds: float) -> str:
     done = sum(stage.weight for stage in stages[: number + 1])
     left = seconds * sum(stage.weight for stage in stages[number + 1 :]) / done
     return f"{stages[number]} measured; about {left:.0f} s left"

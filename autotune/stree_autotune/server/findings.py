@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from stree_autotune.server.counters import Accepted
-from stree_autotune.server.runs import Run
+from stree_autotune.server.runs import BenchRun
 from stree_autotune.server.tables import median
 
 CAPPED = 0.7
@@ -20,7 +20,7 @@ EXPECTED = 30
 COUNTERS_DIFFER = 0.03
 
 
-def usable_runs(runs: Sequence[Run]) -> tuple[list[Run], tuple[str, ...]]:
+def usable_runs(runs: Sequence[BenchRun]) -> tuple[list[BenchRun], tuple[str, ...]]:
     """Return the runs that are what they claim to be, and why each other one is left out."""
     kept, notes = [], []
     for run in runs:
@@ -40,9 +40,9 @@ def usable_runs(runs: Sequence[Run]) -> tuple[list[Run], tuple[str, ...]]:
     return [run for run in kept if id(run) not in dropped], tuple(notes)
 
 
-def _throttled(runs: Sequence[Run]) -> list[tuple[Run, str]]:
+def _throttled(runs: Sequence[BenchRun]) -> list[tuple[BenchRun, str]]:
     """Return runs that took far longer than others of their cell, where rounds can tell."""
-    by_key: dict[tuple[int, int], list[Run]] = defaultdict(list)
+    by_key: dict[tuple[int, int], list[BenchRun]] = defaultdict(list)
     for run in runs:
         by_key[run.key].append(run)
     deviations = [
@@ -67,7 +67,7 @@ def _throttled(runs: Sequence[Run]) -> list[tuple[Run, str]]:
     return found
 
 
-def findings_of(runs: Sequence[Run], counted: Sequence[Accepted]) -> tuple[str, ...]:
+def findings_of(runs: Sequence[BenchRun], counted: Sequence[Accepted]) -> tuple[str, ...]:
     """Return the warnings of runs that were kept and of other counts."""
     notes = [note for run in runs for note in run.notes]
     notes += [each.note for each in counted if each.note]
@@ -79,7 +79,7 @@ def findings_of(runs: Sequence[Run], counted: Sequence[Accepted]) -> tuple[str, 
     return tuple(notes)
 
 
-def _pauses(runs: Sequence[Run]) -> list[str]:
+def _pauses(runs: Sequence[BenchRun]) -> list[str]:
     """Say how much of the step times are pauses, where chunks' mean is far above their median."""
     shares = {
         run.key: run.step_ms / run.usual_ms
@@ -96,7 +96,7 @@ def _pauses(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def _dead_positions(runs: Sequence[Run]) -> list[str]:
+def _dead_positions(runs: Sequence[BenchRun]) -> list[str]:
     """Say where nothing is ever accepted though it should be, summed over the runs of a K."""
     notes = []
     for tokens in sorted({run.draft_tokens for run in runs if run.draft_tokens}):
@@ -130,7 +130,7 @@ def _dead_positions(runs: Sequence[Run]) -> list[str]:
     return notes
 
 
-def _counters(runs: Sequence[Run], counted: Sequence[Accepted]) -> list[str]:
+def _counters(runs: Sequence[BenchRun], counted: Sequence[Accepted]) -> list[str]:
     """Say where /metrics or records have another accept length than the runs of that K."""
     notes = []
     for each in counted:

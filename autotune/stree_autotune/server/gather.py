@@ -16,7 +16,7 @@ from stree_autotune.server.counters import Accepted, has_records, read_metrics, 
 from stree_autotune.server.files import ITERATION, MAX_FILES, Document, read_documents
 from stree_autotune.server.findings import findings_of, usable_runs
 from stree_autotune.server.iterations import iteration_findings, iteration_ms
-from stree_autotune.server.runs import Run
+from stree_autotune.server.runs import BenchRun
 from stree_autotune.server.tables import (
     Served,
     ServerAcceptance,
@@ -67,7 +67,7 @@ class Imported:
 class _Read:
     """What a set of files holds."""
 
-    runs: list[Run] = field(default_factory=list)
+    runs: list[BenchRun] = field(default_factory=list)
     metrics: list[Document] = field(default_factory=list)
     records: list[Document] = field(default_factory=list)
     logs: list[Document] = field(default_factory=list)
@@ -150,7 +150,7 @@ def _served(read: _Read, names: Names) -> Served:
     return validate(content, Served, "what the files say of the server")
 
 
-def _only(runs: Sequence[Run], name: str, flag: str, what: str) -> str:
+def _only(runs: Sequence[BenchRun], name: str, flag: str, what: str) -> str:
     """Return the one value that runs have; those that do not say count for nothing."""
     values = {str(getattr(run, name)) for run in runs} - {"", "unknown"}
     if len(values) > 1:
@@ -160,7 +160,7 @@ def _only(runs: Sequence[Run], name: str, flag: str, what: str) -> str:
     return values.pop() if values else ""
 
 
-def _require_one_context(runs: Sequence[Run]) -> None:
+def _require_one_context(runs: Sequence[BenchRun]) -> None:
     lengths = [run.context for run in runs]
     if lengths and max(lengths) > CONTEXT_RATIO * min(lengths):
         raise ConfigError(
@@ -169,7 +169,7 @@ def _require_one_context(runs: Sequence[Run]) -> None:
         )
 
 
-def _numbered(runs: Sequence[Run]) -> list[Run]:
+def _numbered(runs: Sequence[BenchRun]) -> list[BenchRun]:
     """Return the runs with rounds: those that have none, or a taken one, get the next free one."""
     taken: dict[tuple[int, int], set[int]] = defaultdict(set)
     numbered = []
@@ -183,10 +183,10 @@ def _numbered(runs: Sequence[Run]) -> list[Run]:
     return numbered
 
 
-def _table(served: Served, runs: Sequence[Run], found: tuple[str, ...]) -> ServerTable | None:
+def _table(served: Served, runs: Sequence[BenchRun], found: tuple[str, ...]) -> ServerTable | None:
     if not runs:
         return None
-    by_key: dict[tuple[int, int], list[Run]] = defaultdict(list)
+    by_key: dict[tuple[int, int], list[BenchRun]] = defaultdict(list)
     for run in runs:
         by_key[run.key].append(run)
     cells = [
@@ -212,7 +212,7 @@ def _table(served: Served, runs: Sequence[Run], found: tuple[str, ...]) -> Serve
 
 def _acceptance(
     served: Served,
-    runs: Sequence[Run],
+    runs: Sequence[BenchRun],
     counted: Sequence[Accepted],
     found: tuple[str, ...],
     names: Names,

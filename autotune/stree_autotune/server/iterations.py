@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from stree_autotune.server.files import Document
-from stree_autotune.server.runs import Run
+from stree_autotune.server.runs import BenchRun
 from stree_autotune.server.tables import median
 
 FEWEST = 20
@@ -36,7 +36,9 @@ def iteration_ms(documents: Iterable[Document]) -> dict[tuple[int, int], float]:
     return {key: median(values) for key, values in times.items() if len(values) >= FEWEST}
 
 
-def iteration_findings(runs: Sequence[Run], logged_ms: dict[tuple[int, int], float]) -> list[str]:
+def iteration_findings(
+    runs: Sequence[BenchRun], logged_ms: dict[tuple[int, int], float]
+) -> list[str]:
     """Say where runs and the log of iterations have step times that do not fit each other."""
     notes = []
     for key, logged in sorted(logged_ms.items()):

@@ -13,7 +13,7 @@ AGREES = 0.08
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class BenchRun:
     """What was sent and what came out.
 
     batch_size: most requests at once; draft_tokens: K, 0 for off; round: 0 where the file does not

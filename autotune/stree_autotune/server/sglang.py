@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stree_autotune.server.files import LARGEST, Document, number, text_of
-from stree_autotune.server.runs import AGREES, Run, require_milliseconds
+from stree_autotune.server.runs import AGREES, BenchRun, require_milliseconds
 from stree_autotune.server.tables import MAX_DRAFT_TOKENS, median
 from stree_core.errors import ConfigError, brief
 from stree_core.limits import MAX_BATCH_SIZE
@@ -32,7 +32,7 @@ def is_server_info(content: Mapping[str, Any]) -> bool:
     return "internal_states" in content and "model_path" in content
 
 
-def read_bench(document: Document) -> Run:
+def read_bench(document: Document) -> BenchRun:
     """Return the run of a line; raise ConfigError when it says what cannot be."""
     info = document.content.get("server_info")
     if not isinstance(info, Mapping) or not is_server_info(info):
@@ -52,7 +52,7 @@ def read_bench(document: Document) -> Run:
     step_ms, notes = _step_ms(document, info, batch_size, tpot_ms * per_step)
     completed = number(document, "completed", least=1)
     context = (number(document, "total_input_tokens") + outputs / 2) / completed
-    return Run(
+    return BenchRun(
         file=document.file,
         server="sglang",
         version=str(info.get("version") or "unknown")[:60],

@@ -44,7 +44,7 @@ class Served(Strict):
     weights: Note = ""
 
 
-class Cell(Strict):
+class TimedCell(Strict):
     """Runs with one batch size and K: step times and all requests' tokens/s, by round.
 
     A round is one start of the server; runs of one round share what a start decides.
@@ -58,7 +58,7 @@ class Cell(Strict):
     spread: Annotated[float, Field(ge=0, le=1e9)] = 0.0
 
     @model_validator(mode="after")
-    def _one_of_each(self) -> Cell:
+    def _one_of_each(self) -> TimedCell:
         if len(self.rounds) != len(self.step_ms):
             raise ValueError(
                 f"rounds and step_ms must be as many, got {len(self.rounds)} and "
@@ -76,7 +76,7 @@ class ServerTable(Strict):
     context: Context
     derived: Note
     findings: Findings = ()
-    cells: Annotated[tuple[Cell, ...], Field(min_length=1, max_length=MAX_CELLS)]
+    cells: Annotated[tuple[TimedCell, ...], Field(min_length=1, max_length=MAX_CELLS)]
 
     @model_validator(mode="after")
     def _cells_differ(self) -> ServerTable:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from stree_autotune.server.files import Document, number, text_of
-from stree_autotune.server.runs import AGREES, Run, require_milliseconds, whole_tokens
+from stree_autotune.server.runs import AGREES, BenchRun, require_milliseconds, whole_tokens
 from stree_core.errors import ConfigError
 from stree_core.limits import MAX_BATCH_SIZE
 
@@ -23,7 +23,7 @@ def is_bench(content: Mapping[str, object]) -> bool:
     return "mean_tpot_ms" in content and "total_output_tokens" in content and "model_id" in content
 
 
-def read_bench(document: Document) -> Run:
+def read_bench(document: Document) -> BenchRun:
     """Return the run of a result; raise ConfigError when it says what cannot be."""
     content = document.content
     batch_size = _batch_size(document)
@@ -49,7 +49,7 @@ def read_bench(document: Document) -> Run:
         )
     per_step = 1 + accepted / steps if steps else 1.0
     notes += _disagreement(document, tpot_ms * per_step)
-    return Run(
+    return BenchRun(
         file=document.file,
         server="vllm",
         version=text_of(document, "server_version", "unknown"),
