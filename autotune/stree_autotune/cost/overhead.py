@@ -107,27 +107,64 @@ def fit_overhead(
     coefficients that hold the constant the one that predicts left-out steps best wins (root mean
     square of the relative error). With `by_tokens` it says what steps miss as well.
     """
+    rows = _Steps.of(steps)
     best: tuple[tuple[int, ...], list[float]] | None = None
     for chosen in _SETS:
         if len(steps) > len(chosen):
             errors = [
-                _error(steps, index, floors_ms, chosen, by_tokens) for index in range(len(steps))
+                _error(step, rows.without(index), floors_ms, chosen, by_tokens)
+                for index, step in enumerate(steps)
             ]
             # A further coefficient must earn its place, or noise decides.
             if best is None or _root_mean_square(errors) < _BETTER * _root_mean_square(best[1]):
                 best = chosen, errors
     assert best is not None
-    coefficients, missed = _solve(steps, floors_ms, best[0])
+    coefficients, missed = _solve(rows, floors_ms, best[0])
     return Overhead(coefficients, missed if by_tokens else None, tuple(best[1]))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Steps:
+    """Whole steps as arrays: what coefficients are multiplied by [S, 4], and times (ms)."""
+
+    features_SF: Floats
+    ms_S: Floats
+    rest_S: Floats
+    verify_S: Floats
+    log_tokens_S: Floats
+
+    @classmethod
+    def of(cls, steps: Sequence[WholeStep]) -> _Steps:
+        ms_S = np.array([step.ms for step in steps])
+        return cls(
+            np.array([_features(step.shape) for step in steps]),
+            ms_S,
+            ms_S - np.array([step.sum_ms for step in steps]),
+            np.array([step.verify_ms for step in steps]),
+            np.log([step.shape.num_tokens for step in steps]),
+        )
+
+    def without(self, index: int) -> _Steps:
+        """Return all steps but one."""
+        kept = np.arange(len(self.ms_S)) != index
+        return _Steps(
+            self.features_SF[kept],
+            self.ms_S[kept],
+            self.rest_S[kept],
+            self.verify_S[kept],
+            self.log_tokens_S[kept],
+        )
+
+
 def _error(
-    steps: Sequence[WholeStep], index: int, floors_ms: Coefficients, chosen: tuple[int, ...],
+    left_out: WholeStep,
+    others: _Steps,
+    floors_ms: Coefficients,
+    chosen: tuple[int, ...],
     by_tokens: bool,
-) -> float:  # fmt: skip
+) -> float:
     """Return the relative error of one step when it is predicted from the others."""
-    left_out = steps[index]
-    coefficients, missed = _solve([*steps[:index], *steps[index + 1 :]], floors_ms, chosen)
+    coefficients, missed = _solve(others, floors_ms, chosen)
     predicted = left_out.sum_ms + coefficients.ms(left_out.shape)
     if by_tokens:
         predicted += (missed.factor(left_out.shape.num_tokens) - 1) * left_out.verify_ms
@@ -135,16 +172,15 @@ def _error(
 
 
 def _solve(
-    steps: Sequence[WholeStep], floors_ms: Coefficients, chosen: tuple[int, ...]
+    steps: _Steps, floors_ms: Coefficients, chosen: tuple[int, ...]
 ) -> tuple[Coefficients, Missed]:
     """Return the coefficients, 0 where not chosen, and what the steps took beyond them."""
     # scipy.optimize takes most of a second to import, and most commands never fit
     from scipy.optimize import nnls
 
-    features_SC: Floats = np.array([_features(step.shape) for step in steps])[:, chosen]
+    features_SC: Floats = steps.features_SF[:, chosen]
     floors_C = np.array(floors_ms)[list(chosen)]
-    ms_S = np.array([step.ms for step in steps])
-    rest_S = ms_S - np.array([step.sum_ms for step in steps])
+    ms_S, rest_S = steps.ms_S, steps.rest_S
     relative_SC = features_SC / ms_S[:, None]
     above_C, _ = nnls(relative_SC, (rest_S - features_SC @ floors_C) / ms_S)
     # what lies above far floors has lost its last digits, so free coefficients are solved alone
@@ -154,10 +190,8 @@ def _solve(
     found_C[free] = np.linalg.lstsq(relative_SC[:, free], (rest_S - bound_S) / ms_S)[0]
     values = np.zeros(len(floors_ms))
     values[list(chosen)] = found_C
-    verify_S = np.array([step.verify_ms for step in steps])
-    share_S = (rest_S - features_SC @ found_C) / verify_S
-    tokens_S = np.array([step.shape.num_tokens for step in steps])
-    return Coefficients(*values.tolist()), Missed(np.log(tokens_S), share_S)
+    share_S = (rest_S - features_SC @ found_C) / steps.verify_S
+    return Coefficients(*values.tolist()), Missed(steps.log_tokens_S, share_S)
 
 
 def _root_mean_square(errors: Sequence[float]) -> float:

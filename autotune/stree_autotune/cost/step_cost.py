@@ -125,9 +125,10 @@ class StepCost:
         return self._shape_ms(batch_size, shape if num_nodes else None, tokens_per_step)
 
     def _shape_ms(self, batch_size: int, shape: TreeShape | None, tokens_per_step: float) -> float:
-        load = self.load._replace(tokens_per_step=tokens_per_step)
-        if batch_size in self.times:
-            return self._ms(self.times[batch_size], shape, load)
+        load = Load(self.load.rule, self.load.more_context, tokens_per_step)
+        measured = self.times.get(batch_size)
+        if measured is not None:
+            return self._ms(measured, shape, load)
         below, above = self._neighbours(batch_size)
         share = (batch_size - below) / (above - below)
         ends = [self._ms(self.times[size], shape, load) for size in (below, above)]
