@@ -30,11 +30,11 @@ def table_of(truth: Efficiencies, weight_bytes: int = 12_000_000) -> RuntimeTabl
     table = make_table().model_copy(update={"target": target, "draft": draft})
     h200 = spec("h200")
     points = [
-        p._replace(ms=truth.ms(point_work(p.term, p.batch_size, p.size, table), h200))
+        p._replace(ms=float(truth.ms([point_work(p.term, p.batch_size, p.size, table)], h200)[0]))
         for p in table.points
     ]
     steps = [
-        s._replace(ms=truth.ms(point_work("verify", s.batch_size, 1, table), h200))
+        s._replace(ms=float(truth.ms([point_work("verify", s.batch_size, 1, table)], h200)[0]))
         for s in table.steps
         if s.tree == "off"
     ]
@@ -59,7 +59,7 @@ def test_the_roofline_by_hand() -> None:
     work = Work(launches=100, many=1, weights=4.8e9, states=4.8e8, rows=4.8e7, flops=989.4e9)
     launches = 100 * (3 + 2) * 0.58e-3
     expected = launches + 1 / 0.85 + 0.1 / 0.6 + 0.01 / 0.3 + 1 / 0.5
-    assert TRUTH.ms(work, spec("h200")) == pytest.approx(expected)
+    assert TRUTH.ms([work], spec("h200")).tolist() == pytest.approx([expected])
 
 
 @pytest.mark.parametrize("gpu", ["h100", "a100-80g", "l40s"])

@@ -203,7 +203,7 @@ def test_ratios_are_paired() -> None:
     ratio = chain.ratio_to(off)
     assert ratio.low < ratio.value < ratio.high
     # the two halves' weights together are one resample of all prompts with replacement
-    totals = sum(weights.sum(axis=1) for weights in fit.weights)
+    totals = sum(each.weights_RP.sum(axis=1) for each in fit.bootstraps)
     assert set(totals.tolist()) == {21.0}
 
 

@@ -143,21 +143,17 @@ def _carried(table: RuntimeTable, roofline: Fit, wanted: GpuSpec) -> RuntimeTabl
     """Return the table with every time multiplied by its ratio."""
     memory, _, launch = _ratios(roofline.spec, wanted)
 
-    def ratio(works: Sequence[Work]) -> float:
-        found = roofline.found
-        there = sum(found.ms(work, wanted) for work in works)
-        return there / sum(found.ms(work, roofline.spec) for work in works)
+    passes = _ratios_of([_point_works(p, table) for p in table.points], roofline, wanted)
+    steps = _ratios_of([_step_works(s, table) for s in table.steps], roofline, wanted)
 
-    def point(p: Point) -> Point:
+    def point(p: Point, ratio: float | None) -> Point:
         if p.term == "host":
             return p
-        factor = memory
-        if p.term in ("verify", "draft", "draft_root"):
-            factor = ratio([point_work(p.term, p.batch_size, p.size, table)])
-        return p._replace(ms=p.ms * factor)
+        return p._replace(ms=p.ms * (memory if ratio is None else ratio))
 
-    def step(s: Step) -> Step:
-        return s._replace(ms=s.ms * ratio(_step_works(s, table)))
+    def step(s: Step, ratio: float | None) -> Step:
+        assert ratio is not None
+        return s._replace(ms=s.ms * ratio)
 
     least: dict[str, float] = {}
     for rule in sorted(table.rules, key=lambda rule: rule.rows):
@@ -172,13 +168,35 @@ def _carried(table: RuntimeTable, roofline: Fit, wanted: GpuSpec) -> RuntimeTabl
         update={
             "gpu": wanted.name,
             "gpu_name": wanted.full_name,
-            "points": tuple(map(point, table.points)),
-            "steps": tuple(map(step, table.steps)),
+            "points": tuple(map(point, table.points, passes)),
+            "steps": tuple(map(step, table.steps, steps)),
             "rules": tuple(map(rule_point, table.rules)),
             "no_room": (),
             "steps_no_room": (),
         }
     )
+
+
+def _ratios_of(
+    groups: Sequence[Sequence[Work]], roofline: Fit, wanted: GpuSpec
+) -> list[float | None]:
+    """Return how much longer each group of passes takes on the wanted GPU; None without passes."""
+    works = list(dict.fromkeys(work for group in groups for work in group))
+    there, here = (
+        dict(zip(works, roofline.found.ms(works, spec).tolist(), strict=True))
+        for spec in (wanted, roofline.spec)
+    )
+    return [
+        sum(there[work] for work in group) / sum(here[work] for work in group) if group else None
+        for group in groups
+    ]
+
+
+def _point_works(point: Point, table: RuntimeTable) -> list[Work]:
+    """Return the pass of a point, none for terms that the roofline does not describe."""
+    if point.term not in ("verify", "draft", "draft_root"):
+        return []
+    return [point_work(point.term, point.batch_size, point.size, table)]
 
 
 def _step_works(step: Step, table: RuntimeTable) -> list[Work]:

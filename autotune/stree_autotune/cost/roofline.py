@@ -59,10 +59,10 @@ class Efficiencies:
 
     vector: tuple[float, ...]
 
-    def ms(self, work: Work, spec: GpuSpec) -> float:
-        """Return the estimated time of a pass on a GPU."""
-        times = _times(np.array([work]), spec, np.array(self.vector))
-        return float(times[0])
+    def ms(self, works: Sequence[Work], spec: GpuSpec) -> Floats:
+        """Return the estimated times of passes on a GPU."""
+        works_NF = np.array(works, dtype=np.float64).reshape(-1, len(Work._fields))
+        return _times(works_NF, spec, np.array(self.vector))
 
 
 def pass_work(
@@ -141,7 +141,9 @@ def fit(samples: Sequence[Sample], spec: GpuSpec) -> Efficiencies:
 
 def log_errors(samples: Sequence[Sample], found: Efficiencies, spec: GpuSpec) -> Floats:
     """Return the logarithms of estimated over measured times."""
-    return np.log([found.ms(sample.work, spec) / sample.ms for sample in samples])
+    measured_ms = np.array([sample.ms for sample in samples])
+    errors: Floats = np.log(found.ms([sample.work for sample in samples], spec) / measured_ms)
+    return errors
 
 
 def _times(works_NF: Floats, spec: GpuSpec, vector: Floats) -> Floats:

@@ -112,10 +112,11 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RuleTimes:
-    """Times (ms) of every work at the measured numbers of rows."""
+    """Times (ms) of every work at the measured numbers of rows; `known` keeps what was asked."""
 
     curves: Mapping[str, tuple[Floats, Floats]]
     command: str
+    known: dict[tuple[Work, float], float] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, points: Iterable[RulePoint], command: str) -> RuleTimes:
@@ -137,6 +138,12 @@ class RuleTimes:
 
         Raises MissingMeasurement when the work was not measured.
         """
+        ms = self.known.get((work, rows))
+        if ms is None:
+            ms = self.known[work, rows] = self._at(work, rows)
+        return ms
+
+    def _at(self, work: Work, rows: float) -> float:
         if work not in self.curves:
             raise MissingMeasurement(
                 f"what the work {work!r} of a sampling rule costs is not in the table; measure it "

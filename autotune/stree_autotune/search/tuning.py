@@ -93,20 +93,16 @@ def load_acceptance(
         notes.append(f"borrowed from {trace.meta.target.name} + {trace.meta.draft.name}")
     if not trace.reliable:
         notes.append(f"only {trace.meta.num_prompts} prompts; a reliable trace has at least 64")
-    certificate, certificate_source = None, None
-    if certificate_path(path).is_file():
-        certificate, certificate_digest = read_certificate(path, digest)
-        note = (
-            f"within: of the best possible static tree of up to {max_nodes} nodes on this "
-            "trace, in predicted tokens/s"
-        )
-        certificate_source = source_of(
-            library.label(certificate_path(path)),
-            certificate_digest,
-            note,
-            estimated=bool(borrowed),
-        )
     source = source_of(library.label(path), digest, "; ".join(notes), estimated=bool(borrowed))
+    if not certificate_path(path).is_file():
+        return Acceptance(trace, source, None, None)
+    certificate, digest = read_certificate(path, digest)
+    note = (
+        f"within: of the best possible static tree of up to {max_nodes} nodes on this trace, in "
+        "predicted tokens/s"
+    )
+    label = library.label(certificate_path(path))
+    certificate_source = source_of(label, digest, note, estimated=bool(borrowed))
     return Acceptance(trace, source, certificate, certificate_source)
 
 
