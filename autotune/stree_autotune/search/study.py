@@ -191,8 +191,10 @@ def enqueue(study: optuna.Study, space: TreeSpace, picks: Sequence[Cell]) -> Non
     """
     chains = range(1, min(LONGEST_CHAIN, space.max_nodes, space.max_depth) + 1)
     cells = [Cell(1, 1, 0), *(Cell(length, 1, length) for length in chains), *picks]
-    for cell in cells:
-        study.enqueue_trial(asdict(cell), skip_if_exists=True)
+    # Optuna compares with every trial there is, which a new study need not ask for.
+    goes_on = bool(study.get_trials(deepcopy=False))
+    for cell in dict.fromkeys(cells):
+        study.enqueue_trial(asdict(cell), skip_if_exists=goes_on)
     fits_trace = DEFAULT_TREE.max_children <= space.flat.num_children
     fits_trace &= DEFAULT_TREE.depth <= space.max_depth
     if fits_trace and DEFAULT_TREE.num_nodes <= space.max_nodes:
