@@ -122,10 +122,10 @@ def _passes_ms(row: Published, found: Efficiencies, spec: GpuSpec, library: Libr
     """Return the roofline's time of a step: a draft pass a level, and the target's pass."""
     target, draft = _target(row.layers, library), _model(DRAFT, library)
     tokens = 1 + row.depth * row.width
-    total = found.ms(pass_work(target, 1, tokens, CONTEXT, tokens, BYTES), spec)
+    total = float(found.ms([pass_work(target, 1, tokens, CONTEXT, tokens, BYTES)], spec)[0])
     if row.depth:
         work = pass_work(draft, 1, row.width, CONTEXT, row.width, BYTES)
-        total += row.depth * found.ms(work, spec)
+        total += row.depth * float(found.ms([work], spec)[0])
     return total
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -285,9 +286,10 @@ def load_own_profile(path: str | Path) -> Profile:
     profile = load_profile(path)
     if profile.server is not None:
         name = profile.server.name
+        export = shlex.join(["stree-tune", "export", str(path), "--to", name])
         raise ConfigError(
             f"{path} cannot be run here, its times are those of {name} {profile.server.version}; "
-            f"take it to that server with `stree-tune export {path} --to {name}`"
+            f"take it to that server with `{export}`"
         )
     return profile
 

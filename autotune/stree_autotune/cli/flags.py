@@ -145,7 +145,7 @@ Server = Annotated[
     typer.Option(
         "--server",
         metavar="NAME",
-        help="Tune a server by what `stree-tune import` read of it: vllm or sglang.",
+        help="Tune a server by what the verb import read of it: vllm or sglang.",
     ),
 ]
 Rates = Annotated[

@@ -23,8 +23,8 @@ from stree_core.profile import PolicyRow, Profile
 from stree_core.tree import OFF, Tree
 
 OWN_TIMES_NOTE = (
-    "times are stree's; a server spends others on the same tree, so measure there with `stree-tune "
-    "plan` before you rely on these settings"
+    "times are stree's; a server spends others on the same tree, so measure there with the "
+    "verb plan before you rely on these settings"
 )
 SEED = 0
 

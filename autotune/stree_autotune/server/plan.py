@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stree_autotune.server.tables import MAX_DRAFT_TOKENS
+from stree_autotune.store import command
 from stree_core.errors import ConfigError, nearest
 
 DRAFT_TOKENS = (0, 1, 2, 3, 5, 8)
@@ -98,6 +99,7 @@ def plan_script(plan: Plan) -> str:
         serve=serve,
         load=load,
         scrape=scrape,
+        import_command=command("import"),
         suffix="jsonl" if plan.server == "sglang" else "json",
         note=_data_note(plan),
     )
@@ -192,7 +194,7 @@ def _sglang(plan: Plan) -> tuple[str, str, str]:
 
 _SCRIPT = """\
 #!/bin/sh
-# Measures {server} by K and concurrency with its own load generator, for `stree-tune import`.
+# Measures {server} by K and concurrency with its own load generator, for `{import_command}`.
 # About {minutes} minutes at {token_ms} ms a token and {start_s} s a start, corrected as it runs.
 # Stopped, it goes on where it was when it is started again. Set any of these from the environment:
 {note}
@@ -303,5 +305,5 @@ while [ "$round" -le "$ROUNDS" ]; do
   done
   round=$((round + 1))
 done
-echo "done; now: stree-tune import $OUT/*.{suffix} $OUT/*.prom --dataset NAME" >&2
+echo "done; now: {import_command} $OUT/*.{suffix} $OUT/*.prom --dataset NAME" >&2
 """
