@@ -55,8 +55,10 @@ def git_sha() -> str:
 
 def command_line() -> str:
     """Return the command as its user typed it, without passwords and without absolute paths."""
-    words = [clean_word(word) for word in sys.argv[1:]]
-    return printable(shlex.join(["stree-tune", *words]))[:MAX_COMMAND_CHARS]
+    words = [clean_word(word) for word in sys.argv]
+    is_script = words[0].endswith(".py") and not words[0].endswith("__main__.py")
+    program = ["python", words[0]] if is_script else ["stree-tune"]
+    return printable(shlex.join([*program, *words[1:]]))[:MAX_COMMAND_CHARS]
 
 
 def utc_now() -> str:
