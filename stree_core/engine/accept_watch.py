@@ -36,7 +36,7 @@ class AcceptWatch:
             self._has_warned = True
             logger.warning(
                 "steps emit %.2f tokens in the mean, the profile expects %.2f to %.2f: the texts "
-                "are others than it was tuned on; record a trace of yours and tune again",
+                "differ from those it was tuned on; record a trace of yours and tune again",
                 mean,
                 low,
                 high,

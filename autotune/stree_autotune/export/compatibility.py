@@ -85,7 +85,7 @@ KNOWN: tuple[Known, ...] = (
         "Falcon-H1, Granite hybrids, Zamba2",
         ANY,
         "fails",
-        "the server may not start with any speculation: its state's size leaves the drafts out",
+        "may not start with any speculation: its state's size leaves out the drafts",
         "vllm-project/vllm#47635, #57721",
         HYBRIDS,
     ),
@@ -123,8 +123,8 @@ KNOWN: tuple[Known, ...] = (
         ANY,
         "table by batch size",
         "works",
-        "batches are padded to a CUDA graph's size before a row is looked up, so that with keys 1 "
-        "and 6 batch 5 takes row 6",
+        "batches are padded to a CUDA graph's size before the lookup: with keys 1 and 6, batch 5 "
+        "takes row 6",
         "source read",
     ),
     Known(
@@ -133,8 +133,8 @@ KNOWN: tuple[Known, ...] = (
         "Mamba hybrids",
         "top-k above 1",
         "fails",
-        "not with trtllm_mha, and page size must be 1 unless flashinfer, fa3 or triton "
-        "attends; the flag for the state is --mamba-radix-cache-strategy",
+        "not with trtllm_mha; page size 1 unless flashinfer, fa3 or triton attends; for the state "
+        "see --mamba-radix-cache-strategy",
         "source read",
     ),
 )

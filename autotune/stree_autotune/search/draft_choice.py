@@ -1,9 +1,9 @@
 """Which of several drafts a profile is for: each is tuned, and the simplest of the fastest kept.
 
 A draft that needs no second model is simpler than one that does. Drafts are compared by the
-geometric mean over batch sizes of their speed over off, the same target's for all of them. Their
-traces are of different texts' worth of ranks, so intervals are combined as if independent, and a
-draft's rows as if they erred together: both make a tie likelier than it is.
+geometric mean over batch sizes of their speed over off, which is the same for all. Intervals of two
+drafts are combined as if independent, and those of one draft's rows as if they erred together. Both
+make a tie likelier than it is.
 """
 
 from __future__ import annotations
