@@ -266,6 +266,16 @@ def test_context_costs_by_what_is_committed() -> None:
     assert cost.step_ms(8, DEFAULT_TREE) == pytest.approx(expected)
 
 
+def test_context_costs_in_every_draft_pass_of_a_draft_with_attention() -> None:
+    table = with_points(make_table(), "draft_context", 8, {1: 0.08})
+    cost = StepCost.from_table(table, context=table.context // 2)
+    plain = StepCost.from_table(table)
+    assert cost.step_ms(8, Tree.chain(0)) == pytest.approx(plain.step_ms(8, Tree.chain(0)))
+    for depth in (1, 4):
+        less = plain.step_ms(8, Tree.chain(depth)) - cost.step_ms(8, Tree.chain(depth))
+        assert less == pytest.approx(depth * 0.08 / 4), "a quarter of the context less"
+
+
 def test_a_step_is_never_shorter_than_the_hosts_work() -> None:
     table = with_points(make_table(), "host", 8, {1: 9.0})
     cost = StepCost.from_table(table)

@@ -21,11 +21,18 @@ from stree_autotune.probe import (
     run as probe_module,
     steps as probe_steps,
 )
-from stree_autotune.probe.plan import ProbeConfig, measured_keys, missing_stages, step_trees
-from stree_autotune.probe.run import BUDGETS, Budget, extends, has_attention, probe
+from stree_autotune.probe.plan import (
+    Attending,
+    ProbeConfig,
+    measured_keys,
+    missing_stages,
+    step_trees,
+)
+from stree_autotune.probe.run import BUDGETS, Budget, attending, extends, probe
 from stree_autotune.probe.steps import StepSetting
 from stree_autotune.probe.timing import WALL_CYCLE, Effort, Timing, Work, time_interleaved
 from stree_autotune.store.library import Library
+from stree_autotune.store.open_models import PairRequest, open_pair
 from stree_autotune.store.runtime_table import RuntimeTable, load_runtime_table, save_runtime_table
 from stree_autotune.store.step_rule import StepRule
 from stree_core.drafting.pair import Pair, Runtime, load_pair
@@ -38,6 +45,7 @@ from stree_kernels.launch import rows as kernel_rows
 
 CONFIG = ProbeConfig("cpu", context=64, batch_sizes=(1, 2), max_nodes=12)
 CPU = torch.device("cpu")
+BOTH, NEITHER = Attending(target=True, draft=True), Attending(target=False, draft=False)
 Invent = Callable[..., dict[Any, Timing]]
 
 
@@ -125,6 +133,28 @@ def test_a_longer_path_is_measured_by_the_token(
     assert (ms["target_path"], ms["draft_path"]) == (pytest.approx(0.1), pytest.approx(0.05))
 
 
+def test_context_is_measured_where_it_is_asked_for(
+    clockless: Callable[[Invent], None],
+) -> None:
+    def by_context(works: Mapping[Any, Work], *_: object, **__: object) -> dict[Any, Timing]:
+        shorter = {("context without", 1): 0.3, ("draft_context without", 1): 0.1}
+        return {name: Timing(1.0 - shorter.get(name, 0.0), 0.0) for name in works}
+
+    clockless(by_context)
+    config = replace(CONFIG, batch_sizes=(1,), sampled=False)
+    head, sibling = (
+        open_pair(PairRequest("demo-target", name, (), Runtime("cpu")))
+        for name in ("mtp", "demo-draft")
+    )
+    *_, table = probe(head, config)
+    ms = {point[:3]: point.ms for point in table.points}
+    scale = 1024 / (config.context // 2 - min(32, config.context // 4))
+    assert ms["context", 1, 1] == pytest.approx(0.3 * scale)
+    assert ms["draft_context", 1, 1] == pytest.approx(0.1 * scale)
+    *_, table = probe(sibling, config)
+    assert "draft_context" not in {point.term for point in table.points}, "its draft has none"
+
+
 def test_so_many_slots_store_their_states(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Speculator] = []
     make = probe_passes.make_speculators
@@ -158,12 +188,12 @@ def test_so_many_slots_store_their_states(pair: Pair, monkeypatch: pytest.Monkey
 
 
 def test_every_term_is_measured(pair: Pair, whole: RuntimeTable) -> None:
-    assert not missing_stages(CONFIG, has_attention=True, known=whole)
+    assert not missing_stages(CONFIG, attending=BOTH, known=whole)
     sizes = {point.size for point in whole.points if point[:2] == ("verify", 2)}
     assert {2, 3, 8, 9, 12, 13} <= sizes
     assert {p.term for p in whole.points} == {
         "verify", "draft", "draft_rows", "draft_root", "target_store", "draft_store", "target_path",
-        "draft_path", "context",
+        "draft_path", "context", "draft_context",
     }  # fmt: skip
     assert {p.size for p in whole.points if p[:2] == ("draft_store", 2)} == {1, 2}
     rows = {point.size: point.ms for point in whole.points if point[:2] == ("draft_rows", 2)}
@@ -183,7 +213,7 @@ def test_every_term_is_measured(pair: Pair, whole: RuntimeTable) -> None:
 def test_few_steps_are_some_of_all(max_nodes: int) -> None:
     few = ProbeConfig("h200", max_nodes=max_nodes, few_steps=True)
     keys, all_keys = (
-        {(stage.kind, *key) for stage in missing_stages(config, True, None) for key in stage.keys}
+        {(stage.kind, *key) for stage in missing_stages(config, BOTH, None) for key in stage.keys}
         for config in (few, replace(few, few_steps=False))
     )
     assert keys < all_keys
@@ -196,7 +226,7 @@ def test_few_steps_are_some_of_all(max_nodes: int) -> None:
 def test_few_steps_predict_every_rule(whole: RuntimeTable) -> None:
     config = replace(CONFIG, few_steps=True)
     names = {
-        key[1] for s in missing_stages(config, False, None) for key in s.keys if s.kind == "steps"
+        key[1] for s in missing_stages(config, NEITHER, None) for key in s.keys if s.kind == "steps"
     }
     steps = [s for s in whole.steps if s.rule == "greedy" and s.tree in names]
     assert len(steps) < len(whole.steps)
@@ -276,7 +306,7 @@ def test_what_does_not_fit_is_recorded_and_not_tried_again(
     missing = {row[:3] for row in table.no_room}
     assert {("verify", 1, 12), ("verify", 2, 13), ("draft", 2, 6)} <= missing
     assert ("verify", 2, 9) not in missing
-    assert not missing_stages(CONFIG, has_attention=True, known=table)
+    assert not missing_stages(CONFIG, attending=BOTH, known=table)
 
 
 def test_a_larger_probe_adds_to_a_smaller_one(pair: Pair, whole: RuntimeTable) -> None:
@@ -284,13 +314,13 @@ def test_a_larger_probe_adds_to_a_smaller_one(pair: Pair, whole: RuntimeTable) -
     assert extends(whole, pair, larger)
     *_, table = probe(pair, larger, known=whole)
     assert set(whole.points) < set(table.points)
-    assert not missing_stages(larger, has_attention=True, known=table)
+    assert not missing_stages(larger, attending=BOTH, known=table)
     assert not extends(whole, pair, ProbeConfig("cpu", context=128))
 
 
 def test_the_plan_covers_both_sides_of_every_padding_step() -> None:
     config = ProbeConfig("h200", max_nodes=255)
-    stages = missing_stages(config, has_attention=False, known=None)
+    stages = missing_stages(config, attending=NEITHER, known=None)
     sizes = {key[2] for stage in stages for key in stage.keys if key[:2] == ("verify", 64)}
     for edge in (8, 16, 32, 48, 64, 96, 128, 192):
         assert {edge, edge + 1} <= sizes
@@ -377,7 +407,7 @@ def test_a_gpu_is_probed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     demo = load_pair(*map(folder_source, folders), Runtime("cuda"))
     config = ProbeConfig("gpu", batch_sizes=(1, 4), max_nodes=12)
     *_, table = probe(demo, config)
-    assert not missing_stages(config, has_attention(demo), table)
+    assert not missing_stages(config, attending(demo), table)
     assert not table.no_room
     assert {point.term for point in table.points} >= {"host", "context", "target_store"}
     assert all(point.ms > 0 for point in table.points if point.term in ("verify", "host"))

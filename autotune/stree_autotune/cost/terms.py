@@ -177,7 +177,7 @@ class RuleTimes:
 
 
 PER_TOKENS = 1024
-"""Committed tokens that a point of `context` stands for."""
+"""Committed tokens that a point of `context` or `draft_context` stands for."""
 
 _HOST_BOUND = 1.05
 
@@ -264,7 +264,9 @@ class TermTimes:
     def _sums(self, shape: TreeShape, load: Load) -> Sums:
         more_accepted = load.tokens_per_step - TIMED_PATH
         drafts = self.curves["draft_root"].at(1) + self._stored_ms("draft_store", load)
-        drafts += more_accepted * self._optional("draft_path") * (1 + len(shape.widths))
+        more = more_accepted * self._optional("draft_path")
+        more += self._optional("draft_context") * load.more_context / PER_TOKENS
+        drafts += more * (1 + len(shape.widths))
         if shape.widths:
             drafts += self.curves["draft"].sum_at(shape.widths)
             if self.curves["draft_rows"].ms:

@@ -135,11 +135,12 @@ class _Passes:
                 if each not in self.works:
                     self._add(each, self._last_level(each[1]), usual)
             self.differences[name] = fewest, 1.0
-        elif term == "context":
-            few, many = _contexts(self._setting.context, size)
-            verify = self._rebound(_verified(size)).verify
-            less, more = (usual._replace(committed=tokens) for tokens in (few, many))
-            self._add_difference(name, verify, more, less, PER_TOKENS / (many - few))
+        elif term in ("context", "draft_context"):
+            few = _short_context(self._setting.context)
+            verified = term == "context"
+            work = self._rebound(_verified(size)).verify if verified else self._root()
+            scale = PER_TOKENS / max(1, usual.committed - few)
+            self._add_difference(name, work, usual, usual._replace(committed=few), scale)
         elif term in ("target_path", "draft_path"):
             work = self._few_verified() if term == "target_path" else self._last_level(_PATH_ROWS)
             more = usual._replace(accepted=_LONG_PATH)
@@ -219,10 +220,13 @@ def _buffered_rows(num_slots: int, num_flushing: int) -> torch.Tensor:
     return buffered_B
 
 
-def _contexts(context: int, size: int) -> tuple[int, int]:
-    """Return few and many committed tokens, between which the cost of context is measured."""
-    few = min(_SHORT_CONTEXT, context // 4)
-    return few, max(few + 1, context - size)
+def _short_context(context: int) -> int:
+    """Return the few committed tokens from which, up to half of `context`, its cost is measured.
+
+    A table answers for contexts up to its own, whose slots are half full on average: more than
+    half is never asked for, and from few to half the cost rises faster than beyond.
+    """
+    return min(_SHORT_CONTEXT, context // 4)
 
 
 def _rows_needed(each: tuple[str, int]) -> int:

@@ -57,6 +57,13 @@ class ProbeConfig:
     few_steps: bool = False
 
 
+class Attending(NamedTuple):
+    """Which models of a pair keep keys and values, so that their passes depend on the context."""
+
+    target: bool
+    draft: bool
+
+
 class ProbeStage(NamedTuple):
     """A part of a probe that is written down as a whole: which keys of which kind, at one size.
 
@@ -80,12 +87,12 @@ class ProbeStage(NamedTuple):
 
 
 def missing_stages(
-    config: ProbeConfig, has_attention: bool, known: RuntimeTable | None
+    config: ProbeConfig, attending: Attending, known: RuntimeTable | None
 ) -> list[ProbeStage]:
     """Return what a probe with this setting has to measure beyond `known`, in order."""
     done = measured_keys(known) if known else set()
     stages = []
-    for stage in _stages(config, has_attention):
+    for stage in _stages(config, attending):
         keys = tuple(key for key in stage.keys if (stage.kind, *key) not in done)
         if keys:
             stages.append(stage._replace(keys=keys))
@@ -130,12 +137,12 @@ def sampled_trees(max_nodes: int) -> list[str]:
     return [name for name in names if name in step_trees(max_nodes)]
 
 
-def _stages(config: ProbeConfig, has_attention: bool) -> Iterator[ProbeStage]:
+def _stages(config: ProbeConfig, attending: Attending) -> Iterator[ProbeStage]:
     """Yield every stage of a probe, small batch sizes first; rules serve all of them."""
     sizes = sorted(set(config.batch_sizes))
     yield ProbeStage("rules", 0, tuple(_rule_keys(config)))
     for batch_size in sizes:
-        passes = _pass_keys(config, batch_size, has_attention)
+        passes = _pass_keys(config, batch_size, attending)
         yield ProbeStage("passes", batch_size, tuple(passes))
         few = config.few_steps
         trees = [name for name in step_trees(config.max_nodes) if not few or name in _FEW]
@@ -147,7 +154,7 @@ def _stages(config: ProbeConfig, has_attention: bool) -> Iterator[ProbeStage]:
             yield ProbeStage("steps", batch_size, tuple((batch_size, name, rule) for name in names))
 
 
-def _pass_keys(config: ProbeConfig, batch_size: int, has_attention: bool) -> Iterator[Key]:
+def _pass_keys(config: ProbeConfig, batch_size: int, attending: Attending) -> Iterator[Key]:
     largest = config.max_nodes + 1
     sizes = {*_VERIFY_SIZES, *_product_edges(batch_size)}
     for size in sorted({size for size in sizes if size <= largest} | {largest}):
@@ -163,9 +170,11 @@ def _pass_keys(config: ProbeConfig, batch_size: int, has_attention: bool) -> Ite
     for term in STORES:
         for flushing in sorted({1, max(1, batch_size // _SLOTS_PER_FLUSH), batch_size}):
             yield term, batch_size, flushing
-    if has_attention:
+    if attending.target:
         for size in sorted({s for s in _CONTEXT_SIZES if s <= largest} | {largest}):
             yield "context", batch_size, size
+    if attending.draft:
+        yield "draft_context", batch_size, 1
 
 
 def _product_edges(batch_size: int) -> Iterator[int]:

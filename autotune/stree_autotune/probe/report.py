@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.table import Table
 
 from stree_autotune.probe.plan import ProbeConfig, missing_stages
-from stree_autotune.probe.run import extends, has_attention, probe
+from stree_autotune.probe.run import attending, extends, probe
 from stree_autotune.probe.single import PassTime, probe_model
 from stree_autotune.store import (
     PairRequest,
@@ -109,7 +109,7 @@ def _known_table(
         known = load_runtime_table(path)
     except ConfigError as err:
         raise ConfigError(f"{err}, or pass --force to measure all of it again") from err
-    missing = missing_stages(config, has_attention(pair), known)
+    missing = missing_stages(config, attending(pair), known)
     if not extends(known, pair, config) or not missing:
         raise ConfigError(f"{path} exists already; pass --force to measure all of it again")
     return known

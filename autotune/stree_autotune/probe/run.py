@@ -15,7 +15,14 @@ import torch
 
 from stree_autotune.cost import model_cost
 from stree_autotune.probe.passes import time_passes
-from stree_autotune.probe.plan import Key, ProbeConfig, ProbeStage, missing_stages, step_trees
+from stree_autotune.probe.plan import (
+    Attending,
+    Key,
+    ProbeConfig,
+    ProbeStage,
+    missing_stages,
+    step_trees,
+)
 from stree_autotune.probe.rules import time_rules
 from stree_autotune.probe.stepper import prompt_reader
 from stree_autotune.probe.steps import StepSetting, time_steps
@@ -91,7 +98,7 @@ def probe(
             [*known.steps_no_room],
             {**known.trees},
         )
-    stages = missing_stages(config, has_attention(pair), known)
+    stages = missing_stages(config, attending(pair), known)
     settle = prompt_reader(pair.target)
     # Takes its memory before anything is measured to fit.
     settle()
@@ -114,9 +121,9 @@ def probe(
         yield make_table(pair, config, found, f"{before}; {_state(pair)}")
 
 
-def has_attention(pair: Pair) -> bool:
-    """True when the target keeps keys and values, so that its passes depend on the context."""
-    return pair.target.shape.has_attention
+def attending(pair: Pair) -> Attending:
+    """Return which of the two models keep keys and values."""
+    return Attending(pair.target.shape.has_attention, pair.draft.shape.has_attention)
 
 
 def extends(known: RuntimeTable, pair: Pair, config: ProbeConfig) -> bool:

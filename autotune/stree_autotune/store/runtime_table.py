@@ -13,7 +13,8 @@
   (stree_kernels.launch.rows.MAX_BUFFERED). The largest size is the batch size.
 - target_path, draft_path (size 1): what a verify and a draft pass cost more for each token that the
   step before accepted, beyond TIMED_PATH: every pass begins with their rows.
-- context (size = tree tokens): what verify costs more for each 1024 committed tokens of a slot.
+- context (size = tree tokens), draft_context (size 1): what verify and a draft pass cost more for
+  each 1024 committed tokens of a slot.
 - host (size 1): what the host itself works for a step.
 
 `rules` is what choosing costs more than picking the likeliest token, by rows of logits (nodes times
@@ -48,12 +49,13 @@ from stree_core.tree import MAX_NODES, OFF
 
 Term = Literal[
     "verify", "draft_root", "draft", "draft_rows", "target_store", "draft_store", "target_path",
-    "draft_path", "context", "host",
+    "draft_path", "context", "draft_context", "host",
 ]  # fmt: skip
-UNSIZED: tuple[Term, ...] = ("draft_root", "target_path", "draft_path", "host")
+UNSIZED: tuple[Term, ...] = ("draft_root", "target_path", "draft_path", "draft_context", "host")
 STORES: tuple[Term, ...] = ("target_store", "draft_store")
 DIFFERENCES: tuple[Term, ...] = (
     "draft_rows", "target_store", "draft_store", "target_path", "draft_path", "context",
+    "draft_context",
 )  # fmt: skip
 """Terms that are what one pass takes longer than another, which may be nothing."""
 
