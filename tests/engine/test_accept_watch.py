@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 from synthetic_data import make_profile, policy_row
+from tiny_models import ours, perturbed, tiny_mamba2
 
+from stree_core.engine import accept_watch
 from stree_core.engine.accept_watch import FEWEST_STEPS, AcceptWatch
-from stree_core.engine.stop import Generation
-from stree_core.profile import policy_of
+from stree_core.engine.engine import Engine, EngineConfig
+from stree_core.engine.request import Request
+from stree_core.engine.session import Session
+from stree_core.engine.stop import Generation, StopRule
+from stree_core.profile import Policy, policy_of
 from stree_core.tree import Tree
 
 
@@ -41,3 +47,31 @@ def test_a_policy_expects_what_its_rows_say() -> None:
     low, high = policy_of(profile.model_copy(update={"policy": rows})).expected
     for row in rows:
         assert 1 <= low <= row.predicted.tokens_per_step <= high
+
+
+@pytest.mark.parametrize(("expected", "says"), [((1.0, 3.0), False), ((2.9, 3.0), True)])
+def test_a_session_watches_its_profiles_interval(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    expected: tuple[float, float],
+    says: bool,
+) -> None:
+    monkeypatch.setattr(accept_watch, "FEWEST_STEPS", 8)
+    caplog.set_level(logging.WARNING, logger=accept_watch.logger.name)
+    target, draft = (
+        ours(perturbed(tiny_mamba2(), noise), tmp_path / name)
+        for name, noise in (("target", 0.0), ("draft", 0.5))
+    )
+    policy = Policy((Tree.chain(2),), ((1, 0),), expected)
+    engine = Engine(target, draft, policy, EngineConfig(2, num_positions=64))
+    session = Session(engine)
+    for prompt in ([1, 2], [3], [4, 5, 6]):
+        session.submit(Request(prompt, StopRule(20)))
+    ended = session.run()
+    assert all(generation.num_steps for generation in ended.values())
+    assert len(caplog.records) == says
+    with_own_choice = Session(engine, choose_tree=lambda _: 0)
+    with_own_choice.submit(Request([7], StopRule(30)))
+    with_own_choice.run()
+    assert len(caplog.records) == says, "who chooses trees is not measured by the profile's"
