@@ -112,7 +112,7 @@ def try_out(binaries: Path, scratch: Path) -> None:
     if "h100 (estimated from h200)" not in title or not (folder / "stree-profile.yaml").is_file():
         sys.exit(f"wheel: tuning must print an estimate and write a profile, its title is {title}")
     num_profiles = len(list((ROOT / "profiles" / "tuned").glob("*.yaml")))
-    if shown.count("speedup over off") != num_profiles:
+    if shown.count("gain over off") != num_profiles:
         sys.exit(f"wheel: show must print {num_profiles} profiles, it printed:\n{shown}")
 
 

@@ -70,6 +70,7 @@ def tune_command(
     trials: flags.Trials = 0,
     max_token_ms: flags.MaxTokenMs = 0.0,
     seed: flags.Seed = 0,
+    verbose: flags.Verbose = False,
     as_json: flags.AsJson = False,
     output: flags.Output = flags.DEFAULT_PROFILE,
     force: flags.Force = False,
@@ -108,10 +109,12 @@ def tune_command(
         max_token_ms=max_token_ms or math.inf,
     )
     require_writable(output, force=force, is_default=flags.is_default(ctx, "output"))
-    _tune(request, output, measure=measure, as_json=as_json)
+    _tune(request, output, measure=measure, verbose=verbose, as_json=as_json)
 
 
-def _tune(request: TuneRequest, output: Path, *, measure: bool, as_json: bool) -> None:
+def _tune(
+    request: TuneRequest, output: Path, *, measure: bool, verbose: bool, as_json: bool
+) -> None:
     """Tune, write the profile, print it; only measuring loads torch."""
     from stree_autotune.search import best_draft
     from stree_autotune.store import print_profile, print_profile_json, result_console
@@ -124,8 +127,8 @@ def _tune(request: TuneRequest, output: Path, *, measure: bool, as_json: bool) -
     profile = best_draft(request, tune)
     save_profile(profile, output)
     console = result_console()
-    print_profile(profile, console)
-    console.print(f"profile: {printable(str(output))}")
+    print_profile(profile, console, verbose=verbose)
+    console.print(f"profile: {printable(str(output))}", soft_wrap=True)
     if as_json:
         print_profile_json(profile)
 
@@ -142,6 +145,7 @@ def show(
     ] = flags.NO_NAMES,
     data: flags.Data = flags.DEFAULT_DATA_PATHS,
     library: flags.Libraries = flags.NO_LIBRARIES,
+    verbose: flags.Verbose = False,
     as_json: flags.AsJson = False,
 ) -> None:
     """Print profiles: verdicts, predictions, what is estimated, where the numbers come from."""
@@ -157,7 +161,7 @@ def show(
     for index, profile in enumerate(loaded):
         if index:
             console.print()
-        print_profile(profile, console)
+        print_profile(profile, console, verbose=verbose)
     if as_json:
         print_profile_json(*loaded)
 

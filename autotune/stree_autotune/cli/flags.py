@@ -194,6 +194,12 @@ Seed = Annotated[
 AsJson = Annotated[
     bool, typer.Option("--json", help="Make the last line of stdout one JSON document.")
 ]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose", "-v", help="Show trees, certificates, reasons and how estimates are made, too."
+    ),
+]
 Output = Annotated[
     Path,
     typer.Option(

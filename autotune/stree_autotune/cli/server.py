@@ -143,9 +143,9 @@ def tune_on_server(ctx: typer.Context) -> None:
     verdict = tune_server(_server_request(ctx))
     save_profile(verdict.profile, output)
     console = result_console()
-    print_profile(verdict.profile, console)
+    print_profile(verdict.profile, console, verbose=ctx.params["verbose"])
     console.print(f"to measure next: {verdict.next_step}")
-    console.print(f"profile: {printable(str(output))}")
+    console.print(f"profile: {printable(str(output))}", soft_wrap=True)
     if ctx.params["as_json"]:
         print_profile_json(verdict.profile)
 

@@ -1,8 +1,9 @@
-"""Profiles on the screen: one line that names them, a table, the reasons, the sources."""
+"""Profiles on the screen: one line that names them, the answer, a table, the sources."""
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from itertools import groupby
 from pathlib import PurePosixPath
@@ -16,48 +17,109 @@ from stree_core.profile import MeasuredBlock, PolicyRow, Profile, Source
 from stree_core.tree import Verdict
 
 HEADERS = (
-    "batch size",
-    "verdict",
-    "nodes",
-    "depth",
-    "tokens/step",
-    "step ms",
-    "tokens/s",
-    "speedup over off [95 %]",
-    "within",
-)
-NARROWEST = 120
+    "batch", "verdict", "tokens/step", "step ms", "tokens/s", "ms/token", "gain over off",
+)  # fmt: skip
+DETAILS = ("batch", "nodes", "depth", "tokens/step", "step ms", "tokens/s", "within")
+NARROWEST = 80
 COLOURS: dict[Verdict, str] = {"off": "dim", "chain": "blue", "tree": "green"}
+DEMO_PAIR = "demo-target"
+"""The model that ships, to show the tool."""
 
 
 def result_console() -> Console:
-    """Return the console for results: stdout, never so narrow that a table loses digits."""
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    """Return the console for results: stdout, at least 80 columns wide."""
+    console = Console(highlight=False, markup=False, emoji=False)
     console.width = max(NARROWEST, console.width)
     return console
 
 
-def print_profile(profile: Profile, console: Console) -> None:
-    """Print a profile: title, predictions by batch size, why, measurements, sources."""
+def print_profile(profile: Profile, console: Console, *, verbose: bool = False) -> None:
+    """Print a profile: the answer in a sentence, predictions by batch size, where they come from.
+
+    With `verbose` also trees and certificates, why each row was chosen, and how what is estimated
+    was.
+    """
     console.print(title(profile), style="bold")
+    if profile.target.name == DEMO_PAIR:
+        console.print(
+            "This is the demo pair of 7 million parameters: it shows the tool, not your model; "
+            "give yours by --target DIR --draft DIR."
+        )
+    console.print()
+    console.print(advice(profile.policy))
+    console.print()
     console.print(_policy_table(profile.policy))
+    console.print()
     if profile.server is not None:
         console.print(str(profile.sources.runtime.note))
+    if verbose:
+        console.print(_details_table(profile.policy))
+        console.print()
     for reason, rows in groupby(profile.policy, key=lambda row: row.reason):
-        sizes = ", ".join(str(row.batch_size) for row in rows)
-        console.print(f"batch size {sizes}: {reason}")
+        if verbose or profile.server is not None:
+            sizes = ", ".join(str(row.batch_size) for row in rows)
+            console.print(f"batch size {sizes}: {reason}")
     if profile.measured is not None:
         console.print(f"measured live on {profile.measured.gpu}, {profile.measured.date}:")
         console.print(_measured_table(profile.measured))
-    for kind, source in (("times", profile.sources.runtime), ("acceptance", profile.sources.trace)):
-        console.print(_source_line(kind, source))
-    if profile.server is not None:
-        return
-    if profile.sources.certificate is None:
+    sources = profile.sources
+    console.print(_source_line("times", sources.runtime, noted=verbose))
+    console.print(_source_line("acceptance", sources.trace, noted=True))
+    if verbose and sources.certificate is not None:
+        console.print(_source_line("certificate", sources.certificate, noted=True))
+    if profile.server is None and profile.sources.certificate is None and verbose:
         made = command("certify", PurePosixPath(profile.sources.trace.name).stem)
         console.print(f"certificate: none; make one with `{made}` and tune again")
-    else:
-        console.print(_source_line("certificate", profile.sources.certificate))
+    if not verbose:
+        console.print("-v shows the trees, the reasons and how estimates are made")
+
+
+def advice(policy: tuple[PolicyRow, ...]) -> str:
+    """Return what to do at which number of sequences, as one sentence.
+
+    A row holds for as many sequences as its batch size, down to the next smaller row's.
+    """
+    runs = [list(rows) for _, rows in groupby(policy, key=lambda row: row.verdict)]
+    clauses = []
+    for number, run in enumerate(runs):
+        first = 1 if number == 0 else runs[number - 1][-1].batch_size + 1
+        last = None if number == len(runs) - 1 else run[-1].batch_size
+        clauses.append(f"{_range(first, last)} {_wording(run)}{_gains(run)}")
+    text = "; ".join(clauses)
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _wording(run: list[PolicyRow]) -> str:
+    """Return what to do in neighbouring rows of one verdict."""
+    verdict, sizes = run[0].verdict, [row.tree.build().num_nodes for row in run]
+    if verdict == "off":
+        return "leave speculation off"
+    few, most = min(sizes), max(sizes)
+    tokens = "1 token" if most == 1 else f"{most} tokens"
+    return f"use a {verdict} of {tokens}" if few == most else f"use {verdict}s of {few} to {tokens}"
+
+
+def _range(first: int, last: int | None) -> str:
+    if last is None:
+        return "at every batch size" if first == 1 else f"from {first} sequences"
+    if last == 1:
+        return "for one sequence"
+    if first == 1:
+        return f"up to {last} sequences"
+    return f"at {last}" if first == last else f"for {first} to {last}"
+
+
+def _gains(run: list[PolicyRow]) -> str:
+    """Return what rows gain over off, from the least to the most, nothing where they are off."""
+    if run[0].verdict == "off":
+        return ""
+    gains = sorted(_percent(row.predicted.speedup) for row in run)
+    texts = dict.fromkeys(f"{gain:+d}" for gain in (gains[0], gains[-1]))
+    return f" ({' to '.join(texts)} %)"
+
+
+def _percent(ratio: float) -> int:
+    return round(100 * (ratio - 1))
 
 
 def print_profile_json(*profiles: Profile) -> None:
@@ -98,44 +160,71 @@ def measured_gpu(runtime: Source) -> str:
 def _policy_table(rows: tuple[PolicyRow, ...]) -> Table:
     table = _table(HEADERS)
     for row in rows:
-        tree, predicted = row.tree.build(), row.predicted
-        interval = predicted.speedup_interval
+        predicted, interval = row.predicted, row.predicted.speedup_interval
+        size = "" if row.verdict == "off" else f" of {row.tree.build().num_nodes}"
+        gain = f"{_percent(predicted.speedup):+d} %"
         table.add_row(
             str(row.batch_size),
-            Text(row.verdict, style=COLOURS[row.verdict]),
+            Text(f"{row.verdict}{size}", style=COLOURS[row.verdict]),
+            digits(predicted.tokens_per_step),
+            digits(predicted.step_ms),
+            digits(predicted.tokens_per_s),
+            digits(predicted.step_ms / predicted.tokens_per_step),
+            "-"
+            if row.verdict == "off"
+            else f"{gain} [{_percent(interval.low):+d}, {_percent(interval.high):+d}]",
+        )
+    return table
+
+
+def _details_table(rows: tuple[PolicyRow, ...]) -> Table:
+    """All digits, the tree's size, and how far at most any static tree could be ahead."""
+    table = _table(DETAILS)
+    for row in rows:
+        tree, predicted = row.tree.build(), row.predicted
+        table.add_row(
+            str(row.batch_size),
             str(tree.num_nodes),
             str(tree.depth),
             f"{predicted.tokens_per_step:.3f}",
-            f"{predicted.step_ms:.3f}",
-            f"{predicted.tokens_per_s:.1f}",
-            f"{predicted.speedup:.2f}x [{interval.low:.2f}, {interval.high:.2f}]",
+            f"{predicted.step_ms:.4f}",
+            f"{predicted.tokens_per_s:,.1f}",
             "unknown" if predicted.gap is None else f"{100 * predicted.gap:.1f} %",
         )
     return table
 
 
+def digits(value: float) -> str:
+    """Return a number to three digits, whole ones from 100 on, with commas between thousands."""
+    if value == 0:
+        return "0"
+    rounded = float(f"{value:.3g}")
+    places = max(0, 2 - math.floor(math.log10(abs(rounded))))
+    return f"{rounded:,.{places}f}"
+
+
 def _measured_table(block: MeasuredBlock) -> Table:
-    table = _table(("batch size", "mode", "tokens/step", "step ms", "tokens/s"))
+    table = _table(("batch", "mode", "tokens/step", "step ms", "tokens/s"))
     for row in block.rows:
         table.add_row(
             str(row.batch_size),
             row.mode,
-            f"{row.tokens_per_step:.3f}",
-            f"{row.step_ms:.3f}",
-            f"{row.tokens_per_s:.1f}",
+            digits(row.tokens_per_step),
+            digits(row.step_ms),
+            digits(row.tokens_per_s),
         )
     return table
 
 
 def _table(headers: tuple[str, ...]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for header in headers:
         words = header in ("verdict", "mode")
         table.add_column(header, justify="left" if words else "right", no_wrap=True)
     return table
 
 
-def _source_line(kind: str, source: Source) -> Text:
+def _source_line(kind: str, source: Source, *, noted: bool) -> Text:
     status = Text(source.status, style="yellow" if source.status == "estimated" else "")
-    note = f" ({source.note})" if source.note else ""
+    note = f" ({source.note})" if source.note and noted else ""
     return Text(f"{kind}: ") + status + Text(f", {source.name}{note}")
