@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import json
 import os
@@ -19,6 +20,7 @@ import yaml
 from synthetic_data import make_table, make_trace, write_library
 
 from stree_autotune.cli.commands import app, main
+from stree_autotune.cli.verbs import VERBS as VERB_LINES
 from stree_autotune.search import tuning as tune_module
 from stree_autotune.store.library import Library, shipped_root
 from stree_autotune.store.origin import git_sha
@@ -508,3 +510,26 @@ def test_help_needs_no_schema(terminal: Terminal) -> None:
         "assert not slow, slow\n"
     )
     _run_main(terminal.folder, "", after, "--help")
+
+
+def test_a_mistyped_verb_is_helped(terminal: Terminal) -> None:
+    for typed, meant in (
+        ("tun", "tuning has no verb, write `stree-tune --gpu h100 --dataset gsm8k`"),
+        ("exprt", "write `stree-tune export`"),
+        ("xyz", "see `stree-tune --help`"),
+    ):
+        outcome = terminal(typed)
+        assert outcome.code == 2
+        assert outcome.err.startswith("error: a verb is one of plan, import, probe")
+        assert outcome.err.rstrip().endswith(f"got '{typed}'; {meant}")
+
+
+def test_verbs_stand_in_the_order_of_work_with_whole_lines(terminal: Terminal) -> None:
+    outcome = terminal("--help")
+    lines = outcome.lines[outcome.lines.index("Commands:") + 1 :]
+    listed = [line.split(maxsplit=1) for line in lines if line[2:3].islower()]
+    assert [tuple(pair) for pair in listed] == list(VERB_LINES.items())
+
+
+def test_the_version_is_that_of_the_package(terminal: Terminal) -> None:
+    assert terminal("--version").out == f"stree-tune {importlib.metadata.version('stree-tune')}\n"

@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -18,6 +17,7 @@ from stree_autotune.cli.deploy import register_deploy_verbs
 from stree_autotune.cli.live import register_live_verbs
 from stree_autotune.cli.report import register_report
 from stree_autotune.cli.server import register_server_verbs, tune_on_server
+from stree_autotune.cli.verbs import list_verbs, usage
 from stree_autotune.store import command
 from stree_core.errors import ConfigError, NoFeasibleTree, StreeError, os_sentence
 from stree_core.shown_text import printable, shown
@@ -74,6 +74,7 @@ def tune_command(
     as_json: flags.AsJson = False,
     output: flags.Output = flags.DEFAULT_PROFILE,
     force: flags.Force = False,
+    version: flags.Version = False,
 ) -> None:
     """Choose how to speculate, per batch size, from measured times and a recorded trace."""
     if ctx.invoked_subcommand is not None:
@@ -87,7 +88,6 @@ def tune_command(
     target, draft = flags.pair_names(target, draft)
     from stree_autotune.search import TuneRequest  # loads optuna and scipy
     from stree_autotune.store import data_folder
-    from stree_core.profile import require_writable
 
     request = TuneRequest(
         gpu=gpu,
@@ -108,28 +108,28 @@ def tune_command(
         num_trials=trials,
         max_token_ms=max_token_ms or math.inf,
     )
-    require_writable(output, force=force, is_default=flags.is_default(ctx, "output"))
-    _tune(request, output, measure=measure, verbose=verbose, as_json=as_json)
+    _tune(request, ctx)
 
 
-def _tune(
-    request: TuneRequest, output: Path, *, measure: bool, verbose: bool, as_json: bool
-) -> None:
+def _tune(request: TuneRequest, ctx: typer.Context) -> None:
     """Tune, write the profile, print it; only measuring loads torch."""
     from stree_autotune.search import best_draft
     from stree_autotune.store import print_profile, print_profile_json, result_console
-    from stree_core.profile import save_profile
+    from stree_core.profile import require_writable, save_profile
 
-    if measure:
+    given = ctx.params
+    output, is_default = given["output"], flags.is_default(ctx, "output")
+    require_writable(output, force=given["force"], is_default=is_default)
+    if given["measure"]:
         from stree_autotune.live import tune_live as tune
     else:
         from stree_autotune.search import tune
     profile = best_draft(request, tune)
     save_profile(profile, output)
     console = result_console()
-    print_profile(profile, console, verbose=verbose)
+    print_profile(profile, console, verbose=given["verbose"])
     console.print(f"profile: {printable(str(output))}", soft_wrap=True)
-    if as_json:
+    if given["as_json"]:
         print_profile_json(profile)
 
 
@@ -197,6 +197,8 @@ register_deploy_verbs(app)
 register_report(app)
 register_server_verbs(app)
 
+list_verbs(app)
+
 
 def main() -> None:
     """Run the command line: expected failures are one line on stderr, exit code 1 or 2."""
@@ -215,7 +217,7 @@ def _run() -> int:
     except StreeError as err:
         return _fail(str(err), EXIT_BAD_INPUT)
     except _UsageError as err:
-        return _fail(f"{err.format_message()} See `{command('--help')}`.", EXIT_BAD_INPUT)
+        return _fail(usage(err.format_message()), EXIT_BAD_INPUT)
     except BrokenPipeError:
         # the reader of our output, such as head, has all that it wants
         _abandon_stdout()

@@ -26,6 +26,17 @@ DEFAULT_DATA_PATHS: list[Path] = []
 NO_NAMES: list[str] = []
 NO_LIBRARIES: list[str] = []
 
+
+def _print_version(wanted: bool) -> None:
+    """Print the version and stop, when asked."""
+    from stree_autotune.store.origin import version_of
+    from stree_core.extras import DISTRIBUTION
+
+    if wanted:
+        sys.stdout.write(f"stree-tune {version_of(DISTRIBUTION)}\n")
+        raise typer.Exit
+
+
 # tuning
 Gpu = Annotated[
     str,
@@ -193,6 +204,10 @@ Seed = Annotated[
 ]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Make the last line of stdout one JSON document.")
+]
+Version = Annotated[
+    bool,
+    typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version),
 ]
 Verbose = Annotated[
     bool,
