@@ -41,6 +41,11 @@ if TYPE_CHECKING:
     )
     from stree_core.engine.step_result import StepResult as StepResult
     from stree_core.engine.stop import Generation as Generation, StopRule as StopRule
+    from stree_core.engine.text_decoder import (
+        TextDecoder as TextDecoder,
+        TextRun as TextRun,
+        load as load,
+    )
 
 __getattr__, __dir__ = exports(
     __name__,
@@ -54,5 +59,6 @@ __getattr__, __dir__ = exports(
         "step": ["Speculator", "make_speculators"],
         "step_result": ["StepResult"],
         "stop": ["Generation", "StopRule"],
+        "text_decoder": ["TextDecoder", "TextRun", "load"],
     },
 )

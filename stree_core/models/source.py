@@ -25,6 +25,7 @@ from stree_core.models.hub import fetch_model, is_hub_id
 from stree_core.models.text import tokenizer_sha256
 from stree_core.models.weight_index import weights_sha256
 from stree_core.profile import ModelRef
+from stree_core.shipped import shipped_path
 
 CONFIG = "config.json"
 MAMBA_CONFIG = "mamba_config.json"
@@ -48,18 +49,23 @@ class ModelSource:
 
 
 def find_source(name: str | Path) -> ModelSource:
-    """Return the source of a model folder or of a Hugging Face id, which is fetched.
+    """Return the source of a model folder, of a model that ships, or of a Hugging Face id.
 
-    Raises CheckpointError when it is neither, cannot be fetched, or cannot be used.
+    The last is fetched. Raises CheckpointError when it is none of them, cannot be fetched, or
+    cannot be used.
     """
     folder = Path(name)
     if folder.is_dir():
         return folder_source(folder)
+    shipped = shipped_path("models", name)
+    if shipped is not None:
+        return folder_source(shipped)
     if isinstance(name, str) and is_hub_id(name):
         fetched = fetch_model(name)
         return folder_source(fetched.folder, fetched.name)
     raise CheckpointError(
-        f"a model is a folder with config.json or a Hugging Face id, got {name}; check the path"
+        f"a model is a folder with config.json, a Hugging Face id or demo-target, got {name}; "
+        "check the path"
     )
 
 

@@ -19,6 +19,7 @@ from stree_core.errors import ConfigError, MissingMeasurement, nearest
 from stree_core.families import find_shape_spec
 from stree_core.models import MTP, ModelSource, folder_source, is_hub_id
 from stree_core.profile import ModelRef
+from stree_core.shipped import shipped_root as shipped_root
 
 DEFAULT_DATA = Path("stree-data")
 SEPARATOR = "--"
@@ -228,13 +229,6 @@ class Library:
         """Return the parts of every well-formed file name."""
         split = (path.stem.split(SEPARATOR) for path in self._files(folder, suffix))
         return [parts for parts in split if len(parts) == count]
-
-
-def shipped_root() -> Path:
-    """Return the folder of the data that ships with the package."""
-    import stree_profiles
-
-    return Path(next(iter(stree_profiles.__path__)))
 
 
 def trace_file_name(target: str, draft: str, dataset: str, label: str = GREEDY) -> str:
