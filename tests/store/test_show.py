@@ -6,7 +6,7 @@ import pytest
 from synthetic_data import make_profile, policy_row
 
 from stree_autotune.store.library import Library
-from stree_autotune.store.show import advice, digits, print_profile, result_console
+from stree_autotune.store.show import answer, digits, print_profile, result_console
 from stree_core.profile import PolicyRow, load_profile
 from stree_core.tree import DEFAULT_TREE, OFF, Tree
 
@@ -51,7 +51,9 @@ def _row(batch_size: int, tree: Tree, speedup: float = 1.0) -> PolicyRow:
     ],
 )
 def test_the_answer_is_one_sentence(rows: list[tuple[int, Tree, float]], says: str) -> None:
-    assert advice(tuple(_row(*row) for row in rows)) == says
+    policy = tuple(_row(*row) for row in rows)
+    profile = make_profile().model_copy(update={"policy": policy})
+    assert answer(profile) == says
 
 
 def test_a_sentence_holds_for_as_many_sequences_as_its_row_decodes() -> None:
@@ -60,7 +62,7 @@ def test_a_sentence_holds_for_as_many_sequences_as_its_row_decodes() -> None:
     profile = make_profile().model_copy(update={"policy": rows})
     for active, kind in ((1, "off"), (2, "chain"), (16, "chain"), (17, "off"), (99, "off")):
         assert profile.row_for(active).verdict == kind
-    said = advice(rows)
+    said = answer(profile)
     assert "for one sequence" in said.lower()
     assert "for 2 to 16 use a chain" in said
     assert "from 17 sequences" in said
@@ -90,3 +92,13 @@ def test_shipped_profiles_fit_a_terminal(
     names = [line for line in lines if len(line.rstrip()) > WIDTH]
     assert not names
     assert any(line.startswith("-v shows") for line in lines) != verbose
+
+
+def test_estimated_gains_say_so() -> None:
+    """Also in the sentence, which is what gets quoted."""
+    estimated = next(
+        profile
+        for profile in map(load_profile, Library.open(()).profile_paths())
+        if profile.estimated and any(row.verdict != "off" for row in profile.policy)
+    )
+    assert "(about +" in answer(estimated)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from stree_autotune.report.runtime import staircase_figure, steps_figure
 from stree_autotune.report.speed import history_figure, speed_figure
 from stree_autotune.report.tree import ranks_figure, trees_figure
 from stree_autotune.report.verdict import Verdicts
-from stree_autotune.store import Library, version_of
+from stree_autotune.store import Library, command, version_of
 from stree_core.errors import StreeError
 from stree_core.extras import DISTRIBUTION
 from stree_core.files import dump_yaml, open_regular, write_atomically
@@ -47,6 +47,7 @@ class Section:
     live: tuple[LiveRow, ...]
     figures: tuple[Figure, ...]
     missing: tuple[str, ...]
+    deploy: tuple[tuple[str, str], ...]
     yaml: str
 
 
@@ -86,6 +87,7 @@ def make_section(profile: Profile, file_name: str, anchor: str, library: Library
         live=live,
         figures=_figures(profile, evidence, scans, live),
         missing=evidence.missing + problem,
+        deploy=tuple(_deploy(profile, file_name)),
         yaml=dump_yaml(profile).decode(),
     )
 
@@ -106,6 +108,18 @@ def render(sections: Sequence[Section]) -> str:
         "generator": Markup(GENERATOR),
     }
     return environment.get_template("report.html").render(words)
+
+
+def _deploy(profile: Profile, file_name: str) -> Iterator[tuple[str, str]]:
+    """Yield what one does with the profile next, and the command that does it."""
+    if profile.server is not None:
+        name = profile.server.name
+        yield f"Settings of {name}", command("export", file_name, "--to", name)
+        return
+    yield "Try it", command("decode", "--profile", file_name, "--prompt", "Tom has 3 apples.")
+    yield "Check it on this machine", command("validate", "--profile", file_name)
+    for name in ("vllm", "sglang"):
+        yield f"Settings of {name}", command("export", file_name, "--to", name)
 
 
 def _scans(profile: Profile, evidence: Evidence) -> tuple[tuple[Scan, ...], tuple[str, ...]]:

@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from stree_autotune.report.figure import Marks
 from stree_autotune.report.svg_chart import svg_root, to_markup
+from stree_autotune.store import answer
 from stree_core.profile import PolicyRow, Profile
 
 BAR_WIDTH, BAR_HEIGHT = 120, 18
@@ -30,8 +31,10 @@ class Verdicts:
     """The headline, the sentence below it, and a line per batch size."""
 
     headline: str
+    answer: str
     summary: str
     best: PolicyRow
+    best_label: str
     rows: tuple[VerdictRow, ...]
     reasons: tuple[tuple[str, str], ...]
 
@@ -52,7 +55,15 @@ class Verdicts:
             for reason, group in groupby(rows, key=lambda row: row.reason)
         )
         about = "about " if Marks.of(profile).speed else ""
-        return cls(_headline(rows), _summary(rows, best, about), best, tuple(lines), reasons)
+        return cls(
+            _headline(rows),
+            answer(profile),
+            _summary(rows, best, about),
+            best,
+            best.tree.build().full_label,
+            tuple(lines),
+            reasons,
+        )
 
 
 def _headline(rows: Sequence[PolicyRow]) -> str:

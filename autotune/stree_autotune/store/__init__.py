@@ -70,6 +70,7 @@ if TYPE_CHECKING:
         save_runtime_table as save_runtime_table,
     )
     from stree_autotune.store.show import (
+        answer as answer,
         print_json as print_json,
         print_profile as print_profile,
         print_profile_json as print_profile_json,
@@ -132,6 +133,7 @@ __getattr__, __dir__ = exports(
             "save_runtime_table",
         ],
         "show": [
+            "answer",
             "print_json",
             "print_profile",
             "print_profile_json",

@@ -46,7 +46,7 @@ def print_profile(profile: Profile, console: Console, *, verbose: bool = False) 
             "give yours by --target DIR --draft DIR."
         )
     console.print()
-    console.print(advice(profile.policy))
+    console.print(answer(profile))
     console.print()
     console.print(_policy_table(profile.policy))
     console.print()
@@ -74,17 +74,17 @@ def print_profile(profile: Profile, console: Console, *, verbose: bool = False) 
         console.print("-v shows the trees, the reasons and how estimates are made")
 
 
-def advice(policy: tuple[PolicyRow, ...]) -> str:
+def answer(profile: Profile) -> str:
     """Return what to do at which number of sequences, as one sentence.
 
     A row holds for as many sequences as its batch size, down to the next smaller row's.
     """
-    runs = [list(rows) for _, rows in groupby(policy, key=lambda row: row.verdict)]
+    runs = [list(rows) for _, rows in groupby(profile.policy, key=lambda row: row.verdict)]
     clauses = []
     for number, run in enumerate(runs):
         first = 1 if number == 0 else runs[number - 1][-1].batch_size + 1
         last = None if number == len(runs) - 1 else run[-1].batch_size
-        clauses.append(f"{_range(first, last)} {_wording(run)}{_gains(run)}")
+        clauses.append(f"{_range(first, last)} {_wording(run)}{_gains(run, profile.estimated)}")
     text = "; ".join(clauses)
     return f"{text[0].upper()}{text[1:]}."
 
@@ -109,13 +109,13 @@ def _range(first: int, last: int | None) -> str:
     return f"at {last}" if first == last else f"for {first} to {last}"
 
 
-def _gains(run: list[PolicyRow]) -> str:
+def _gains(run: list[PolicyRow], estimated: bool) -> str:
     """Return what rows gain over off, from the least to the most, nothing where they are off."""
     if run[0].verdict == "off":
         return ""
     gains = sorted(_percent(row.predicted.speedup) for row in run)
     texts = dict.fromkeys(f"{gain:+d}" for gain in (gains[0], gains[-1]))
-    return f" ({' to '.join(texts)} %)"
+    return f" ({'about ' * estimated}{' to '.join(texts)} %)"
 
 
 def _percent(ratio: float) -> int:
