@@ -67,7 +67,7 @@ def quick_cases() -> Iterator[tuple[str, Case]]:
         yield delta_case(tokens, 128, 128, many=many)
     yield "delta conv T=16 N=128 P=128", partial(delta_convolution, 16, 128, 128)
     yield "delta prompts P=128 N=128", partial(delta_prompts, 128, 128)
-    for tokens in (1, 16, 32):
+    for tokens in (1, 2, 4, 8, 16):
         yield f"conv T={tokens}", partial(conv, tokens)
     for num_rows, (inner, columns) in itertools.product(
         (1, 4, 16, 64), ((2560, 10576), (768, 768))
@@ -97,7 +97,7 @@ def all_cases() -> Iterator[tuple[str, Case]]:
         yield scan_case(tokens, 64, 128, state=BF16)
         yield scan_case(tokens, 64, 128, commit=False)
         yield scan_case(tokens, 64, 128, gated=False)
-    for tokens, dtype, commit in itertools.product((1, 16, 32), (BF16, FP32), (True, False)):
+    for tokens, dtype, commit in itertools.product((1, 4, 16), (BF16, FP32), (True, False)):
         run = partial(conv, tokens, dtype=dtype, commit=commit)
         yield f"conv T={tokens} {dtype} commit={commit}", run
     for num_rows, dtype in itertools.product((1, 2, 8, 16, 32), (BF16, FP32)):
@@ -128,7 +128,7 @@ def fp16_cases() -> Iterator[tuple[str, Case]]:
         for many in (False, True):
             yield scan_case(tokens, head_dim, state_dim, dtype=FP16, many=many)
     yield scan_case(64, 64, 128, dtype=FP16, commit=False, gated=False)
-    for tokens in (1, 16, 32):
+    for tokens in (1, 16):
         yield f"conv T={tokens} fp16", partial(conv, tokens, dtype=FP16)
     for num_rows in (1, 8, 16):
         yield projection_case(num_rows, 4096, 10272, dtype=FP16)

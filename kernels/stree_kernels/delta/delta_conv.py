@@ -30,7 +30,7 @@ from stree_kernels.launch.rows import (
 )
 from stree_kernels.launch.shared_memory import match_neighbours
 from stree_kernels.ssm.device_functions import load_rows, time_steps
-from stree_kernels.ssm.tree_conv import WIDTHS, ConvConfig, advance_window, convolve
+from stree_kernels.ssm.tree_conv import WIDTHS, ConvConfig, advance_window
 
 HEAD_DIMS = (16, 32, 64, 128)
 
@@ -44,6 +44,26 @@ CONFIGS = (
 def pick_config(num_tokens: int) -> ConvConfig:
     """Return the config whose tile holds `num_tokens` rows, else the largest."""
     return next((config for config in CONFIGS if num_tokens <= config.block_rows), CONFIGS[-1])
+
+
+@triton.jit
+def _convolve(
+    current, rows_T, within, columns, weights, bias, inputs_ptr, stride_inputs_r, ancestors_ptr,
+    channel, exists,
+):  # fmt: skip
+    """bias + the weighted window of each row [T, C], whose own value is `current`."""
+    valid = within[:, None] & exists[None, :]
+    total = bias[None, :] + weights[len(columns)][None, :] * current
+    for k in tl.static_range(len(columns)):
+        source = tl.load(ancestors_ptr + rows_T * len(columns) + k, mask=within, other=0)
+        row = source - len(columns)
+        offsets = row.to(tl.int64)[:, None] * stride_inputs_r + channel[None, :]
+        in_block = valid & (row >= 0)[:, None]
+        value = tl.load(inputs_ptr + offsets, mask=in_block, other=0.0).to(tl.float32)
+        for column in tl.static_range(len(columns)):
+            value = tl.where((source == column)[:, None], columns[column][None, :], value)
+        total += weights[len(columns) - 1 - k][None, :] * value
+    return total
 
 
 @triton.jit
@@ -113,7 +133,7 @@ def _delta_conv_kernel(
             valid = (rows_T < num_rows)[:, None] & exists[None, :]
             offsets = rows_T.to(tl.int64)[:, None] * stride_inputs_r + channel[None, :]
             current = tl.load(inputs_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
-            conv = convolve(
+            conv = _convolve(
                 current, rows_T, rows_T < num_rows, columns, weights, no_bias, inputs_ptr,
                 stride_inputs_r, ancestors_ptr, channel, exists,
             )  # fmt: skip

@@ -1,9 +1,11 @@
 """Advance a conv state along an accepted path and convolve a token tree, in one Triton kernel.
 
-The work is that of `tree_conv_ref`. One program owns a block of one sequence's columns: it loads
-their K state columns, advances and stores them, then convolves all rows against its registers, tile
-by tile. No program reads what another one writes. The state is advanced before the wait for the
-previous kernels: these write neither it nor the previous step's rows.
+The work is that of `tree_conv_ref`. One thread owns one channel of one sequence: it loads the K
+state columns, advances and stores them, then convolves the rows against its registers, BLOCK_T rows
+at a time. No thread reads what another one writes, and nothing passes through shared memory. The
+state is advanced before the wait for the previous kernels: these write neither it nor the previous
+step's rows. The ancestors of the first rows are known by then too, so all loads of a tile are
+independent of each other.
 
 Shape letters: B batch, R rows of a block buffer, T rows scored by this pass, L path capacity,
 C conv channels, E columns of a row (C and those passed on), W conv width, K = W - 1.
@@ -44,16 +46,14 @@ class ConvConfig:
 
 
 # Never autotuned: the kernel updates the state in place.
-CONFIGS = (
-    ConvConfig(block_rows=1, block_channels=128, num_warps=2),
-    ConvConfig(block_rows=16, block_channels=64, num_warps=4),
-    ConvConfig(block_rows=32, block_channels=64, num_warps=4),
-)
+BLOCK_ROWS = (1, 2, 4, 8, 16)
+NUM_WARPS = 2
 
 
 def pick_config(num_tokens: int) -> ConvConfig:
     """Return the config whose tile holds `num_tokens` rows, else the largest."""
-    return next((config for config in CONFIGS if num_tokens <= config.block_rows), CONFIGS[-1])
+    block_rows = next((rows for rows in BLOCK_ROWS if num_tokens <= rows), BLOCK_ROWS[-1])
+    return ConvConfig(block_rows, 32 * NUM_WARPS, NUM_WARPS)
 
 
 @triton.jit
@@ -73,22 +73,42 @@ def advance_window(columns, prev_ptr, stride_prev_r, path_ptr, length, channel, 
 
 
 @triton.jit
-def convolve(
-    current, rows_T, within, columns, weights, bias, inputs_ptr, stride_inputs_r, ancestors_ptr,
-    channel, exists,
+def _load_sources(ancestors_ptr, start, num_rows, NUM_COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr):
+    """The ancestors of BLOCK_T rows, row by row; state columns where there is no such row."""
+    sources = ()
+    for t in tl.static_range(BLOCK_T):
+        for k in tl.static_range(NUM_COLUMNS):
+            ptr = ancestors_ptr + (start + t) * NUM_COLUMNS + k
+            sources = sources + (tl.load(ptr, mask=start + t < num_rows, other=0),)
+    return sources
+
+
+@triton.jit
+def _load_windows(
+    inputs_ptr, stride_inputs_r, sources, start, num_rows, channel, in_row, exists,
+    NUM_COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """bias + the weighted window of each row [T, C], whose own value is `current`."""
-    valid = within[:, None] & exists[None, :]
-    total = bias[None, :] + weights[len(columns)][None, :] * current
-    for k in tl.static_range(len(columns)):
-        source = tl.load(ancestors_ptr + rows_T * len(columns) + k, mask=within, other=0)
-        row = source - len(columns)
-        offsets = row.to(tl.int64)[:, None] * stride_inputs_r + channel[None, :]
-        in_block = valid & (row >= 0)[:, None]
-        value = tl.load(inputs_ptr + offsets, mask=in_block, other=0.0).to(tl.float32)
-        for column in tl.static_range(len(columns)):
-            value = tl.where((source == column)[:, None], columns[column][None, :], value)
-        total += weights[len(columns) - 1 - k][None, :] * value
+    """The inputs of BLOCK_T rows, each followed by its ancestors'; 0 for those in the state."""
+    windows = ()
+    for t in tl.static_range(BLOCK_T):
+        ptrs = inputs_ptr + tl.cast(start + t, tl.int64) * stride_inputs_r + channel
+        windows = windows + (tl.load(ptrs, mask=in_row & (start + t < num_rows), other=0.0),)
+        for k in tl.static_range(NUM_COLUMNS):
+            row = sources[t * NUM_COLUMNS + k] - NUM_COLUMNS
+            ptrs = inputs_ptr + row.to(tl.int64) * stride_inputs_r + channel
+            windows = windows + (tl.load(ptrs, mask=exists & (row >= 0), other=0.0),)
+    return windows
+
+
+@triton.jit
+def _convolve(window, sources, columns, weights, bias, NUM_COLUMNS: tl.constexpr):
+    """bias + the weighted window [C] of one row: its own input, then its ancestors'."""
+    total = bias + weights[NUM_COLUMNS] * window[0].to(tl.float32)
+    for k in tl.static_range(NUM_COLUMNS):
+        value = window[1 + k].to(tl.float32)
+        for column in tl.static_range(NUM_COLUMNS):
+            value = tl.where(sources[k] == column, columns[column], value)
+        total += weights[NUM_COLUMNS - 1 - k] * value
     return total
 
 
@@ -126,22 +146,25 @@ def _tree_conv_kernel(
         )  # fmt: skip
         for k in tl.static_range(NUM_COLUMNS):
             tl.store(state_ptrs + k, columns[k], mask=exists)
+    sources = _load_sources(ancestors_ptr, first, num_rows, NUM_COLUMNS, BLOCK_T)
+    in_row = channel < row_size
+    inputs_ptr += sequence * stride_inputs_b
+    out_ptr += sequence * stride_out_b
     wait_for_previous(PDL)
     for start in range(first, num_rows, BLOCK_T):
-        rows_T = start + tl.arange(0, BLOCK_T)
-        valid = (rows_T < num_rows)[:, None] & (channel < row_size)[None, :]
-        offsets = rows_T.to(tl.int64)[:, None] * stride_inputs_r + channel[None, :]
-        current = tl.load(
-            inputs_ptr + sequence * stride_inputs_b + offsets, mask=valid, other=0.0
-        ).to(tl.float32)
-        conv = convolve(
-            current, rows_T, rows_T < num_rows, columns, weights, bias,
-            inputs_ptr + sequence * stride_inputs_b, stride_inputs_r, ancestors_ptr, channel,
-            exists,
+        windows = _load_windows(
+            inputs_ptr, stride_inputs_r, sources, start, num_rows, channel, in_row, exists,
+            NUM_COLUMNS, BLOCK_T,
         )  # fmt: skip
-        result = tl.where(exists[None, :], conv / (1.0 + tl.exp(-conv)), current)
-        out_ptrs = out_ptr + sequence * stride_out_b + rows_T.to(tl.int64)[:, None] * stride_out_r
-        tl.store(out_ptrs + channel[None, :], result, mask=valid)
+        following = _load_sources(ancestors_ptr, start + BLOCK_T, num_rows, NUM_COLUMNS, BLOCK_T)
+        for t in tl.static_range(BLOCK_T):
+            window = windows[t * (NUM_COLUMNS + 1) : (t + 1) * (NUM_COLUMNS + 1)]
+            own = sources[t * NUM_COLUMNS : (t + 1) * NUM_COLUMNS]
+            conv = _convolve(window, own, columns, weights, bias, NUM_COLUMNS)
+            result = tl.where(exists, conv / (1.0 + tl.exp(-conv)), window[0].to(tl.float32))
+            out_ptrs = out_ptr + tl.cast(start + t, tl.int64) * stride_out_r + channel
+            tl.store(out_ptrs, result, mask=in_row & (start + t < num_rows))
+        sources = following
 
 
 def tree_conv(
