@@ -22,6 +22,7 @@ MEASURED_CAPABILITY = 90
 
 NEIGHBOURS_PERCENT = 58
 """What a multiprocessor full of the scan's programs takes on an H200: 132 of 228 KiB."""
+H200_MULTIPROCESSORS = 132
 _PREFERRED_CARVEOUT = 9
 _REGISTERS, _RESERVED_BYTES = 1 << 16, 1024
 _preferred: dict[int, int] = {}
@@ -61,6 +62,14 @@ def match_neighbours(kernel: Any, device: torch.device, num_rows: int) -> None:
     """
     if capability(device) == MEASURED_CAPABILITY:
         _prefer(kernel.function, 0 if num_rows == 1 else NEIGHBOURS_PERCENT)
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    """Return the multiprocessors of `device`, an H200's where kernels are only compiled."""
+    if device.type != "cuda":
+        return H200_MULTIPROCESSORS
+    count: int = _properties(device).multi_processor_count
+    return count
 
 
 def _prefer(function: int, percent: int) -> None:

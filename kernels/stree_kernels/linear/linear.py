@@ -1,23 +1,34 @@
 """Multiply unscaled rows by a weight: the projections of a decoding step, one launch each.
 
 The work is that of `linear_ref`. Few rows take one Triton kernel, which streams the weight once and
-does what follows the product; more rows take cuBLAS between row-wise kernels.
+does what follows the product. On compute capability 9.0 more rows take a Gluon kernel that does so
+by bulk copies; what is left takes cuBLAS between row-wise kernels.
 
 Shape letters: M rows, K columns in, N columns out, D hidden, F MLP inner, X = 2 F if gated, else F.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
+from stree_kernels.launch import pdl
 from stree_kernels.launch.rows import FLOATS, require_dtypes, require_packed
 from stree_kernels.launch.settings import GATED, Activation
-from stree_kernels.launch.shared_memory import match_neighbours, prefer_cache
+from stree_kernels.launch.shared_memory import (
+    match_neighbours,
+    num_multiprocessors,
+    prefer_cache,
+    prefer_shared,
+)
 from stree_kernels.linear.deferred_norm import DeferredNorm, Residual, check_residual, check_rows
 from stree_kernels.linear.gemv_kernel import GemvConfig, launch_gemv
 from stree_kernels.linear.linear_kernel import LinearConfig, launch_linear
 from stree_kernels.linear.residual import activate, add_residual, scale_rows
+from stree_kernels.linear.shares import add_shares
+from stree_kernels.linear.stream_plan import StreamConfig, StreamPlan, make_plan
 
 GROUP_MULTIPLE = 32
 """What the columns of a norm group are a multiple of: a group may end at no other column."""
@@ -39,11 +50,22 @@ GEMV_CONFIGS = {
 WIDEST_GEMV_CONFIG = GemvConfig(8, 2, 4, depth=4)
 FEW_ROWS_CONFIG = LinearConfig(16, 4, depth=20, rows_depth=5, weight_first=True)
 MORE_ROWS_CONFIG = LinearConfig(16, 4, depth=10, rows_depth=4)
+STREAM_CONFIG = StreamConfig(ring_kib=128, splits=1)
+STREAM_ROWS = range(9, 65)
+"""The numbers of rows that are streamed by bulk copies, on `STREAM_CAPABILITY` alone."""
+STREAM_CAPABILITY = 90
+COPY_BYTES = 16
+"""What the address of a bulk copy, and the bytes of a row of its tensor, are multiples of."""
+
+Config = LinearConfig | GemvConfig | StreamConfig
 
 
-def pick_config(num_rows: int, weight_NK: Tensor) -> LinearConfig | GemvConfig | None:
+def pick_config(num_rows: int, weight_NK: Tensor) -> Config | None:
     """Return the config for some rows and a weight, None where cuBLAS is faster."""
     num_weight_rows, num_columns = weight_NK.shape
+    narrow = num_rows <= 16 and num_columns < NARROW
+    if num_rows in STREAM_ROWS and not narrow and _can_stream(weight_NK):
+        return STREAM_CONFIG
     if num_rows == 1:
         configs = GEMV_CONFIGS.items()
         return next((c for most, c in configs if num_columns <= most), WIDEST_GEMV_CONFIG)
@@ -53,7 +75,17 @@ def pick_config(num_rows: int, weight_NK: Tensor) -> LinearConfig | GemvConfig |
         return None
     if num_rows <= 8:
         return FEW_ROWS_CONFIG
-    return MORE_ROWS_CONFIG if num_rows <= 16 and num_columns < NARROW else None
+    return MORE_ROWS_CONFIG if narrow else None
+
+
+def _can_stream(weight_NK: Tensor) -> bool:
+    """Say whether bulk copies can read a weight on its device."""
+    return (
+        pdl.capability(weight_NK.device) == STREAM_CAPABILITY
+        and weight_NK.element_size() == 2
+        and weight_NK.data_ptr() % COPY_BYTES == 0
+        and weight_NK.shape[1] * weight_NK.element_size() % COPY_BYTES == 0
+    )
 
 
 def linear(rows: DeferredNorm, weight_NK: Tensor, out_MN: Tensor) -> None:
@@ -105,6 +137,8 @@ def linear_add(
     check_residual(residual)
     _check(rows, weight_DK, residual.stream_MD, (num_rows, len(weight_DK)))
     config = pick_config(num_rows, weight_DK)
+    if isinstance(config, StreamConfig):
+        return _stream_add(config, rows, weight_DK, residual, eps)
     if config is not None:
         launch(config, rows, weight_DK, residual.stream_MD, residual=residual)
         return residual.rows(eps)
@@ -118,10 +152,14 @@ def linear_add(
 
 
 def launch(
-    config: LinearConfig | GemvConfig, rows: DeferredNorm, weight: Tensor, out: Tensor,
+    config: Config, rows: DeferredNorm, weight: Tensor, out: Tensor,
     *, activation: Activation | None = None, residual: Residual | None = None,
 ) -> None:  # fmt: skip
     """Run the kernel that `config` is of; `out` is the stream of a residual."""
+    if isinstance(config, StreamConfig):
+        plan = _plan(config, rows, weight, out.shape[1], gated=activation in GATED, shares=False)
+        _stream(plan, rows, weight, out, activation)
+        return
     if isinstance(config, GemvConfig):
         kernel = launch_gemv(config, rows, weight, out, activation=activation, residual=residual)
     else:
@@ -130,6 +168,50 @@ def launch(
         prefer_cache(kernel, weight.device)
     else:
         match_neighbours(kernel, weight.device, len(out))
+
+
+def _stream_add(
+    config: StreamConfig, rows: DeferredNorm, weight_DK: Tensor, residual: Residual, eps: float
+) -> DeferredNorm:
+    """Add norm(rows) @ weight.T to the stream in two launches; return its rows."""
+    num_rows, num_columns = residual.stream_MD.shape
+    # One scale for a whole row may wait until the shares are added; groups may not.
+    rows = rows if rows.num_groups == 1 else _scaled(rows)
+    plan = _plan(config, rows, weight_DK, num_columns, gated=False, shares=True)
+    shares_RMD = weight_DK.new_empty(
+        plan.num_ranks(num_columns), num_rows, num_columns, dtype=torch.float32
+    )
+    _stream(plan, rows, weight_DK, shares_RMD, None)
+    return add_shares(shares_RMD, plan, residual, rows, eps)
+
+
+def _stream(
+    plan: StreamPlan, rows: DeferredNorm, weight: Tensor, out: Tensor,
+    activation: Activation | None,
+) -> None:  # fmt: skip
+    """Run the Gluon kernel, which other architectures do not import."""
+    from stree_kernels.linear.stream_kernel import launch_stream
+
+    rows = rows if rows.num_groups == 1 else _scaled(rows)
+    kernel = launch_stream(plan, rows, weight, out, activation=activation)
+    prefer_shared(kernel, weight.device, plan.num_programs)
+
+
+def _plan(
+    config: StreamConfig, rows: DeferredNorm, weight: Tensor, num_outputs: int, *, gated: bool,
+    shares: bool,
+) -> StreamPlan:  # fmt: skip
+    num_rows, num_inner = rows.values_MK.shape
+    num_sms = num_multiprocessors(weight.device)
+    return _cached_plan(config, num_rows, num_outputs, num_inner, num_sms, gated, shares)
+
+
+@functools.lru_cache(maxsize=1024)
+def _cached_plan(
+    config: StreamConfig, num_rows: int, num_outputs: int, num_inner: int, num_sms: int,
+    gated: bool, shares: bool,
+) -> StreamPlan:  # fmt: skip
+    return make_plan(config, num_rows, num_outputs, num_inner, num_sms, gated=gated, shares=shares)
 
 
 def _scaled(rows: DeferredNorm) -> DeferredNorm:

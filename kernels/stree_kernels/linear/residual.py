@@ -35,7 +35,7 @@ NUM_WARPS = 4
 
 
 @triton.jit
-def _scale(sums_ptr, num_sums, num_columns, eps, BLOCK_Q: tl.constexpr):
+def row_scale(sums_ptr, num_sums, num_columns, eps, BLOCK_Q: tl.constexpr):
     """The number that a norm multiplies by."""
     sums_Q = tl.arange(0, BLOCK_Q)
     total = tl.sum(tl.load(sums_ptr + sums_Q, mask=sums_Q < num_sums, other=0.0), axis=0)
@@ -43,7 +43,7 @@ def _scale(sums_ptr, num_sums, num_columns, eps, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
-def _write_stream(
+def write_stream(
     total_D, row, columns_D, valid_D, num_columns, stream_ptr, values_ptr, sums_ptr,
     BLOCK_D: tl.constexpr, PER_SUM: tl.constexpr,
 ):  # fmt: skip
@@ -77,7 +77,7 @@ def _start_residual_kernel(
     wait_for_previous(PDL)
     token = tl.load(tokens_ptr + row)
     embed_D = tl.load(embed_ptr + token * num_columns + columns_D, mask=valid_D, other=0.0)
-    _write_stream(
+    write_stream(
         embed_D.to(tl.float32) * scale, row, columns_D, valid_D, num_columns,
         stream_ptr, values_ptr, sums_ptr, BLOCK_D, PER_SUM,
     )  # fmt: skip
@@ -132,8 +132,8 @@ def _add_residual_kernel(
     stream_D = tl.load(stream_ptr + offsets_D, mask=valid_D, other=0.0).to(tl.float32)
     if norm_sums_ptr is not None:
         norm_ptr = norm_sums_ptr + row * num_norm_sums
-        product_D *= _scale(norm_ptr, num_norm_sums, norm_columns, eps, BLOCK_Q)
-    exact_D = _write_stream(
+        product_D *= row_scale(norm_ptr, num_norm_sums, norm_columns, eps, BLOCK_Q)
+    exact_D = write_stream(
         stream_D + product_D, row, columns_D, valid_D, num_columns,
         stream_ptr, values_ptr, sums_ptr, BLOCK_D, PER_SUM,
     )  # fmt: skip
@@ -161,7 +161,7 @@ def _scale_rows_kernel(
     scale = 1.0
     if sums_ptr is not None:
         group_ptr = sums_ptr + (row * num_groups + group) * group_sums
-        scale = _scale(group_ptr, group_sums, group_columns, eps, BLOCK_Q)
+        scale = row_scale(group_ptr, group_sums, group_columns, eps, BLOCK_Q)
     for start in range(0, group_columns, BLOCK_K):
         inner_K = start + tl.arange(0, BLOCK_K)
         valid_K = inner_K < group_columns

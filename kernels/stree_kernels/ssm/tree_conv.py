@@ -46,14 +46,19 @@ class ConvConfig:
 
 
 # Never autotuned: the kernel updates the state in place.
-BLOCK_ROWS = (1, 2, 4, 8, 16)
-NUM_WARPS = 2
+CONFIGS = (
+    ConvConfig(block_rows=1, block_channels=128, num_warps=2),
+    ConvConfig(block_rows=2, block_channels=128, num_warps=2),
+    ConvConfig(block_rows=4, block_channels=64, num_warps=1),
+    ConvConfig(block_rows=8, block_channels=64, num_warps=2),
+    ConvConfig(block_rows=16, block_channels=64, num_warps=4),
+    ConvConfig(block_rows=32, block_channels=64, num_warps=4),
+)
 
 
 def pick_config(num_tokens: int) -> ConvConfig:
     """Return the config whose tile holds `num_tokens` rows, else the largest."""
-    block_rows = next((rows for rows in BLOCK_ROWS if num_tokens <= rows), BLOCK_ROWS[-1])
-    return ConvConfig(block_rows, 32 * NUM_WARPS, NUM_WARPS)
+    return next((config for config in CONFIGS if num_tokens <= config.block_rows), CONFIGS[-1])
 
 
 @triton.jit
@@ -73,39 +78,34 @@ def advance_window(columns, prev_ptr, stride_prev_r, path_ptr, length, channel, 
 
 
 @triton.jit
-def _load_sources(ancestors_ptr, start, num_rows, NUM_COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr):
-    """The ancestors of BLOCK_T rows, row by row; state columns where there is no such row."""
+def _load_sources(ancestors_ptr, rows_T, num_rows, NUM_COLUMNS: tl.constexpr):
+    """The ancestors [T, 1] of some rows, nearest first; state columns where there is no row."""
     sources = ()
-    for t in tl.static_range(BLOCK_T):
-        for k in tl.static_range(NUM_COLUMNS):
-            ptr = ancestors_ptr + (start + t) * NUM_COLUMNS + k
-            sources = sources + (tl.load(ptr, mask=start + t < num_rows, other=0),)
+    for k in tl.static_range(NUM_COLUMNS):
+        ptrs = ancestors_ptr + rows_T * NUM_COLUMNS + k
+        sources = sources + (tl.load(ptrs, mask=rows_T < num_rows, other=0)[:, None],)
     return sources
 
 
 @triton.jit
-def _load_windows(
-    inputs_ptr, stride_inputs_r, sources, start, num_rows, channel, in_row, exists,
-    NUM_COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr,
-):  # fmt: skip
-    """The inputs of BLOCK_T rows, each followed by its ancestors'; 0 for those in the state."""
-    windows = ()
-    for t in tl.static_range(BLOCK_T):
-        ptrs = inputs_ptr + tl.cast(start + t, tl.int64) * stride_inputs_r + channel
-        windows = windows + (tl.load(ptrs, mask=in_row & (start + t < num_rows), other=0.0),)
-        for k in tl.static_range(NUM_COLUMNS):
-            row = sources[t * NUM_COLUMNS + k] - NUM_COLUMNS
-            ptrs = inputs_ptr + row.to(tl.int64) * stride_inputs_r + channel
-            windows = windows + (tl.load(ptrs, mask=exists & (row >= 0), other=0.0),)
-    return windows
+def _load_ancestors(
+    inputs_ptr, stride_inputs_r, sources, channel_C, exists_C, NUM_COLUMNS: tl.constexpr
+):
+    """The inputs [T, C] of each ancestor that is a row of the block, else 0."""
+    values = ()
+    for k in tl.static_range(NUM_COLUMNS):
+        row = sources[k] - NUM_COLUMNS
+        ptrs = inputs_ptr + row.to(tl.int64) * stride_inputs_r + channel_C
+        values = values + (tl.load(ptrs, mask=exists_C & (row >= 0), other=0.0),)
+    return values
 
 
 @triton.jit
-def _convolve(window, sources, columns, weights, bias, NUM_COLUMNS: tl.constexpr):
-    """bias + the weighted window [C] of one row: its own input, then its ancestors'."""
-    total = bias + weights[NUM_COLUMNS] * window[0].to(tl.float32)
+def _convolve(current, values, sources, columns, weights, bias, NUM_COLUMNS: tl.constexpr):
+    """bias + the weighted windows [T, C]: each row's own input, then its ancestors'."""
+    total = bias + weights[NUM_COLUMNS] * current
     for k in tl.static_range(NUM_COLUMNS):
-        value = window[1 + k].to(tl.float32)
+        value = values[k].to(tl.float32)
         for column in tl.static_range(NUM_COLUMNS):
             value = tl.where(sources[k] == column, columns[column], value)
         total += weights[NUM_COLUMNS - 1 - k] * value
@@ -144,26 +144,38 @@ def _tree_conv_kernel(
             columns, prev_ptr + sequence * stride_prev_b, stride_prev_r,
             path_ptr + sequence * stride_path_b, tl.load(length_ptr + sequence), channel, exists,
         )  # fmt: skip
+        # Threads of several rows have loaded the same columns; one of them stores.
+        tl.debug_barrier()
         for k in tl.static_range(NUM_COLUMNS):
             tl.store(state_ptrs + k, columns[k], mask=exists)
-    sources = _load_sources(ancestors_ptr, first, num_rows, NUM_COLUMNS, BLOCK_T)
-    in_row = channel < row_size
+    # What follows is [T, C]: all of it that is known now takes its layout before the wait.
+    rows_T = first + tl.arange(0, BLOCK_T)
+    sources = _load_sources(ancestors_ptr, rows_T, num_rows, NUM_COLUMNS)
+    wide_columns, wide_weights = (), ()
+    for k in tl.static_range(NUM_COLUMNS):
+        wide_columns = wide_columns + (columns[k][None, :],)
+    for k in tl.static_range(NUM_COLUMNS + 1):
+        wide_weights = wide_weights + (weights[k][None, :],)
+    bias_C = bias[None, :]
+    channel_C = channel[None, :]
+    exists_C = exists[None, :]
+    in_row_C = channel_C < row_size
     inputs_ptr += sequence * stride_inputs_b
     out_ptr += sequence * stride_out_b
     wait_for_previous(PDL)
-    for start in range(first, num_rows, BLOCK_T):
-        windows = _load_windows(
-            inputs_ptr, stride_inputs_r, sources, start, num_rows, channel, in_row, exists,
-            NUM_COLUMNS, BLOCK_T,
-        )  # fmt: skip
-        following = _load_sources(ancestors_ptr, start + BLOCK_T, num_rows, NUM_COLUMNS, BLOCK_T)
-        for t in tl.static_range(BLOCK_T):
-            window = windows[t * (NUM_COLUMNS + 1) : (t + 1) * (NUM_COLUMNS + 1)]
-            own = sources[t * NUM_COLUMNS : (t + 1) * NUM_COLUMNS]
-            conv = _convolve(window, own, columns, weights, bias, NUM_COLUMNS)
-            result = tl.where(exists, conv / (1.0 + tl.exp(-conv)), window[0].to(tl.float32))
-            out_ptrs = out_ptr + tl.cast(start + t, tl.int64) * stride_out_r + channel
-            tl.store(out_ptrs, result, mask=in_row & (start + t < num_rows))
+    for _ in range(first, num_rows, BLOCK_T):
+        valid = (rows_T < num_rows)[:, None] & in_row_C
+        ptrs = inputs_ptr + rows_T.to(tl.int64)[:, None] * stride_inputs_r + channel_C
+        current = tl.load(ptrs, mask=valid, other=0.0).to(tl.float32)
+        values = _load_ancestors(
+            inputs_ptr, stride_inputs_r, sources, channel_C, exists_C, NUM_COLUMNS
+        )
+        following = _load_sources(ancestors_ptr, rows_T + BLOCK_T, num_rows, NUM_COLUMNS)
+        conv = _convolve(current, values, sources, wide_columns, wide_weights, bias_C, NUM_COLUMNS)
+        result = tl.where(exists_C, conv / (1.0 + tl.exp(-conv)), current)
+        out_ptrs = out_ptr + rows_T.to(tl.int64)[:, None] * stride_out_r + channel_C
+        tl.store(out_ptrs, result, mask=valid)
+        rows_T += BLOCK_T
         sources = following
 
 

@@ -1,0 +1,283 @@
+"""Streamed projections: who owns what, the sum of shares, and the kernel against float64.
+
+The schedule is simulated with the kernel's own index functions, since Gluon cannot be interpreted.
+
+Shape letters: M rows, K columns in, N columns out, D hidden, R ranks.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch.nn import functional
+
+from stree_kernels.launch.settings import GATED, Activation
+from stree_kernels.linear import linear as op, linear_ref as reference
+from stree_kernels.linear.deferred_norm import COLUMNS_PER_SUM, DeferredNorm, Residual
+from stree_kernels.linear.residual_ref import normalised
+from stree_kernels.linear.shares import BLOCK, add_shares
+from stree_kernels.linear.stream_kernel import bounds, part_of
+from stree_kernels.linear.stream_plan import BOX_K, GROUP, StreamConfig, StreamPlan, make_plan
+from stree_kernels.testing import assert_close, poisoned
+
+EPS = 1e-3
+FEW = settings(max_examples=60, deadline=None, derandomize=True)
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests cover this")
+CONFIGS = (
+    StreamConfig(128, 1), StreamConfig(64, 2), StreamConfig(200, 2), StreamConfig(32, 1, 2)
+)  # fmt: skip
+MODELS = ((10576, 2560), (2560, 5120), (14336, 4096), (4096, 14336), (50288, 2560), (3352, 768))
+"""Columns out and in of shipped models' projections."""
+
+
+def items_of(plan: StreamPlan, part: int, num_outputs: int) -> list[tuple[int, int, int]]:
+    """Return (first row, end of the rows, step) of each item of a program, in its order."""
+    tile_rows = plan.group * plan.num_boxes
+    if plan.shares:
+        begin, end = bounds.fn(part, -(-num_outputs // tile_rows) * plan.steps, plan.num_programs)
+        places = [divmod(place, plan.steps) for place in range(begin, end)]
+        return [(tile * tile_rows, num_outputs, step) for tile, step in places]
+    first, last = bounds.fn(part, -(-num_outputs // plan.group), plan.num_programs)
+    end_row = min(last * plan.group, num_outputs)
+    num_tiles = -(-(last - first) // plan.num_boxes)
+    return [
+        (first * plan.group + tile * tile_rows, end_row, step)
+        for tile in range(num_tiles)
+        for step in range(plan.steps)
+    ]
+
+
+def check_plan(plan: StreamPlan, num_outputs: int, num_inner: int) -> None:
+    """Check that each box of the weight is multiplied once, from a slot that holds it."""
+    tile_rows = plan.group * plan.num_boxes
+    seen: dict[tuple[int, int], int] = {}
+    for part in range(plan.num_programs):
+        items = items_of(plan, part, num_outputs)
+        slots: dict[int, int] = {s: s for s in range(plan.stages)}
+        for current, (row, end_row, step) in enumerate(items):
+            assert slots[current % plan.stages] == current, "the slot holds another item"
+            if current:
+                ahead = current - 1 + plan.stages
+                slots[ahead % plan.stages] = ahead
+            for group_row in range(row, min(row + tile_rows, end_row), GROUP):
+                seen[group_row, step] = seen.get((group_row, step), 0) + 1
+    assert set(seen.values()) == {1}, "a part of the weight is multiplied twice"
+    assert len(seen) == -(-num_outputs // GROUP) * plan.steps, "a part is left out"
+    assert plan.steps * plan.splits * BOX_K >= num_inner
+    assert tile_rows <= 64 * plan.halves
+
+
+@FEW
+@given(
+    config=st.sampled_from(CONFIGS),
+    num_rows=st.integers(1, 128),
+    num_outputs=st.integers(1, 700).map(lambda count: 8 * count),
+    num_inner=st.integers(1, 60).map(lambda count: 16 * count),
+    num_sms=st.sampled_from([1, 7, 114, 132]),
+    gated=st.booleans(),
+    shares=st.booleans(),
+)
+def test_every_part_of_a_weight_is_multiplied_once(
+    config: StreamConfig, num_rows: int, num_outputs: int, num_inner: int, num_sms: int,
+    gated: bool, shares: bool,
+) -> None:  # fmt: skip
+    gated = gated and not shares
+    plan = make_plan(config, num_rows, num_outputs, num_inner, num_sms, gated=gated, shares=shares)
+    check_plan(plan, num_outputs, num_inner)
+    assert num_rows <= plan.block_m <= max(8, 2 * num_rows)
+    assert plan.stages >= 2
+
+
+@pytest.mark.parametrize("sizes", MODELS)
+def test_models_weights_fit_the_ring_and_keep_programs_busy(sizes: tuple[int, int]) -> None:
+    for num_rows, shares in ((9, False), (128, False), (16, True), (64, True)):
+        plan = make_plan(op.STREAM_CONFIG, num_rows, *sizes, 132, gated=False, shares=shares)
+        check_plan(plan, *sizes)
+        assert plan.ring_bytes <= op.STREAM_CONFIG.ring_kib << 10
+        work = [len(items_of(plan, part, sizes[0])) for part in range(plan.num_programs)]
+        if shares:
+            assert max(work) - min(work) <= 1
+
+
+def ranks_of(plan: StreamPlan, num_outputs: int) -> dict[int, list[int]]:
+    """Return the ranks of the shares that programs write, by tile, in the programs' order."""
+    total = -(-num_outputs // 64) * plan.steps
+    ranks: dict[int, list[int]] = {}
+    for part in range(plan.num_programs):
+        begin, end = bounds.fn(part, total, plan.num_programs)
+        for tile in sorted({place // plan.steps for place in range(begin, end)}):
+            rank = part - part_of.fn(tile * plan.steps, total, plan.num_programs)
+            ranks.setdefault(tile, []).append(rank)
+    return ranks
+
+
+@FEW
+@given(
+    num_outputs=st.integers(1, 80).map(lambda count: 32 * count),
+    num_inner=st.integers(1, 90).map(lambda count: 64 * count),
+    num_sms=st.sampled_from([1, 7, 132]),
+)
+def test_the_shares_of_a_tile_are_numbered_from_zero(
+    num_outputs: int, num_inner: int, num_sms: int
+) -> None:
+    plan = make_plan(CONFIGS[0], 16, num_outputs, num_inner, num_sms, gated=False, shares=True)
+    ranks = ranks_of(plan, num_outputs)
+    assert all(found == list(range(len(found))) for found in ranks.values())
+    assert len(ranks) == -(-num_outputs // 64)
+    assert max(map(len, ranks.values())) == plan.num_ranks(num_outputs)
+
+
+def residual_of(stream: torch.Tensor, dtype: torch.dtype) -> Residual:
+    """Return a copy of the stream with values and sums still to be written."""
+    values = poisoned(*stream.shape, dtype=dtype, device=stream.device)
+    exact = torch.promote_types(stream.dtype, torch.float32)
+    sums = poisoned(
+        len(stream), stream.shape[1] // COLUMNS_PER_SUM, dtype=exact, device=stream.device
+    )
+    return Residual(stream.clone(), values, sums)
+
+
+@interpreted
+@pytest.mark.parametrize("num_columns", [2 * BLOCK, 96])
+@pytest.mark.parametrize("num_sums", [None, 6])
+def test_interpreted_shares_are_added_up(num_columns: int, num_sums: int | None) -> None:
+    plan = make_plan(CONFIGS[0], 3, num_columns, 768, 5, gated=False, shares=True)
+    shares = torch.full((plan.num_ranks(num_columns), 3, num_columns), torch.nan)
+    product = torch.zeros(3, num_columns, dtype=torch.float64)
+    random = torch.Generator().manual_seed(1)
+    for tile, ranks in ranks_of(plan, num_columns).items():
+        columns = slice(64 * tile, 64 * tile + 64)
+        for rank in ranks:
+            part = torch.randn(3, shares[0, :, columns].shape[1], generator=random)
+            shares[rank, :, columns] = part
+            product[:, columns] += part.double()
+    inputs = torch.randn(3, 768, generator=random)
+    norm = DeferredNorm(inputs, None, 1, EPS)
+    if num_sums is not None:
+        norm = norm._replace(square_sums_MQ=inputs.unflatten(1, (num_sums, -1)).square().sum(2))
+        product *= torch.rsqrt(inputs.double().square().mean(1, keepdim=True) + EPS)
+    stream = torch.randn(3, num_columns, generator=random)
+    residual = Residual(stream.clone(), stream, torch.full((3, num_columns // 8), torch.nan))
+    residual = residual._replace(values_MD=residual.stream_MD)
+    rows = add_shares(shares, plan, residual, norm, EPS)
+    expected = stream.double() + product
+    assert_close("stream", residual.stream_MD, expected)
+    sums = expected.unflatten(1, (-1, COLUMNS_PER_SUM)).square().sum(2)
+    assert_close("sums", residual.square_sums_MQ, sums)
+    assert_close("rows", normalised(rows), functional.rms_norm(expected, (num_columns,), eps=EPS))
+
+
+SIZES = (
+    (10576, 2560, 160), (1056, 4096, 512), (8192, 1040, 130), (3352, 768, None), (200, 336, 42)
+)  # fmt: skip
+"""Columns out, columns in, sums of squares; the last ones end inside a tile, a box and a step."""
+
+
+def random_rows(num_rows: int, num_inner: int, num_sums: int | None) -> DeferredNorm:
+    """Return rows on the GPU whose sizes differ by 1000, so that a wrong scale or row shows."""
+    random = torch.Generator("cuda").manual_seed(num_rows)
+    values = torch.randn(num_rows, num_inner, generator=random, device="cuda")
+    values *= torch.logspace(-1, 1, num_inner, device="cuda")
+    values *= torch.logspace(-1, 2, num_rows, device="cuda")[:, None]
+    values = values.bfloat16()
+    if num_sums is None:
+        return DeferredNorm(values, None, 1, EPS)
+    sums = values.float().unflatten(1, (num_sums, -1)).square().sum(2)
+    return DeferredNorm(values, sums, 1, EPS)
+
+
+def in_float64(rows: DeferredNorm) -> DeferredNorm:
+    """Return the same rows, exactly."""
+    sums = rows.square_sums_MQ
+    return rows._replace(
+        values_MK=rows.values_MK.double(), square_sums_MQ=None if sums is None else sums.double()
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("num_rows", [2, 8, 9, 16, 31, 64, 65, 128])
+def test_streamed_products_equal_float64(
+    monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int, int | None], num_rows: int
+) -> None:
+    # A third of the pairs for each config.
+    config = CONFIGS[(SIZES.index(sizes) + num_rows // 8) % 3]
+    monkeypatch.setattr(op, "pick_config", lambda *_: config)
+    num_outputs, num_inner, num_sums = sizes
+    rows = random_rows(num_rows, num_inner, num_sums)
+    weight = torch.randn(num_outputs, num_inner, device="cuda").bfloat16()
+    truth = in_float64(rows)
+    expected = torch.empty(num_rows, num_outputs, dtype=torch.float64, device="cuda")
+    reference.linear(truth, weight.double(), expected)
+    out = poisoned(num_rows, num_outputs + 8, dtype=torch.bfloat16, device="cuda")
+    op.linear(rows, weight, out[:, :-8])
+    assert_close("bf16", out[:, :-8], expected)
+    assert out[:, -8:].isnan().all(), "only the columns asked for are written"
+    logits = poisoned(num_rows, num_outputs, dtype=torch.float32, device="cuda")
+    op.linear(rows, weight, logits)
+    assert_close("fp32", logits, expected)
+    again = logits.clone()
+    for _ in range(5):
+        op.linear(rows, weight, again.fill_(torch.nan))
+        assert torch.equal(again, logits), "not deterministic"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [(2560, 5120, 80), (4096, 14336, None), (1056, 336, 42)])
+@pytest.mark.parametrize("num_rows", [2, 9, 16, 33, 128])
+def test_streamed_shares_are_added_in_order(
+    monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int, int | None], num_rows: int
+) -> None:
+    monkeypatch.setattr(op, "pick_config", lambda *_: op.STREAM_CONFIG)
+    num_outputs, num_inner, num_sums = sizes
+    rows = random_rows(num_rows, num_inner, num_sums)
+    weight = torch.randn(num_outputs, num_inner, device="cuda").bfloat16()
+    stream = torch.randn(num_rows, num_outputs, device="cuda")
+    ours, truth = residual_of(stream, torch.bfloat16), residual_of(stream.double(), torch.float64)
+    following = op.linear_add(rows, weight, ours, eps=EPS)
+    expected = reference.linear_add(in_float64(rows), weight.double(), truth, eps=EPS)
+    assert_close("stream", ours.stream_MD, truth.stream_MD)
+    assert_close("sums", ours.square_sums_MQ, truth.square_sums_MQ)
+    assert torch.equal(ours.values_MD, ours.stream_MD.bfloat16())
+    assert_close("rows", normalised(following).bfloat16(), normalised(expected))
+    for _ in range(5):
+        again = residual_of(stream, torch.bfloat16)
+        op.linear_add(rows, weight, again, eps=EPS)
+        assert torch.equal(again.stream_MD, ours.stream_MD), "not deterministic"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "relu2"])
+@pytest.mark.parametrize("num_rows", [2, 16, 128])
+@pytest.mark.parametrize("num_inner_out", [4096, 200])
+def test_streamed_activations_equal_float64(
+    monkeypatch: pytest.MonkeyPatch, activation: Activation, num_rows: int, num_inner_out: int
+) -> None:
+    monkeypatch.setattr(op, "pick_config", lambda *_: op.STREAM_CONFIG)
+    rows = random_rows(num_rows, 1040, 130)
+    num_products = num_inner_out * (2 if activation in GATED else 1)
+    weight = torch.randn(num_products, 1040, device="cuda").bfloat16() / 32
+    expected = torch.empty(num_rows, num_inner_out, dtype=torch.float64, device="cuda")
+    reference.linear_activated(in_float64(rows), weight.double(), expected, activation)
+    out = poisoned(num_rows, num_inner_out, dtype=torch.bfloat16, device="cuda")
+    op.linear_activated(rows, weight, out, activation)
+    assert_close("activation", out, expected)
+
+
+@pytest.mark.gpu
+def test_rows_of_nan_and_infinity_stay_in_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "pick_config", lambda *_: op.STREAM_CONFIG)
+    rows = random_rows(16, 1040, None)
+    weight = torch.randn(1056, 1040, device="cuda").bfloat16()
+    out, changed = (torch.empty(16, 1056, device="cuda") for _ in range(2))
+    op.linear(rows, weight, out)
+    rows.values_MK[3] = torch.nan
+    rows.values_MK[7, 5] = torch.inf
+    weight[40] = torch.nan
+    op.linear(rows, weight, changed)
+    assert changed[3].isnan().all()
+    assert changed[:, 40].isnan().all()
+    kept = [m for m in range(16) if m not in (3, 7)]
+    columns = [n for n in range(1056) if n != 40]
+    assert torch.equal(changed[kept][:, columns], out[kept][:, columns])
