@@ -21,6 +21,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
@@ -36,15 +37,22 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from stree_kernels.launch.pdl import launch_options
 from stree_kernels.launch.settings import GATED, Activation
-from stree_kernels.linear.deferred_norm import DeferredNorm
-from stree_kernels.linear.device_functions import gate, scale_factor, square_relu
+from stree_kernels.linear.deferred_norm import DeferredNorm, Residual
+from stree_kernels.linear.device_functions import (
+    gate,
+    residual_buffers,
+    scale_factor,
+    square_relu,
+)
 from stree_kernels.linear.stream_plan import BOX_K, TILE_N, StreamPlan
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 """The barrier of a program's threads; Triton 3.7 has renamed it."""
 
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-_BOX_K, _TILE_N, _BLOCK_Q = gl.constexpr(BOX_K), gl.constexpr(TILE_N), gl.constexpr(16)
+_BOX_K, _TILE_N = gl.constexpr(BOX_K), gl.constexpr(TILE_N)
+SUMS_AT_ONCE = 4096
+"""Partial sums of the norm that a program holds at a time."""
 
 
 @gluon.jit
@@ -97,46 +105,120 @@ def _load_rows(x_desc, x_bufs, bar, slot, pred, column, SPLITS: gl.constexpr):
 
 @gluon.jit
 def _square_sums(
-    sums_ptr, num_rows, SUMS: gl.constexpr, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr
-):
+    sums_ptr, num_rows, SUMS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_Q: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
     """The sums of squares of each row [M, Q], their last dimension not added up yet."""
     m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, LAYOUT))[:, None]
-    q = gl.arange(0, _BLOCK_Q, layout=gl.SliceLayout(0, LAYOUT))[None, :]
-    total = gl.zeros([BLOCK_M, _BLOCK_Q], gl.float32, layout=LAYOUT)
-    for first in gl.static_range(0, SUMS, 16):
+    q = gl.arange(0, BLOCK_Q, layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    total = gl.zeros([BLOCK_M, BLOCK_Q], gl.float32, layout=LAYOUT)
+    for first in gl.static_range(0, SUMS, BLOCK_Q):
         valid = (m < num_rows) & (first + q < SUMS)
         total += gl.load(sums_ptr + m * SUMS + first + q, mask=valid, other=0.0)
     return total
 
 
 @gluon.jit
-def _store(
-    acc, scale, out_ptr, m, rows, last_row, num_rows, stride_out_m, SCALED: gl.constexpr,
-    ACTIVATION: gl.constexpr,
+def _store(acc, out, m, rows, last_row, num_rows):
+    """Store the products of one tile of weight rows; `out` is (pointer, row stride)."""
+    valid = (m < num_rows)[None, :] & (rows < last_row)[:, None]
+    ptrs = out[0] + m.to(gl.int64)[None, :] * out[1] + rows[:, None]
+    gl.store(ptrs, acc.to(out[0].dtype.element_ty), mask=valid)
+
+
+@gluon.jit
+def _load_stream(out, m, rows, last_row, num_rows):
+    """The part of the residual stream that a tile adds to."""
+    valid = (m < num_rows)[None, :] & (rows < last_row)[:, None]
+    ptrs = out[0] + m.to(gl.int64)[None, :] * out[1] + rows[:, None]
+    return gl.load(ptrs, mask=valid, other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def _store_residual(
+    total, out, values_ptr, square_sums_ptr, m, rows, first_row, last_row, num_rows,
+    PER_SUM: gl.constexpr, BLOCK_M: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Store the products of one tile of weight rows, scaled; or their activation."""
+    """Store a tile of the stream, its rounded values, and its sums of squares."""
+    _store(total, out, m, rows, last_row, num_rows)
+    exact = total.to(out[0].dtype.element_ty).to(gl.float32)
+    if values_ptr is not None:
+        _store(exact, (values_ptr, out[1]), m, rows, last_row, num_rows)
+    RUNS: gl.constexpr = _TILE_N // PER_SUM
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [1, WARPS], [0, 1])
+    squares = gl.sum(gl.reshape(exact * exact, [RUNS, PER_SUM, BLOCK_M]), axis=1)
+    runs = first_row // PER_SUM + gl.arange(0, RUNS, layout=gl.SliceLayout(1, LAYOUT))
+    row = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, LAYOUT))
+    sums = (square_sums_ptr, out[1] // PER_SUM)
+    _store(gl.convert_layout(squares, LAYOUT), sums, row, runs, last_row // PER_SUM, num_rows)
+
+
+@gluon.jit
+def _finish(
+    acc, second, stream, scale, out, values_ptr, square_sums_ptr, m, rows, first_row, last_row,
+    num_rows,
+    SCALED: gl.constexpr, ACTIVATION: gl.constexpr, GATE: gl.constexpr, HALVES: gl.constexpr,
+    PER_SUM: gl.constexpr, BLOCK_M: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Scale the products of a tile, then store them, their activation, or the stream's sum."""
     if SCALED:
         acc = acc * scale[None, :]
-    if ACTIVATION == "relu2":
-        acc = square_relu(acc)
-    valid = (m < num_rows)[None, :] & (rows < last_row)[:, None]
-    ptrs = out_ptr + m.to(gl.int64)[None, :] * stride_out_m + rows[:, None]
-    gl.store(ptrs, acc.to(out_ptr.dtype.element_ty), mask=valid)
+        second = second * scale[None, :]
+    if GATE:
+        _store(gate(acc, second, ACTIVATION), out, m, rows, last_row, num_rows)
+    elif square_sums_ptr is not None:
+        _store_residual(
+            stream + acc, out, values_ptr, square_sums_ptr, m, rows, first_row, last_row, num_rows,
+            PER_SUM, BLOCK_M, WARPS,
+        )  # fmt: skip
+    else:
+        if ACTIVATION is not None:
+            acc = square_relu(acc)
+            second = square_relu(second)
+        _store(acc, out, m, rows, last_row, num_rows)
+        if HALVES == 2:
+            _store(second, out, m, rows + _TILE_N, last_row, num_rows)
+
+
+@gluon.jit
+def _multiply(
+    acc, second, boxes, x_bufs, slot,
+    NUM_BOXES: gl.constexpr, PER_SPLIT: gl.constexpr, PER_TILE: gl.constexpr, SPLITS: gl.constexpr,
+    HALVES: gl.constexpr, GATE: gl.constexpr,
+):  # fmt: skip
+    """Start the products of one stage, and wait until those of the stage before are over."""
+    TILE: gl.constexpr = boxes.layout
+    DTYPE: gl.constexpr = boxes.dtype
+    for split in gl.static_range(SPLITS):
+        part = slot * SPLITS + split
+        x_tile = x_bufs.index(part).permute((1, 0))
+        w_tile = boxes.index(part * PER_SPLIT)._reinterpret(DTYPE, [_TILE_N, _BOX_K], TILE)
+        acc = warpgroup_mma(w_tile, x_tile, acc, is_async=True)
+        if HALVES == 2:
+            box = part * PER_SPLIT + (NUM_BOXES if GATE else PER_TILE)
+            w_tile = boxes.index(box)._reinterpret(DTYPE, [_TILE_N, _BOX_K], TILE)
+            second = warpgroup_mma(w_tile, x_tile, second, is_async=True)
+    if HALVES == 2:
+        acc, second = warpgroup_mma_wait(num_outstanding=SPLITS * HALVES, deps=(acc, second))
+    else:
+        acc = warpgroup_mma_wait(num_outstanding=SPLITS, deps=(acc,))
+    return acc, second
 
 
 @gluon.jit(do_not_specialize=["num_rows"])
 def stream_kernel(
     # pointers
-    w_desc, x_desc, out_ptr, sums_ptr,
+    w_desc, x_desc, out_ptr, sums_ptr, values_ptr, square_sums_ptr,
     # sizes
     num_rows, num_outputs, num_weight_rows, eps,
     # strides
     stride_out_m,
     # meta
     INNER: gl.constexpr, SUMS: gl.constexpr, ACTIVATION: gl.constexpr, GATE: gl.constexpr,
-    SHARES: gl.constexpr, DTYPE: gl.constexpr, BLOCK_M: gl.constexpr, GROUP: gl.constexpr,
-    NUM_BOXES: gl.constexpr, HALVES: gl.constexpr, SPLITS: gl.constexpr, STAGES: gl.constexpr,
-    STEPS: gl.constexpr, PARTS: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
+    PER_SUM: gl.constexpr, SHARES: gl.constexpr, DTYPE: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_Q: gl.constexpr, GROUP: gl.constexpr, NUM_BOXES: gl.constexpr, HALVES: gl.constexpr,
+    SPLITS: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr, PARTS: gl.constexpr,
+    WARPS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Some weight rows, or a share of all products, times all rows; and what follows."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout(
@@ -144,15 +226,13 @@ def stream_kernel(
     )
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     PER_SPLIT: gl.constexpr = NUM_BOXES * (2 if GATE else 1)
-    STAGE_BYTES: gl.constexpr = SPLITS * _BOX_K * 2 * (PER_SPLIT * GROUP + BLOCK_M)
     PER_TILE: gl.constexpr = _TILE_N // GROUP
-    PRODUCTS: gl.constexpr = SPLITS * HALVES
+    STAGE_BYTES: gl.constexpr = SPLITS * _BOX_K * 2 * (PER_SPLIT * GROUP + BLOCK_M)
+    TILE_ROWS: gl.constexpr = GROUP * NUM_BOXES
+    STEP_K: gl.constexpr = SPLITS * _BOX_K
     # The tensor cores read tiles of 64 rows. Boxes are packed, so what stands behind a tile's boxes
     # is another stage's: products with it are never stored. The last tile needs room behind it.
     NUM_SLOTS: gl.constexpr = STAGES * SPLITS * PER_SPLIT + HALVES * PER_TILE - PER_SPLIT
-    TILE_ROWS: gl.constexpr = GROUP * NUM_BOXES
-    STEP_K: gl.constexpr = SPLITS * _BOX_K
-    pid = gl.program_id(0)
     boxes = gl.allocate_shared_memory(DTYPE, [NUM_SLOTS, GROUP, _BOX_K], TILE)
     x_bufs = gl.allocate_shared_memory(DTYPE, [STAGES * SPLITS, BLOCK_M, _BOX_K], TILE)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -161,16 +241,14 @@ def stream_kernel(
     fence_async_shared()
     barrier()
     # A place is (tile of weight rows, K step); items are this program's places, from `begin` on.
-    begin = pid * 0
-    first_row = pid * 0
-    last_row = num_outputs
+    pid = gl.program_id(0)
+    begin, first_row, last_row = pid * 0, pid * 0, num_outputs
     if SHARES:
         begin, end = bounds(pid, (num_outputs + TILE_ROWS - 1) // TILE_ROWS * STEPS, PARTS)
     else:
         first_group, last_group = bounds(pid, (num_outputs + GROUP - 1) // GROUP, PARTS)
         end = (last_group - first_group + NUM_BOXES - 1) // NUM_BOXES * STEPS
-        first_row = first_group * GROUP
-        last_row = gl.minimum(last_group * GROUP, num_outputs)
+        first_row, last_row = first_group * GROUP, gl.minimum(last_group * GROUP, num_outputs)
     num_items = end - begin
     for s in range(STAGES):
         place = begin + s
@@ -188,39 +266,31 @@ def stream_kernel(
     m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, ACC))
     n = gl.arange(0, _TILE_N, layout=gl.SliceLayout(1, ACC))
     if SUMS > 0:
-        BY_ROW: gl.constexpr = gl.BlockedLayout([1, 2], [4, 8], [WARPS, 1], [1, 0])
-        squares = _square_sums(sums_ptr, num_rows, SUMS, BLOCK_M, BY_ROW)
+        BY_ROW: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [WARPS, 1], [1, 0])
+        squares = _square_sums(sums_ptr, num_rows, SUMS, BLOCK_M, BLOCK_Q, BY_ROW)
     item = 0
     while item < num_items:
         tile = (begin + item) // STEPS
         stop = gl.minimum((tile + 1) * STEPS - begin, num_items)
+        tile_row = first_row + tile * TILE_ROWS
         acc = gl.zeros([_TILE_N, BLOCK_M], gl.float32, layout=ACC)
         second = gl.zeros([_TILE_N, BLOCK_M], gl.float32, layout=ACC)
+        stream = acc
+        if square_sums_ptr is not None:
+            end_row = gl.minimum(tile_row + TILE_ROWS, last_row)
+            stream = _load_stream((out_ptr, stride_out_m), m, tile_row + n, end_row, num_rows)
         for current in range(item, stop):
             slot = current % STAGES
             mbarrier.wait(bars.index(slot), current // STAGES & 1)
-            for split in gl.static_range(SPLITS):
-                part = slot * SPLITS + split
-                x_tile = x_bufs.index(part).permute((1, 0))
-                box = part * PER_SPLIT
-                w_tile = boxes.index(box)._reinterpret(DTYPE, [_TILE_N, _BOX_K], TILE)
-                acc = warpgroup_mma(w_tile, x_tile, acc, is_async=True)
-                if HALVES == 2:
-                    box += NUM_BOXES if GATE else PER_TILE
-                    w_tile = boxes.index(box)._reinterpret(DTYPE, [_TILE_N, _BOX_K], TILE)
-                    second = warpgroup_mma(w_tile, x_tile, second, is_async=True)
-            if HALVES == 2:
-                acc, second = warpgroup_mma_wait(
-                    num_outstanding=SPLITS * HALVES, deps=(acc, second)
-                )
-            else:
-                acc = warpgroup_mma_wait(num_outstanding=SPLITS * HALVES, deps=(acc,))
-            # The products of the item before are over: its slot takes what comes STAGES later.
+            acc, second = _multiply(
+                acc, second, boxes, x_bufs, slot, NUM_BOXES, PER_SPLIT, PER_TILE, SPLITS, HALVES,
+                GATE,
+            )  # fmt: skip
+            # The slot of the item before is free: it takes what comes STAGES later.
             barrier()
             ahead = current - 1 + STAGES
-            free = ahead % STAGES
+            free, place = ahead % STAGES, begin + ahead
             pred = (current > 0) & (ahead < num_items)
-            place = begin + ahead
             column = place % STEPS * STEP_K
             _load_weight(
                 w_desc, boxes, bars.index(free), free, pred,
@@ -232,54 +302,47 @@ def stream_kernel(
             acc, second = warpgroup_mma_wait(num_outstanding=0, deps=(acc, second))
         else:
             acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
-        rows = first_row + tile * TILE_ROWS + n
         if SHARES:
             total = (num_outputs + TILE_ROWS - 1) // TILE_ROWS * STEPS
-            rank = pid - part_of(tile * STEPS, total, PARTS)
-            share_ptr = out_ptr + rank.to(gl.int64) * num_rows * num_outputs
-            _store(acc, m, share_ptr, m, rows, last_row, num_rows, num_outputs, False, None)
+            rank = (pid - part_of(tile * STEPS, total, PARTS)).to(gl.int64)
+            share = (out_ptr + rank * num_rows * num_outputs, num_outputs)
+            _store(acc, share, m, tile_row + n, last_row, num_rows)
         else:
             scale = m
             if SUMS > 0:
                 sums = gl.convert_layout(gl.sum(squares, axis=1), gl.SliceLayout(0, ACC))
                 scale = scale_factor(sums, INNER, eps)
-            tile_end = gl.minimum(first_row + (tile + 1) * TILE_ROWS, last_row)
-            if GATE:
-                if SUMS > 0:
-                    acc = acc * scale[None, :]
-                    second = second * scale[None, :]
-                inner = gate(acc, second, ACTIVATION)
-                _store(inner, m, out_ptr, m, rows, tile_end, num_rows, stride_out_m, False, None)
-            else:
-                _store(
-                    acc, scale, out_ptr, m, rows, tile_end, num_rows, stride_out_m, SUMS > 0,
-                    ACTIVATION,
-                )  # fmt: skip
-                if HALVES == 2:
-                    _store(
-                        second, scale, out_ptr, m, rows + _TILE_N, tile_end, num_rows,
-                        stride_out_m, SUMS > 0, ACTIVATION,
-                    )  # fmt: skip
+            _finish(
+                acc, second, stream, scale, (out_ptr, stride_out_m), values_ptr, square_sums_ptr,
+                m, tile_row + n, tile_row, gl.minimum(tile_row + TILE_ROWS, last_row), num_rows,
+                SUMS > 0, ACTIVATION, GATE, HALVES, PER_SUM, BLOCK_M, WARPS,
+            )  # fmt: skip
         item = stop
 
 
 def launch_stream(
     plan: StreamPlan, rows: DeferredNorm, weight: Tensor, out: Tensor,
-    *, activation: Activation | None = None,
+    *, activation: Activation | None = None, residual: Residual | None = None,
 ) -> Any:  # fmt: skip
-    """Run the kernel and return it; with shares `out` is the workspace [rank, M, N] in fp32."""
+    """Run the kernel and return it.
+
+    `out` is the stream of a residual, or, with shares, the workspace [rank, M, N] in fp32.
+    """
     values, sums, num_groups, eps = rows
     assert num_groups == 1 or sums is None
-    dtype = _DTYPES[weight.dtype]
+    assert residual is None or plan.halves == 1
     layout = gl.NVMMASharedLayout(128, 16, rank=2)
+    out_values, out_sums, per_sum = residual_buffers(residual)
     num_sums = 0 if sums is None or plan.shares else sums.shape[1]
+    most_sums = max(16, SUMS_AT_ONCE // plan.block_m)
     return stream_kernel[(plan.num_programs,)](
         TensorDescriptor.from_tensor(weight, [plan.group, BOX_K], layout),
         TensorDescriptor.from_tensor(values, [plan.block_m, BOX_K], layout),
-        out, sums, len(values), out.shape[-1], len(weight), eps, out.stride(-2),
-        INNER=values.shape[1], SUMS=num_sums, ACTIVATION=activation, GATE=activation in GATED,
-        SHARES=plan.shares, DTYPE=dtype, BLOCK_M=plan.block_m, GROUP=plan.group,
-        NUM_BOXES=plan.num_boxes, HALVES=plan.halves, SPLITS=plan.splits, STAGES=plan.stages,
-        STEPS=plan.steps, PARTS=plan.num_programs, WARPS=plan.num_warps, num_warps=plan.num_warps,
-        **launch_options(values.device),
+        out, sums, out_values, out_sums, len(values), out.shape[-1], len(weight), eps,
+        out.stride(-2), INNER=values.shape[1], SUMS=num_sums, ACTIVATION=activation,
+        GATE=activation in GATED, PER_SUM=per_sum, SHARES=plan.shares, DTYPE=_DTYPES[weight.dtype],
+        BLOCK_M=plan.block_m, BLOCK_Q=min(most_sums, triton.next_power_of_2(max(16, num_sums))),
+        GROUP=plan.group, NUM_BOXES=plan.num_boxes, HALVES=plan.halves, SPLITS=plan.splits,
+        STAGES=plan.stages, STEPS=plan.steps, PARTS=plan.num_programs, WARPS=plan.num_warps,
+        num_warps=plan.num_warps, **launch_options(values.device),
     )  # fmt: skip
