@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from stree_kernels.launch import shared_memory
-from stree_kernels.launch.shared_memory import match_neighbours, prefer_cache, prefer_shared
+from stree_kernels.launch.shared_memory import (
+    is_streamed,
+    match_neighbours,
+    prefer_cache,
+    prefer_shared,
+)
 
 DEVICE = torch.device("cuda", 0)
 H200_SHARED_BYTES, H200_MULTIPROCESSORS = 233472, 132
@@ -76,9 +81,19 @@ def test_more_than_all_is_all(driver: Driver) -> None:
 def test_what_lies_between_takes_the_split_of_its_neighbours(driver: Driver) -> None:
     # Four programs of the scan, 32 KiB each, fill a multiprocessor.
     prefer_shared(kernel(32768), DEVICE, 9999)
-    match_neighbours(kernel(0, function=2), DEVICE, num_rows=8)
+    match_neighbours(kernel(0, function=2), DEVICE, num_rows=8, num_columns=768)
     match_neighbours(kernel(0, function=2), DEVICE, num_rows=1)
-    assert driver.told == [(1, 58), (2, 58), (2, 0)]
+    match_neighbours(kernel(0, function=2), DEVICE, num_rows=128)
+    assert driver.told == [(1, 58), (2, 58), (2, 0), (2, 58)]
+
+
+def test_a_pass_whose_weights_are_streamed_takes_the_largest_carveout(driver: Driver) -> None:
+    assert is_streamed(9, 2560)
+    assert is_streamed(17, 768)
+    assert not any(is_streamed(*sizes) for sizes in ((8, 2560), (16, 768), (65, 2560)))
+    prefer_shared(kernel(32768), DEVICE, 1, streamed=True)
+    match_neighbours(kernel(0, function=2), DEVICE, 9, 2560)
+    assert driver.told == [(1, 100), (2, 100)]
 
 
 def test_the_driver_is_told_what_is_new(driver: Driver) -> None:

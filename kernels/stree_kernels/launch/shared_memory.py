@@ -22,6 +22,9 @@ MEASURED_CAPABILITY = 90
 
 NEIGHBOURS_PERCENT = 58
 """What a multiprocessor full of the scan's programs takes on an H200: 132 of 228 KiB."""
+STREAMED_ROWS = range(9, 65)
+NARROW, NARROW_ROWS = 2048, 16
+"""Columns of the input, and rows, below which a weight ends before a ring would pay."""
 H200_MULTIPROCESSORS = 132
 _PREFERRED_CARVEOUT = 9
 _REGISTERS, _RESERVED_BYTES = 1 << 16, 1024
@@ -37,10 +40,22 @@ def prefer_cache(kernel: Any, device: torch.device) -> None:
         _prefer(kernel.function, 0)
 
 
-def prefer_shared(kernel: Any, device: torch.device, num_programs: int) -> None:
+def is_streamed(num_rows: int, num_columns: int) -> bool:
+    """Say whether weights of `num_columns` pass through a ring in shared memory for these rows.
+
+    All kernels of such a pass ask for the largest carveout: what the rings leave of it lets the
+    next kernel start early.
+    """
+    return num_rows in STREAMED_ROWS and (num_columns >= NARROW or num_rows > NARROW_ROWS)
+
+
+def prefer_shared(
+    kernel: Any, device: torch.device, num_programs: int, *, streamed: bool = False
+) -> None:
     """Let later launches of `num_programs` find shared memory for a multiprocessor's part of them.
 
-    That is for no more than its registers allow at once: what remains is cache.
+    That is for no more than its registers allow at once, what remains is cache; in a pass whose
+    weights are `streamed` it is all.
     `kernel` is what a launch returned; nothing happens where kernels are interpreted.
     """
     if capability(device) != MEASURED_CAPABILITY:
@@ -51,17 +66,22 @@ def prefer_shared(kernel: Any, device: torch.device, num_programs: int) -> None:
     at_once = min(by_registers, -(-num_programs // properties.multi_processor_count))
     needed = at_once * (kernel.metadata.shared + _RESERVED_BYTES)
     percent = -(-100 * needed // properties.shared_memory_per_multiprocessor)
-    _prefer(kernel.function, min(100, percent))
+    _prefer(kernel.function, 100 if streamed else min(100, percent))
 
 
-def match_neighbours(kernel: Any, device: torch.device, num_rows: int) -> None:
-    """Let later launches of a kernel on `num_rows` find the split of those before and after it.
+def match_neighbours(
+    kernel: Any, device: torch.device, num_rows: int, num_columns: int = NARROW
+) -> None:
+    """Let later launches of a kernel on `num_rows` find the carveout of those before and after it.
 
-    It needs little of either. With one row every neighbour streams; with more the scan keeps tiles.
+    It needs little of either. With one row every neighbour streams through registers; with more
+    projections of `num_columns` keep rings, or the scan keeps tiles.
     Nothing happens where kernels are interpreted.
     """
-    if capability(device) == MEASURED_CAPABILITY:
-        _prefer(kernel.function, 0 if num_rows == 1 else NEIGHBOURS_PERCENT)
+    if capability(device) != MEASURED_CAPABILITY:
+        return
+    many = 100 if is_streamed(num_rows, num_columns) else NEIGHBOURS_PERCENT
+    _prefer(kernel.function, 0 if num_rows == 1 else many)
 
 
 def num_multiprocessors(device: torch.device) -> int:

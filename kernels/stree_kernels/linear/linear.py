@@ -18,6 +18,9 @@ from stree_kernels.launch import pdl
 from stree_kernels.launch.rows import FLOATS, require_dtypes, require_packed
 from stree_kernels.launch.settings import GATED, Activation
 from stree_kernels.launch.shared_memory import (
+    NARROW,
+    NARROW_ROWS,
+    is_streamed,
     match_neighbours,
     num_multiprocessors,
     prefer_cache,
@@ -35,9 +38,6 @@ GROUP_MULTIPLE = 32
 MAX_COLUMNS = 8192
 MAX_WEIGHT_ROWS = 16384
 """The largest weight that the tensor cores' kernel takes: beyond it cuBLAS is as fast."""
-NARROW = 2048
-"""A weight of fewer columns ends so soon that our kernel's early start tells with more rows too,
-and that more cache for its loads does not pay for taking it from the neighbours."""
 
 # Never autotuned: the order of additions, and with it the tokens, depends on the config. Chosen
 # from times on an H200 (docs/kernels.md).
@@ -51,8 +51,6 @@ WIDEST_GEMV_CONFIG = GemvConfig(8, 2, 4, depth=4)
 FEW_ROWS_CONFIG = LinearConfig(16, 4, depth=20, rows_depth=5, weight_first=True)
 MORE_ROWS_CONFIG = LinearConfig(16, 4, depth=10, rows_depth=4)
 STREAM_CONFIG = StreamConfig(ring_kib=96, splits=2, programs_per_sm=2)
-STREAM_ROWS = range(9, 65)
-"""The numbers of rows that are streamed by bulk copies, on `STREAM_CAPABILITY` alone."""
 WHOLE_ROWS = 8
 """The most rows for which a streamed projection adds to the stream itself. Every program reads all
 rows of the input, so with more of them that takes longer than a launch that adds shares."""
@@ -66,8 +64,7 @@ Config = LinearConfig | GemvConfig | StreamConfig
 def pick_config(num_rows: int, weight_NK: Tensor) -> Config | None:
     """Return the config for some rows and a weight, None where cuBLAS is faster."""
     num_weight_rows, num_columns = weight_NK.shape
-    narrow = num_rows <= 16 and num_columns < NARROW
-    if num_rows in STREAM_ROWS and not narrow and _can_stream(weight_NK):
+    if is_streamed(num_rows, num_columns) and _can_stream(weight_NK):
         return STREAM_CONFIG
     if num_rows == 1:
         configs = GEMV_CONFIGS.items()
@@ -78,6 +75,7 @@ def pick_config(num_rows: int, weight_NK: Tensor) -> Config | None:
         return None
     if num_rows <= 8:
         return FEW_ROWS_CONFIG
+    narrow = num_rows <= NARROW_ROWS and num_columns < NARROW
     return MORE_ROWS_CONFIG if narrow else None
 
 
@@ -170,7 +168,7 @@ def launch(
     if weight.shape[1] >= NARROW:
         prefer_cache(kernel, weight.device)
     else:
-        match_neighbours(kernel, weight.device, len(out))
+        match_neighbours(kernel, weight.device, len(out), weight.shape[1])
 
 
 def _stream_add(
@@ -202,7 +200,7 @@ def _stream(
 
     rows = rows if rows.num_groups == 1 else _scaled(rows)
     kernel = launch_stream(plan, rows, weight, out, activation=activation, residual=residual)
-    prefer_shared(kernel, weight.device, plan.num_programs)
+    prefer_shared(kernel, weight.device, plan.num_programs, streamed=True)
 
 
 def _plan(

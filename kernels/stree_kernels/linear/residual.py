@@ -220,7 +220,7 @@ def start_residual(
         stream.shape[1], float(scale), BLOCK_D=BLOCK, PER_SUM=COLUMNS_PER_SUM, num_warps=NUM_WARPS,
         **launch_options(stream.device),
     )  # fmt: skip
-    match_neighbours(kernel, stream.device, len(stream))
+    match_neighbours(kernel, stream.device, len(stream), stream.shape[1])
 
 
 def join_rows(
@@ -246,7 +246,7 @@ def join_rows(
         BLOCK_D=triton.next_power_of_2(num_columns), num_warps=2 * NUM_WARPS,
         **launch_options(out_MK.device),
     )  # fmt: skip
-    match_neighbours(kernel, out_MK.device, num_rows)
+    match_neighbours(kernel, out_MK.device, num_rows, num_columns)
 
 
 def add_residual(
@@ -280,7 +280,7 @@ def add_residual(
         BLOCK_Q=triton.next_power_of_2(num_norm_sums), PER_SUM=COLUMNS_PER_SUM,
         num_warps=NUM_WARPS if scaled is None else 2 * NUM_WARPS, **launch_options(stream.device),
     )  # fmt: skip
-    match_neighbours(kernel, stream.device, len(stream))
+    match_neighbours(kernel, stream.device, len(stream), stream.shape[1])
 
 
 def scale_rows(rows: DeferredNorm, weight_K: Tensor | None, out_MK: Tensor) -> None:
@@ -305,7 +305,7 @@ def scale_rows(rows: DeferredNorm, weight_K: Tensor | None, out_MK: Tensor) -> N
         BLOCK_Q=triton.next_power_of_2(max(1, group_sums)), num_warps=NUM_WARPS,
         **launch_options(values.device),
     )  # fmt: skip
-    match_neighbours(kernel, values.device, len(values))
+    match_neighbours(kernel, values.device, len(values), values.shape[1])
 
 
 def activate(inputs_MX: Tensor, out_MF: Tensor, activation: Activation) -> None:
@@ -323,7 +323,7 @@ def activate(inputs_MX: Tensor, out_MF: Tensor, activation: Activation) -> None:
         inputs_MX, out_MF, num_columns, out_MF.stride(0), BLOCK_F=BLOCK, GATED=gated,
         ACTIVATION=activation, num_warps=NUM_WARPS, **launch_options(out_MF.device),
     )  # fmt: skip
-    match_neighbours(kernel, out_MF.device, len(out_MF))
+    match_neighbours(kernel, out_MF.device, len(out_MF), num_columns)
 
 
 def _grid(rows: Tensor) -> tuple[int, int]:

@@ -87,5 +87,5 @@ def add_shares(
         PARTS=plan.num_programs, BLOCK_D=BLOCK, BLOCK_Q=triton.next_power_of_2(num_norm_sums),
         PER_SUM=COLUMNS_PER_SUM, num_warps=1, **launch_options(stream.device),
     )  # fmt: skip
-    match_neighbours(kernel, stream.device, num_rows)
+    match_neighbours(kernel, stream.device, num_rows, num_columns)
     return DeferredNorm(values, sums if run_sums is None else run_sums, 1, eps)

@@ -16,6 +16,7 @@ GROUP = 16
 MAX_BOXES = 8
 """Groups of one tile: two tensor core tiles."""
 ELEMENT_BYTES = 2
+LEAST_STAGES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +82,9 @@ def make_plan(
     """Return the plan for `num_rows` times a weight of `num_outputs` rows (of gate, if gated)."""
     block_m = max(8, 1 << (num_rows - 1).bit_length())
     num_programs = config.programs_per_sm * num_sms
-    splits = config.splits
-    steps = -(-num_inner // (BOX_K * splits))
     if shares:
         group, num_boxes, halves = TILE_N, 1, 1
-        num_programs = min(num_programs, -(-num_outputs // TILE_N) * steps)
+        num_tiles = -(-num_outputs // TILE_N)
     else:
         group, num_groups = GROUP, -(-num_outputs // GROUP)
         num_programs = min(num_programs, num_groups)
@@ -96,7 +95,12 @@ def make_plan(
         halves = 2 if gated or num_boxes * GROUP > TILE_N else 1
     rows = _stage_rows(num_boxes * group, gated=gated)
     room = (config.ring_kib << 10) - _spare_bytes(rows, halves)
+    # Fewer columns a stage rather than too few stages.
+    splits = min(config.splits, max(1, room // (LEAST_STAGES * _stage_bytes(rows, block_m, 1))))
+    steps = -(-num_inner // (BOX_K * splits))
     stages = min(max(2, room // _stage_bytes(rows, block_m, splits)), 2 * steps)
+    if shares:
+        num_programs = min(num_programs, num_tiles * steps)
     return StreamPlan(
         shares, gated, block_m, group, num_boxes, halves, splits, stages, steps, num_programs
     )

@@ -51,13 +51,18 @@ CONFIGS = (
     ConvConfig(block_rows=2, block_channels=128, num_warps=2),
     ConvConfig(block_rows=4, block_channels=64, num_warps=1),
     ConvConfig(block_rows=8, block_channels=64, num_warps=2),
-    ConvConfig(block_rows=16, block_channels=64, num_warps=4),
-    ConvConfig(block_rows=32, block_channels=64, num_warps=4),
+    ConvConfig(block_rows=16, block_channels=64, num_warps=2),
 )
 
 
-def pick_config(num_tokens: int) -> ConvConfig:
+# With few programs a thread of several rows is what takes long.
+ONE_SLOT_CONFIG = ConvConfig(block_rows=16, block_channels=64, num_warps=4)
+
+
+def pick_config(num_tokens: int, batch: int) -> ConvConfig:
     """Return the config whose tile holds `num_tokens` rows, else the largest."""
+    if batch == 1 and num_tokens > CONFIGS[-2].block_rows:
+        return ONE_SLOT_CONFIG
     return next((config for config in CONFIGS if num_tokens <= config.block_rows), CONFIGS[-1])
 
 
@@ -204,7 +209,7 @@ def tree_conv(
     batch, num_channels, num_columns = state_BCK.shape
     by_sequence = (state_BCK, inputs_BRE, out_BRE, prev, path)
     steps = strides(by_sequence, 0) + strides((inputs_BRE, out_BRE, prev), 1)
-    config = pick_config(num_tokens)
+    config = pick_config(num_tokens, batch)
     row_size = inputs_BRE.shape[2]
     grid = (triton.cdiv(row_size, config.block_channels), batch)
     kernel = _tree_conv_kernel[grid](
@@ -213,7 +218,7 @@ def tree_conv(
         BLOCK_C=config.block_channels, BLOCK_T=config.block_rows, num_warps=config.num_warps,
         num_stages=1, **launch_options(inputs_BRE.device),
     )  # fmt: skip
-    match_neighbours(kernel, inputs_BRE.device, batch * num_tokens)
+    match_neighbours(kernel, inputs_BRE.device, batch * num_tokens, row_size)
 
 
 def _check(

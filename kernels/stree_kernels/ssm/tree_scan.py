@@ -29,7 +29,7 @@ from stree_kernels.launch.rows import (
     require_row_offsets,
     strides,
 )
-from stree_kernels.launch.shared_memory import prefer_shared
+from stree_kernels.launch.shared_memory import is_streamed, prefer_shared
 from stree_kernels.ssm.token_scan_kernel import token_scan_kernel
 from stree_kernels.ssm.tree_scan_kernel import tree_scan_kernel
 
@@ -139,7 +139,8 @@ def tree_scan(
             *pointers, mask_RR, *limits, first, num_rows, *steps, mask_RR.stride(0),
             BLOCK_T=config.block_rows, ONE_TILE=num_rows <= config.block_rows, **meta,
         )  # fmt: skip
-    prefer_shared(kernel, device, num_programs)
+    streamed = is_streamed(batch * c_BTGN.shape[1], num_heads * head_dim)
+    prefer_shared(kernel, device, num_programs, streamed=streamed)
 
 
 def _check(
