@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stree_kernels.attention import rope_kv_write as key_rows, tree_attention
+from stree_kernels.attention import prompt_attention, rope_kv_write as key_rows, tree_attention
 from stree_kernels.attention.rope_kv_write_ref import KeyValues
 from stree_kernels.delta import delta_chunk_scan, delta_conv, delta_scan
 from stree_kernels.delta.delta_chunk_scan_ref import PackedTokens
 from stree_kernels.delta.delta_conv_ref import DeltaConvOutput, DeltaProjection
 from stree_kernels.delta.rows import DeltaHeads, DeltaPast, DeltaRows, DeltaTokens
+from stree_kernels.launch.packing import Packing
 from stree_kernels.launch.rows import (
     MASK_MULTIPLE,
     MAX_BUFFERED,
@@ -26,7 +27,8 @@ from stree_kernels.linear import experts, linear, residual
 from stree_kernels.linear.deferred_norm import COLUMNS_PER_SUM, DeferredNorm, Residual
 from stree_kernels.sampling import children as sampling, commit_path, top_tokens, uniforms
 from stree_kernels.sampling.commit_path_ref import PathMemory, TreeTables
-from stree_kernels.ssm import tree_conv, tree_scan
+from stree_kernels.ssm import prompt_conv, prompt_scan, tree_conv, tree_scan
+from stree_kernels.ssm.prompt_scan_ref import PromptTokens
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -218,6 +220,54 @@ def attention(tokens: int, group: int, head_dim: int, *, dtype: torch.dtype = BF
         q, cache, rows, make_mask(tokens), counts, first=0, scale=0.1,
         out_TBHD=torch.empty_like(q), workspace=torch.empty(num_values),
     )  # fmt: skip
+
+
+def prompts(
+    head_dim: int, state_dim: int, *, dtype: torch.dtype = BF16, state: torch.dtype = FP32
+) -> None:
+    """Read two prompts of a Mamba2 layer, with a conv of width 4."""
+    tokens, heads, groups = 1500, 16, 2
+    sections = (heads * head_dim, groups * state_dim, groups * state_dim)
+    inner, channels = sections[0], sum(sections)
+    rows = torch.empty(tokens, inner + channels + heads, dtype=dtype)
+    z, inputs, dt = rows.split((inner, channels, heads), dim=-1)
+    packing = make_packing()
+    outputs = torch.empty(tokens, channels, dtype=dtype)
+    prompt_conv.prompt_conv(
+        torch.empty(2, channels, 3, dtype=dtype), inputs, torch.empty(channels, 4, dtype=dtype),
+        torch.empty(channels, dtype=dtype), packing, out_MC=outputs,
+    )  # fmt: skip
+    x, b, c = outputs.split(sections, dim=-1)
+    sums = torch.empty(tokens, inner // gate_width(head_dim, state_dim, dtype))
+    prompt_scan.prompt_scan(
+        torch.empty(2, heads, head_dim, state_dim, dtype=state),
+        PromptTokens(
+            x.unflatten(-1, (heads, head_dim)), dt, b.unflatten(-1, (groups, state_dim)),
+            c.unflatten(-1, (groups, state_dim)),
+        ),
+        ScanHeads(*torch.empty(3, heads)), packing, longest=1400, dt_limit=(0.0, 1.0),
+        out_MHP=torch.empty(tokens, heads, head_dim, dtype=dtype),
+        gate=Gate(z.unflatten(-1, (heads, head_dim)), sums),
+    )  # fmt: skip
+
+
+def prompt_attend(group: int, head_dim: int, *, dtype: torch.dtype = BF16) -> None:
+    """Store the keys of two prompts and attend, `group` query heads for each of two kv heads."""
+    tokens, kv_heads = 300, 2
+    cache = KeyValues(*torch.empty(2, 2, 400, kv_heads, head_dim, dtype=dtype))
+    q = torch.empty(tokens, group * kv_heads, head_dim, dtype=dtype)
+    qkv = torch.empty(tokens, (group + 2) * kv_heads * head_dim, dtype=dtype)
+    prompt_attention.prompt_kv_write(
+        qkv, make_packing(), torch.empty(head_dim // 2), q_MHD=q, cache=cache
+    )
+    prompt_attention.prompt_attention(
+        q, cache, make_packing(), scale=0.1, out_MHD=torch.empty_like(q)
+    )
+
+
+def make_packing() -> Packing:
+    """Return the tables of two prompts."""
+    return Packing(*(torch.zeros(count, dtype=torch.int32) for count in (3, 2, 2)))
 
 
 def uniform_numbers(num_columns: int) -> None:

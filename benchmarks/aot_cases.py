@@ -20,6 +20,8 @@ from aot_calls import (
     mlp,
     moe,
     projections,
+    prompt_attend,
+    prompts,
     row_steps,
     sampled_step,
     scan,
@@ -76,6 +78,9 @@ def quick_cases() -> Iterator[tuple[str, Case]]:
     yield "row steps D=2560", partial(row_steps, 2560)
     for tokens in (1, 16):
         yield attention_case(tokens, 4, 128)
+    for head_dim, state_dim in LAYERS:
+        yield f"prompts P={head_dim} N={state_dim}", partial(prompts, head_dim, state_dim)
+    yield "prompt attention D=128", partial(prompt_attend, 4, 128)
     yield moe_case(2, 6, 2688, 1856, "relu2")
     yield "uniforms X=50288", partial(uniform_numbers, 50288)
     for tokens, num_children in ((1, 1), (16, 4), (256, 16)):
@@ -117,7 +122,21 @@ def all_cases() -> Iterator[tuple[str, Case]]:
             yield name, partial(mlp, num_rows, hidden, inner, activation)
     for sizes, dtype in itertools.product(EXPERTS, (BF16, FP16, FP32)):
         yield moe_case(2, *sizes, dtype=dtype)
+    yield from prompt_cases()
     yield from fp16_cases()
+
+
+def prompt_cases() -> Iterator[tuple[str, Case]]:
+    """Yield the kernels that read prompts."""
+    for head_dim, state_dim in (*LAYERS, *OTHER_LAYERS):
+        for dtype in (BF16, FP16, FP32):
+            if dtype != FP32 or state_dim <= 128:
+                run = partial(prompts, head_dim, state_dim, dtype=dtype)
+                yield f"prompts P={head_dim} N={state_dim} {dtype}", run
+    yield "prompts P=64 N=128 state bf16", partial(prompts, 64, 128, state=BF16)
+    for head_dim, dtype in itertools.product((16, 64, 128, 256), (BF16, FP16, FP32)):
+        run = partial(prompt_attend, 4, head_dim, dtype=dtype)
+        yield f"prompt attention D={head_dim} {dtype}", run
 
 
 def fp16_cases() -> Iterator[tuple[str, Case]]:

@@ -39,7 +39,7 @@ PER_TURN = tl.constexpr(0.5 / math.pi)
 
 
 @triton.jit
-def _cos_sin(angle):
+def cos_sin(angle):
     """cos and sin of fp32 angles below 2^20, with errors below 1e-6.
 
     Triton's own sin and cos take a slow path through local memory for angles above 1e5.
@@ -92,7 +92,7 @@ def _split(
     position = tl.load(committed_ptr + row % num_slots) + tl.load(
         depth_ptr + first + row // num_slots
     )
-    cos_D, sin_D = _cos_sin(position.to(tl.float32) * inv_freq_D)
+    cos_D, sin_D = cos_sin(position.to(tl.float32) * inv_freq_D)
     dims_D = tl.arange(0, HEAD_DIM)
     is_low = dims_D < NUM_ANGLES
     partner_D = tl.where(is_low, dims_D + NUM_ANGLES, dims_D - NUM_ANGLES)

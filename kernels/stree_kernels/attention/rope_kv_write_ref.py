@@ -53,7 +53,7 @@ def rope_kv_write(
     num_kv_heads = rows.key.shape[2]
     heads_TBHD = qkv_TBX.unflatten(-1, (-1, head_dim))
     position_TB = depth_R[first:end, None] + committed_B
-    turned_TBHD = _rotate(heads_TBHD[:, :, : num_heads + num_kv_heads], position_TB, inv_freq_X)
+    turned_TBHD = rotate(heads_TBHD[:, :, : num_heads + num_kv_heads], position_TB, inv_freq_X)
     q_TBHD.copy_(turned_TBHD[:, :, :num_heads])
     rows.key[first:end] = turned_TBHD[:, :, num_heads:]
     rows.value[first:end] = heads_TBHD[:, :, num_heads + num_kv_heads :]
@@ -78,7 +78,7 @@ def _append(cache: KeyValues, previous: KeyValues, committed_B: Tensor, pending:
         kept_BSHD[slot_B1, position_BL] = torch.where(empty_BL11, old_BLHD, new_BLHD)
 
 
-def _rotate(x_TBHD: Tensor, position_TB: Tensor, inv_freq_X: Tensor) -> Tensor:
+def rotate(x_TBHD: Tensor, position_TB: Tensor, inv_freq_X: Tensor) -> Tensor:
     """Return x with the first 2 X dims of every head rotated, in fp32 at least."""
     dtype = torch.promote_types(x_TBHD.dtype, torch.float32)
     angle_TB1X = position_TB[..., None, None].to(dtype) * inv_freq_X.to(dtype)

@@ -53,7 +53,7 @@ def tree_scan(
     source_BL = accepted_sources(past.start, past.pending)
     sequence_B1 = torch.arange(len(total_B), device=state.device)[:, None]
     accepted = ScanRows(*(tensor[sequence_B1, source_BL] for tensor in past.rows))
-    state = _advanced(state, accepted, total_B, heads, dt_limit)
+    state = advanced(state, accepted, total_B, heads, dt_limit)
     if past.commit:
         state_BHPN.copy_(torch.where(fits_B[:, None, None, None], state_BHPN, state))
         # Rounded as stored, where it is.
@@ -62,7 +62,7 @@ def tree_scan(
     if first + c_BTGN.shape[1] == 1:
         y_BHTP = _score_root(state, rows, c_BTGN, heads, dt_limit)
     else:
-        y_BHTP = _score_tree(state, rows, c_BTGN, mask_RR, heads, dt_limit, first)
+        y_BHTP = score_tree(state, rows, c_BTGN, mask_RR, heads, dt_limit, first)
     y_BTHP = y_BHTP.transpose(1, 2)
     if gate is not None:
         y_BTHP = y_BTHP * functional.silu(gate.z_BTHP.to(state.dtype))
@@ -96,7 +96,7 @@ def keep_accepted(
         rows_BR[:, :MAX_BUFFERED] = kept
 
 
-def _advanced(
+def advanced(
     state: Tensor,
     accepted: ScanRows,
     total_B: Tensor,
@@ -123,7 +123,7 @@ def _advanced(
     return torch.addcmul(added_BGXN.view(state.shape), state, decay_BH11)
 
 
-def _score_tree(
+def score_tree(
     state: Tensor,
     rows: ScanRows,
     c_BTGN: Tensor,
