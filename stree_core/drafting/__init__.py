@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         require_profile_fits as require_profile_fits,
         short_gpu_name as short_gpu_name,
     )
-    from stree_core.drafting.prefill import Prefill as Prefill, prefill_cache as prefill_cache
+    from stree_core.drafting.prefill import Prefill as Prefill, PromptPart as PromptPart
     from stree_core.drafting.tree_plan import (
         DraftLevel as DraftLevel,
         ModelRows as ModelRows,
@@ -55,7 +55,7 @@ __getattr__, __dir__ = exports(
             "require_profile_fits",
             "short_gpu_name",
         ],
-        "prefill": ["Prefill", "prefill_cache"],
+        "prefill": ["Prefill", "PromptPart"],
         "tree_plan": ["DraftLevel", "ModelRows", "TreePlan", "make_plan"],
     },
 )

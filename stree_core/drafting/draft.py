@@ -11,17 +11,17 @@ token buffer, X rows of a result, L path capacity.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from stree_core.drafting.prefill import Prefill, prefill_cache
+from stree_core.drafting.prefill import Prefill, PromptPart
 from stree_core.drafting.tree_plan import DraftLayout, DraftLevel, ModelRows, TreePlan
 from stree_core.families import ModelShape
-from stree_core.models import Cache, CacheSize, Model
+from stree_core.models import Cache, CacheSize, Model, flush_states
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +39,25 @@ class StepEnd:
 
 
 class PromptReader(Protocol):
-    """Reads prompts for a target and its draft, one slot at a time."""
+    """Reads prompts into the slots of a target and its draft."""
 
-    @property
-    def caches(self) -> tuple[Cache, Cache | None]:
-        """Where the target and the draft keep what they read: caches of one slot."""
+    def begin(self, slot: int) -> None:
+        """Make a slot ready for a prompt."""
 
-    def read(self, prompt: Sequence[int]) -> Tensor:
-        """Read a prompt; return the target's hidden state after it [1, 1, D]."""
+    def read(self, parts: Sequence[PromptPart]) -> Tensor:
+        """Read parts of prompts; return the target's hidden states after each [S, D]."""
 
-    def catch_up(self, tokens: Sequence[int]) -> None:
-        """Read the tokens that a draft has to know before the last two, for the draft alone."""
+    def end(self, slot: int, num_tokens: int) -> None:
+        """Make a slot, whose prompt of so many tokens is read, ready for steps."""
+
+    def missing(self, texts: Mapping[int, Sequence[int]]) -> list[PromptPart]:
+        """Return what a draft that fell behind has not read of slots' texts, for `catch_up`."""
+
+    def fall_behind(self) -> None:
+        """Take note that the next step leaves the draft behind."""
+
+    def catch_up(self, parts: Sequence[PromptPart]) -> None:
+        """Read parts with the draft alone."""
 
 
 class Draft(Protocol):
@@ -88,29 +96,39 @@ class Draft(Protocol):
     def take_over(self, plan: TreePlan, end: StepEnd, cache: Cache) -> None:
         """Take over what the path leaves behind that was just made pending in `cache`."""
 
-    def prompt_reader(self, target: Model, num_positions: int, *, use_graph: bool) -> PromptReader:
-        """Return what reads prompts of up to `num_positions` tokens."""
-
-    def prompt_cache(self, num_positions: int, device: torch.device | None = None) -> Cache:
-        """Allocate the cache that prompts are read in."""
+    def prompt_reader(
+        self, target: Model, target_cache: Cache, cache: Cache, *, use_graph: bool
+    ) -> PromptReader:
+        """Return what reads prompts."""
 
 
 class TargetReader:
     """Reads prompts for a target without a draft."""
 
-    def __init__(self, target: Model, num_positions: int, *, use_graph: bool) -> None:
-        self._target = Prefill(target, num_positions, use_graph=use_graph)
+    def __init__(self, target: Model, cache: Cache, *, use_graph: bool) -> None:
+        self._cache = cache
+        self._target = Prefill(target, cache, use_graph=use_graph)
 
-    @property
-    def caches(self) -> tuple[Cache, Cache | None]:
-        """The target's cache."""
-        return self._target.cache, None
+    def begin(self, slot: int) -> None:
+        """Make a slot ready for a prompt."""
+        self._cache.hold(slot, 0)
 
-    def read(self, prompt: Sequence[int]) -> Tensor:
-        """Read a prompt."""
-        return self._target.consume(prompt)
+    def read(self, parts: Sequence[PromptPart]) -> Tensor:
+        """Read parts of prompts."""
+        return self._target.read(parts)
 
-    def catch_up(self, tokens: Sequence[int]) -> None:
+    def end(self, slot: int, num_tokens: int) -> None:
+        """Make a slot ready for steps."""
+        self._cache.hold(slot, num_tokens)
+
+    def missing(self, texts: Mapping[int, Sequence[int]]) -> list[PromptPart]:
+        """There is nobody to catch up."""
+        return []
+
+    def fall_behind(self) -> None:
+        """There is nobody to fall behind."""
+
+    def catch_up(self, parts: Sequence[PromptPart]) -> None:
         """There is nobody to catch up."""
 
 
@@ -146,36 +164,62 @@ class ModelDraft:
     def take_over(self, plan: TreePlan, end: StepEnd, cache: Cache) -> None:
         """The accepted rows are replayed by the next pass."""
 
-    def prompt_reader(self, target: Model, num_positions: int, *, use_graph: bool) -> PromptReader:
+    def prompt_reader(
+        self, target: Model, target_cache: Cache, cache: Cache, *, use_graph: bool
+    ) -> PromptReader:
         """Return what reads prompts with both models, one after the other."""
-        return _PairReader(target, self.model, num_positions, use_graph=use_graph)
-
-    def prompt_cache(self, num_positions: int, device: torch.device | None = None) -> Cache:
-        """Allocate the cache that prompts are read in."""
-        return prefill_cache(self.model, num_positions, device)
+        return _PairReader(target, target_cache, self.model, cache, use_graph=use_graph)
 
 
-class _PairReader:
+class _PairReader(TargetReader):
     """Reads a prompt with the target, and all of it but the last token with the draft."""
 
-    def __init__(self, target: Model, draft: Model, num_positions: int, *, use_graph: bool) -> None:
-        self._target = Prefill(target, num_positions, use_graph=use_graph)
-        self._draft = Prefill(draft, num_positions, use_graph=use_graph)
+    def __init__(
+        self, target: Model, target_cache: Cache, draft: Model, cache: Cache, *, use_graph: bool
+    ) -> None:
+        super().__init__(target, target_cache, use_graph=use_graph)
+        self._draft_cache = cache
+        self._model = draft
+        self._draft = Prefill(draft, cache, use_graph=use_graph)
+        # The row set of the draft's pending path, since steps left it behind.
+        self._path_set = 0
 
-    @property
-    def caches(self) -> tuple[Cache, Cache | None]:
-        """Both models' caches."""
-        return self._target.cache, self._draft.cache
+    def begin(self, slot: int) -> None:
+        """Make a slot ready for a prompt."""
+        super().begin(slot)
+        self._draft_cache.hold(slot, 0)
 
-    def read(self, prompt: Sequence[int]) -> Tensor:
-        """Read a prompt with both."""
-        hidden = self._target.consume(prompt)
-        self._draft.consume(prompt[:-1])
-        return hidden
+    def read(self, parts: Sequence[PromptPart]) -> Tensor:
+        """Read parts of prompts with both."""
+        hidden_SD = super().read(parts)
+        self._draft.read([part.without_last() for part in parts])
+        return hidden_SD
 
-    def catch_up(self, tokens: Sequence[int]) -> None:
-        """Read tokens with the draft."""
-        self._draft.consume(tokens)
+    def end(self, slot: int, num_tokens: int) -> None:
+        """Make a slot ready for steps."""
+        super().end(slot, num_tokens)
+        if num_tokens > 1:
+            self._draft_cache.hold(slot, num_tokens - 1)
+        else:
+            self._draft_cache.forget(slot)
+
+    def missing(self, texts: Mapping[int, Sequence[int]]) -> list[PromptPart]:
+        """Return what the draft has not read of all but the last two tokens of each text."""
+        flush_states(self._model, self._draft_cache, self._path_set)
+        known = self._draft_cache.committed_B.tolist()
+        return [
+            PromptPart(slot, text[:-2], known[slot], len(text) - 2) for slot, text in texts.items()
+        ]
+
+    def fall_behind(self) -> None:
+        """Take note of where the pending path lies: steps turn the row sets without the draft."""
+        self._path_set = 1 - self._draft_cache.current
+
+    def catch_up(self, parts: Sequence[PromptPart]) -> None:
+        """Read parts with the draft."""
+        self._draft.read(parts)
+        for part in parts:
+            self._draft_cache.hold(part.slot, part.end)
 
 
 def as_draft(draft: Draft | Model | None) -> Draft | None:

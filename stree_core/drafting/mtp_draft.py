@@ -17,12 +17,13 @@ hidden size, V vocabulary, R rows of a buffer, L path capacity.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from stree_core.drafting.draft import PromptReader, StepEnd
-from stree_core.drafting.prefill import Prefill, prefill_cache
+from stree_core.drafting.draft import PromptReader, StepEnd, TargetReader
+from stree_core.drafting.prefill import Prefill, PromptPart
 from stree_core.drafting.tree_plan import DraftLevel, HeadRows, TreePlan
 from stree_core.families import AttentionShape, ModelShape
 from stree_core.models import (
@@ -33,10 +34,11 @@ from stree_core.models import (
     Model,
     ModelWeights,
     Pass,
+    PromptPass,
     RowBlock,
     like,
-    make_block,
 )
+from stree_kernels.launch.packing import Packing
 from stree_kernels.linear.deferred_norm import DeferredNorm, Residual
 from stree_kernels.sampling.commit_path_ref import FIRST_TOKEN, LAST_NODE
 
@@ -116,14 +118,23 @@ class MtpDraft:
         last_1BD = last_1B1.expand(1, *end.hidden_TBD.shape[1:])
         torch.gather(end.hidden_TBD, 0, last_1BD, out=cache.features_RBD[:1])
 
-    def prompt_reader(self, target: Model, num_positions: int, *, use_graph: bool) -> PromptReader:
+    def prompt_reader(
+        self, target: Model, target_cache: Cache, cache: Cache, *, use_graph: bool
+    ) -> PromptReader:
         """Return what reads prompts with the target, the head along with it."""
         assert target is self._target
-        return _HeadReader(self, target, num_positions, use_graph=use_graph)
+        return _HeadReader(self, target, target_cache, cache, use_graph=use_graph)
 
-    def prompt_cache(self, num_positions: int, device: torch.device | None = None) -> Cache:
-        """Allocate the cache that prompts are read in."""
-        return prefill_cache(self, num_positions, device)
+    def file_prompts(
+        self, next_M: Tensor, hidden_MD: Tensor, packing: Packing, cache: Cache
+    ) -> None:
+        """Store keys and values of packed rows: hidden states, and the tokens behind them."""
+        (layer, *_) = cache.layers
+        assert isinstance(layer, AttentionCache)
+        source_M1 = torch.arange(len(next_M), device=self.device)[:, None]
+        _, rows = self._joined(next_M[:, None], hidden_MD[:, None], source_M1)
+        this = PromptPass(cache, packing, len(next_M))
+        this.kv_write(self._body.backend, rows, *self._attention, layer)
 
     def file(
         self, tokens_WB: Tensor, hidden_NBD: Tensor, source_WB: Tensor, this: Pass,
@@ -150,45 +161,36 @@ class MtpDraft:
         return residual, body.backend.linear_add(both, self._join, residual, eps=eps)
 
 
-class _HeadReader:
-    """Reads a prompt with the target; the head files a row for every token but the first."""
+class _HeadReader(TargetReader):
+    """Reads prompts with the target; the head stores a row for every token but the first.
+
+    The row of a prompt's last token is of any token behind it, and no token is committed there.
+    """
 
     def __init__(
-        self, head: MtpDraft, target: Model, num_positions: int, *, use_graph: bool
+        self, head: MtpDraft, target: Model, target_cache: Cache, cache: Cache, *, use_graph: bool
     ) -> None:
-        self._follower = _PromptFollower(head, num_positions)
-        self._target = Prefill(target, num_positions, self._follower, use_graph=use_graph)
+        super().__init__(target, target_cache, use_graph=use_graph)
+        self._target = Prefill(
+            target, target_cache, partial(head.file_prompts, cache=cache), use_graph=use_graph
+        )
+        self._head_cache = cache
 
-    @property
-    def caches(self) -> tuple[Cache, Cache | None]:
-        """The target's cache and the head's."""
-        return self._target.cache, self._follower.cache
+    def begin(self, slot: int) -> None:
+        """Make a slot ready for a prompt."""
+        super().begin(slot)
+        self._head_cache.hold(slot, 0)
 
-    def read(self, prompt: Sequence[int]) -> Tensor:
-        """Read a prompt with the target."""
-        return self._target.consume(prompt)
+    def read(self, parts: Sequence[PromptPart]) -> Tensor:
+        """Read parts of prompts; keep the hidden states after them for the next root's rows."""
+        hidden_SD = super().read(parts)
+        assert self._head_cache.features_RBD is not None
+        for part, hidden_D in zip(parts, hidden_SD, strict=True):
+            if part.ends:
+                self._head_cache.features_RBD[0, part.slot] = hidden_D
+        return hidden_SD
 
-    def catch_up(self, tokens: Sequence[int]) -> None:
-        """A head never falls behind."""
-
-
-class _PromptFollower:
-    """Files a head's rows while the target reads a prompt."""
-
-    def __init__(self, head: MtpDraft, num_positions: int) -> None:
-        self.cache = head.prompt_cache(num_positions)
-        self._head = head
-        rows = self.cache.pending.path_BL.shape[1]
-        self._block = make_block(range(-1, rows - 1), frozenset(), head.device)
-        self._source_R1 = torch.arange(rows, device=head.device)[:, None]
-
-    def follow(self, next_R1: Tensor, hidden_R1D: Tensor) -> None:
-        """File the rows of the tokens that follow those of a chain."""
-        num_rows = len(next_R1)
-        this = Pass(self._block, self.cache, 0, num_rows, commit=True)
-        self._head.file(next_R1, hidden_R1D, self._source_R1[:num_rows], this)
-
-    def end(self, hidden_11D: Tensor) -> None:
-        """Keep the hidden state after the prompt."""
-        assert self.cache.features_RBD is not None
-        self.cache.features_RBD[0] = hidden_11D[0]
+    def end(self, slot: int, num_tokens: int) -> None:
+        """Make a slot ready for steps."""
+        super().end(slot, num_tokens)
+        self._head_cache.hold(slot, num_tokens - 1)

@@ -1,185 +1,148 @@
-"""Consume a prompt: as chains, each replayed into the state by the pass after it.
+"""Read prompts into the slots of a cache, many side by side, a piece of each at a time.
 
-On a GPU every length of chain is one captured graph, so that the host does not slow a pass down; a
-chain that is not full is filled up with rows that nobody reads.
+On a GPU a pass over few tokens is a captured graph of its length, filled up with tokens of nobody,
+since the host would take longer to launch it than the device to run it.
 
-Shape letters: R rows of a chain, D hidden size.
+Shape letters: M packed tokens, S prompts, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from stree_core.models import Cache, CacheSize, Model, capture, make_block
+from stree_core.models import Cache, Model, PromptPass, capture
+from stree_kernels.launch.packing import Packing
 
-CHAINS = {"cpu": (64,), "cuda": (64, 256)}
-"""Tokens of a pass, by device: long ones for long prompts, where a row more costs next to nothing.
-
-The reference scan's work grows with the square of a chain's length.
-"""
-
+CAPTURED_TOKENS = (64, 256, 512, 1024)
+"""Lengths of captured passes; the host launches a pass over more tokens in less time."""
 _WARM_UP_PASSES = 2
 
 
-class Caching(Protocol):
-    """What keeps something of the tokens it has seen."""
+@dataclass(frozen=True, slots=True)
+class PromptPart:
+    """Tokens `begin` to `end` - 1 of a slot's prompt, behind those that the slot has read."""
+
+    slot: int
+    prompt: Sequence[int]
+    begin: int
+    end: int
 
     @property
-    def device(self) -> torch.device:
-        """Where it runs."""
+    def ends(self) -> bool:
+        """True when the prompt has no more tokens."""
+        return self.end == len(self.prompt)
 
-    def make_cache(self, size: CacheSize, device: torch.device | None = None) -> Cache:
-        """Allocate an empty cache, on its device unless another is given."""
-
-
-class Follower(Protocol):
-    """What files rows of its own along with a model's prompt: one for every token but the first."""
-
-    cache: Cache
-
-    def follow(self, next_R1: Tensor, hidden_R1D: Tensor) -> None:
-        """Take note of a chain's hidden states and of the tokens behind each of its own."""
-
-    def end(self, hidden_11D: Tensor) -> None:
-        """Take note of the hidden state after the prompt."""
+    def without_last(self) -> PromptPart:
+        """Return the same part of the prompt without its last token."""
+        return PromptPart(self.slot, self.prompt[:-1], self.begin, self.end - self.ends)
 
 
-def prefill_cache(model: Caching, num_positions: int, device: torch.device | None = None) -> Cache:
-    """Allocate the one-slot cache that prompts of up to `num_positions` tokens are consumed in.
-
-    It lies on the model's device unless another is given.
-    """
-    longest = max(CHAINS[model.device.type])
-    return model.make_cache(CacheSize(1, longest, longest, num_positions), device)
+Follower = Callable[[Tensor, Tensor, Packing], None]
+"""Takes note of a pass's tokens behind each [M], any where none is known, and hidden states."""
 
 
 class Prefill:
-    """Consumes prompts of up to `num_positions` tokens into `cache`, one after another.
-
-    With `use_graph`, on a GPU, the first prompt that needs a length of chain captures its passes.
-    """
+    """Reads prompts into the slots of `cache`; the slots' steps must not advance meanwhile."""
 
     def __init__(
-        self, model: Model, num_positions: int, follower: Follower | None = None, *,
-        use_graph: bool,
-    ) -> None:  # fmt: skip
-        self.cache = prefill_cache(model, num_positions)
+        self, model: Model, cache: Cache, follower: Follower | None = None, *, use_graph: bool
+    ) -> None:
+        self.cache = cache
         self._model = model
         self._follower = follower
-        self._lengths = CHAINS[model.device.type]
         self._captures = use_graph and model.device.type == "cuda"
-        self._pool = torch.cuda.graph_pool_handle() if self._captures else None
-        self._chains: dict[int, _Chain] = {}
+        self._pool: Any = torch.cuda.graph_pool_handle() if self._captures else None
+        self._captured: dict[int, _CapturedPass] = {}
 
-    def consume(self, tokens: Sequence[int]) -> Tensor:
-        """Run `tokens` through the model into the emptied cache.
+    def read(self, parts: Sequence[PromptPart]) -> Tensor:
+        """Read parts of prompts, of different slots; return the hidden states after each [S, D].
 
-        The last token is a chain of its own, so that what stays pending is a path of one row.
-        Returns the hidden state after the last token [1, 1, D], empty when there are no tokens.
+        Parts without tokens have none.
         """
-        # Captures run passes, so they come before what is kept.
-        chains = [(part, self._chain(len(part))) for part in self._parts(tokens)]
-        for cache in self._caches():
-            cache.reset()
-            rows = torch.arange(cache.pending.path_BL.shape[1], device=self._model.device)
-            cache.pending.path_BL.copy_(rows[None])
-        hidden = torch.empty(0, device=self._model.device)
-        done = 0
-        for part, chain in chains:
-            done += len(part)
-            # Nobody knows yet what follows the last token: a follower has a row less.
-            following = tokens[done - len(part) + 1 : done + 1]
-            hidden = chain(part, following)
-            for cache, count in zip(self._caches(), (len(part), len(following)), strict=False):
-                cache.advance(torch.full_like(cache.committed_B, count))
-                cache.flip()
-        if self._follower is not None and chains:
-            self._follower.end(hidden)
-        return hidden
+        parts = [part for part in parts if part.end > part.begin]
+        lengths = [part.end - part.begin for part in parts]
+        offsets = [0, *itertools.accumulate(lengths)]
+        tokens = [token for part in parts for token in part.prompt[part.begin : part.end]]
+        following = [
+            token
+            for part in parts
+            for token in (*part.prompt[part.begin + 1 : part.end + 1], *([0] * part.ends))
+        ]
+        tables = (offsets, [part.slot for part in parts], [part.begin for part in parts])
+        room = next((most for most in CAPTURED_TOKENS if len(tokens) <= most), None)
+        if not parts:
+            hidden_MD = self._model.weights.embed_VD.new_empty(1, self._model.shape.hidden_size)
+            return hidden_MD[:0]
+        if room is not None and self._captures:
+            hidden_MD = self._captured_pass(room)(tokens, following, tables)
+        else:
+            hidden_MD = self._run(
+                self._put(tokens), self._put(following),
+                Packing(*(self._put(table, torch.int32) for table in tables)), max(lengths),
+            )  # fmt: skip
+        return hidden_MD[self._put([end - 1 for end in offsets[1:]])]
 
-    def _caches(self) -> list[Cache]:
-        return [self.cache] if self._follower is None else [self.cache, self._follower.cache]
+    def _put(self, numbers: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
+        """Return numbers on the device, without waiting for it."""
+        tensor = torch.tensor(numbers, dtype=dtype)
+        if self._model.device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(self._model.device, non_blocking=True)
 
-    def _parts(self, tokens: Sequence[int]) -> Iterator[Sequence[int]]:
-        """Yield chains: long ones as long as they are full, a rest, and the last token."""
-        body = tokens[:-1]
-        first, longest = 0, max(self._lengths)
-        while first < len(body):
-            yield body[first : first + longest]
-            first += longest
-        if tokens:
-            yield tokens[-1:]
-
-    def _chain(self, num_tokens: int) -> _Chain:
-        """Return the passes of a chain with room for so many tokens."""
-        length = num_tokens
-        if self._captures:
-            length = min(room for room in (1, *self._lengths) if room >= num_tokens)
-        if length not in self._chains:
-            chain = _Chain(self._model, self.cache, length, self._follower)
-            if not self._captures:
-                # Made for this chain alone, whose length may never come again.
-                return chain
-            chain.capture(self._pool)
-            self._chains[length] = chain
-        return self._chains[length]
-
-
-class _Chain:
-    """Passes of a chain of some length, on either row set."""
-
-    def __init__(self, model: Model, cache: Cache, length: int, follower: Follower | None) -> None:
-        self._model = model
-        self._cache = cache
-        self._follower = follower
-        self._tokens_R1 = torch.zeros(length, 1, dtype=torch.int64, device=model.device)
-        self._following_R1 = torch.zeros_like(self._tokens_R1)
-        self._block = make_block(range(-1, length - 1), model.conv_widths, model.device)
-        self._replays: dict[int, Callable[[], Tensor]] = {}
-
-    def __call__(self, tokens: Sequence[int], following: Sequence[int]) -> Tensor:
-        """Run a pass; return the hidden state after the last token.
-
-        `following` are the tokens behind each, as far as they are known.
-        """
-        self._tokens_R1[: len(tokens), 0] = torch.tensor(tokens, device=self._model.device)
+    def _run(self, tokens_M: Tensor, next_M: Tensor, packing: Packing, longest: int) -> Tensor:
+        hidden_MD = self._model.read(tokens_M, PromptPass(self.cache, packing, longest))
         if self._follower is not None:
-            known = torch.tensor(following, dtype=torch.int64, device=self._model.device)
-            self._following_R1[: len(following), 0] = known
-        hidden_R1D = self._replays.get(self._cache.current, self._run)()
-        return hidden_R1D[len(tokens) - 1 : len(tokens)]
+            self._follower(next_M, hidden_MD, packing)
+        return hidden_MD
 
-    def capture(self, pool: Any) -> None:
-        """Make graphs of the pass, one for each row set.
+    def _captured_pass(self, num_tokens: int) -> _CapturedPass:
+        if num_tokens not in self._captured:
+            num_slots, device = len(self.cache.committed_B), self._model.device
+            self._captured[num_tokens] = _CapturedPass(
+                self._run, num_tokens, num_slots, device, self._pool
+            )
+        return self._captured[num_tokens]
 
-        What they return is overwritten by the next pass of any graph of the pool.
-        """
+
+class _CapturedPass:
+    """A graph of a pass over up to `num_tokens` tokens of any slots."""
+
+    def __init__(
+        self, run: Callable[[Tensor, Tensor, Packing, int], Tensor], num_tokens: int,
+        num_slots: int, device: torch.device, pool: Any,
+    ) -> None:  # fmt: skip
+        def zeros(size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        self._tokens_2M = zeros(2 * num_tokens, torch.int64).view(2, num_tokens)
+        # One buffer, so that one copy fills all tables. Nobody has tokens while it is captured.
+        self._tables = zeros(3 * num_slots + 1)
+        packing = Packing(*self._tables.split((num_slots + 1, num_slots, num_slots)))
+        self._num_slots = num_slots
+        tokens_M, next_M = self._tokens_2M.unbind()
         for _ in range(_WARM_UP_PASSES):
-            self._run()
-        for _ in range(2):
-            with capture(self._model.device, pool) as graph:
-                hidden_R1D = self._run()
-            self._replays[self._cache.current] = _replay(graph, hidden_R1D)
-            self._cache.flip()
-            if self._follower is not None:
-                self._follower.cache.flip()
+            run(tokens_M, next_M, packing, num_tokens)
+        with capture(device, pool) as self._graph:
+            self._hidden_MD = run(tokens_M, next_M, packing, num_tokens)
 
-    def _run(self) -> Tensor:
-        hidden_R1D = self._model.forward(
-            self._tokens_R1, self._block, self._cache, first=0, commit=True
-        )
-        if self._follower is not None:
-            self._follower.follow(self._following_R1, hidden_R1D)
-        return hidden_R1D
-
-
-def _replay(graph: torch.cuda.CUDAGraph, hidden_R1D: Tensor) -> Callable[[], Tensor]:
-    def run() -> Tensor:
-        graph.replay()
-        return hidden_R1D
-
-    return run
+    def __call__(
+        self, tokens: Sequence[int], following: Sequence[int],
+        tables: tuple[Sequence[int], Sequence[int], Sequence[int]],
+    ) -> Tensor:  # fmt: skip
+        """Run the pass; return its hidden states, which the next pass of any graph overwrites."""
+        both = torch.tensor([tokens, following]).pin_memory()
+        self._tokens_2M[:, : len(tokens)].copy_(both, non_blocking=True)
+        offsets, slots, starts = tables
+        spare = self._num_slots - len(slots)
+        # Sequences that are not there have no tokens, behind all others.
+        numbers = [*offsets, *[offsets[-1]] * spare, *slots, *[0] * spare, *starts, *[0] * spare]
+        filled = torch.tensor(numbers, dtype=torch.int32).pin_memory()
+        self._tables.copy_(filled, non_blocking=True)
+        self._graph.replay()
+        return self._hidden_MD

@@ -22,11 +22,12 @@ Setting = TypeVar("Setting", StopRule, SamplingParams)
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """All generations of one call, and the wall time of their steps without prefill."""
+    """All generations of one call, the wall time of their steps, and that of their prompts."""
 
     generations: tuple[Generation, ...]
     step_seconds: float
     num_engine_steps: int
+    prefill_seconds: float = 0.0
 
     @property
     def num_tokens(self) -> int:
@@ -52,6 +53,18 @@ class Run:
     def tokens_per_s(self) -> float:
         """Kept tokens per second of stepping."""
         return self.num_tokens / self.step_seconds if self.step_seconds else 0.0
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Tokens of prompts per second of reading them."""
+        num_tokens = sum(g.prompt_tokens for g in self.generations)
+        return num_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def first_token_ms(self) -> float:
+        """Mean time from a request's submission to its first token, waiting for a slot included."""
+        times = [g.first_token_seconds or 0.0 for g in self.generations]
+        return 1e3 * sum(times) / max(1, len(times))
 
 
 def profile_engine(profile: Profile, pair: Pair, config: EngineConfig) -> Engine:
@@ -95,7 +108,8 @@ def generate(
                     progress(len(ended))
         seconds = time.perf_counter() - start
     generations = tuple(ended[request_id] for request_id in range(len(prompts)))
-    return Run(generations, seconds - session.prefill_seconds, session.num_steps)
+    prefill_seconds = session.prefill_seconds
+    return Run(generations, seconds - prefill_seconds, session.num_steps, prefill_seconds)
 
 
 def stream(

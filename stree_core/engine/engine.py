@@ -10,23 +10,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from stree_core.drafting import (
     Draft,
     ModelRows,
+    PromptPart,
     PromptReader,
     TargetReader,
     TreePlan,
     as_draft,
     make_plan,
-    prefill_cache,
 )
 from stree_core.engine.ownership import Ownership
+from stree_core.engine.prompt_queue import PromptQueue, Reading, pieces
 from stree_core.engine.rules import GREEDY, Rule, SamplingSupport, make_rules
 from stree_core.engine.sampling import SamplingParams
 from stree_core.engine.step import Speculator, make_caches, make_speculators
 from stree_core.engine.step_result import ResultQueue, StepResult
-from stree_core.errors import ConfigError, NonFiniteLogits, brief
+from stree_core.errors import ConfigError, NonFiniteLogits, NotEnoughMemory, StreeError, brief
 from stree_core.families import warn_of_long_context
 from stree_core.given import prompt_ids, whole_number
 from stree_core.memory import explain_oom, require_memory
@@ -34,6 +36,8 @@ from stree_core.models import Backend, Cache, Model, capture
 from stree_core.profile import Policy
 from stree_core.tree import Tree
 
+PIECE_TOKENS = 2048
+"""As many tokens keep the matrix units of a large GPU busy (docs/log.md)."""
 _WARM_UP_STEPS = 2
 
 MakeRules = Callable[[Sequence[TreePlan], Backend], list[Rule]]
@@ -44,11 +48,14 @@ MakeRules = Callable[[Sequence[TreePlan], Backend], list[Rule]]
 class EngineConfig:
     """Slots that run together, positions that each may fill (prompt and output).
 
-    `sampling` is what requests may ask for.
+    `piece_tokens` is the most tokens of prompts that are read between two steps: with fewer,
+    sequences that run wait less, with more, prompts are read in less time. `sampling` is what
+    requests may ask for.
     """
 
     num_slots: int = 1
     num_positions: int = 1024
+    piece_tokens: int = PIECE_TOKENS
     use_graph: bool = True
     sampling: SamplingSupport = GREEDY
 
@@ -104,6 +111,7 @@ class Engine:
         self._history: list[list[int]] = [[] for _ in range(self.config.num_slots)]
         self._epochs = [0] * self.config.num_slots
         self._draft_is_behind = False
+        self._prompts = PromptQueue()
         slots, positions = self.config.num_slots, self.config.num_positions
         for model in (target, self.draft):
             if model is not None:
@@ -138,8 +146,7 @@ class Engine:
     @property
     def cache_bytes(self) -> int:
         """Bytes of device memory in states, keys, values and row buffers."""
-        caches = [*self._reader.caches, *self._caches()]
-        return sum(cache.num_bytes for cache in caches if cache is not None)
+        return sum(cache.num_bytes for cache in self._caches())
 
     def require_fits(self, prompt_tokens: int, new_tokens: int) -> None:
         """Raise ConfigError unless a slot has the positions for a prompt and its output."""
@@ -150,44 +157,114 @@ class Engine:
                 f"{needed}; shorten them or raise the context"
             )
 
-    @torch.inference_mode()
+    @property
+    def next_piece(self) -> tuple[int, ...]:
+        """Slots of which `read_piece` reads next, none when all prompts are read."""
+        parts = self._prompts.next_parts(self.config.piece_tokens)
+        return tuple(part.slot for part in parts)
+
+    def is_reading(self, slot: int) -> bool:
+        """Return whether a slot's prompt is not read yet."""
+        return slot in self._prompts
+
     def prefill(
         self, slot: int, prompt: Sequence[int], params: SamplingParams | None = None
     ) -> int:
-        """Consume a prompt into `slot`, make it active and return the first token.
+        """Read a whole prompt into `slot`, make it active and return the first token.
 
-        The slot stays inactive when this raises: ConfigError for a prompt that is empty, holds an
-        unknown token or leaves no position for output, and for sampling that the engine was not
-        made for; NonFiniteLogits; NotEnoughMemory.
+        The slot stays inactive when this raises: what `begin_prompt` does; NonFiniteLogits;
+        NotEnoughMemory.
+        """
+        self.begin_prompt(slot, prompt, params)
+        ended: dict[int, int | StreeError] = {}
+        while slot not in ended:
+            ended = self.read_piece(only=slot)
+        first = ended[slot]
+        if isinstance(first, StreeError):
+            raise first
+        return first
+
+    @torch.inference_mode()
+    def begin_prompt(
+        self, slot: int, prompt: Sequence[int], params: SamplingParams | None = None
+    ) -> None:
+        """Queue a prompt for an inactive slot; `read_piece` reads it.
+
+        Raises ConfigError for a prompt that is empty, holds an unknown token or leaves no position
+        for output, and for sampling that the engine was not made for.
         """
         params = params or SamplingParams()
         self.config.sampling.require(params)
         prompt = known_prompt(prompt, self.target)
         self.require_fits(len(prompt), 1)
-        with explain_oom(f"a prompt of {len(prompt)} tokens", None, self.target.device):
-            return self._prefill(slot, prompt, params)
+        self.release(slot)
+        self._reader.begin(slot)
+        self._prompts.add(slot, Reading(prompt, params))
 
-    def _prefill(self, slot: int, prompt: Sequence[int], params: SamplingParams) -> int:
+    @torch.inference_mode()
+    def read_piece(self, only: int | None = None) -> dict[int, int | StreeError]:
+        """Read up to `piece_tokens` tokens of the prompts that wait, or of slot `only`.
+
+        Returns for each slot whose prompt ended, which is then active, the first token; or what
+        went wrong with that prompt alone. Waits until the piece is read. After any exception the
+        prompts of the piece are read from their start again, unless they are released.
+        """
+        parts = self._prompts.next_parts(self.config.piece_tokens, only)
+        slots = [part.slot for part in parts]
+        size = sum(part.end - part.begin for part in parts)
+        try:
+            with explain_oom(f"a piece of {size} tokens of a prompt", None, self.target.device):
+                hidden_SD = self._reader.read(parts)
+                firsts = self._first_tokens(parts, hidden_SD)
+                if self.target.device.type == "cuda":
+                    torch.cuda.current_stream(self.target.device).synchronize()
+        except NotEnoughMemory as err:
+            # Which of several is too large, each has to find out alone.
+            self._start_again(slots, alone=True)
+            if len(parts) > 1:
+                return {}
+            self._prompts.drop(slots[0])
+            return {slots[0]: err}
+        except BaseException:
+            self._start_again(slots, alone=False)
+            raise
+        self._prompts.read(parts)
+        return firsts
+
+    def _start_again(self, slots: Sequence[int], *, alone: bool) -> None:
+        for slot in slots:
+            self._speculators[0].buffers.active_B[slot].zero_()
+        self._prompts.start_again(slots, alone=alone)
+
+    def _first_tokens(
+        self, parts: Sequence[PromptPart], hidden_SD: Tensor
+    ) -> dict[int, int | StreeError]:
+        """Make the slots active whose prompts end, and draw their first tokens."""
+        ending = [place for place, part in enumerate(parts) if part.ends]
+        if not ending:
+            return {}
         speculator = self._speculators[0]
-        hidden = self._reader.read(prompt)
-        target_cache, draft_cache = self._reader.caches
-        speculator.target_cache.adopt(slot, target_cache)
-        if speculator.draft_cache is not None and draft_cache is not None:
-            speculator.draft_cache.adopt(slot, draft_cache)
-        logits_V = self.target.logits(hidden[-1:])[0, 0]
-        speculator.rule.start(slot, params, prompt)
-        first = int(speculator.rule.first(slot, logits_V))
-        if not bool(logits_V[first].isfinite()):
-            raise NonFiniteLogits(
-                f"logits must be finite, they are not after a prompt of {len(prompt)} tokens; "
-                "check the weights and the dtype"
-            )
-        buffers = speculator.buffers
-        buffers.tokens_RB[:2, slot] = torch.tensor([prompt[-1], first], device=self.target.device)
-        self._history[slot] = [*prompt, first]
-        self._epochs[slot] += 1
-        buffers.active_B[slot] = 1
-        return first
+        logits_SV = self.target.logits(hidden_SD[None, ending])[0]
+        firsts: dict[int, int | StreeError] = {}
+        for logits_V, part in zip(logits_SV, (parts[place] for place in ending), strict=True):
+            slot, prompt = part.slot, part.prompt
+            speculator.rule.start(slot, self._prompts.params(slot), prompt)
+            first = int(speculator.rule.first(slot, logits_V))
+            if not bool(logits_V[first].isfinite()):
+                firsts[slot] = NonFiniteLogits(
+                    f"logits must be finite, they are not after a prompt of {len(prompt)} tokens; "
+                    "check the weights and the dtype"
+                )
+                continue
+            firsts[slot] = first
+            buffers = speculator.buffers
+            last = torch.tensor([prompt[-1], first], device=self.target.device)
+            buffers.tokens_RB[:2, slot] = last
+            self._reader.end(slot, len(prompt))
+            self._history[slot] = [*prompt, first]
+            self._epochs[slot] += 1
+            buffers.active_B[slot] = 1
+        return firsts
 
     @torch.inference_mode()
     def launch(self, which: int = 0) -> None:
@@ -201,6 +278,8 @@ class Engine:
             if speculates and self._draft_is_behind:
                 self._catch_up()
             if self.draft is not None and self.draft.falls_behind and not speculates:
+                if not self._draft_is_behind:
+                    self._reader.fall_behind()
                 self._draft_is_behind = True
             self._steps[number]()
             self._results.keep(tuple(self._epochs))
@@ -223,9 +302,14 @@ class Engine:
 
     @torch.inference_mode()
     def release(self, slot: int) -> None:
-        """Make a slot inactive: it still computes, but no longer advances."""
+        """Make a slot inactive: it still computes, but no longer advances; forget its prompt."""
+        self._prompts.drop(slot)
         # Assigning a number would wait for the step under way.
         self._speculators[0].buffers.active_B[slot].zero_()
+
+    def forget_prompts(self) -> None:
+        """Read no further in any prompt."""
+        self._prompts.clear()
 
     def clear(self) -> None:
         """Make all slots inactive, and forget the steps that nobody has collected."""
@@ -240,25 +324,16 @@ class Engine:
         """Return what all caches will take: their sizes, summed up without memory behind them."""
         nowhere = torch.device("meta")
         slots, positions = self.config.num_slots, self.config.num_positions
-        caches = [
-            *make_caches((self.target, self.draft), self._plans, slots, positions, nowhere),
-            prefill_cache(self.target, positions, nowhere),
-        ]
-        if self.draft is not None:
-            caches.append(self.draft.prompt_cache(positions, nowhere))
+        caches = make_caches((self.target, self.draft), self._plans, slots, positions, nowhere)
         return sum(cache.num_bytes for cache in caches if cache is not None)
 
     def _catch_up(self) -> None:
-        """Run the draft over what was decoded without it: all but the last two tokens of a slot."""
+        """Let the draft read what was decoded without it: all but the last two tokens of a slot."""
         self._results.gather()
-        cache, source = self._speculators[0].draft_cache, self._reader.caches[1]
-        assert cache is not None
-        assert source is not None
         active = self._speculators[0].buffers.active_B.tolist()
-        for slot, history in enumerate(self._histories()):
-            if active[slot]:
-                self._reader.catch_up(history[:-2])
-                cache.adopt(slot, source)
+        texts = {slot: text for slot, text in enumerate(self._histories()) if active[slot]}
+        for piece in pieces(self._reader.missing(texts), self.config.piece_tokens):
+            self._reader.catch_up(piece)
         self._draft_is_behind = False
 
     def _histories(self) -> list[list[int]]:
@@ -274,10 +349,11 @@ class Engine:
         return make_rules(self.config.sampling, plans, slots, vocab_size, backend)
 
     def _prompt_reader(self) -> PromptReader:
-        positions, use_graph = self.config.num_positions, self.config.use_graph
-        if self.draft is None:
-            return TargetReader(self.target, positions, use_graph=use_graph)
-        return self.draft.prompt_reader(self.target, positions, use_graph=use_graph)
+        target_cache, cache = self._speculators[0].target_cache, self._speculators[0].draft_cache
+        use_graph = self.config.use_graph
+        if self.draft is None or cache is None:
+            return TargetReader(self.target, target_cache, use_graph=use_graph)
+        return self.draft.prompt_reader(self.target, target_cache, cache, use_graph=use_graph)
 
     def _caches(self) -> list[Cache]:
         caches = (self._speculators[0].target_cache, self._speculators[0].draft_cache)

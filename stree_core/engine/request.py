@@ -37,22 +37,37 @@ class Request:
 
 
 class Update(NamedTuple):
-    """New tokens of a request; `generation` is all of it, once it has ended."""
+    """New tokens of a request; `generation` is all of it, once it has ended.
+
+    With the first tokens `first_token_seconds` is the time since the request was submitted.
+    """
 
     request_id: int
     tokens: list[int]
     generation: Generation | None
+    first_token_seconds: float | None = None
+
+
+class Waiting(NamedTuple):
+    """A request that has no slot yet, and when it was submitted."""
+
+    request_id: int
+    request: Request
+    submitted: float
 
 
 @dataclass(slots=True)
 class Running:
     """A request in a slot; `noted` holds what steps emitted and nobody has looked at.
 
-    No tokens stand for a step with logits that are not finite.
+    No tokens stand for a step with logits that are not finite. While `is_reading` its prompt is
+    read, and steps bring it nothing.
     """
 
     request_id: int
     request: Request
+    submitted: float
+    is_reading: bool = True
     generation: Generation = field(default_factory=Generation)
     noted: deque[list[int]] = field(default_factory=deque)
 

@@ -2,6 +2,8 @@
 
 On a GPU the engine is one step ahead of what the host has read: while it works on a step, the
 tokens of the one before are cut, reported and, where a request ends, its slot is given to the next.
+Between two steps a piece of the prompts of new requests is read, so that no sequence waits for a
+whole one.
 
 The caller's code (decoder, choice of the tree) may raise anything. So a step's tokens are first
 noted for every request, and only then looked at, one request at a time: a request's next tokens
@@ -19,7 +21,7 @@ from typing import Self
 
 from stree_core.engine.accept_watch import AcceptWatch
 from stree_core.engine.engine import Engine, require_tree
-from stree_core.engine.request import Request, Running, Update
+from stree_core.engine.request import Request, Running, Update, Waiting
 from stree_core.engine.step_result import StepResult
 from stree_core.engine.stop import Finish, Generation, careful
 from stree_core.errors import ConfigError, StreeError, brief
@@ -55,7 +57,7 @@ class Session:
         expected = None if choose_tree else engine.policy.expected
         self._watch = None if expected is None else AcceptWatch(expected)
         self._decode = careful(decode) if decode is not None else None
-        self._waiting: deque[tuple[int, Request]] = deque()
+        self._waiting: deque[Waiting] = deque()
         self._slots: list[Running | None] = [None] * engine.config.num_slots
         self._updates: list[Update] = []
         self._ended: dict[int, Generation] = {}
@@ -80,7 +82,8 @@ class Session:
     @property
     def busy(self) -> bool:
         """True while a request waits, runs, or has an update that nobody has read."""
-        return bool(self._waiting or self._updates or self._num_active or self._num_under_way)
+        is_taken = any(running is not None for running in self._slots)
+        return bool(self._waiting or self._updates or is_taken or self._num_under_way)
 
     @property
     def _num_under_way(self) -> int:
@@ -102,13 +105,16 @@ class Session:
             )
         request_id = self._num_submitted
         self._num_submitted += 1
-        self._waiting.append((request_id, request))
+        self._waiting.append(Waiting(request_id, request, time.perf_counter()))
         return request_id
 
     def cancel(self, request_id: int) -> None:
-        """End a request now; its last update says so. An id that has ended is ignored."""
+        """End a request now; its last update says so. An id that has ended is ignored.
+
+        One whose prompt is being read frees its slot as well.
+        """
         for waiting in self._waiting:
-            if waiting[0] == request_id:
+            if waiting.request_id == request_id:
                 self._waiting.remove(waiting)
                 self._end(Running(*waiting), [], "cancelled")
                 return
@@ -126,10 +132,14 @@ class Session:
         self._waiting.clear()
         self._updates.clear()
         self._slots = [None] * len(self._slots)
+        if self._engine.ownership.held_by(self):
+            self._engine.forget_prompts()
         self._engine.ownership.leave(self)
 
     def step(self) -> list[Update]:
-        """Admit what fits, launch a step, and return what the step before it has brought.
+        """Admit what fits, read a piece of prompts, launch a step; return what is new.
+
+        That is what the step before it has brought, and first tokens.
 
         What `decode` raises ends the request whose tokens it was given. All other exceptions of the
         caller's code, KeyboardInterrupt from `decode` among them, come out of here and change
@@ -143,6 +153,8 @@ class Session:
             # What an exception left over comes first: an output must not outgrow its slot unseen.
             self._look()
             self._admit()
+            self._read()
+            self._look()
             self._advance()
             self._look()
         finally:
@@ -164,7 +176,8 @@ class Session:
 
     @property
     def _num_active(self) -> int:
-        return sum(running is not None for running in self._slots)
+        """Requests that steps bring tokens."""
+        return sum(running is not None and not running.is_reading for running in self._slots)
 
     def _require_between_steps(self) -> None:
         if self._is_stepping:
@@ -179,46 +192,69 @@ class Session:
             len(running.generation.tokens) + self._num_under_way
             < running.request.stop.max_new_tokens
             for running in self._slots
-            if running is not None
+            if running is not None and not running.is_reading
         )
 
     def _admit(self) -> None:
-        """Give free slots to waiting requests."""
-        if not self._waiting or None not in self._slots:
-            return
-        # A prefill would wait for the step under way, whose time is not its own.
-        self._engine.wait()
-        start = time.perf_counter()
+        """Give free slots to waiting requests; one that cannot be served ends at once."""
+        for slot, running in enumerate(self._slots):
+            if running is not None and running.is_reading and not self._engine.is_reading(slot):
+                # An interrupt came before its first token was noted.
+                self._engine.begin_prompt(slot, running.request.prompt, running.request.sampling)
         for slot in range(len(self._slots)):
             while self._slots[slot] is None and self._waiting:
-                self._start_next(slot)
-                self._look_at(slot)
-        self.prefill_seconds += time.perf_counter() - start
+                request, running = self._waiting[0].request, Running(*self._waiting[0])
+                running.generation.prompt_tokens = len(request.prompt)
+                try:
+                    self._engine.require_fits(len(request.prompt), request.stop.max_new_tokens)
+                    self._engine.begin_prompt(slot, request.prompt, request.sampling)
+                except StreeError as err:
+                    self._waiting.popleft()
+                    self._end(running, [], "error", str(err))
+                else:
+                    self._waiting.popleft()
+                    self._slots[slot] = running
 
-    def _start_next(self, slot: int) -> None:
-        """Prefill the request that has waited longest; one that cannot be served ends at once.
+    def _read(self) -> None:
+        """Read a piece of the prompts that are not read yet.
 
-        An interrupt leaves it waiting: nobody has seen a token of it.
+        An interrupt leaves them to be read from their start: nobody has seen a token of them. What
+        else is raised ends the prompts of the piece, as any of them may be why.
         """
-        running = Running(*self._waiting[0])
-        request = running.request
+        slots = self._engine.next_piece
+        if not slots:
+            return
+        # It would wait for the step under way, whose time is not its own.
+        self._engine.wait()
+        start = time.perf_counter()
         try:
-            self._engine.require_fits(len(request.prompt), request.stop.max_new_tokens)
-            first = self._engine.prefill(slot, request.prompt, request.sampling)
-        except StreeError as err:
-            self._waiting.popleft()
-            self._end(running, [], "error", str(err))
-        except BaseException as err:
-            # torch may raise anything, and an interrupt may come: the slot must not run on.
-            self._engine.release(slot)
-            if isinstance(err, Exception):
-                self._waiting.popleft()
-                self._end(running, [], "error", _CUT_SHORT)
+            firsts = self._engine.read_piece()
+        except Exception:
+            for slot in slots:
+                self._end_reading(slot, _CUT_SHORT)
             raise
-        else:
-            self._waiting.popleft()
+        now = time.perf_counter()
+        self.prefill_seconds += now - start
+        for slot in slots:
+            running = self._slots[slot]
+            assert running is not None
+            running.generation.prefill_seconds += now - start
+            if slot not in firsts:
+                continue
+            first = firsts[slot]
+            if isinstance(first, StreeError):
+                self._end_reading(slot, str(first))
+                continue
             running.noted.append([first])
-            self._slots[slot] = running
+            running.is_reading = False
+            running.generation.first_token_seconds = now - running.submitted
+
+    def _end_reading(self, slot: int, error: str) -> None:
+        """End the request whose prompt could not be read."""
+        running = self._slots[slot]
+        assert running is not None
+        self._leave(slot)
+        self._end(running, [], "error", error)
 
     def _advance(self) -> None:
         """Launch a step if one may be needed, and note what the steps before it have brought."""
@@ -236,7 +272,10 @@ class Session:
 
     @contextmanager
     def _whole_or_ended(self) -> Iterator[None]:
-        """End the requests in all slots where the engine's work inside is cut short."""
+        """End the requests that run in slots where the engine's work inside is cut short.
+
+        Prompts that are being read end with them: the engine forgets them.
+        """
         try:
             yield
         except StreeError as err:
@@ -257,7 +296,9 @@ class Session:
         """Note a step's tokens for all requests that ran in it."""
         slots = zip(self._slots, result.healthy, result.tokens, strict=True)
         for running, is_healthy, tokens in slots:
-            if running is not None and (tokens or not is_healthy):
+            if running is None or running.is_reading:
+                continue
+            if tokens or not is_healthy:
                 running.noted.append(tokens if is_healthy else [])
 
     def _look(self) -> None:
@@ -273,14 +314,15 @@ class Session:
                 # The decoder has cancelled it.
                 return
             emitted, generation = running.noted.popleft(), running.generation
+            waited = None if generation.tokens else generation.first_token_seconds
             if generation.tokens and error is None:
                 generation.accept_lengths.append(min(len(emitted) - 1, len(kept)))
             generation.tokens += kept
             if finish is None:
-                self._updates.append(Update(running.request_id, kept, None))
+                self._updates.append(Update(running.request_id, kept, None, waited))
                 continue
             self._leave(slot)
-            self._end(running, kept, finish, error)
+            self._end(running, kept, finish, error, waited)
             return
 
     def _leave(self, slot: int) -> None:
@@ -288,10 +330,11 @@ class Session:
         self._slots[slot] = None
 
     def _end(
-        self, running: Running, tokens: list[int], finish: Finish, error: str | None = None
-    ) -> None:
+        self, running: Running, tokens: list[int], finish: Finish, error: str | None = None,
+        waited: float | None = None,
+    ) -> None:  # fmt: skip
         running.generation.finish = finish
         running.generation.error = error
-        self._updates.append(Update(running.request_id, tokens, running.generation))
+        self._updates.append(Update(running.request_id, tokens, running.generation, waited))
         if self._watch is not None:
             self._watch.note(running.generation)

@@ -119,14 +119,25 @@ class Generation:
     `tokens` holds the first token, which prefill emits, and all buffered ones; `accept_lengths` the
     accepted draft tokens of every step, the last step's as far as they were kept. `error` says what
     went wrong where `finish` is "error".
+
+    `first_token_seconds` is the time from the request's submission to its first token, waiting for
+    a slot included; `prefill_seconds` what the pieces took in which its prompt was read.
     """
 
     tokens: list[int] = field(default_factory=list)
     accept_lengths: list[int] = field(default_factory=list)
     finish: Finish | None = None
     error: str | None = None
+    prompt_tokens: int = 0
+    first_token_seconds: float | None = None
+    prefill_seconds: float = 0.0
 
     @property
     def num_steps(self) -> int:
         """Decoding steps, prefill not counted."""
         return len(self.accept_lengths)
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Tokens of the prompt per second in which it was read, beside others or not."""
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from stree_core.models.cuda_graph import capture as capture
     from stree_core.models.hub import is_hub_id as is_hub_id
     from stree_core.models.model import Model as Model, Pass as Pass
+    from stree_core.models.prompt_pass import PromptPass as PromptPass
     from stree_core.models.row_block import (
         RowBlock as RowBlock,
         like as like,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         head_source as head_source,
         spec_source as spec_source,
     )
+    from stree_core.models.state_flush import flush_states as flush_states
     from stree_core.models.text import (
         Chat as Chat,
         Message as Message,
@@ -68,6 +70,7 @@ __getattr__, __dir__ = exports(
         "cuda_graph": ["capture"],
         "hub": ["is_hub_id"],
         "model": ["Model", "Pass"],
+        "prompt_pass": ["PromptPass"],
         "row_block": ["RowBlock", "like", "make_block"],
         "source": [
             "MTP",
@@ -77,6 +80,7 @@ __getattr__, __dir__ = exports(
             "head_source",
             "spec_source",
         ],
+        "state_flush": ["flush_states"],
         "text": ["Chat", "Message", "TextCodec", "load_text_codec"],
         "weight_files": ["WeightFiles"],
         "weight_index": ["require_present", "skipped_copies"],

@@ -14,6 +14,10 @@ from stree_kernels.linear.deferred_norm import DeferredNorm
 _OPS = {
     "tree_conv": "ssm.tree_conv",
     "tree_scan": "ssm.tree_scan",
+    "prompt_conv": "ssm.prompt_conv",
+    "prompt_scan": "ssm.prompt_scan",
+    "prompt_kv_write": "attention.prompt_attention",
+    "prompt_attention": "attention.prompt_attention",
     "linear": "linear.linear",
     "linear_activated": "linear.linear",
     "linear_add": "linear.linear",
@@ -39,11 +43,15 @@ _SUFFIXES = {"torch": "_ref", "triton": ""}
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """The ops of a step; signatures as in stree_kernels."""
+    """The ops of passes and steps; signatures as in stree_kernels."""
 
     name: str
     tree_conv: Callable[..., None]
     tree_scan: Callable[..., None]
+    prompt_conv: Callable[..., None]
+    prompt_scan: Callable[..., None]
+    prompt_kv_write: Callable[..., None]
+    prompt_attention: Callable[..., None]
     linear: Callable[..., None]
     linear_activated: Callable[..., None]
     linear_add: Callable[..., DeferredNorm]

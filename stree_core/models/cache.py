@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stree_core.families import AttentionShape, Mamba2Shape, ModelShape
 from stree_kernels.attention.rope_kv_write_ref import KeyValues
-from stree_kernels.launch.rows import MAX_BUFFERED, Pending, ScanRows, advance_pending
+from stree_kernels.launch.rows import MAX_BUFFERED, Pending, ScanRows
 
 
 class RowSet(NamedTuple):
@@ -96,42 +96,24 @@ class Cache:
             tensors += _tensors(layer)
         return tensors
 
-    def advance(self, length_B: Tensor) -> None:
-        """Make the first rows of the running pass pending; what was pending is committed.
-
-        A step advances by `commit_path`; this is for a prompt's chains, whose path never changes.
-        """
-        advance_pending(self.pending, None, length_B)
-        self.committed_B.add_(length_B)
-
     def flip(self) -> None:
         """End a step: its rows become the previous ones."""
         self.current = 1 - self.current
 
-    def adopt(self, slot: int, other: Cache) -> None:
-        """Copy slot 0 of `other`, whose pending path is at most its first row, into `slot`."""
-        self.committed_B[slot] = other.committed_B[0]
-        self.pending.path_BL[slot] = 0
-        self.pending.length_B[slot] = other.pending.length_B[0]
-        self.pending.num_buffered_B[slot] = other.pending.num_buffered_B[0]
-        if self.features_RBD is not None and other.features_RBD is not None:
-            self.features_RBD[0, slot] = other.features_RBD[0, 0]
-        here, there = 1 - self.current, 1 - other.current
-        for mine, theirs in zip(self.layers, other.layers, strict=True):
-            if isinstance(mine, Mamba2Cache) and isinstance(theirs, Mamba2Cache):
-                mine.conv_BCK[slot] = theirs.conv_BCK[0]
-                mine.ssm_BHPN[slot] = theirs.ssm_BHPN[0]
-                mine.proj_RB[here][0, slot] = theirs.proj_RB[there][0, 0]
-                mine.rows_RBE[:MAX_BUFFERED, slot] = theirs.rows_RBE[:MAX_BUFFERED, 0]
-                mine.rows_RBE[mine.sets[here].start, slot] = theirs.rows_RBE[
-                    theirs.sets[there].start, 0
-                ]
-            elif isinstance(mine, AttentionCache) and isinstance(theirs, AttentionCache):
-                num = min(mine.committed.key.shape[1], theirs.committed.key.shape[1])
-                for to, source in zip(mine.committed, theirs.committed, strict=True):
-                    to[slot, :num] = source[0, :num]
-                for to, source in zip(mine.rows[here], theirs.rows[there], strict=True):
-                    to[0, slot] = source[0, 0]
+    def hold(self, slot: int, num_tokens: int) -> None:
+        """Say that a slot's states, keys and values are of so many tokens, nothing pending."""
+        # Assigning numbers would wait for the step under way.
+        self.committed_B[slot].fill_(num_tokens)
+        for table in self.pending:
+            table[slot].zero_()
+
+    def forget(self, slot: int) -> None:
+        """Make a slot as new: it holds no tokens."""
+        self.hold(slot, 0)
+        for layer in self.layers:
+            if isinstance(layer, Mamba2Cache):
+                layer.conv_BCK[slot].zero_()
+                layer.ssm_BHPN[slot].zero_()
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,7 @@ from stree_core.models.cache import (
     Mamba2Cache,
     make_cache,
 )
+from stree_core.models.prompt_pass import PromptPass
 from stree_core.models.row_block import RowBlock, copied, like, side_by_side
 from stree_core.models.weights import (
     AttentionWeights,
@@ -70,6 +71,9 @@ class Pass:
         return self.cache.pending if self.commit else None
 
 
+AnyPass = Pass | PromptPass
+
+
 class Model:
     """A model's weights and the backend that runs them."""
 
@@ -101,8 +105,15 @@ class Model:
         self.run_blocks(residual, residual.rows(self.shape.norm_eps), this, hidden_MD)
         return hidden_MD.view(*tokens_TB.shape, -1)
 
+    def read(self, tokens_M: Tensor, this: PromptPass) -> Tensor:
+        """Run packed prompts into their slots; return hidden states [M, D] after the final norm."""
+        residual = self._start(tokens_M)
+        hidden_MD = torch.empty_like(residual.values_MD)
+        self.run_blocks(residual, residual.rows(self.shape.norm_eps), this, hidden_MD)
+        return hidden_MD
+
     def run_blocks(
-        self, residual: Residual, rows: DeferredNorm, this: Pass, out_MD: Tensor
+        self, residual: Residual, rows: DeferredNorm, this: AnyPass, out_MD: Tensor
     ) -> None:
         """Run all blocks on a stream whose rows the first reads; write the final norm's output."""
         embedding = copied(rows) if any(b.shared for b in self.shape.blocks) else rows
@@ -147,16 +158,22 @@ class Model:
         return Residual(stream_MD, values_MD, sums_MQ)
 
     def _mix(
-        self, rows: DeferredNorm, mixer: Mixer, weights: PartWeights, layer: LayerCache, this: Pass
+        self, rows: DeferredNorm, mixer: Mixer, weights: PartWeights, layer: LayerCache, this: AnyPass
     ) -> tuple[DeferredNorm, Tensor | None]:
         """Return a part's output before its last projection, and that; None where there is none."""
         if isinstance(weights, Mamba2Weights):
             assert isinstance(layer, Mamba2Cache)
             assert isinstance(mixer, Mamba2Shape)
+            if isinstance(this, PromptPass):
+                output = this.mamba2(self.backend, rows, weights, mixer, layer)
+                return output, weights.out_proj
             return self._mamba2(rows, weights, mixer, layer, this), weights.out_proj
         if isinstance(weights, AttentionWeights):
             assert isinstance(layer, AttentionCache)
             assert isinstance(mixer, AttentionShape)
+            if isinstance(this, PromptPass):
+                output = this.attention(self.backend, rows, weights, mixer, layer)
+                return output, weights.o_proj
             return self._attention(rows, weights, mixer, layer, this), weights.o_proj
         if isinstance(weights, MlpWeights):
             assert isinstance(mixer, MlpShape)
@@ -176,7 +193,7 @@ class Model:
 
     def _beside(
         self, residual: Residual, embedding: DeferredNorm, shape: SharedBlock, w: SharedWeights,
-        layers: Iterator[LayerCache], this: Pass,
+        layers: Iterator[LayerCache], this: AnyPass,
     ) -> DeferredNorm:  # fmt: skip
         """Return the stream's rows plus what the shared layer says, the stream as it was."""
         eps = self.shape.norm_eps

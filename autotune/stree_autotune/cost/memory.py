@@ -13,9 +13,6 @@ from stree_core.tree import Tree
 RESERVED_BYTES = 3 << 29
 """What a process takes on a GPU beside its tensors: context, libraries, graphs; a guess."""
 
-CHAINS = {"cpu": 64, "cuda": 256}
-"""The longest of stree_core.drafting.prefill.CHAINS, by a test: that module loads torch."""
-
 _INT_BYTES = 4
 _LOGIT_BYTES = 4
 _COPIES = {
@@ -69,12 +66,10 @@ class MemoryModel:
         if inner:
             # The predecessor comes before the nodes with children.
             models.append((self.draft, max(inner) + 1))
-        chain = CHAINS["cpu" if self.gpu == "cpu" else "cuda"]
         weights = caches = 0
         for model, num_rows in models:
             weights += model.held_bytes
             caches += _cache_bytes(model, batch_size, num_rows, capacity, self.context)
-            caches += _cache_bytes(model, 1, chain, chain, self.context)
         scratch = max(self._scratch_bytes(batch_size, tree) for tree in trees)
         return Needed(weights, caches, scratch)
 

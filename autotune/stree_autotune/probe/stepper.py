@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from stree_autotune.store import TIMED_PATH
-from stree_core.drafting import Draft, Prefill
+from stree_core.drafting import Draft, Prefill, PromptPart
 from stree_core.engine import (
     Engine,
     EngineConfig,
@@ -23,7 +23,8 @@ from stree_core.engine import (
     StopRule,
     steps_of,
 )
-from stree_core.models import Model
+from stree_core.errors import StreeError
+from stree_core.models import CacheSize, Model
 from stree_core.tree import Tree
 from stree_kernels.launch.rows import MAX_BUFFERED
 
@@ -63,11 +64,12 @@ def prompt_reader(model: Model) -> Callable[[], None]:
     """
     if model.device.type != "cuda":
         return _nothing
-    prefill = Prefill(model, len(_PROMPT), use_graph=True)
+    cache = model.make_cache(CacheSize(1, 1, 1, len(_PROMPT)))
+    prefill, part = Prefill(model, cache, use_graph=True), PromptPart(0, _PROMPT, 0, len(_PROMPT))
 
     def consume() -> None:
         with torch.inference_mode():
-            prefill.consume(_PROMPT)
+            prefill.read([part])
 
     return consume
 
@@ -124,13 +126,21 @@ class SteadyEngine(Engine):
         """Let every request in: it never ends."""
 
     @torch.inference_mode()
-    def prefill(
+    def begin_prompt(
         self, slot: int, prompt: Sequence[int], params: SamplingParams | None = None
-    ) -> int:
-        """Take a slot without running its prompt."""
+    ) -> None:
+        """Take a slot without a prompt."""
+        super().begin_prompt(slot, prompt, params)
         self.speculator.rule.start(slot, params or SamplingParams(), prompt)
+
+    @torch.inference_mode()
+    def read_piece(self, only: int | None = None) -> dict[int, int | StreeError]:
+        """Make slots active without running their prompts."""
+        slots = self.next_piece
+        for slot in slots:
+            self._prompts.drop(slot)
         occupy(self.speculator, self._first)
-        return 0
+        return dict.fromkeys(slots, 0)
 
     def launch(self, which: int = 0) -> None:
         """Start a step."""

@@ -47,7 +47,7 @@ def rope_kv_write(
     """
     if pending is not None:
         assert previous is not None
-        _append(cache, previous, committed_B, pending)
+        append_path(cache, previous, committed_B, pending)
     num_tokens, num_heads, head_dim = q_TBHD.shape[0], q_TBHD.shape[2], q_TBHD.shape[3]
     end = first + num_tokens
     num_kv_heads = rows.key.shape[2]
@@ -59,7 +59,9 @@ def rope_kv_write(
     rows.value[first:end] = heads_TBHD[:, :, num_heads + num_kv_heads :]
 
 
-def _append(cache: KeyValues, previous: KeyValues, committed_B: Tensor, pending: Pending) -> None:
+def append_path(
+    cache: KeyValues, previous: KeyValues, committed_B: Tensor, pending: Pending
+) -> None:
     """Write the pending rows to the last `length` committed positions.
 
     Entries past a path repeat its last one, so that the write needs no length on the host; an empty
