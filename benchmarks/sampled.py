@@ -30,6 +30,7 @@ from stree_core.engine.stop import StopRule
 from stree_core.models.cache import CacheSize
 from stree_core.models.model import Model
 from stree_core.models.row_block import make_block
+from stree_kernels.launch.rows import advance_pending
 
 BINS = 50
 SHOWN = ("draft", "rule", "tokens", "tokens_per_step", "p_value", "surplus_deviations")
@@ -109,7 +110,9 @@ def judge(
     for at in range(1, longest):
         tokens_1B = padded_BT[None, :, at - 1].contiguous()
         hidden = target.forward(tokens_1B, block, cache, first=0, commit=True)
-        cache.advance(torch.ones_like(cache.committed_B))
+        one_B = torch.ones_like(cache.committed_B)
+        advance_pending(cache.pending, None, one_B)
+        cache.committed_B.add_(one_B)
         cache.flip()
         counted_B = (begin_B <= at) & (at < end_B)
         log_BV = target.logits(hidden)[0][counted_B].double().log_softmax(-1)

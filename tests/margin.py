@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from chain_prefill import read_prompt
 
-from stree_core.drafting.prefill import Prefill
 from stree_core.models.model import Model
 
 
@@ -20,6 +20,5 @@ def logit_margin(
     """
     part = next(i for i, (a, b) in enumerate(zip(expected, actual, strict=True)) if a != b)
     prefix = [*prompt, *expected[:part]]
-    hidden = Prefill(target, len(prefix), use_graph=False).consume(prefix)
-    logits = target.logits(hidden)[0, 0]
+    logits = target.logits(read_prompt(target, prefix)[None])[0, 0]
     return abs(float(logits[expected[part]] - logits[actual[part]]))

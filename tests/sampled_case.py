@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from chain_prefill import advance
 from scipy import stats
 from torch import Tensor
 
@@ -61,8 +62,7 @@ def distributions_of(target: Model, texts: list[list[int]], params: SamplingPara
     distributions = []
     for tokens_B in tokens_TB[:-1]:
         hidden = target.forward(tokens_B[None], block, cache, first=0, commit=True)
-        cache.advance(torch.ones_like(cache.committed_B))
-        cache.flip()
+        advance(cache, 1)
         seen_BV.scatter_(1, tokens_B[:, None], value=True)
         scores_1BV = processed(target.logits(hidden), settings, seen_BV[None], truncates=True)
         distributions.append(softmax_distribution(scores_1BV, settings.temperature_B))

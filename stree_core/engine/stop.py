@@ -129,8 +129,8 @@ class Generation:
     finish: Finish | None = None
     error: str | None = None
     prompt_tokens: int = 0
-    first_token_seconds: float | None = None
-    prefill_seconds: float = 0.0
+    first_token_seconds: float | None = field(default=None, compare=False)
+    prefill_seconds: float = field(default=0.0, compare=False)
 
     @property
     def num_steps(self) -> int:

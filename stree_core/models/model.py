@@ -158,7 +158,12 @@ class Model:
         return Residual(stream_MD, values_MD, sums_MQ)
 
     def _mix(
-        self, rows: DeferredNorm, mixer: Mixer, weights: PartWeights, layer: LayerCache, this: AnyPass
+        self,
+        rows: DeferredNorm,
+        mixer: Mixer,
+        weights: PartWeights,
+        layer: LayerCache,
+        this: AnyPass,
     ) -> tuple[DeferredNorm, Tensor | None]:
         """Return a part's output before its last projection, and that; None where there is none."""
         if isinstance(weights, Mamba2Weights):

@@ -27,9 +27,7 @@ def flush_states(model: Model, cache: Cache, path_set: int) -> None:
     pending = cache.pending
     total_B = pending.num_buffered_B + pending.length_B
     slot_B1 = torch.arange(len(total_B), device=total_B.device)[:, None]
-    for layer, part, weights in zip(
-        cache.layers, model.shape.parts, _weights(model), strict=True
-    ):
+    for layer, part, weights in zip(cache.layers, model.shape.parts, _weights(model), strict=True):
         if isinstance(layer, AttentionCache):
             append_path(layer.committed, layer.rows[path_set], cache.committed_B, pending)
         elif isinstance(layer, Mamba2Cache):

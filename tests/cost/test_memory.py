@@ -13,13 +13,12 @@ from safetensors.torch import load_file
 from synthetic_data import make_table, memory_of
 from tiny_models import save_pair
 
-from stree_autotune.cost.memory import CHAINS, MemoryModel
+from stree_autotune.cost.memory import MemoryModel
 from stree_autotune.cost.traffic import model_cost
 from stree_autotune.store.gpu_spec import load_gpu_spec
 from stree_autotune.store.library import Library, shipped_root
 from stree_autotune.store.runtime_table import RuntimeTable, load_runtime_table
 from stree_autotune.store.step_rule import StepRule
-from stree_core.drafting import prefill
 from stree_core.drafting.pair import Pair, Runtime, load_pair
 from stree_core.engine.engine import Engine, EngineConfig
 from stree_core.models.source import folder_source
@@ -36,7 +35,6 @@ def model_of(pair: Pair, context: int) -> MemoryModel:
 
 
 def test_caches_are_those_of_an_engine(tmp_path: Path) -> None:
-    assert {device: max(lengths) for device, lengths in prefill.CHAINS.items()} == CHAINS
     save_pair(tmp_path)
     sources = [folder_source(tmp_path / "models" / n) for n in ("tiny-target", "tiny-draft")]
     pair = load_pair(*sources, Runtime("cpu"))

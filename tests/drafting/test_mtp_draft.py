@@ -24,7 +24,6 @@ from torch import Tensor
 
 from stree_autotune.trace.file import NO_RANK
 from stree_autotune.trace.record import RecordConfig, record_trace
-from stree_core.drafting import prefill
 from stree_core.drafting.pair import Runtime, load_with_head
 from stree_core.drafting.tree_plan import TreePlan
 from stree_core.engine.decode import generate
@@ -215,14 +214,12 @@ def test_siblings_do_not_see_each_other(bamba: HeadedModel) -> None:
     assert torch.allclose(wide[3], alone[2], atol=1e-12)
 
 
-@pytest.mark.parametrize("chain", [1, 3, 64])
-def test_a_prompt_is_read_in_parts_as_whole(
-    bamba: HeadedModel, chain: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A part's last row needs the first token of the next."""
-    monkeypatch.setitem(prefill.CHAINS, "cpu", (chain,))
+@pytest.mark.parametrize("piece", [1, 3, 64])
+def test_a_prompt_is_read_in_pieces_as_whole(bamba: HeadedModel, piece: int) -> None:
+    """A piece's last row needs the first token of the next."""
     generator = torch.Generator().manual_seed(0)
-    engine = Engine(bamba.pair.target, bamba.pair.draft, (RAGGED,), EngineConfig(3, 256))
+    config = EngineConfig(3, 256, piece_tokens=piece)
+    engine = Engine(bamba.pair.target, bamba.pair.draft, (RAGGED,), config)
     for slot, length in enumerate((1, 2, 70)):
         prompt = torch.randint(1, VOCAB_SIZE, (length,), generator=generator).tolist()
         engine.prefill(slot, prompt)

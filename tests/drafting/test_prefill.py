@@ -108,7 +108,8 @@ def test_text_after_a_prompt_is_that_after_chains(
     trees: tuple[Tree, ...] = (Tree.chain(0), DEFAULT_TREE)
     for tree in trees:
         texts = [
-            g.tokens for g in generate(Engine(model, model, tree, config), prompts, stop).generations
+            g.tokens
+            for g in generate(Engine(model, model, tree, config), prompts, stop).generations
         ]
         with monkeypatch.context() as patch:
             patch.setattr(Engine, "read_piece", _by_chains)

@@ -20,6 +20,7 @@ from stree_core.engine.session import Session
 from stree_core.engine.stop import Generation, StopRule
 from stree_core.errors import ConfigError
 from stree_core.models.model import Model
+from stree_core.models.prompt_pass import PromptPass
 from stree_core.tree import DEFAULT_TREE, Tree
 
 RAGGED = Tree.from_paths([[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0]])
@@ -216,22 +217,24 @@ def test_requests_that_cannot_be_served_end_alone(
 def test_a_prompt_without_memory_left_ends_alone(
     pair: Pair, requests: list[Request], alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unlucky, forward = requests[3].prompt[0], Model.forward
+    """Which of the prompts of a piece is too large shows when each is read alone."""
+    unlucky, read = requests[3].prompt[0], Model.read
 
-    def fail(self: Model, tokens_TB: Tensor, *rest: Any, **options: Any) -> Tensor:
-        if self is pair[1] and tokens_TB[0, 0] == unlucky and tokens_TB.shape[1] == 1:
+    def fail(self: Model, tokens_M: Tensor, this: PromptPass) -> Tensor:
+        if self is pair[1] and unlucky in tokens_M[this.packing.offsets_S1[:-1]]:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, tokens_TB, *rest, **options)
+        return read(self, tokens_M, this)
 
     session = Session(_engine(pair, 3), lambda active: CHAIN)
-    monkeypatch.setattr(Model, "forward", fail)
+    monkeypatch.setattr(Model, "read", fail)
     for request in requests:
         session.submit(request)
     ended = session.run()
     unlucky_ones = [i for i, r in enumerate(requests) if len(r.prompt) > 1 and ended[i].error]
     assert 3 in unlucky_ones
     assert ended[3].finish == "error"
-    assert f"a prompt of {len(requests[3].prompt)} tokens needs more memory" in str(ended[3].error)
+    size = len(requests[3].prompt)
+    assert f"a piece of {size} tokens of a prompt needs more memory" in str(ended[3].error)
     for index, text in enumerate(alone):
         assert index in unlucky_ones or ended[index].tokens == text
     assert len(unlucky_ones) < 4
@@ -276,12 +279,12 @@ def test_prefill_waits_for_the_step_under_way_in_stepping_time(
 
         return call
 
-    for name in ("launch", "wait", "prefill"):
+    for name in ("launch", "wait", "read_piece"):
         monkeypatch.setattr(Engine, name, noted(name))
     session = Session(_engine(pair, 2, TREES[1:2]), lookahead=1)
     for request in requests:
         session.submit(request)
     session.run()
-    joins = [before for before, event in pairwise(events) if event == "prefill"]
-    assert len(joins) == len(requests)
-    assert set(joins) == {"wait", "prefill"}
+    joins = [before for before, event in pairwise(events) if event == "read_piece"]
+    assert 1 < len(joins) <= len(requests)
+    assert set(joins) == {"wait"}

@@ -91,10 +91,10 @@ def test_requests_of_a_wave_join_one_after_another(
 
         monkeypatch.setattr(engine, name, call)
 
-    noted("prefill")
+    noted("begin_prompt")
     noted("launch")
     live_speed(engine, [Request(prompt, STOP) for prompt in prompts[:3]])
-    joined_at = [place for place, name in enumerate(events) if name == "prefill"]
+    joined_at = [place for place, name in enumerate(events) if name == "begin_prompt"]
     between = [events[first:last].count("launch") for first, last in itertools.pairwise(joined_at)]
     assert len(joined_at) == 3
     assert min(between) > 0, "never in one step"

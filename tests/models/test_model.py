@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from chain_prefill import advance, read_prompt
 from reference_models import mamba2, nemotron_h_logits, time_steps
 from safetensors import safe_open
 from tiny_models import (
@@ -24,7 +25,6 @@ from tiny_models import (
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stree_core.drafting.prefill import CHAINS, Prefill
 from stree_core.engine.decode import generate
 from stree_core.engine.engine import Engine, EngineConfig
 from stree_core.engine.stop import StopRule
@@ -32,9 +32,10 @@ from stree_core.models.cache import CacheSize
 from stree_core.models.model import Model
 from stree_core.models.row_block import make_block
 from stree_core.tree import DEFAULT_TREE, Tree
+from stree_kernels.ssm.prompt_scan_ref import CHUNK
 from stree_kernels.testing import assert_close
 
-PREFILL_CHUNK = CHAINS["cpu"][0]
+PREFILL_CHUNK = CHUNK
 
 # Two fp32 passes with additions in another order: the worst of these models differs from its own
 # float64 pass by 4e-5.
@@ -66,10 +67,9 @@ def _their_logits(theirs: PreTrainedModel, tokens: Tensor) -> Tensor:
 @torch.inference_mode()
 def _block_logits(model: Model, tokens: Tensor, parents: list[int], prefix: Tensor) -> Tensor:
     """Return logits [T, V] of one block of rows after a prefix."""
-    prefill = Prefill(model, 2 * PREFILL_CHUNK, use_graph=False)
-    prefill.consume(prefix.tolist())
     cache = model.make_cache(CacheSize(1, len(parents), 1, 2 * PREFILL_CHUNK))
-    cache.adopt(0, prefill.cache)
+    if len(prefix):
+        read_prompt(model, prefix.tolist(), cache)
     block = make_block(parents, model.conv_widths, model.device)
     hidden = model.forward(tokens[:, None], block, cache, first=0, commit=True)
     return model.logits(hidden)[:, 0]
@@ -92,8 +92,7 @@ def test_step_by_step_logits_equal_transformers(models: Models) -> None:
     for token in tokens:
         hidden = model.forward(token.view(1, 1), block, cache, first=0, commit=True)
         logits.append(model.logits(hidden)[0])
-        cache.advance(torch.ones_like(cache.committed_B))
-        cache.flip()
+        advance(cache, 1)
     expected = _their_logits(theirs, tokens)
     assert_close("logits", torch.cat(logits), expected, tolerance=TOLERANCE)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from chain_prefill import read_prompt
 from native_models import (
     LLAMA,
     MAMBA,
@@ -22,7 +23,6 @@ from native_models import (
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stree_core.drafting.prefill import Prefill
 from stree_core.engine.decode import generate
 from stree_core.engine.engine import Engine, EngineConfig
 from stree_core.engine.stop import StopRule
@@ -58,10 +58,9 @@ def random_tokens(count: int, seed: int) -> Tensor:
 
 @torch.inference_mode()
 def block_logits(model: Model, tokens: Tensor, parents: list[int], prefix: Tensor) -> Tensor:
-    prefill = Prefill(model, 128, use_graph=False)
-    prefill.consume(prefix.tolist())
     cache = model.make_cache(CacheSize(1, len(parents), 1, 128))
-    cache.adopt(0, prefill.cache)
+    if len(prefix):
+        read_prompt(model, prefix.tolist(), cache)
     block = make_block(parents, model.conv_widths, model.device)
     hidden = model.forward(tokens[:, None], block, cache, first=0, commit=True)
     return model.logits(hidden)[:, 0]
