@@ -17,6 +17,7 @@ from stree_core.drafting.prefill import Prefill, PromptPart
 from stree_core.models.cache import AttentionCache, Cache, CacheSize, Mamba2Cache
 from stree_core.models.model import Model
 from stree_core.models.row_block import make_block
+from stree_core.models.state_flush import flush_states
 from stree_kernels.launch.rows import MAX_BUFFERED, advance_pending
 
 CHAIN = 64
@@ -63,8 +64,6 @@ class ChainPrefill:
 
 def settled(model: Model, cache: Cache) -> list[tuple[Tensor, ...]]:
     """Return what a cache of one slot holds, with all that is pending or buffered committed."""
-    from stree_core.models.state_flush import flush_states
-
     flush_states(model, cache, 1 - cache.current)
     num = int(cache.committed_B[0])
     found: list[tuple[Tensor, ...]] = []

@@ -229,6 +229,7 @@ class Session:
         start = time.perf_counter()
         try:
             firsts = self._engine.read_piece()
+        # torch may raise anything: what the piece's slots hold is unknown then.
         except Exception:
             for slot in slots:
                 self._end_reading(slot, _CUT_SHORT)

@@ -7,6 +7,7 @@ Shape letters: M packed tokens, S sequences, B slots, H heads, P head dim, N sta
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,51 +85,60 @@ def prompt_scan(
     _, num_heads, head_dim, state_dim = state_BHPN.shape
     x, dt, b, c = tokens
     z, sums = gate
-    device, num_sequences = x.device, len(packing.slots_S)
+    device, num_tokens, num_sequences = x.device, len(out_MHP), len(packing.slots_S)
     config = pick_config(state_dim, out_MHP.dtype, pdl.capability(device))
-    tiles = num_tiles(len(out_MHP), num_sequences, SEGMENT)
-    grid = (head_dim // block_p, num_heads, tiles)
-    skip = heads.d_H if heads.d_H.ndim == 2 else heads.d_H[:, None].expand(-1, head_dim)
-    limits = tuple(map(float, dt_limit))
-    options = {"num_stages": 1, **launch_options(device)}
-    shared: dict[str, Any] = {
-        "HEADS_PER_X": num_heads // x.shape[1], "HEADS_PER_B": num_heads // b.shape[1],
-        "HEAD_DIM": head_dim, "STATE_DIM": state_dim, "BLOCK_P": block_p, "CHUNK": config.chunk,
-        "SEGMENT": SEGMENT, "BLOCK_S": triton.next_power_of_2(num_sequences),
-        "NUM_STAGES": config.num_stages, "num_warps": config.num_warps, **options,
-    }  # fmt: skip
-    decays = sums.new_empty(3, num_heads, len(out_MHP))
-    chunks = num_tiles(len(out_MHP), num_sequences, config.chunk)
+    grid = (head_dim // block_p, num_heads, num_tiles(num_tokens, num_sequences, SEGMENT))
+    shared: dict[str, Any] = {"num_stages": 1, **launch_options(device)}
+    shared |= {"CHUNK": config.chunk, "BLOCK_S": triton.next_power_of_2(num_sequences)}
+    decays = sums.new_empty(3, num_heads, num_tokens)
+    chunks = num_tiles(num_tokens, num_sequences, config.chunk)
     decays_kernel[chunks, triton.cdiv(num_heads, DECAY_HEADS)](
-        dt, heads.a_H, heads.dt_bias_H, packing.offsets_S1, decays, *limits, num_sequences,
-        num_heads, len(out_MHP), dt.stride(0), CHUNK=config.chunk, BLOCK_H=DECAY_HEADS,
-        BLOCK_S=shared["BLOCK_S"], num_warps=4, **options,
+        dt, heads.a_H, heads.dt_bias_H, packing.offsets_S1, decays, *map(float, dt_limit),
+        num_sequences, num_heads, num_tokens, dt.stride(0), BLOCK_H=DECAY_HEADS, num_warps=4,
+        **shared,
     )  # fmt: skip
+    shared |= {
+        "HEADS_PER_X": num_heads // x.shape[1], "HEADS_PER_B": num_heads // b.shape[1],
+        "HEAD_DIM": head_dim, "STATE_DIM": state_dim, "BLOCK_P": block_p, "SEGMENT": SEGMENT,
+        "NUM_STAGES": config.num_stages, "num_warps": config.num_warps, "stride_x_m": x.stride(0),
+        "stride_b_m": b.stride(0),
+    }  # fmt: skip
     before = None
     if longest > SEGMENT:
-        before = state_BHPN.new_empty(tiles, num_heads, head_dim, state_dim, dtype=torch.float32)
-        decay = before.new_empty(tiles, num_heads)
-        kernel = segment_states_kernel[grid](
-            x, b, decays, packing.offsets_S1, before, decay, num_sequences, len(out_MHP),
-            stride_x_m=x.stride(0), stride_b_m=b.stride(0), **shared,
-        )  # fmt: skip
-        prefer_shared(kernel, device, grid[0] * num_heads * tiles)
-        size = head_dim * state_dim
-        block = min(PASS_BLOCK, size)
-        pass_states_kernel[size // block, num_heads, num_sequences](
-            state_BHPN, before, decay, *packing, state_BHPN.stride(0), STATE_SIZE=size,
-            SEGMENT=SEGMENT, BLOCK_X=block, num_warps=4, **options,
-        )  # fmt: skip
+        before = _states_before(state_BHPN, tokens, decays, packing, grid, shared)
     if config.max_registers is not None:
         shared["maxnreg"] = config.max_registers
+    skip = heads.d_H if heads.d_H.ndim == 2 else heads.d_H[:, None].expand(-1, head_dim)
     kernel = prompt_scan_kernel[grid](
         state_BHPN, x, b, c, out_MHP, z, sums, skip, decays, *packing, before, num_sequences,
-        len(out_MHP), state_BHPN.stride(0), *skip.stride(), stride_x_m=x.stride(0),
-        stride_b_m=b.stride(0), stride_c_m=c.stride(0), stride_out_m=out_MHP.stride(0),
-        stride_z_m=z.stride(0), stride_sums_m=sums.stride(0),
+        num_tokens, state_BHPN.stride(0), *skip.stride(), stride_c_m=c.stride(0),
+        stride_out_m=out_MHP.stride(0), stride_z_m=z.stride(0), stride_sums_m=sums.stride(0),
         HEADS_PER_C=num_heads // c.shape[1], **shared,
     )  # fmt: skip
-    prefer_shared(kernel, device, grid[0] * num_heads * tiles)
+    prefer_shared(kernel, device, math.prod(grid))
+
+
+def _states_before(
+    state: Tensor, tokens: PromptTokens, decays: Tensor, packing: Packing,
+    grid: tuple[int, int, int], shared: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """Return the state before every segment of the sequences that have several."""
+    _, num_heads, head_dim, state_dim = state.shape
+    tiles, num_sequences, device = grid[2], len(packing.slots_S), state.device
+    before = state.new_empty(tiles, num_heads, head_dim, state_dim, dtype=torch.float32)
+    decay = before.new_empty(tiles, num_heads)
+    kernel = segment_states_kernel[grid](
+        tokens.x_MXP, tokens.b_MGN, decays, packing.offsets_S1, before, decay, num_sequences,
+        len(tokens.dt_MH), **shared,
+    )  # fmt: skip
+    prefer_shared(kernel, device, math.prod(grid))
+    size = head_dim * state_dim
+    block = min(PASS_BLOCK, size)
+    pass_states_kernel[size // block, num_heads, num_sequences](
+        state, before, decay, *packing, state.stride(0), STATE_SIZE=size, SEGMENT=SEGMENT,
+        BLOCK_X=block, num_warps=4, num_stages=1, **launch_options(device),
+    )  # fmt: skip
+    return before
 
 
 def _check(
