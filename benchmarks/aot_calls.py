@@ -225,7 +225,7 @@ def attention(tokens: int, group: int, head_dim: int, *, dtype: torch.dtype = BF
 def prompts(
     head_dim: int, state_dim: int, *, dtype: torch.dtype = BF16, state: torch.dtype = FP32
 ) -> None:
-    """Read two prompts of a Mamba2 layer, with a conv of width 4."""
+    """Read two prompts of a Mamba2 layer, with a conv of width 4; then with none of them long."""
     tokens, heads, groups = 1500, 16, 2
     sections = (heads * head_dim, groups * state_dim, groups * state_dim)
     inner, channels = sections[0], sum(sections)
@@ -239,16 +239,17 @@ def prompts(
     )  # fmt: skip
     x, b, c = outputs.split(sections, dim=-1)
     sums = torch.empty(tokens, inner // gate_width(head_dim, state_dim, dtype))
-    prompt_scan.prompt_scan(
-        torch.empty(2, heads, head_dim, state_dim, dtype=state),
-        PromptTokens(
-            x.unflatten(-1, (heads, head_dim)), dt, b.unflatten(-1, (groups, state_dim)),
-            c.unflatten(-1, (groups, state_dim)),
-        ),
-        ScanHeads(*torch.empty(3, heads)), packing, longest=1400, dt_limit=(0.0, 1.0),
-        out_MHP=torch.empty(tokens, heads, head_dim, dtype=dtype),
-        gate=Gate(z.unflatten(-1, (heads, head_dim)), sums),
-    )  # fmt: skip
+    for longest in (prompt_scan.SEGMENT + 1, prompt_scan.SEGMENT):
+        prompt_scan.prompt_scan(
+            torch.empty(2, heads, head_dim, state_dim, dtype=state),
+            PromptTokens(
+                x.unflatten(-1, (heads, head_dim)), dt, b.unflatten(-1, (groups, state_dim)),
+                c.unflatten(-1, (groups, state_dim)),
+            ),
+            ScanHeads(*torch.empty(3, heads)), packing, longest=longest, dt_limit=(0.0, 1.0),
+            out_MHP=torch.empty(tokens, heads, head_dim, dtype=dtype),
+            gate=Gate(z.unflatten(-1, (heads, head_dim)), sums),
+        )  # fmt: skip
 
 
 def prompt_attend(group: int, head_dim: int, *, dtype: torch.dtype = BF16) -> None:

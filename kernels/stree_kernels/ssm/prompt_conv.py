@@ -33,7 +33,7 @@ def _prompt_conv_kernel(
     # sizes
     num_channels, num_sequences,
     # strides
-    stride_state_b, stride_inputs_m, stride_out_m,
+    stride_state_b, stride_inputs_m: tl.constexpr, stride_out_m: tl.constexpr,
     # meta
     NUM_COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr, PDL: tl.constexpr,
@@ -47,28 +47,31 @@ def _prompt_conv_kernel(
         exists = channel < num_channels
         rows_T = first + tl.arange(0, BLOCK_T)
         valid = (rows_T < end)[:, None] & exists[None, :]
-        offsets = rows_T.to(tl.int64)[:, None] * stride_inputs_m + channel[None, :]
-        slot = tl.load(slots_ptr + sequence).to(tl.int64)
-        goes_on = tl.load(starts_ptr + sequence) > 0
-        state_ptrs = state_ptr + slot * stride_state_b + channel[None, :] * NUM_COLUMNS
+        # Beside the tile's first row, what is added to a pointer are small numbers.
+        own_T = tl.arange(0, BLOCK_T)
+        inputs_ptr += first.to(tl.int64) * stride_inputs_m
+        offsets = own_T[:, None] * stride_inputs_m + channel[None, :]
         weight_ptrs = weight_ptr + channel * (NUM_COLUMNS + 1)
         total = tl.load(bias_ptr + channel, mask=exists, other=0.0).to(tl.float32)[None, :]
         for k in tl.static_range(NUM_COLUMNS + 1):
             weight = tl.load(weight_ptrs + NUM_COLUMNS - k, mask=exists, other=0.0)
             known = rows_T - k >= start
-            value = tl.load(
-                inputs_ptr + offsets - k * stride_inputs_m, mask=valid & known[:, None], other=0.0
-            ).to(tl.float32)
-            if k > 0:
+            value = tl.load(inputs_ptr + offsets, mask=valid & known[:, None], other=0.0)
+            total += weight.to(tl.float32)[None, :] * value.to(tl.float32)
+            inputs_ptr -= stride_inputs_m
+        # Only the first tile of a sequence reaches back into its state.
+        if (first == start) & (tl.load(starts_ptr + sequence) > 0):
+            slot = tl.load(slots_ptr + sequence).to(tl.int64)
+            state_ptrs = state_ptr + slot * stride_state_b + channel[None, :] * NUM_COLUMNS
+            for k in tl.static_range(1, NUM_COLUMNS + 1):
+                weight = tl.load(weight_ptrs + NUM_COLUMNS - k, mask=exists, other=0.0)
                 column_T = NUM_COLUMNS + rows_T - k - start
-                before = (rows_T - k < start) & goes_on
-                value += tl.load(
-                    state_ptrs + column_T[:, None], mask=valid & before[:, None], other=0.0
-                ).to(tl.float32)
-            total += weight.to(tl.float32)[None, :] * value
+                before = (rows_T - k < start)[:, None]
+                value = tl.load(state_ptrs + column_T[:, None], mask=valid & before, other=0.0)
+                total += weight.to(tl.float32)[None, :] * value.to(tl.float32)
         total = total / (1.0 + tl.exp(-total))
-        out_ptrs = out_ptr + rows_T.to(tl.int64)[:, None] * stride_out_m + channel[None, :]
-        tl.store(out_ptrs, total, mask=valid)
+        out_ptr += first.to(tl.int64) * stride_out_m
+        tl.store(out_ptr + own_T[:, None] * stride_out_m + channel[None, :], total, mask=valid)
 
 
 @triton.jit

@@ -28,16 +28,18 @@ from stree_kernels.launch.rows import (
 )
 from stree_kernels.launch.shared_memory import prefer_shared
 from stree_kernels.ssm.prompt_scan_kernel import (
+    advance_states_kernel,
     decays_kernel,
     pass_states_kernel,
     prompt_scan_kernel,
+    scores_kernel,
     segment_states_kernel,
 )
 from stree_kernels.ssm.prompt_scan_ref import PromptTokens
 from stree_kernels.ssm.tree_scan import HEAD_DIMS, STATE_DIMS
 
-SEGMENT = 512
-"""Tokens that one program takes in turn: few enough that a long prompt fills the GPU."""
+SEGMENT = 2048
+"""Tokens whose chunks one program takes in turn; longer sequences cost two kernels more."""
 PASS_BLOCK = 1024
 """Values of a state that one program passes from segment to segment."""
 DECAY_HEADS = 16
@@ -46,20 +48,20 @@ DECAY_HEADS = 16
 
 @dataclass(frozen=True, slots=True)
 class ChunkConfig:
-    """Rows of a chunk, warps of 32 threads, chunks whose rows are under way, most registers."""
+    """Rows of a chunk, warps of 32 threads for states and for scores, chunks under way."""
 
     chunk: int
-    num_warps: int
+    state_warps: int
+    score_warps: int
     num_stages: int
-    max_registers: int | None = None
 
 
-# Never autotuned: the kernel updates the state in place, and the order of sums is the chunk's.
-CONFIG = ChunkConfig(64, 8, 1, 255)
+# Never autotuned: the kernels update the state in place, and the order of sums is the chunk's.
+CONFIG = ChunkConfig(64, 8, 4, 2)
 # Operands of fp32 in shared memory, products on the CUDA cores.
-WIDE_CONFIG = ChunkConfig(16, 8, 1)
-# Before compute capability 9.0, and beside states of 256 columns, registers hold less.
-SMALL_CONFIG = ChunkConfig(32, 8, 1, 255)
+WIDE_CONFIG = ChunkConfig(16, 8, 8, 1)
+# fp16 is taken apart into more operands; other compute capabilities were not measured.
+SMALL_CONFIG = ChunkConfig(32, 8, 4, 1)
 
 
 def pick_config(state_dim: int, dtype: torch.dtype, capability: int) -> ChunkConfig:
@@ -83,44 +85,72 @@ def prompt_scan(
     """
     block_p = _check(state_BHPN, tokens, heads, packing, out_MHP, gate)
     _, num_heads, head_dim, state_dim = state_BHPN.shape
-    x, dt, b, c = tokens
+    x, _, b, c = tokens
     z, sums = gate
     device, num_tokens, num_sequences = x.device, len(out_MHP), len(packing.slots_S)
     config = pick_config(state_dim, out_MHP.dtype, pdl.capability(device))
-    grid = (head_dim // block_p, num_heads, num_tiles(num_tokens, num_sequences, SEGMENT))
-    shared: dict[str, Any] = {"num_stages": 1, **launch_options(device)}
-    shared |= {"CHUNK": config.chunk, "BLOCK_S": triton.next_power_of_2(num_sequences)}
-    decays = sums.new_empty(3, num_heads, num_tokens)
+    tiles, per_head = num_tiles(num_tokens, num_sequences, SEGMENT), head_dim // block_p
     chunks = num_tiles(num_tokens, num_sequences, config.chunk)
+    options: dict[str, Any] = {"num_stages": 1, **launch_options(device)}
+    options |= {"CHUNK": config.chunk, "BLOCK_S": triton.next_power_of_2(num_sequences)}
+    decays, scores = _decays_and_scores(tokens, heads, packing, dt_limit, options)
+    num_groups = scores.shape[1]
+    options |= {"HEADS_PER_X": num_heads // x.shape[1], "HEAD_DIM": head_dim}
+    options |= {"STATE_DIM": state_dim, "BLOCK_P": block_p, "stride_x_m": x.stride(0)}
+    # As the products round it, which read it once.
+    narrow = torch.bfloat16 if out_MHP.dtype == torch.bfloat16 else torch.float32
+    carried = x.new_empty(chunks, num_heads, state_dim, head_dim, dtype=narrow)
+    rows = {
+        "HEADS_PER_B": num_heads // b.shape[1], "SEGMENT": SEGMENT, "stride_b_m": b.stride(0),
+        "NUM_STAGES": config.num_stages, "num_warps": config.state_warps,
+    }  # fmt: skip
+    grid = (per_head, num_heads, tiles)
+    before = None
+    if longest > SEGMENT:
+        before = _states_before(state_BHPN, tokens, decays, packing, grid, options | rows)
+    kernel = advance_states_kernel[grid](
+        state_BHPN, x, b, decays, *packing, before, carried, num_sequences, num_tokens,
+        state_BHPN.stride(0), **options, **rows,
+    )  # fmt: skip
+    prefer_shared(kernel, device, math.prod(grid))
+    skip = heads.d_H if heads.d_H.ndim == 2 else heads.d_H[:, None].expand(-1, head_dim)
+    kernel = prompt_scan_kernel[per_head, num_heads, chunks](
+        x, c, out_MHP, z, sums, skip, decays, scores, carried, packing.offsets_S1, num_sequences,
+        num_tokens, *skip.stride(), stride_c_m=c.stride(0), stride_out_m=out_MHP.stride(0),
+        stride_z_m=z.stride(0), stride_sums_m=sums.stride(0), HEADS_PER_C=num_heads // c.shape[1],
+        HEADS_PER_SCORE=num_heads // num_groups, num_warps=config.score_warps, **options,
+    )  # fmt: skip
+    prefer_shared(kernel, device, per_head * num_heads * chunks)
+
+
+def _decays_and_scores(
+    tokens: PromptTokens, heads: ScanHeads, packing: Packing, dt_limit: tuple[float, float],
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return time steps and log decays [3, H, M], and C B^T by chunk and group of heads."""
+    _, dt, b, c = tokens
+    num_tokens, num_heads = dt.shape
+    num_sequences, chunk = len(packing.slots_S), options["CHUNK"]
+    chunks = num_tiles(num_tokens, num_sequences, chunk)
+    decays = heads.a_H.new_empty(3, num_heads, num_tokens)
     decays_kernel[chunks, triton.cdiv(num_heads, DECAY_HEADS)](
         dt, heads.a_H, heads.dt_bias_H, packing.offsets_S1, decays, *map(float, dt_limit),
         num_sequences, num_heads, num_tokens, dt.stride(0), BLOCK_H=DECAY_HEADS, num_warps=4,
-        **shared,
+        **options,
     )  # fmt: skip
-    shared |= {
-        "HEADS_PER_X": num_heads // x.shape[1], "HEADS_PER_B": num_heads // b.shape[1],
-        "HEAD_DIM": head_dim, "STATE_DIM": state_dim, "BLOCK_P": block_p, "SEGMENT": SEGMENT,
-        "NUM_STAGES": config.num_stages, "num_warps": config.num_warps, "stride_x_m": x.stride(0),
-        "stride_b_m": b.stride(0),
-    }  # fmt: skip
-    before = None
-    if longest > SEGMENT:
-        before = _states_before(state_BHPN, tokens, decays, packing, grid, shared)
-    if config.max_registers is not None:
-        shared["maxnreg"] = config.max_registers
-    skip = heads.d_H if heads.d_H.ndim == 2 else heads.d_H[:, None].expand(-1, head_dim)
-    kernel = prompt_scan_kernel[grid](
-        state_BHPN, x, b, c, out_MHP, z, sums, skip, decays, *packing, before, num_sequences,
-        num_tokens, state_BHPN.stride(0), *skip.stride(), stride_c_m=c.stride(0),
-        stride_out_m=out_MHP.stride(0), stride_z_m=z.stride(0), stride_sums_m=sums.stride(0),
-        HEADS_PER_C=num_heads // c.shape[1], **shared,
+    num_groups = math.lcm(b.shape[1], c.shape[1])
+    scores = decays.new_empty(chunks, num_groups, chunk, chunk)
+    scores_kernel[chunks, num_groups](
+        b, c, packing.offsets_S1, scores, num_sequences, b.stride(0), c.stride(0),
+        GROUPS_PER_B=num_groups // b.shape[1], GROUPS_PER_C=num_groups // c.shape[1],
+        STATE_DIM=b.shape[2], num_warps=4, **options,
     )  # fmt: skip
-    prefer_shared(kernel, device, math.prod(grid))
+    return decays, scores
 
 
 def _states_before(
     state: Tensor, tokens: PromptTokens, decays: Tensor, packing: Packing,
-    grid: tuple[int, int, int], shared: dict[str, Any],
+    grid: tuple[int, int, int], options: dict[str, Any],
 ) -> Tensor:  # fmt: skip
     """Return the state before every segment of the sequences that have several."""
     _, num_heads, head_dim, state_dim = state.shape
@@ -129,7 +159,7 @@ def _states_before(
     decay = before.new_empty(tiles, num_heads)
     kernel = segment_states_kernel[grid](
         tokens.x_MXP, tokens.b_MGN, decays, packing.offsets_S1, before, decay, num_sequences,
-        len(tokens.dt_MH), **shared,
+        len(tokens.dt_MH), **options,
     )  # fmt: skip
     prefer_shared(kernel, device, math.prod(grid))
     size = head_dim * state_dim

@@ -1,11 +1,10 @@
-"""The scan of packed prompts, in four Triton kernels.
+"""The scan of packed prompts, in Triton kernels.
 
-The first one makes time steps and sums of log decays, which in the others would be made anew for
-every layout of registers. A sequence is cut into segments: one program owns a tile of one head's
-state and takes a segment's chunks in turn. Where a sequence has several segments, the second kernel
-finds what each one adds to the state, the third one turns that into the state before each; the last
-one scores. In registers the state is transposed ([N, P]), so that rows enter all products as they
-lie in memory.
+Time steps and sums of log decays are made once, as are the scores C B^T, which heads share. Then a
+program takes a sequence's chunks in turn for a tile of one head's state, and stores the state
+before each; with these, all chunks of all heads are scored in parallel. A sequence of more than a
+segment is cut: the segments' own contributions come first, from them the state before each. In
+registers the state is transposed ([N, P]), so that rows enter all products as they lie in memory.
 Source: Mamba-2 (arXiv:2405.21060) sec. 6.
 
 Shape letters: T rows of a chunk, J the rows before them, P head dim, N state dim.
@@ -66,6 +65,34 @@ def decays_kernel(
         # A sum from the far end, not a difference of sums from the near one, which loses digits.
         after_TH = tl.cumsum(log_TH, axis=0, reverse=True) - log_TH
         tl.store(ptrs + 2 * array, after_TH, mask=valid)
+
+
+@triton.jit
+def scores_kernel(
+    # pointers
+    b_ptr, c_ptr, offsets_ptr, scores_ptr,
+    # sizes
+    num_sequences,
+    # strides
+    stride_b_m, stride_c_m,
+    # meta
+    GROUPS_PER_B: tl.constexpr, GROUPS_PER_C: tl.constexpr, STATE_DIM: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """C B^T of a chunk and a group of heads [T, J]."""
+    number, group = tl.program_id(0), tl.program_id(1)
+    dims_N, own_T = tl.arange(0, STATE_DIM), tl.arange(0, CHUNK)
+    wait_for_previous(PDL)
+    _, _, first, end = find_tile(offsets_ptr, num_sequences, number, CHUNK, BLOCK_S)
+    if first < end:
+        within = own_T < end - first
+        b = (b_ptr + group // GROUPS_PER_B * STATE_DIM, stride_b_m)
+        c = (c_ptr + group // GROUPS_PER_C * STATE_DIM, stride_c_m)
+        b_TN = load_rows(_at(b, first), own_T, within, dims_N)
+        c_TN = load_rows(_at(c, first), own_T, within, dims_N)
+        score_TJ = tl.dot(c_TN, tl.trans(b_TN), input_precision="ieee")
+        scores_ptr += (number * tl.num_programs(1) + group).to(tl.int64) * (CHUNK * CHUNK)
+        tl.store(scores_ptr + own_T[:, None] * CHUNK + own_T[None, :], score_TJ)
 
 
 @triton.jit
@@ -179,75 +206,116 @@ def pass_states_kernel(
 
 
 @triton.jit
-def prompt_scan_kernel(
+def advance_states_kernel(
     # pointers
-    state_ptr, x_ptr, b_ptr, c_ptr, out_ptr, z_ptr, sums_ptr, skip_ptr, decays_ptr, offsets_ptr,
-    slots_ptr, starts_ptr, before_ptr,
+    state_ptr, x_ptr, b_ptr, decays_ptr, offsets_ptr, slots_ptr, starts_ptr, before_ptr,
+    carried_ptr,
     # sizes
     num_sequences, num_tokens,
     # strides
-    stride_state_b, stride_skip_h, stride_skip_p, stride_x_m: tl.constexpr,
-    stride_b_m: tl.constexpr, stride_c_m: tl.constexpr, stride_out_m: tl.constexpr,
-    stride_z_m: tl.constexpr, stride_sums_m: tl.constexpr,
+    stride_state_b, stride_x_m: tl.constexpr, stride_b_m: tl.constexpr,
     # meta
-    HEADS_PER_X: tl.constexpr, HEADS_PER_B: tl.constexpr, HEADS_PER_C: tl.constexpr,
-    HEAD_DIM: tl.constexpr, STATE_DIM: tl.constexpr, BLOCK_P: tl.constexpr, CHUNK: tl.constexpr,
-    SEGMENT: tl.constexpr, BLOCK_S: tl.constexpr, NUM_STAGES: tl.constexpr, PDL: tl.constexpr,
+    HEADS_PER_X: tl.constexpr, HEADS_PER_B: tl.constexpr, HEAD_DIM: tl.constexpr,
+    STATE_DIM: tl.constexpr, BLOCK_P: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr,
+    BLOCK_S: tl.constexpr, NUM_STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Score a segment's tokens; the last segment of a sequence stores its state."""
+    """Store the state before each chunk of a segment; the sequence's last one stores its state."""
     head, tile = tl.program_id(1), tl.program_id(2)
+    num_heads = tl.num_programs(1)
     dims_P = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     dims_N, own_T = tl.arange(0, STATE_DIM), tl.arange(0, CHUNK)
-    y_base = head * HEAD_DIM
-    skip_P = tl.load(skip_ptr + head * stride_skip_h + dims_P * stride_skip_p)
+    size: tl.constexpr = HEAD_DIM * STATE_DIM
     wait_for_previous(PDL)
     sequence, start, first, end = find_tile(offsets_ptr, num_sequences, tile, SEGMENT, BLOCK_S)
     if first < end:
         slot = tl.load(slots_ptr + sequence).to(tl.int64)
-        state_ptr += slot * stride_state_b + y_base * STATE_DIM
-        if end - start > SEGMENT:
-            place = (tile * tl.num_programs(1) + head).to(tl.int64)
-            before_ptr += place * (HEAD_DIM * STATE_DIM)
-            state_NP = tl.load(_tile(before_ptr, dims_P, dims_N, STATE_DIM))
-        elif tl.load(starts_ptr + sequence) > 0:
-            state_NP = tl.load(_tile(state_ptr, dims_P, dims_N, STATE_DIM)).to(tl.float32)
+        state_ptr += slot * stride_state_b + head * size
+        state_NP = tl.full((STATE_DIM, BLOCK_P), 0.0, tl.float32)
+        if before_ptr is None or end - start <= SEGMENT:
+            if tl.load(starts_ptr + sequence) > 0:
+                state_NP = tl.load(_tile(state_ptr, dims_P, dims_N, STATE_DIM)).to(tl.float32)
         else:
-            state_NP = tl.full((STATE_DIM, BLOCK_P), 0.0, tl.float32)
+            place = (tile * num_heads + head).to(tl.int64)
+            state_NP = tl.load(_tile(before_ptr + place * size, dims_P, dims_N, STATE_DIM))
         x = (x_ptr + head // HEADS_PER_X * HEAD_DIM, stride_x_m)
-        array = tl.num_programs(1) * num_tokens.to(tl.int64)
-        decays_ptr += head * num_tokens.to(tl.int64)
         b = (b_ptr + head // HEADS_PER_B * STATE_DIM, stride_b_m)
-        c = (c_ptr + head // HEADS_PER_C * STATE_DIM, stride_c_m)
-        out, z = (out_ptr + y_base, stride_out_m), (z_ptr + y_base, stride_z_m)
-        part = head * (HEAD_DIM // BLOCK_P) + tl.program_id(0)
+        array = num_heads * num_tokens.to(tl.int64)
+        decays_ptr += head * num_tokens.to(tl.int64)
         stop = tl.minimum(first + SEGMENT, end)
-        causal_TJ = own_T[:, None] >= own_T[None, :]
+        # Chunks are counted as tiles of CHUNK tokens are.
+        number = start // CHUNK + sequence + (first - start) // CHUNK
         for chunk in tl.range(0, tl.cdiv(stop - first, CHUNK), num_stages=NUM_STAGES):
+            place = ((number + chunk) * num_heads + head).to(tl.int64)
+            carried_ptrs = carried_ptr + place * size + dims_N[:, None] * HEAD_DIM
+            carried_ptrs += dims_P[None, :]
+            tl.store(carried_ptrs, state_NP.to(carried_ptr.dtype.element_ty))
             begin = first + chunk * CHUNK
             within = own_T < stop - begin
             x_TP = load_rows(_at(x, begin), own_T, within, dims_P)
             b_TN = load_rows(_at(b, begin), own_T, within, dims_N)
-            c_TN = load_rows(_at(c, begin), own_T, within, dims_N)
             here = decays_ptr + begin
             d_T = tl.load(here + own_T, mask=within, other=0.0)
-            path_T = tl.load(here + array + own_T, mask=within, other=0.0)
             after_T = tl.load(here + 2 * array + own_T, mask=within, other=0.0)
             total = tl.load(here + array + tl.minimum(CHUNK, stop - begin) - 1)
-            y_TP = dot_rounded(c_TN, state_NP, None, c_TN.dtype) * tl.exp(path_T)[:, None]
-            weight_TJ = tl.dot(c_TN, tl.trans(b_TN), input_precision="ieee")
-            # The exponent may be positive and overflow above the diagonal: mask, then exp.
-            exponent_TJ = tl.where(causal_TJ, path_T[:, None] - path_T[None, :], float("-inf"))
-            weight_TJ *= tl.exp(exponent_TJ) * d_T[None, :]
-            y_TP = dot_rounded(weight_TJ, x_TP, y_TP, x_TP.dtype)
-            y_TP += skip_P[None, :] * x_TP.to(tl.float32)
             state_NP = _advance(state_NP, x_TP, b_TN, d_T, after_T, total)
-            z_TP = load_rows(_at(z, begin), own_T, within, dims_P).to(tl.float32)
-            y_TP *= z_TP / (1.0 + tl.exp(-z_TP))
-            row_T = begin.to(tl.int64) + own_T
-            sums_ptrs = sums_ptr + row_T * stride_sums_m + part
-            tl.store(sums_ptrs, tl.sum(y_TP * y_TP, axis=1), mask=within)
-            out_ptrs = _at(out, begin)[0] + own_T[:, None] * stride_out_m + dims_P[None, :]
-            tl.store(out_ptrs, y_TP.to(out_ptr.dtype.element_ty), mask=within[:, None])
         if stop == end:
             state_ptrs = _tile(state_ptr, dims_P, dims_N, STATE_DIM)
             tl.store(state_ptrs, state_NP.to(state_ptr.dtype.element_ty))
+
+
+@triton.jit
+def prompt_scan_kernel(
+    # pointers
+    x_ptr, c_ptr, out_ptr, z_ptr, sums_ptr, skip_ptr, decays_ptr, scores_ptr, carried_ptr,
+    offsets_ptr,
+    # sizes
+    num_sequences, num_tokens,
+    # strides
+    stride_skip_h, stride_skip_p, stride_x_m: tl.constexpr, stride_c_m: tl.constexpr,
+    stride_out_m: tl.constexpr, stride_z_m: tl.constexpr, stride_sums_m: tl.constexpr,
+    # meta
+    HEADS_PER_X: tl.constexpr, HEADS_PER_C: tl.constexpr, HEADS_PER_SCORE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, STATE_DIM: tl.constexpr, BLOCK_P: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_S: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Score the tokens of a chunk against the state before it and against each other."""
+    head, number = tl.program_id(1), tl.program_id(2)
+    num_heads = tl.num_programs(1)
+    dims_P = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    dims_N, own_T = tl.arange(0, STATE_DIM), tl.arange(0, CHUNK)
+    skip_P = tl.load(skip_ptr + head * stride_skip_h + dims_P * stride_skip_p)
+    wait_for_previous(PDL)
+    _, _, first, end = find_tile(offsets_ptr, num_sequences, number, CHUNK, BLOCK_S)
+    if first < end:
+        within = own_T < end - first
+        c = (c_ptr + head // HEADS_PER_C * STATE_DIM, stride_c_m)
+        c_TN = load_rows(_at(c, first), own_T, within, dims_N)
+        place = (number * num_heads + head).to(tl.int64)
+        carried_ptr += place * (HEAD_DIM * STATE_DIM)
+        carried_NP = tl.load(carried_ptr + dims_N[:, None] * HEAD_DIM + dims_P[None, :])
+        array = num_heads * num_tokens.to(tl.int64)
+        here = decays_ptr + head * num_tokens.to(tl.int64) + first
+        d_T = tl.load(here + own_T, mask=within, other=0.0)
+        path_T = tl.load(here + array + own_T, mask=within, other=0.0)
+        y_TP = dot_rounded(c_TN, carried_NP, None, c_TN.dtype) * tl.exp(path_T)[:, None]
+        group = number * (num_heads // HEADS_PER_SCORE) + head // HEADS_PER_SCORE
+        scores_ptr += group.to(tl.int64) * (CHUNK * CHUNK)
+        weight_TJ = tl.load(scores_ptr + own_T[:, None] * CHUNK + own_T[None, :])
+        # The exponent may be positive and overflow above the diagonal: mask, then exp.
+        exponent_TJ = path_T[:, None] - path_T[None, :]
+        causal_TJ = own_T[:, None] >= own_T[None, :]
+        exponent_TJ = tl.where(causal_TJ, exponent_TJ, float("-inf"))
+        weight_TJ *= tl.exp(exponent_TJ) * d_T[None, :]
+        x = (x_ptr + head // HEADS_PER_X * HEAD_DIM, stride_x_m)
+        x_TP = load_rows(_at(x, first), own_T, within, dims_P)
+        y_TP = dot_rounded(weight_TJ, x_TP, y_TP, x_TP.dtype)
+        y_TP += skip_P[None, :] * x_TP.to(tl.float32)
+        z = _at((z_ptr + head * HEAD_DIM, stride_z_m), first)
+        z_TP = load_rows(z, own_T, within, dims_P).to(tl.float32)
+        y_TP *= z_TP / (1.0 + tl.exp(-z_TP))
+        part = head * (HEAD_DIM // BLOCK_P) + tl.program_id(0)
+        sums = _at((sums_ptr + part, stride_sums_m), first)
+        tl.store(sums[0] + own_T * sums[1], tl.sum(y_TP * y_TP, axis=1), mask=within)
+        out = _at((out_ptr + head * HEAD_DIM, stride_out_m), first)
+        out_ptrs = out[0] + own_T[:, None] * out[1] + dims_P[None, :]
+        tl.store(out_ptrs, y_TP.to(out_ptr.dtype.element_ty), mask=within[:, None])
