@@ -5,8 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stree_kernels.attention import prompt_attention, rope_kv_write as key_rows, tree_attention
-from stree_kernels.attention.rope_kv_write_ref import KeyValues
+from stree_kernels.attention import (
+    output_gate,
+    prompt_attention,
+    rope_kv_write as key_rows,
+    tree_attention,
+)
+from stree_kernels.attention.rope_kv_write_ref import HeadNorms, KeyValues
 from stree_kernels.delta import delta_chunk_scan, delta_conv, delta_scan
 from stree_kernels.delta.delta_chunk_scan_ref import PackedTokens
 from stree_kernels.delta.delta_conv_ref import DeltaConvOutput, DeltaProjection
@@ -202,8 +207,13 @@ def row_steps(num_columns: int, *, dtype: torch.dtype = BF16) -> None:
     )
 
 
-def attention(tokens: int, group: int, head_dim: int, *, dtype: torch.dtype = BF16) -> None:
-    """Store keys and attend, `group` query heads for each of two kv heads."""
+def attention(
+    tokens: int, group: int, head_dim: int, *, dtype: torch.dtype = BF16, gated: bool = False
+) -> None:
+    """Store keys and attend, `group` query heads for each of two kv heads.
+
+    `gated`: with norms of heads, a quarter of each rotated, and a gate behind.
+    """
     kv_heads, positions = 2, 256
     heads = group * kv_heads
     rows = KeyValues(*torch.empty(2, tokens, 1, kv_heads, head_dim, dtype=dtype))
@@ -212,9 +222,14 @@ def attention(tokens: int, group: int, head_dim: int, *, dtype: torch.dtype = BF
     counts = torch.zeros(1, dtype=torch.int32)
     key_rows.rope_kv_write(
         torch.empty(tokens, 1, (heads + 2 * kv_heads) * head_dim, dtype=dtype),
-        torch.zeros(tokens, dtype=torch.int32), counts, torch.empty(head_dim // 2), first=0,
+        torch.zeros(tokens, dtype=torch.int32), counts,
+        torch.empty(head_dim // (8 if gated else 2)), first=0,
         q_TBHD=q, rows=rows, cache=cache, previous=rows, pending=pending(1),
+        norms=HeadNorms(*torch.empty(2, head_dim), 1e-6) if gated else None,
     )  # fmt: skip
+    if gated:
+        columns = torch.empty(tokens, 2 * heads * head_dim, dtype=dtype)
+        output_gate.gate_output(columns[:, heads * head_dim :], q.view(tokens, -1))
     num_values = tree_attention.workspace_size(tokens, 1, heads, kv_heads, head_dim, dtype)
     tree_attention.tree_attention(
         q, cache, rows, make_mask(tokens), counts, first=0, scale=0.1,

@@ -55,9 +55,12 @@ EXPERTS: tuple[tuple[int, int, int, Activation], ...] = (
     (22, 1024, 2688, "relu2"),
     (6, 1536, 512, "swiglu"),
     (10, 4096, 768, "swiglu"),
+    (9, 2048, 512, "swiglu"),
+    (11, 2048, 512, "swiglu"),
     (4, 1040, 528, "geglu"),
 )
-"""Chosen experts, hidden and inner size: Nemotron 3 Nano and Super, Granite 4 H Tiny and Small."""
+"""Chosen experts, hidden and inner size: Nemotron 3 Nano and Super, Granite 4 H Tiny and Small,
+Qwen3.5-35B-A3B and Qwen3-Next with their shared expert."""
 
 
 def quick_cases() -> Iterator[tuple[str, Case]]:
@@ -81,6 +84,7 @@ def quick_cases() -> Iterator[tuple[str, Case]]:
     for head_dim, state_dim in LAYERS:
         yield f"prompts P={head_dim} N={state_dim}", partial(prompts, head_dim, state_dim)
     yield "prompt attention D=128", partial(prompt_attend, 4, 128)
+    yield attention_case(8, 6, 256, gated=True)
     yield moe_case(2, 6, 2688, 1856, "relu2")
     yield "uniforms X=50288", partial(uniform_numbers, 50288)
     for tokens, num_children in ((1, 1), (16, 4), (256, 16)):
@@ -116,6 +120,8 @@ def all_cases() -> Iterator[tuple[str, Case]]:
             yield attention_case(tokens, group, head_dim, dtype=dtype)
     for tokens, group in itertools.product((1, 16, 64), (3, 5)):
         yield attention_case(tokens, group, 128)
+    for tokens, group, dtype in itertools.product((1, 16, 64), (4, 6, 8), (BF16, FP16)):
+        yield attention_case(tokens, group, 256, dtype=dtype, gated=True)
     for hidden, inner, activation in MLPS:
         for num_rows in (1, 2, 16):
             name = f"mlp M={num_rows} {inner}x{hidden} {activation}"

@@ -18,7 +18,7 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from stree_kernels.attention import rope_kv_write as kernel, rope_kv_write_ref as reference
-from stree_kernels.attention.rope_kv_write_ref import KeyValues
+from stree_kernels.attention.rope_kv_write_ref import HeadNorms, KeyValues
 from stree_kernels.launch.rows import Pending
 from stree_kernels.testing import TOLERANCES, assert_close, poisoned
 
@@ -38,6 +38,7 @@ class Case:
     cache: KeyValues
     previous: KeyValues
     pending: Pending | None
+    norms: HeadNorms | None = None
 
     @property
     def head_dim(self) -> int:
@@ -56,7 +57,7 @@ class Case:
         rows = KeyValues(new(*kept), new(*kept))
         op.rope_kv_write(
             self.qkv, self.depth, self.committed, self.inv_freq, first=first, q_TBHD=q, rows=rows,
-            cache=self.cache, previous=self.previous, pending=self.pending,
+            cache=self.cache, previous=self.previous, pending=self.pending, norms=self.norms,
         )  # fmt: skip
         for buffer in rows:
             outside = torch.cat((buffer[:first], buffer[first + num_tokens :]))
@@ -78,13 +79,18 @@ class Case:
             cache=KeyValues(*map(moved, self.cache)),
             previous=KeyValues(*map(moved, self.previous)),
             pending=self.pending and Pending(*(t.to(device) for t in self.pending)),
+            norms=self.norms
+            and HeadNorms(
+                *(moved(w, torch.promote_types(dtype, torch.float32)) for w in self.norms[:2]),
+                self.norms.eps,
+            ),
         )
 
 
 def make_case(
     *, committed: Sequence[int], num_rows: int = 3, num_heads: int = 4, num_kv_heads: int = 2,
     head_dim: int = 16, rotary_dim: int = 16, positions: int = 24,
-    paths: Sequence[Sequence[int]] | None = None, capacity: int = 4,
+    paths: Sequence[Sequence[int]] | None = None, capacity: int = 4, normed: bool = False,
 ) -> Case:  # fmt: skip
     """Build a case in float64, one slot for each committed length, its path included."""
     random = np.random.default_rng(num_rows)
@@ -117,6 +123,7 @@ def make_case(
         cache=cache,
         previous=previous,
         pending=None if paths is None else Pending(path_BL, length_B, torch.zeros_like(length_B)),
+        norms=HeadNorms(normal(head_dim), normal(head_dim), 0.3) if normed else None,
     )
 
 
@@ -130,6 +137,10 @@ def by_rows(case: Case, first: int) -> tuple[Tensor, Tensor, Tensor]:
         position = int(case.committed[slot]) + int(case.depth[first + row])
         for head in range(num_heads + num_kv_heads):
             x = heads[row, slot, head]
+            if case.norms is not None:
+                weight = case.norms.q_D if head < num_heads else case.norms.k_D
+                x = x / np.sqrt(np.mean(x**2) + case.norms.eps) * weight.double().numpy()
+                turned[row, slot, head] = x
             pairs = x[:num_angles] + 1j * x[num_angles : 2 * num_angles]
             pairs = pairs * np.exp(1j * position * inv_freq)
             turned[row, slot, head, : 2 * num_angles] = np.concatenate((pairs.real, pairs.imag))
@@ -142,13 +153,15 @@ def by_rows(case: Case, first: int) -> tuple[Tensor, Tensor, Tensor]:
     rotary_dim=st.sampled_from([2, 6, 8]),
     path=st.lists(st.integers(0, 6), max_size=4),
     first=st.integers(0, 1),
+    normed=st.booleans(),
 )
 def test_reference_turns_every_row_and_appends_the_path(
-    rotary_dim: int, path: list[int], first: int
+    rotary_dim: int, path: list[int], first: int, normed: bool
 ) -> None:
     case = make_case(
-        committed=[len(path), 24], paths=[path, [3]], head_dim=8, rotary_dim=rotary_dim
-    )
+        committed=[len(path), 24], paths=[path, [3]], head_dim=8, rotary_dim=rotary_dim,
+        normed=normed,
+    )  # fmt: skip
     before = KeyValues(*(buffer.clone() for buffer in case.cache))
     q, rows = case.store(reference, first)
     for name, actual, expected in zip("qkv", (q, *rows), by_rows(case, first), strict=True):
@@ -181,6 +194,9 @@ KERNEL_CASES = {
     "paths of 0 and 3": make_case(committed=[5, 24], paths=[[], [0, 2, 5]]),
     "half of a head": make_case(committed=[9], head_dim=32, rotary_dim=16),
     "many heads": make_case(committed=[2], num_heads=70, num_kv_heads=5, paths=[[1]]),
+    "normed heads": make_case(
+        committed=[9, 3], num_heads=6, head_dim=32, rotary_dim=8, paths=[[1, 2], []], normed=True
+    ),
     "long path": make_case(
         committed=[20, 24], paths=[list(range(20)), [1] * 17], capacity=40, num_rows=1
     ),
@@ -247,5 +263,8 @@ def test_sizes_beyond_the_kernel_are_refused() -> None:
         case.store(kernel, 3)
     with pytest.raises(ValueError, match=r"4 \+ 2 x 2 times 16, got 112 columns"):
         dataclasses.replace(case, qkv=case.qkv[..., :-16]).store(kernel)
+    short = HeadNorms(torch.ones(8), torch.ones(16), 1e-6)
+    with pytest.raises(ValueError, match=r"norms of heads have 16 weights, got \[\(8,\), "):
+        dataclasses.replace(case, norms=short).store(kernel)
     with pytest.raises(ValueError, match=r"one dtype of torch.bfloat16, torch.float16, .*, got"):
         make_case(committed=[1]).store(kernel)

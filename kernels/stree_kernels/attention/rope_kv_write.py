@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stree_kernels.attention.rope_kv_write_ref import KeyValues
+from stree_kernels.attention.rope_kv_write_ref import HeadNorms, KeyValues
 from stree_kernels.launch.pdl import launch_options, wait_for_previous
 from stree_kernels.launch.rows import FLOATS, Pending, check_cover, require_dtypes, require_packed
 from stree_kernels.launch.shared_memory import match_neighbours
@@ -81,10 +81,26 @@ def _append(
 
 
 @triton.jit
+def _norm_heads(x, partner, head_H1, dims_D, partner_D, q_norm_ptr, k_norm_ptr, eps, NUM_HEADS):
+    """Heads of q and k and their rotation's partners, normed; v's likewise, of no use."""
+    square_H = tl.sum(x * x, axis=1)
+    scale_H1 = (1.0 / tl.sqrt(square_H * (1.0 / x.shape[1]) + eps))[:, None]
+    is_q = head_H1 < NUM_HEADS
+    weight = tl.where(
+        is_q, tl.load(q_norm_ptr + dims_D)[None, :], tl.load(k_norm_ptr + dims_D)[None, :]
+    )
+    of_partner = tl.where(
+        is_q, tl.load(q_norm_ptr + partner_D)[None, :], tl.load(k_norm_ptr + partner_D)[None, :]
+    )
+    return x * scale_H1 * weight, partner * scale_H1 * of_partner
+
+
+@triton.jit
 def _split(
-    work, inv_freq_D, depth_ptr, committed_ptr, qkv_ptr, q_ptr, key_ptr, value_ptr, first,
-    num_slots, stride_qkv_row, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, NUM_ANGLES: tl.constexpr, BLOCK_H: tl.constexpr,
+    work, inv_freq_D, depth_ptr, committed_ptr, qkv_ptr, q_ptr, key_ptr, value_ptr, q_norm_ptr,
+    k_norm_ptr, eps, first, num_slots, stride_qkv_row, NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_ANGLES: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Rotate a block of heads of one row; store each where it belongs."""
     num_blocks: tl.constexpr = (NUM_HEADS + 2 * NUM_KV_HEADS + BLOCK_H - 1) // BLOCK_H
@@ -102,7 +118,12 @@ def _split(
     ptrs = qkv_ptr + row.to(tl.int64) * stride_qkv_row + head_H1 * HEAD_DIM
     x = tl.load(ptrs + dims_D[None, :], mask=exists, other=0.0).to(tl.float32)
     partner = tl.load(ptrs + partner_D[None, :], mask=rotated, other=0.0).to(tl.float32)
-    turned = x * cos_D[None, :] + partner * tl.where(is_low, -sin_D, sin_D)[None, :]
+    turning = x
+    if q_norm_ptr is not None:
+        turning, partner = _norm_heads(
+            x, partner, head_H1, dims_D, partner_D, q_norm_ptr, k_norm_ptr, eps, NUM_HEADS
+        )
+    turned = turning * cos_D[None, :] + partner * tl.where(is_low, -sin_D, sin_D)[None, :]
     q_ptrs = q_ptr + (row.to(tl.int64) * NUM_HEADS + head_H1) * HEAD_DIM + dims_D[None, :]
     tl.store(q_ptrs, turned, mask=head_H1 < NUM_HEADS)
     first_head = (first * num_slots + row).to(tl.int64) * NUM_KV_HEADS
@@ -119,8 +140,9 @@ def _rope_kv_write_kernel(
     # pointers
     qkv_ptr, depth_ptr, committed_ptr, inv_freq_ptr, q_ptr, key_ptr, value_ptr,
     cache_key_ptr, cache_value_ptr, prev_key_ptr, prev_value_ptr, path_ptr, length_ptr,
+    q_norm_ptr, k_norm_ptr,
     # sizes
-    first, num_slots, num_row_programs, num_positions,
+    eps, first, num_slots, num_row_programs, num_positions,
     # strides
     stride_qkv_row, stride_path_b,
     # meta
@@ -137,8 +159,8 @@ def _rope_kv_write_kernel(
     if program < num_row_programs:
         _split(
             program, inv_freq_D, depth_ptr, committed_ptr, qkv_ptr, q_ptr, key_ptr, value_ptr,
-            first, num_slots, stride_qkv_row, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, NUM_ANGLES,
-            BLOCK_H,
+            q_norm_ptr, k_norm_ptr, eps, first, num_slots, stride_qkv_row, NUM_HEADS,
+            NUM_KV_HEADS, HEAD_DIM, NUM_ANGLES, BLOCK_H,
         )  # fmt: skip
     elif path_ptr is not None:
         _append(
@@ -160,6 +182,7 @@ def rope_kv_write(
     cache: KeyValues,
     previous: KeyValues | None,
     pending: Pending | None,
+    norms: HeadNorms | None = None,
 ) -> None:
     """Split the projection of rows first..first + T - 1 into `q_TBHD` and `rows`, rotated.
 
@@ -172,8 +195,9 @@ def rope_kv_write(
     path, length = (pending.path_BL, pending.length_B) if pending else (None, None)
     _check(
         qkv_TBX, q_TBHD, (depth_R, committed_B), inv_freq_X, rows, cache,
-        previous if pending else None, pending, first,
+        previous if pending else None, pending, norms, first,
     )  # fmt: skip
+    q_norm, k_norm, eps = norms or (None, None, 0.0)
     prev_key, prev_value = previous if pending and previous else (None, None)
     block_heads = BLOCK_VALUES // head_dim
     num_blocks = triton.cdiv(num_heads + 2 * num_kv_heads, block_heads)
@@ -182,7 +206,7 @@ def rope_kv_write(
     num_programs = num_row_programs + num_pieces * num_slots * num_kv_heads
     kernel = _rope_kv_write_kernel[(num_programs,)](
         qkv_TBX, depth_R, committed_B, inv_freq_X, q_TBHD, *rows, *cache, prev_key, prev_value,
-        path, length, first, num_slots, num_row_programs, cache.key.shape[1],
+        path, length, q_norm, k_norm, eps, first, num_slots, num_row_programs, cache.key.shape[1],
         qkv_TBX.stride(0 if num_slots == 1 else 1), 0 if path is None else path.stride(0),
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
         NUM_ANGLES=len(inv_freq_X), BLOCK_H=block_heads, BLOCK_L=BLOCK_PATH, num_warps=NUM_WARPS,
@@ -193,7 +217,8 @@ def rope_kv_write(
 
 def _check(
     qkv: Tensor, q: Tensor, counts: tuple[Tensor, Tensor], inv_freq: Tensor, rows: KeyValues,
-    cache: KeyValues, previous: KeyValues | None, pending: Pending | None, first: int,
+    cache: KeyValues, previous: KeyValues | None, pending: Pending | None,
+    norms: HeadNorms | None, first: int,
 ) -> None:  # fmt: skip
     """Raise ValueError for what the kernel cannot take."""
     num_tokens, _, num_heads, head_dim = q.shape
@@ -218,7 +243,13 @@ def _check(
     check_cover(first + num_tokens, len(counts[0]), len(rows.key), len(rows.value))
     buffers = (q, *rows, *(previous or ()))
     require_dtypes("the projection, rows and cache", (qkv, *buffers, *cache), FLOATS)
-    require_dtypes("the rotation", (inv_freq,), (torch.float32,))
+    weights = () if norms is None else norms[:2]
+    if any(weight.shape != (head_dim,) for weight in weights):
+        raise ValueError(
+            f"norms of heads have {head_dim} weights, got {[tuple(w.shape) for w in weights]}; "
+            "pass those of one layer"
+        )
+    require_dtypes("the rotation and norms", (inv_freq, *weights), (torch.float32,))
     require_dtypes("depths, counts and the path", (*counts, *(pending or ())), (torch.int32,))
     require_packed("q, a row buffer or the cache", (*buffers, *cache), 4)
     require_packed("a row of the projection or path", (qkv, inv_freq, *counts, *(pending or ())), 1)

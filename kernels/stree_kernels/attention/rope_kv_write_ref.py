@@ -24,6 +24,14 @@ class KeyValues(NamedTuple):
     value: Tensor
 
 
+class HeadNorms(NamedTuple):
+    """The norms of every head of q and of k, before they are rotated; weights are fp32."""
+
+    q_D: Tensor
+    k_D: Tensor
+    eps: float
+
+
 def rope_kv_write(
     qkv_TBX: Tensor,
     depth_R: Tensor,
@@ -36,14 +44,16 @@ def rope_kv_write(
     cache: KeyValues,
     previous: KeyValues | None,
     pending: Pending | None,
+    norms: HeadNorms | None = None,
 ) -> None:
     """Split the projection of rows first..first + T - 1 into `q_TBHD` and `rows`, rotated.
 
     `qkv_TBX` holds the heads of q, then k, then v. `committed_B` (int32) counts the cache's tokens
-    once `pending` is in it; a row's position is that plus its depth. Position times `inv_freq_X` is
-    the angle of dims d and d + X of a head (the Llama convention); dims from 2 X on stay. With
-    `pending`, its rows of `previous` are written to the end of the committed tokens, and nothing
-    else of `cache` is. Computes in fp32 at least.
+    once `pending` is in it; a row's position is that plus its depth. With `norms` the heads of q
+    and k are normed first. Position times `inv_freq_X` is the angle of dims d and d + X of a head
+    (the Llama convention); dims from 2 X on stay. With `pending`, its rows of `previous` are
+    written to the end of the committed tokens, and nothing else of `cache` is. Computes in fp32 at
+    least.
     """
     if pending is not None:
         assert previous is not None
@@ -53,10 +63,22 @@ def rope_kv_write(
     num_kv_heads = rows.key.shape[2]
     heads_TBHD = qkv_TBX.unflatten(-1, (-1, head_dim))
     position_TB = depth_R[first:end, None] + committed_B
-    turned_TBHD = rotate(heads_TBHD[:, :, : num_heads + num_kv_heads], position_TB, inv_freq_X)
+    turning_TBHD = heads_TBHD[:, :, : num_heads + num_kv_heads]
+    if norms is not None:
+        turning_TBHD = _normed(turning_TBHD, num_heads, norms)
+    turned_TBHD = rotate(turning_TBHD, position_TB, inv_freq_X)
     q_TBHD.copy_(turned_TBHD[:, :, :num_heads])
     rows.key[first:end] = turned_TBHD[:, :, num_heads:]
     rows.value[first:end] = heads_TBHD[:, :, num_heads + num_kv_heads :]
+
+
+def _normed(x_TBHD: Tensor, num_heads: int, norms: HeadNorms) -> Tensor:
+    """Return x with the RMS norm of every head, the first `num_heads` those of q."""
+    x_TBHD = x_TBHD.to(torch.promote_types(x_TBHD.dtype, torch.float32))
+    scale_TBH1 = torch.rsqrt(x_TBHD.square().mean(-1, keepdim=True) + norms.eps)
+    num_kv_heads = x_TBHD.shape[2] - num_heads
+    of_head_HD = torch.stack((norms.q_D,) * num_heads + (norms.k_D,) * num_kv_heads)
+    return x_TBHD * scale_TBH1 * of_head_HD
 
 
 def append_path(
