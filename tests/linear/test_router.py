@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from stree_kernels.launch.settings import Routing
-from stree_kernels.linear.router import choose_experts
+from stree_kernels.linear.router import add_shared, choose_experts
 from stree_kernels.testing import assert_close
 
 LAWS = {
     "softmax": Routing("softmax", 3),
     "softmax, one": Routing("softmax", 1),
+    "softmax, not normalised": Routing("softmax", 3, normalised=False),
     "sigmoid": Routing("sigmoid", 3),
     "sigmoid, scaled": Routing("sigmoid", 3, scale=2.5),
     "sigmoid, not normalised": Routing("sigmoid", 3, normalised=False, scale=2.5),
@@ -40,7 +41,8 @@ def shares_of_row(
     if distribution.kind == "softmax":
         chosen = sorted(range(len(logits)), key=lambda e: -logits[e])[: distribution.num_chosen]
         powers = {expert: math.exp(logits[expert]) for expert in chosen}
-        return {expert: power / sum(powers.values()) for expert, power in powers.items()}
+        total = sum(powers.values() if distribution.normalised else map(math.exp, logits))
+        return {expert: power / total for expert, power in powers.items()}
     score = [1 / (1 + math.exp(-logit)) for logit in logits]
     ranked = [s + b for s, b in zip(score, bias, strict=True)]
     size = len(logits) // distribution.num_groups
@@ -91,3 +93,14 @@ def test_fp32_logits_give_fp32_shares() -> None:
     logits = normal(7, 12).float()
     for distribution in (LAWS["softmax"], LAWS["groups"]):
         check_law(logits, None, distribution)
+
+
+def test_shared_experts_stand_behind_the_chosen_ones() -> None:
+    choice_MC, share_MC = torch.tensor([[2, 0], [1, 3]]), normal(2, 2)
+    gate_M = torch.tensor([0.0, -1.5], dtype=torch.float64)
+    choice, share = add_shared(choice_MC, share_MC, gate_M, 4, 2)
+    assert choice.tolist() == [[2, 0, 4, 5], [1, 3, 4, 5]]
+    expected = [1 / (1 + math.exp(-gate)) for gate in gate_M.tolist()]
+    assert torch.equal(share[:, :2], share_MC)
+    for column in (2, 3):
+        assert share[:, column].tolist() == pytest.approx(expected)

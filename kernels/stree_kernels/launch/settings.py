@@ -16,7 +16,8 @@ GATED: tuple[Activation, ...] = ("swiglu", "geglu")
 class Routing:
     """How a router's logits become a choice of experts.
 
-    `softmax`: the `num_chosen` largest logits, shares their softmax. `sigmoid` (DeepSeek-V3,
+    `softmax`: the `num_chosen` largest logits, shares their softmax, or what the softmax of all
+    says of them where they are not `normalised`. `sigmoid` (DeepSeek-V3,
     arXiv:2412.19437, sec. 2.1.2): the largest biased scores within the `num_open_groups` groups
     whose two best sum highest; shares are the scores without bias, which add up to 1 when
     `normalised`, times `scale`.

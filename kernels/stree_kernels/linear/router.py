@@ -20,6 +20,8 @@ def choose_experts(
     """
     if routing.kind == "softmax":
         top = logits_ME.topk(routing.num_chosen, dim=1)
+        if not routing.normalised:
+            return top.indices, logits_ME.softmax(dim=1).gather(1, top.indices)
         return top.indices, top.values.softmax(dim=1)
     score_ME = logits_ME.sigmoid()
     ranked_ME = score_ME if bias_E is None else score_ME + bias_E
@@ -30,6 +32,19 @@ def choose_experts(
     if routing.normalised:
         share_MC = share_MC / (share_MC.sum(dim=1, keepdim=True) + 1e-20)
     return choice_MC, share_MC * routing.scale
+
+
+def add_shared(
+    choice_MC: Tensor, share_MC: Tensor, gate_M: Tensor, first: int, count: int
+) -> tuple[Tensor, Tensor]:
+    """Return choice and shares with the experts first..first + count - 1 behind, of every row.
+
+    Their share is the sigmoid of the row's `gate_M`.
+    """
+    shared_C = torch.arange(first, first + count, device=choice_MC.device)
+    choice_MC = torch.cat((choice_MC, shared_C.expand(len(choice_MC), -1)), dim=1)
+    share_M1 = gate_M.sigmoid()[:, None]
+    return choice_MC, torch.cat((share_MC, share_M1.expand(-1, count)), dim=1)
 
 
 def _close_groups(ranked_ME: Tensor, routing: Routing) -> Tensor:
