@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_bamba, tiny_nemotron_h
+from tiny_models import tiny_bamba, tiny_nemotron_h, tiny_qwen3_5, tiny_qwen3_next
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -62,6 +62,39 @@ def bamba_with_head(folder: Path, seed: int = 0) -> HeadedModel:
     return _with_head(folder, model, seed)
 
 
+def qwen_with_head(
+    folder: Path, *, next_generation: bool = False, packed: bool = False, seed: int = 0
+) -> HeadedModel:
+    """Make a Qwen3.5 with a head of attention and an MLP, or a Qwen3-Next, whose head has experts.
+
+    With `packed` the head's experts are stored as two tensors, as Qwen3.6 has them.
+    """
+    model = tiny_qwen3_next(seed=seed) if next_generation else tiny_qwen3_5(seed=seed)
+    model.save_pretrained(folder)
+    if not next_generation:
+        _change_config(folder, {"mtp_num_hidden_layers": 1})
+    headed = _with_head(folder, model, seed)
+    if packed:
+        pack_experts(folder)
+        return _loaded(folder, model)
+    return headed
+
+
+def pack_experts(folder: Path) -> None:
+    """Store the experts of a Qwen head as two tensors, as Qwen3.6 does."""
+    weights = load_file(folder / "model.safetensors")
+    name = "mtp.layers.0.mlp.experts."
+    taken = {key: weights.pop(key) for key in list(weights) if key.startswith(name)}
+    numbers = range(len(taken) // 3)
+    gates, ups, downs = (
+        [taken[f"{name}{n}.{kind}_proj.weight"] for n in numbers] for kind in ("gate", "up", "down")
+    )
+    pairs = zip(gates, ups, strict=True)
+    weights[name + "gate_up_proj"] = torch.stack([torch.cat(pair) for pair in pairs])
+    weights[name + "down_proj"] = torch.stack(downs)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
 def _change_config(folder: Path, keys: dict[str, Any]) -> None:
     """Set keys of config.json; transformers writes the layers of a head that is not there."""
     path = folder / "config.json"
@@ -72,6 +105,10 @@ def _change_config(folder: Path, keys: dict[str, Any]) -> None:
 
 def _with_head(folder: Path, model: PreTrainedModel, seed: int) -> HeadedModel:
     add_head(folder, seed)
+    return _loaded(folder, model)
+
+
+def _loaded(folder: Path, model: PreTrainedModel) -> HeadedModel:
     pair = load_with_head(folder_source(folder), Runtime("cpu", "float64"))
     # The grouped product that transformers takes for experts knows no float64.
     model.set_experts_implementation("eager")
@@ -100,11 +137,13 @@ def _size_of(
     if len(keys) == 1:
         return shape
     if len(shape) == 3:
-        return shape[1:]
+        return (shape[1] * shape[0] // len(keys), shape[2])
     if "_proj" in key and "q_proj" in keys[0]:
         head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         heads = "num_attention_heads" if "q_proj" in key else "num_key_value_heads"
-        return (head * config[heads], shape[1])
+        # Beside its queries a head of Qwen's has a gate.
+        gated = "q_proj" in key and config["model_type"].startswith("qwen")
+        return (head * config[heads] * (2 if gated else 1), shape[1])
     return (shape[0] // len(keys), shape[1])
 
 
@@ -232,6 +271,114 @@ class ReferenceHead:
         return out + up @ w[prefix + "shared_experts.down_proj.weight"].T
 
 
+def reference_head(folder: Path, fault: str = "", shift: int = 0) -> ReferenceHead:
+    """Return the plain head of a folder's family."""
+    config = json.loads((folder / "config.json").read_text())
+    kind = QwenHead if config["model_type"].startswith("qwen") else ReferenceHead
+    return kind(folder, fault, shift)
+
+
+QWEN_FAULTS = (
+    "halves swapped",
+    "hidden state before the final norm",
+    "norms not zero-centred",
+    "no final norm between depths",
+    "gate through silu",
+    "queries and gates split flat",
+    "heads not normed",
+    "whole head rotated",
+)
+"""The same for a head of Qwen's."""
+
+
+class QwenHead(ReferenceHead):
+    """A head of Qwen3-Next or Qwen3.5; sources are vLLM's qwen3_next_mtp.py and qwen3_next.py."""
+
+    @property
+    def eps(self) -> float:
+        return float(self.config["rms_norm_eps"])
+
+    def __call__(self, hidden_ND: Tensor, tokens_N: Sequence[int]) -> Tensor:
+        """Return the head's output after its last row."""
+        w, layer = self.weights, "mtp.layers.0."
+        embed = w["model.embed_tokens.weight"]
+        e = self._norm(embed[torch.tensor(tokens_N)], "mtp.pre_fc_norm_embedding.weight")
+        h = self._norm(hidden_ND, "mtp.pre_fc_norm_hidden.weight")
+        both = (h, e) if self.fault == "halves swapped" else (e, h)
+        x = torch.cat(both, -1) @ w["mtp.fc.weight"].T
+        x = x + self._attention(self._norm(x, layer + "input_layernorm.weight"), layer)
+        read = self._norm(x, layer + "post_attention_layernorm.weight")
+        experts = "mtp.layers.0.mlp.gate.weight" in w
+        x = x + (self._routed(read) if experts else self._gated(read, layer + "mlp."))
+        return self._norm(x, "mtp.norm.weight")[-1]
+
+    def unnormed(self, y_D: Tensor) -> Tensor:
+        """Return what is handed to the next depth where the final norm is forgotten."""
+        return y_D / (1 + self.weights["mtp.norm.weight"])
+
+    def _norm(self, x: Tensor, key: str) -> Tensor:
+        centre = 0 if self.fault == "norms not zero-centred" else 1
+        scaled = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return scaled * (centre + self.weights[key])
+
+    def _attention(self, x_ND: Tensor, prefix: str) -> Tensor:
+        heads, kv_heads = (self.config[f"num_{n}_heads"] for n in ("attention", "key_value"))
+        name = prefix + "self_attn."
+        both, k, v = (x_ND @ self.weights[f"{name}{n}_proj.weight"].T for n in "qkv")
+        if self.fault == "queries and gates split flat":
+            q, gate = (part.unflatten(-1, (heads, -1)) for part in both.chunk(2, -1))
+        else:
+            q, gate = both.unflatten(-1, (heads, -1)).chunk(2, -1)
+        k, v = (part.unflatten(-1, (kv_heads, -1)) for part in (k, v))
+        if self.fault != "heads not normed":
+            q, k = self._norm(q, name + "q_norm.weight"), self._norm(k, name + "k_norm.weight")
+        q, k = self._rotated(q), self._rotated(k)
+        k, v = (part.repeat_interleave(heads // kv_heads, 1) for part in (k, v))
+        scores = torch.einsum("nhd,mhd->hnm", q, k) * q.shape[-1] ** -0.5
+        later = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+        distribution = scores.masked_fill(later, -torch.inf).softmax(-1)
+        mixed = torch.einsum("hnm,mhd->nhd", distribution, v)
+        gate = functional.silu(gate) if self.fault == "gate through silu" else gate.sigmoid()
+        return (mixed * gate).flatten(1) @ self.weights[name + "o_proj.weight"].T
+
+    def _rotated(self, x_NHD: Tensor) -> Tensor:
+        """A quarter of every head is rotated, as complex numbers here."""
+        width = x_NHD.shape[-1] // (1 if self.fault == "whole head rotated" else 4)
+        position = torch.arange(len(x_NHD)).double()
+        position[-1] += self.position_shift
+        theta = self.config["rope_parameters"]["rope_theta"]
+        angles = position[:, None] * theta ** -(torch.arange(0, width, 2).double() / width)
+        low, high, rest = x_NHD.tensor_split((width // 2, width), -1)
+        turned = torch.complex(low, high) * torch.polar(torch.ones_like(angles), angles)[:, None]
+        return torch.cat((turned.real, turned.imag, rest), -1)
+
+    def _gated(self, x_ND: Tensor, prefix: str) -> Tensor:
+        gate, up, down = (
+            self.weights[f"{prefix}{name}_proj.weight"] for name in ("gate", "up", "down")
+        )
+        return (functional.silu(x_ND @ gate.T) * (x_ND @ up.T)) @ down.T
+
+    def _routed(self, x_ND: Tensor) -> Tensor:
+        """The softmax of all experts, of the best ones alone, and a shared one behind a gate."""
+        w, name = self.weights, "mtp.layers.0.mlp."
+        score_NE = (x_ND @ w[name + "gate.weight"].T).softmax(-1)
+        share_NC, choice_NC = score_NE.topk(self.config["num_experts_per_tok"])
+        share_NC = share_NC / share_NC.sum(-1, keepdim=True)
+        gate_N1 = (x_ND @ w[name + "shared_expert_gate.weight"].T).sigmoid()
+        out = gate_N1 * self._gated(x_ND, name + "shared_expert.")
+        for row, (choice_C, share_C) in enumerate(zip(choice_NC.tolist(), share_NC, strict=True)):
+            for expert, share in zip(choice_C, share_C, strict=True):
+                out[row] += share * self._expert(x_ND[row], name + "experts.", expert)
+        return out
+
+    def _expert(self, x_D: Tensor, prefix: str, expert: int) -> Tensor:
+        w = self.weights
+        if prefix + "down_proj" in w:
+            gate, up = w[prefix + "gate_up_proj"][expert].chunk(2)
+            return w[prefix + "down_proj"][expert] @ (functional.silu(gate @ x_D) * (up @ x_D))
+        return self._gated(x_D, f"{prefix}{expert}.")
+
+
 def _embed_key(weights: dict[str, Tensor]) -> str:
     return next(
         key for key in weights if key.endswith("embeddings.weight") or "embed_tokens" in key
@@ -243,7 +390,8 @@ def hidden_states(model: PreTrainedModel, tokens: Sequence[int], *, normed: bool
     """Return transformers' hidden states [N, D] of a text, after the final norm or before it."""
     seen: list[Tensor] = []
     body = model.base_model
-    norm = next(getattr(body, n) for n in ("norm_f", "final_layernorm") if hasattr(body, n))
+    names = ("norm_f", "final_layernorm", "norm")
+    norm = next(getattr(body, name) for name in names if hasattr(body, name))
     hook = norm.register_forward_hook(lambda _, inputs, output: seen.extend((inputs[0], output)))
     body(torch.tensor([list(tokens)]), use_cache=False)
     hook.remove()

@@ -125,6 +125,54 @@ class Zamba2:
         }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Qwen:
+    """Sizes of one Qwen3-Next or Qwen3.5; `experts` are how many, how many chosen, their width."""
+
+    width: int
+    layers: int
+    heads: tuple[int, int]
+    value_heads: int
+    mlp: int = 1
+    experts: tuple[int, int, int] | None = None
+    tied: bool = False
+    next_generation: bool = False
+
+    def config(self) -> Config:
+        config: Config = {
+            "hidden_size": self.width, "num_hidden_layers": self.layers, "head_dim": 256,
+            "full_attention_interval": 4, "num_attention_heads": self.heads[0],
+            "num_key_value_heads": self.heads[1], "linear_num_key_heads": 16,
+            "linear_num_value_heads": self.value_heads, "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "rms_norm_eps": 1e-6,
+            "hidden_act": "silu", "tie_word_embeddings": self.tied, "mlp_only_layers": [],
+            "eos_token_id": 248044, "intermediate_size": self.mlp,
+        }  # fmt: skip
+        if self.experts is not None:
+            count, chosen, width = self.experts
+            config |= {
+                "num_experts": count, "num_experts_per_tok": chosen,
+                "moe_intermediate_size": width, "shared_expert_intermediate_size": width,
+            }  # fmt: skip
+        if self.next_generation:
+            return config | {
+                "model_type": "qwen3_next", "vocab_size": 151936, "rope_theta": 1e7,
+                "partial_rotary_factor": 0.25, "rope_scaling": None, "norm_topk_prob": True,
+                "decoder_sparse_step": 1, "use_sliding_window": False,
+            }  # fmt: skip
+        kind = "qwen3_5" if self.experts is None else "qwen3_5_moe"
+        rope = {
+            "rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25,
+            "mrope_interleaved": True, "mrope_section": [11, 11, 10],
+        }  # fmt: skip
+        text = config | {
+            "model_type": kind + "_text", "vocab_size": 248320, "attn_output_gate": True,
+            "mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False,
+            "rope_parameters": rope, "mamba_ssm_dtype": "float32",
+        }  # fmt: skip
+        return {"model_type": kind, "text_config": text, "vision_config": {"depth": 27}}
+
+
 BAMBA = {
     "model_type": "bamba", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
     "num_hidden_layers": 32, "attn_layer_indices": [9, 18, 27], "num_attention_heads": 32,
@@ -220,20 +268,24 @@ PUBLISHED: dict[str, Published] = {
     "zamba2-2.7b": Published(_ZAMBA2_3B.config(), 2.66, adapter_rank=128),
     "zamba2-7b": Published(_ZAMBA2_7B.config(), 7.36, adapter_rank=128),
     "codestral-mamba-7b": Published(CODESTRAL_MAMBA, 7.29),
+    "qwen3-next-80b-a3b": Published(
+        Qwen(2048, 48, (16, 2), 32, experts=(512, 10, 512), next_generation=True).config(), 79.67
+    ),
+    "qwen3.5-0.8b": Published(Qwen(1024, 24, (8, 2), 16, 3584, tied=True).config(), 0.75),
+    "qwen3.5-2b": Published(Qwen(2048, 24, (8, 2), 16, 6144, tied=True).config(), 1.88),
+    "qwen3.5-4b": Published(Qwen(2560, 32, (16, 4), 32, 9216, tied=True).config(), 4.21),
+    "qwen3.5-9b": Published(Qwen(4096, 32, (16, 4), 32, 12288).config(), 8.95),
+    "qwen3.5-27b": Published(Qwen(5120, 64, (24, 4), 48, 17408).config(), 26.90),
+    "qwen3.5-35b-a3b": Published(
+        Qwen(2048, 40, (16, 2), 32, experts=(256, 8, 512)).config(), 34.66
+    ),
+    "qwen3.5-122b-a10b": Published(
+        Qwen(3072, 48, (32, 2), 64, experts=(256, 8, 1024)).config(), 122.11
+    ),
 }
 
-_QWEN = {"layer_types": ["linear_attention"] * 3 + ["full_attention"], "num_hidden_layers": 4}
-GATED_DELTA: dict[str, Config] = {
-    "qwen3-next-80b-a3b": {"model_type": "qwen3_next"},
-    "qwen3.5-27b": {
-        "model_type": "qwen3_5", "text_config": {"model_type": "qwen3_5_text"} | _QWEN,
-        "vision_config": {},
-    },
-    "qwen3.5-35b-a3b": {
-        "model_type": "qwen3_5_moe", "text_config": {"model_type": "qwen3_5_moe_text"} | _QWEN,
-        "vision_config": {},
-    },
-    "qwen3.5 text alone": {"model_type": "qwen3_5_text"} | _QWEN,
+OTHER_DELTA: dict[str, Config] = {
     "kimi-linear-48b-a3b": {"model_type": "kimi_linear"},
-}  # fmt: skip
-"""Published models whose recurrence is the gated delta rule."""
+    "olmo-hybrid-7b": {"model_type": "olmo_hybrid"},
+}
+"""Published models with a delta rule of another kind."""

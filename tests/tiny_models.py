@@ -22,6 +22,14 @@ from transformers import (
     NemotronHConfig,
     NemotronHForCausalLM,
     PreTrainedModel,
+    Qwen3_5Config,
+    Qwen3_5ForCausalLM,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
     Zamba2Config,
     Zamba2ForCausalLM,
 )
@@ -119,6 +127,56 @@ def tiny_zamba2(seed: int = 0, **settings: Any) -> PreTrainedModel:
     return _with_run_time_limit(_rough(Zamba2ForCausalLM(config)))
 
 
+_QWEN: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 32,
+    "full_attention_interval": 2,
+} | _TOKENS  # fmt: skip
+_QWEN_EXPERTS: dict[str, Any] = {
+    "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 48,
+}  # fmt: skip
+
+
+def tiny_qwen3_next(seed: int = 0, **settings: Any) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    config = Qwen3NextConfig(**(_QWEN | _QWEN_EXPERTS | settings))
+    return _long_memory(_rough(Qwen3NextForCausalLM(config)))
+
+
+def tiny_qwen3_5(seed: int = 0, **settings: Any) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    config = Qwen3_5TextConfig(**(_QWEN | settings))
+    return _long_memory(_rough(Qwen3_5ForCausalLM(config)))
+
+
+def tiny_qwen3_5_moe(seed: int = 0, **settings: Any) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    config = Qwen3_5MoeTextConfig(**(_QWEN | _QWEN_EXPERTS | settings))
+    return _long_memory(_rough(Qwen3_5MoeForCausalLM(config)))
+
+
+def tiny_qwen3_5_with_vision(seed: int = 0) -> PreTrainedModel:
+    """Return a vision model with tied embeddings; it takes text alone as the others do."""
+    torch.manual_seed(seed)
+    vision = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2,
+        "out_hidden_size": 32, "num_position_embeddings": 16,
+    }  # fmt: skip
+    tied = {"tie_word_embeddings": True}
+    config = Qwen3_5Config(text_config=_QWEN | tied, vision_config=vision, **tied)
+    return _long_memory(_rough(Qwen3_5ForConditionalGeneration(config)))
+
+
+def _long_memory(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model with decays that leave something of a text's beginning."""
+    with torch.no_grad():
+        for mixer in mixers_of(model):
+            mixer.A_log.copy_(torch.empty_like(mixer.A_log).uniform_(-4, -1))  # type: ignore
+    return model
+
+
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "mamba2": tiny_mamba2,
     "mamba2-grouped": lambda: tiny_mamba2(num_groups=2),
@@ -131,6 +189,10 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "falcon-h1": tiny_falcon_h1,
     "falcon-h1-norm": lambda: tiny_falcon_h1(mamba_rms_norm=True, mamba_norm_before_gate=False),
     "zamba2": tiny_zamba2,
+    "qwen3-next": tiny_qwen3_next,
+    "qwen3.5": tiny_qwen3_5,
+    "qwen3.5-vision": tiny_qwen3_5_with_vision,
+    "qwen3.5-moe": tiny_qwen3_5_moe,
     "zamba2-rope": lambda: tiny_zamba2(use_mem_rope=True, use_shared_attention_adapter=True),
 }
 """One model for each path through a family."""

@@ -20,6 +20,7 @@ from stree_core.models import (
     assemble,
     assemble_head,
     require_present,
+    shape_keys,
     skipped_copies,
 )
 
@@ -38,7 +39,7 @@ def load_model(
     """
     if source.folder is None:
         return random_model(source.shape, backend, dtype, device, num_logits, source.name)
-    files = WeightFiles(source.folder, source.name, device)
+    files = WeightFiles(source.folder, source.name, device, source.shape.renames)
     require_present(source.shape, files.listed, source.name)
     for copy, original in skipped_copies(source.shape, files.stored, source.name).items():
         files.require_copy(copy, original)
@@ -70,7 +71,7 @@ def load_head(source: ModelSource, target: Model, name: str) -> MtpDraft:
     if source.folder is None:
         read = _random(dtype, target.device)
     else:
-        files = WeightFiles(source.folder, name, target.device)
+        files = WeightFiles(source.folder, name, target.device, shape.renames)
         _require_whole_head(shape, files.stored, name)
         read = files.read
     num_bytes = shape.num_parameters * dtype.itemsize
@@ -83,7 +84,7 @@ def load_head(source: ModelSource, target: Model, name: str) -> MtpDraft:
 def _require_whole_head(shape: ModelShape, keys: Collection[str], name: str) -> None:
     """Raise CheckpointError unless the weights under `mtp.` are those of the shape, all of them."""
     held = {key for key in keys if key.startswith(PREFIX)}
-    wanted = {key for weight in shape.weights for key in weight.keys if key.startswith(PREFIX)}
+    wanted = {key for key in shape_keys(shape, keys) if key.startswith(PREFIX)}
     if not held:
         raise CheckpointError(
             f"{name} names an MTP head in its config, but its files hold no weight under {PREFIX}; "
@@ -102,7 +103,7 @@ def _random(dtype: torch.dtype, device: torch.device) -> Read:
 
     def draw(weight: Weight) -> Tensor:
         if len(weight.shape) == 1:
-            return torch.ones(weight.shape, device=device, dtype=dtype)
+            return torch.full(weight.shape, 1 - weight.offset, device=device, dtype=dtype)
         values = torch.randn(weight.shape, generator=generator, device=device, dtype=dtype)
         return values.mul_(weight.shape[-1] ** -0.5)
 

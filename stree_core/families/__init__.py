@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from stree_core.families.model_shape import (
         AttentionShape as AttentionShape,
         Block as Block,
+        DeltaShape as DeltaShape,
+        GatedAttentionShape as GatedAttentionShape,
         Llama3Scaling as Llama3Scaling,
         Mamba2Shape as Mamba2Shape,
         Mixer as Mixer,
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
         MoeShape as MoeShape,
         Part as Part,
         SharedBlock as SharedBlock,
+        SharedMoeShape as SharedMoeShape,
         Weight as Weight,
         warn_of_long_context as warn_of_long_context,
     )
@@ -42,6 +45,8 @@ __getattr__, __dir__ = exports(
         "model_shape": [
             "AttentionShape",
             "Block",
+            "DeltaShape",
+            "GatedAttentionShape",
             "Llama3Scaling",
             "Mamba2Shape",
             "Mixer",
@@ -50,6 +55,7 @@ __getattr__, __dir__ = exports(
             "MoeShape",
             "Part",
             "SharedBlock",
+            "SharedMoeShape",
             "Weight",
             "warn_of_long_context",
         ],

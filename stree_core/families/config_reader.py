@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,16 +13,17 @@ from stree_core.errors import brief
 Config = dict[str, Any]
 
 # Keys that change nothing about how a trained model runs: training, bookkeeping, tokens that only
-# a tokenizer adds, and how other programs schedule the same arithmetic.
+# a tokenizer adds, how other programs schedule the same arithmetic, and how positions of images
+# enter rotations: those of text are the same on every axis.
 _WITHOUT_EFFECT = frozenset((
     "_name_or_path", "adapter_rank", "architectures", "attention_dropout", "auto_map",
     "bos_token_id", "chunk_size", "chunk_size_feed_forward", "dtype", "hidden_dropout", "id2label",
-    "initializer_range", "is_encoder_decoder", "label2id", "mamba_chunk_size", "model_type",
-    "num_logits_to_keep", "output_attentions", "output_hidden_states", "output_router_logits",
-    "pad_token_id", "problem_type", "rescale_prenorm_residual", "return_dict",
-    "router_aux_loss_coef", "time_step_floor", "time_step_max", "time_step_min", "time_step_rank",
-    "torch_dtype", "transformers_version", "use_cache", "use_mamba_kernels", "use_mem_eff_path",
-    "z_loss_coefficient",
+    "initializer_range", "is_encoder_decoder", "label2id", "mamba_chunk_size", "mamba_ssm_dtype",
+    "model_type", "mrope_interleaved", "mrope_section", "num_logits_to_keep", "output_attentions",
+    "output_hidden_states", "output_router_logits", "pad_token_id", "problem_type",
+    "rescale_prenorm_residual", "return_dict", "router_aux_loss_coef", "time_step_floor",
+    "time_step_max", "time_step_min", "time_step_rank", "torch_dtype", "transformers_version",
+    "use_cache", "use_mamba_kernels", "use_mem_eff_path", "z_loss_coefficient",
 ))  # fmt: skip
 _NEAR = 0.6
 
@@ -73,7 +74,7 @@ class Keys:
         self.file = file
         self._prefix = prefix
         self._read: set[str] = set()
-        self._sections: list[Keys] = []
+        self._sections: dict[str, Keys] = {}
 
     def has(self, *names: str) -> bool:
         """True when one of the spellings stands there with a value."""
@@ -162,9 +163,10 @@ class Keys:
             raise self.missing(name)
         if not isinstance(value, dict):
             raise self.wrong(name, "an object", value)
-        prefix = "" if file else f"{self._prefix}{name}."
-        self._sections.append(Keys(value, file or self.file, prefix))
-        return self._sections[-1]
+        if name not in self._sections:
+            prefix = "" if file else f"{self._prefix}{name}."
+            self._sections[name] = Keys(value, file or self.file, prefix)
+        return self._sections[name]
 
     def overlaid(self, name: str, file: str) -> Keys:
         """Return these keys with those of an object inside, which `file` holds, before them."""
@@ -172,6 +174,14 @@ class Keys:
         both = Keys({**self.values, **inner.values}, file)
         inner._read = both._read = self._read
         return both
+
+    def inside(self, name: str, outer: Sequence[str]) -> Keys:
+        """Return the keys of an object inside; those of `outer` that stand outside go before."""
+        inner = self.section(name)
+        self._read.update(outer)
+        above = {key: self.values[key] for key in outer if self.has(key)}
+        inner.values = {**inner.values, **above}
+        return inner
 
     def refuse(self, **expected: object) -> None:
         """Raise Refused for the first key that is there with another value than expected."""
@@ -186,7 +196,7 @@ class Keys:
         given = {name for name, value in self.values.items() if value is not None}
         for name in sorted(given - self._read - _WITHOUT_EFFECT):
             yield self._prefix + (name if name.isprintable() else repr(name))
-        for section in self._sections:
+        for section in self._sections.values():
             yield from section.unread()
 
     def missing(self, name: str) -> Refused:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -68,6 +68,52 @@ class Mamba2Shape:
 
 
 @dataclass(frozen=True, slots=True)
+class DeltaShape:
+    """One gated delta rule mixer (arXiv:2412.06464); neighbouring value heads share q and k.
+
+    `norm_eps` is of the norm of every head, which comes before the gate.
+    """
+
+    num_key_heads: int
+    num_value_heads: int
+    key_head_dim: int
+    value_head_dim: int
+    conv_width: int
+    norm_eps: float
+
+    @property
+    def inner_dim(self) -> int:
+        """Width of the output and of the gate."""
+        return self.num_value_heads * self.value_head_dim
+
+    @property
+    def conv_sections(self) -> tuple[int, int, int]:
+        """Channels of q, k and v."""
+        keys = self.num_key_heads * self.key_head_dim
+        return keys, keys, self.inner_dim
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels that pass the convolution: q, k and v."""
+        return sum(self.conv_sections)
+
+    @property
+    def proj_sections(self) -> tuple[int, int, int, int]:
+        """Columns of the input projection: gate, what the conv takes, raw decay, raw beta."""
+        return self.inner_dim, self.conv_dim, self.num_value_heads, self.num_value_heads
+
+    @property
+    def proj_dim(self) -> int:
+        """All columns of the input projection."""
+        return sum(self.proj_sections)
+
+    @property
+    def solved_dim(self) -> int:
+        """Columns that a row keeps in fp32: u, the log decay, beta."""
+        return self.inner_dim + 2 * self.num_value_heads
+
+
+@dataclass(frozen=True, slots=True)
 class Llama3Scaling:
     """How Llama 3.1 stretches rotations whose wavelength is long beside its first context."""
 
@@ -103,6 +149,17 @@ class AttentionShape:
 
 
 @dataclass(frozen=True, slots=True)
+class GatedAttentionShape(AttentionShape):
+    """Attention whose queries and keys are normed for each head, and whose output has a gate.
+
+    The output is multiplied by the sigmoid of what the query projection says beside the queries.
+    Heads are as wide as their rows: a norm over zeros beside them would be another one.
+    """
+
+    norm_eps: float
+
+
+@dataclass(frozen=True, slots=True)
 class MlpShape:
     """One MLP."""
 
@@ -125,7 +182,17 @@ class MoeShape:
     latent_dim: int | None = None
 
 
-Mixer = Mamba2Shape | AttentionShape | MlpShape | MoeShape
+@dataclass(frozen=True, slots=True)
+class SharedMoeShape(MoeShape):
+    """Routed experts beside a shared one, which every row takes times the sigmoid of a gate.
+
+    The shared one is as wide as `num_shared` routed ones and runs as so many further experts.
+    """
+
+    num_shared: int = 1
+
+
+Mixer = Mamba2Shape | DeltaShape | AttentionShape | MlpShape | MoeShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,17 +201,28 @@ class Weight:
 
     `row_scales` are runs of rows (count, factor); none is all ones. `adapters` holds for each key,
     if for any, the keys of two low-rank factors whose product `second @ first` is added to it.
+    `row_order` are runs of stacked rows (first, count) in the order in which the model holds them;
+    none is as they are. `offset` is added to stored values: 1 of a zero-centred norm. `other_keys`
+    are further ways to store it: the first of which all keys are there is read.
     """
 
     keys: tuple[str, ...]
     shape: tuple[int, ...]
     row_scales: tuple[tuple[int, float], ...] = ()
     adapters: tuple[tuple[str, str], ...] = ()
+    row_order: tuple[tuple[int, int], ...] = ()
+    offset: float = 0.0
+    other_keys: tuple[tuple[str, ...], ...] = ()
 
     @property
     def num_values(self) -> int:
         """Values of the tensor."""
         return math.prod(self.shape)
+
+    def keys_in(self, stored: Collection[str]) -> tuple[str, ...]:
+        """Return the keys under which files hold it; the first way where they hold it in none."""
+        ways = (self.keys, *self.other_keys)
+        return next((way for way in ways if all(key in stored for key in way)), self.keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,8 +277,9 @@ class ModelShape:
     `max_positions` is the longest context that it was trained for, where its config says that.
     `extras` are patterns of tensors that its files may hold and decoding does not need, besides
     those of every family; `copies` are beginnings of names (copy, original) of tensors that repeat
-    others. `mtp` is the multi-token-prediction head that its checkpoint has beside it. That is a
-    shape with a `join`, whose embedding and LM head are the model's own.
+    others; `renames` are beginnings (stored, as spelled here) of names in files that hold more than
+    the language model. `mtp` is the multi-token-prediction head that its checkpoint has beside it.
+    That is a shape with a `join`, whose embedding and LM head are the model's own.
     """
 
     vocab_size: int
@@ -216,6 +295,7 @@ class ModelShape:
     max_positions: int | None = None
     extras: tuple[str, ...] = ()
     copies: tuple[tuple[str, str], ...] = ()
+    renames: tuple[tuple[str, str], ...] = ()
     join: Join | None = None
     mtp: ModelShape | None = None
 
@@ -287,13 +367,17 @@ class ModelShape:
         return total * bytes_per_element
 
     def state_bytes(self, bytes_per_element: int) -> int:
-        """Return the bytes of one sequence's recurrent state; SSM states are at least fp32."""
+        """Return the bytes of one sequence's recurrent state; scans' states are at least fp32."""
         total = 0
         for part in self.parts:
             if isinstance(part.mixer, Mamba2Shape):
                 mamba = part.mixer
                 total += max(4, bytes_per_element) * mamba.inner_dim * mamba.state_dim
                 total += bytes_per_element * mamba.conv_dim * (mamba.conv_width - 1)
+            elif isinstance(part.mixer, DeltaShape):
+                delta = part.mixer
+                total += max(4, bytes_per_element) * delta.inner_dim * delta.key_head_dim
+                total += bytes_per_element * delta.conv_dim * (delta.conv_width - 1)
         return total
 
     def kv_bytes_per_token(self, bytes_per_element: int) -> int:

@@ -15,6 +15,7 @@ from stree_core.families.mamba2 import mamba2, native_mamba2
 from stree_core.families.mamba_in_llama import MAMBA_CONFIG, MAMBA_CONFIG_FILE, mamba_in_llama
 from stree_core.families.model_shape import ModelShape
 from stree_core.families.nemotron_h import nemotron_h
+from stree_core.families.qwen import TEXT_CONFIG, qwen3_5, qwen3_5_moe, qwen3_next
 from stree_core.families.zamba2 import zamba2
 
 logger = logging.getLogger(__name__)
@@ -27,31 +28,33 @@ FAMILIES: dict[str, Callable[[Keys], ModelShape]] = {
     "mamba2 (native)": native_mamba2,
     "mamba-in-llama": mamba_in_llama,
     "nemotron_h": nemotron_h,
+    "qwen3_5": qwen3_5,
+    "qwen3_5_moe": qwen3_5_moe,
+    "qwen3_next": qwen3_next,
     "zamba2": zamba2,
 }
 """By model_type; the two formats without one of their own are known by other keys."""
+
+_TEXT_TYPES = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
+"""The model_type of a language model that is saved without its vision part."""
 
 QUANTISATION = "quantization_config"
 HF_QUANT_CONFIG = "hf_quant_config"
 HF_QUANT_CONFIG_FILE = "hf_quant_config.json"
 
 _MAMBA_1 = "Mamba-1 layers"
-_DELTA_RULE = "gated delta rule layers"
+_DELTA_ATTENTION = "Kimi Delta Attention layers"
+_OTHER_DELTA_RULE = "gated delta rule layers of another kind"
 _CONVOLUTIONS = "short convolution layers"
 _OTHER_RECURRENCES = {
     "falcon_mamba": _MAMBA_1,
     "jamba": _MAMBA_1,
-    "kimi_linear": _DELTA_RULE,
+    "kimi_linear": _DELTA_ATTENTION,
     "lfm2": _CONVOLUTIONS,
     "lfm2_moe": _CONVOLUTIONS,
     "mamba": _MAMBA_1,
     "mamba3": "Mamba-3 layers",
-    "olmo_hybrid": _DELTA_RULE,
-    "qwen3_5": _DELTA_RULE,
-    "qwen3_5_moe": _DELTA_RULE,
-    "qwen3_5_moe_text": _DELTA_RULE,
-    "qwen3_5_text": _DELTA_RULE,
-    "qwen3_next": _DELTA_RULE,
+    "olmo_hybrid": _OTHER_DELTA_RULE,
     "recurrent_gemma": "RG-LRU layers",
     "zamba": _MAMBA_1,
 }
@@ -71,6 +74,8 @@ def shape_from_config(config: Config, name: str) -> ModelShape:
     try:
         family = _family_of(keys)
         _refuse_quantised(keys)
+        if keys.has(TEXT_CONFIG):
+            _refuse_quantised(keys.section(TEXT_CONFIG))
         keys.refuse(sliding_window=None)
         shape = FAMILIES[family](keys)
         if shape.hidden_size % WIDTH_MULTIPLE:
@@ -94,6 +99,7 @@ def _family_of(keys: Keys) -> str:
     if "ssm_cfg" in config and "model_type" not in config:
         return "mamba2 (native)"
     family = keys.text("model_type", "")
+    family = _TEXT_TYPES.get(family, family)
     if family in FAMILIES:
         return family
     raise Refused(_why_not(family, config))
@@ -108,7 +114,8 @@ def _why_not(family: str, config: dict[str, Any]) -> str:
         if model_type in _OTHER_RECURRENCES:
             return (
                 f"model_type {model_type} has {_OTHER_RECURRENCES[model_type]}{text_model}; only "
-                f"Mamba-2 layers are supported, so choose a model of {_known()}"
+                "Mamba-2 layers and Qwen's gated delta rule layers are supported, so choose a "
+                f"model of {_known()}"
             )
     if inner:
         kind = f" of model_type {inner_type}" if inner_type in FAMILIES else ""

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from stree_core.models.weight_files import WeightFiles as WeightFiles
     from stree_core.models.weight_index import (
         require_present as require_present,
+        shape_keys as shape_keys,
         skipped_copies as skipped_copies,
     )
     from stree_core.models.weights import (
@@ -83,7 +84,7 @@ __getattr__, __dir__ = exports(
         "state_flush": ["flush_states"],
         "text": ["Chat", "Message", "TextCodec", "load_text_codec"],
         "weight_files": ["WeightFiles"],
-        "weight_index": ["require_present", "skipped_copies"],
+        "weight_index": ["require_present", "shape_keys", "skipped_copies"],
         "weights": ["AttentionWeights", "ModelWeights", "Read", "assemble", "assemble_head"],
     },
 )

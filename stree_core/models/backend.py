@@ -18,6 +18,8 @@ _OPS = {
     "prompt_scan": "ssm.prompt_scan",
     "prompt_kv_write": "attention.prompt_attention",
     "prompt_attention": "attention.prompt_attention",
+    "delta_conv": "delta.delta_conv",
+    "delta_scan": "delta.delta_scan",
     "linear": "linear.linear",
     "linear_activated": "linear.linear",
     "linear_add": "linear.linear",
@@ -28,6 +30,7 @@ _OPS = {
     "expert_mlps": "linear.experts",
     "rope_kv_write": "attention.rope_kv_write",
     "tree_attention": "attention.tree_attention",
+    "gate_output": "attention.output_gate",
     "workspace_size": "attention.tree_attention",
     "fill_uniforms": "sampling.uniforms",
     "place_top_tokens": "sampling.top_tokens",
@@ -52,6 +55,8 @@ class Backend:
     prompt_scan: Callable[..., None]
     prompt_kv_write: Callable[..., None]
     prompt_attention: Callable[..., None]
+    delta_conv: Callable[..., None]
+    delta_scan: Callable[..., None]
     linear: Callable[..., None]
     linear_activated: Callable[..., None]
     linear_add: Callable[..., DeferredNorm]
@@ -62,6 +67,7 @@ class Backend:
     expert_mlps: Callable[..., None]
     rope_kv_write: Callable[..., None]
     tree_attention: Callable[..., None]
+    gate_output: Callable[..., None]
     workspace_size: Callable[..., int]
     fill_uniforms: Callable[..., None]
     place_top_tokens: Callable[..., None]

@@ -1,7 +1,8 @@
 """What a model remembers between passes: states, buffered rows, keys, values, two blocks' rows.
 
 Shape letters: B slots, R rows of a block, S committed positions, L path capacity, E columns of a
-row after the conv (x, B, C, dt), others as in stree_kernels.launch.rows. Row buffers are time-major
+row after the conv (x, B, C, dt; of a delta layer q, k, v), X fp32 columns of a delta layer's row
+(u, log decay, beta), others as in stree_kernels.launch.rows. Row buffers are time-major
 (R, B, ...), so that a range of rows is contiguous. Two sets of row buffers take turns: a pass reads
 the accepted rows of the previous step's set while it fills its own.
 """
@@ -14,8 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stree_core.families import AttentionShape, Mamba2Shape, ModelShape
+from stree_core.families import AttentionShape, DeltaShape, Mamba2Shape, ModelShape
 from stree_kernels.attention.rope_kv_write_ref import KeyValues
+from stree_kernels.delta.delta_conv_ref import DeltaConvOutput, DeltaProjection
+from stree_kernels.delta.rows import DeltaRows, DeltaTokens
 from stree_kernels.launch.rows import MAX_BUFFERED, Pending, ScanRows
 
 
@@ -48,6 +51,32 @@ class Mamba2Cache:
     all_rows: ScanRows
 
 
+class DeltaSet(NamedTuple):
+    """Views of one set's rows of a delta layer; `start` is its first among all rows."""
+
+    start: int
+    inputs: DeltaProjection
+    outputs: DeltaConvOutput
+    scan_rows: DeltaRows
+    tokens: DeltaTokens
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaCache:
+    """One gated delta rule mixer: as a Mamba2 mixer's, with what its scan solves for beside.
+
+    `rows_RBE` and `solved_RBX` (fp32) begin with the MAX_BUFFERED buffered rows.
+    """
+
+    conv_BCK: Tensor
+    state_BHPN: Tensor
+    proj_RB: tuple[Tensor, Tensor]
+    rows_RBE: Tensor
+    solved_RBX: Tensor
+    sets: tuple[DeltaSet, DeltaSet]
+    all_rows: DeltaRows
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionCache:
     """One attention mixer: committed keys and values [B, S, ...], and rows per set [R, B, ...]."""
@@ -56,7 +85,7 @@ class AttentionCache:
     rows: tuple[KeyValues, KeyValues]
 
 
-LayerCache = Mamba2Cache | AttentionCache | None
+LayerCache = Mamba2Cache | DeltaCache | AttentionCache | None
 
 
 @dataclass(slots=True)
@@ -114,6 +143,9 @@ class Cache:
             if isinstance(layer, Mamba2Cache):
                 layer.conv_BCK[slot].zero_()
                 layer.ssm_BHPN[slot].zero_()
+            elif isinstance(layer, DeltaCache):
+                layer.conv_BCK[slot].zero_()
+                layer.state_BHPN[slot].zero_()
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +161,13 @@ class CacheSize:
 def make_cache(
     shape: ModelShape, size: CacheSize, dtype: torch.dtype, device: torch.device
 ) -> Cache:
-    """Allocate an empty cache; SSM states are fp32, or float64 when `dtype` is."""
+    """Allocate an empty cache; scans' states are fp32, or float64 when `dtype` is."""
     layers: list[LayerCache] = []
     for part in shape.parts:
         if isinstance(part.mixer, Mamba2Shape):
             layers.append(_mamba2_cache(part.mixer, size, dtype, device))
+        elif isinstance(part.mixer, DeltaShape):
+            layers.append(_delta_cache(part.mixer, size, dtype, device))
         elif isinstance(part.mixer, AttentionShape):
             layers.append(_attention_cache(part.mixer, size, dtype, device))
         else:
@@ -191,6 +225,54 @@ def _scan_rows(m: Mamba2Shape, rows_BRE: Tensor) -> ScanRows:
     )
 
 
+def _delta_cache(
+    m: DeltaShape, size: CacheSize, dtype: torch.dtype, device: torch.device
+) -> DeltaCache:
+    slots, rows = size.num_slots, size.num_rows
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.zeros(*shape, dtype=dtype, device=device)
+
+    proj_RB = (zeros(rows, slots, m.proj_dim), zeros(rows, slots, m.proj_dim))
+    rows_RBE = zeros(MAX_BUFFERED + 2 * rows, slots, m.conv_dim)
+    solved_RBX = zeros(MAX_BUFFERED + 2 * rows, slots, m.solved_dim, dtype=wide)
+    first, second = (_delta_set(m, proj_RB[w], rows_RBE, solved_RBX, w) for w in (0, 1))
+    return DeltaCache(
+        zeros(slots, m.conv_dim, m.conv_width - 1),
+        zeros(slots, m.num_value_heads, m.value_head_dim, m.key_head_dim, dtype=wide),
+        proj_RB,
+        rows_RBE,
+        solved_RBX,
+        (first, second),
+        _delta_rows(m, rows_RBE, solved_RBX)[0],
+    )
+
+
+def _delta_set(
+    m: DeltaShape, proj_RBY: Tensor, rows_RBE: Tensor, solved_RBX: Tensor, which: int
+) -> DeltaSet:
+    start = MAX_BUFFERED + which * len(proj_RBY)
+    here = slice(start, start + len(proj_RBY))
+    _, qkv_BRE, *gates = proj_RBY.transpose(0, 1).split(m.proj_sections, dim=-1)
+    rows, tokens = _delta_rows(m, rows_RBE[here], solved_RBX[here])
+    outputs = DeltaConvOutput(rows_RBE[here].transpose(0, 1), rows.g_BRH, tokens.beta_BTH)
+    return DeltaSet(start, DeltaProjection(qkv_BRE, *gates), outputs, rows, tokens)
+
+
+def _delta_rows(
+    m: DeltaShape, rows_RBE: Tensor, solved_RBX: Tensor
+) -> tuple[DeltaRows, DeltaTokens]:
+    """Return views of what is replayed and of what else a scan reads."""
+    q, k, v = rows_RBE.transpose(0, 1).split(m.conv_sections, dim=-1)
+    num_heads, keys = m.num_value_heads, (m.num_key_heads, m.key_head_dim)
+    sections = (m.inner_dim, num_heads, num_heads)
+    u, g_BRH, beta_BRH = solved_RBX.transpose(0, 1).split(sections, dim=-1)
+    u_BRHP, v_BRHP = (x.unflatten(-1, (num_heads, m.value_head_dim)) for x in (u, v))
+    q_BRGN, k_BRGN = (x.unflatten(-1, keys) for x in (q, k))
+    return DeltaRows(u_BRHP, k_BRGN, g_BRH), DeltaTokens(q_BRGN, v_BRHP, beta_BRH)
+
+
 def _attention_cache(
     a: AttentionShape, size: CacheSize, dtype: torch.dtype, device: torch.device
 ) -> AttentionCache:
@@ -211,6 +293,10 @@ def _attention_cache(
 def _tensors(layer: LayerCache) -> list[Tensor]:
     if isinstance(layer, Mamba2Cache):
         return [layer.conv_BCK, layer.ssm_BHPN, *layer.proj_RB, layer.rows_RBE]
+    if isinstance(layer, DeltaCache):
+        return [
+            layer.conv_BCK, layer.state_BHPN, *layer.proj_RB, layer.rows_RBE, layer.solved_RBX
+        ]  # fmt: skip
     if isinstance(layer, AttentionCache):
         return [*layer.committed, *layer.rows[0], *layer.rows[1]]
     return []

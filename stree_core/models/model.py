@@ -18,18 +18,22 @@ from torch import Tensor
 
 from stree_core.families import (
     AttentionShape,
+    DeltaShape,
+    GatedAttentionShape,
     Mamba2Shape,
     Mixer,
     MlpShape,
     ModelShape,
     MoeShape,
     SharedBlock,
+    SharedMoeShape,
 )
 from stree_core.models.backend import Backend
 from stree_core.models.cache import (
     AttentionCache,
     Cache,
     CacheSize,
+    DeltaCache,
     LayerCache,
     Mamba2Cache,
     make_cache,
@@ -38,6 +42,7 @@ from stree_core.models.prompt_pass import PromptPass
 from stree_core.models.row_block import RowBlock, copied, like, side_by_side
 from stree_core.models.weights import (
     AttentionWeights,
+    DeltaWeights,
     Mamba2Weights,
     MlpWeights,
     ModelWeights,
@@ -45,9 +50,10 @@ from stree_core.models.weights import (
     PartWeights,
     SharedWeights,
 )
+from stree_kernels.delta.rows import DeltaPast, DeltaTokens
 from stree_kernels.launch.rows import Gate, Past, Pending, gate_width
 from stree_kernels.linear.deferred_norm import COLUMNS_PER_SUM, DeferredNorm, Residual
-from stree_kernels.linear.router import choose_experts
+from stree_kernels.linear.router import add_shared, choose_experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +90,7 @@ class Model:
         self.dtype = weights.embed_VD.dtype
         self.device = weights.embed_VD.device
         self.conv_widths = frozenset(
-            p.mixer.conv_width for p in shape.parts if isinstance(p.mixer, Mamba2Shape)
+            p.mixer.conv_width for p in shape.parts if isinstance(p.mixer, Mamba2Shape | DeltaShape)
         )
 
     def make_cache(self, size: CacheSize, device: torch.device | None = None) -> Cache:
@@ -173,6 +179,10 @@ class Model:
                 output = this.mamba2(self.backend, rows, weights, mixer, layer)
                 return output, weights.out_proj
             return self._mamba2(rows, weights, mixer, layer, this), weights.out_proj
+        if isinstance(weights, DeltaWeights):
+            assert isinstance(layer, DeltaCache)
+            assert isinstance(mixer, DeltaShape)
+            return self._delta(rows, weights, mixer, layer, this), weights.out_proj
         if isinstance(weights, AttentionWeights):
             assert isinstance(layer, AttentionCache)
             assert isinstance(mixer, AttentionShape)
@@ -222,7 +232,12 @@ class Model:
         hidden_MD = torch.empty_like(rows.values_MK)
         self.backend.scale_rows(rows, w.norm_D, hidden_MD)
         logits_ME = hidden_MD.to(w.router_ED.dtype) @ w.router_ED.T
-        choice_MC, share_MC = choose_experts(logits_ME, w.bias_E, m.router)
+        choice_MC, share_MC = choose_experts(logits_ME[:, : m.num_experts], w.bias_E, m.router)
+        if isinstance(m, SharedMoeShape):
+            gate_M = logits_ME[:, m.num_experts]
+            choice_MC, share_MC = add_shared(
+                choice_MC, share_MC, gate_M, m.num_experts, m.num_shared
+            )
         out_dtype = w.router_ED.dtype
         if w.latent_in is not None:
             out_dtype = hidden_MD.dtype
@@ -267,12 +282,40 @@ class Model:
             return DeferredNorm(gated_MX, None, 1, 0.0)
         return DeferredNorm(gated_MX, sums_TBQ.view(len(gated_MX), -1), m.norm_groups, m.norm_eps)
 
+    def _delta(
+        self, rows: DeferredNorm, w: DeltaWeights, m: DeltaShape, layer: DeltaCache, this: Pass
+    ) -> DeferredNorm:
+        current, here = this.cache.current, slice(this.first, this.end)
+        now, before = layer.sets[current], layer.sets[1 - current]
+        proj_TB = layer.proj_RB[current][here]
+        self.backend.linear(rows, w.in_proj, proj_TB.flatten(0, 1))
+        self.backend.delta_conv(
+            layer.conv_BCK, now.inputs, w.conv_CW, w.heads, this.block.ancestors_RK[m.conv_width],
+            num_key_heads=m.num_key_heads, key_head_dim=m.key_head_dim, first=this.first,
+            num_tokens=this.num_tokens, out=now.outputs,
+            previous_BRC=before.inputs.qkv_BRC if this.commit else None, pending=this.pending,
+        )  # fmt: skip
+        o_TBHP = proj_TB.new_empty(*proj_TB.shape[:2], m.num_value_heads, m.value_head_dim)
+        num_sums = m.inner_dim // gate_width(m.value_head_dim, m.key_head_dim, self.dtype)
+        sums_TBQ = layer.solved_RBX.new_empty(*proj_TB.shape[:2], num_sums)
+        z_TBHP = proj_TB[..., : m.inner_dim].unflatten(-1, o_TBHP.shape[2:])
+        self.backend.delta_scan(
+            layer.state_BHPN, now.scan_rows, DeltaTokens(*(x[:, here] for x in now.tokens)),
+            this.block.mask_RR, first=this.first, out_BTHP=o_TBHP.transpose(0, 1),
+            gate=Gate(z_TBHP.transpose(0, 1), sums_TBQ.transpose(0, 1)),
+            past=DeltaPast(layer.all_rows, before.start, this.cache.pending, this.commit),
+        )  # fmt: skip
+        gated_MX = o_TBHP.view(len(rows.values_MK), -1)
+        return DeferredNorm(
+            gated_MX, sums_TBQ.view(len(gated_MX), -1), m.num_value_heads, m.norm_eps
+        )
+
     def _attention(
         self, rows: DeferredNorm, w: AttentionWeights, a: AttentionShape, layer: AttentionCache,
         this: Pass,
     ) -> DeferredNorm:  # fmt: skip
         """Attend to the committed cache and, in the block, to ancestors."""
-        q_TBHD = self.rope_kv_write(rows, w, a, layer, this)
+        q_TBHD, gate_MX = self.rope_kv_write(rows, w, a, layer, this)
         now, out_TBHD = this.cache.current, torch.empty_like(q_TBHD)
         num_values = self.backend.workspace_size(
             *q_TBHD.shape[:2], a.num_heads, a.num_kv_heads, a.row_dim, self.dtype
@@ -282,14 +325,18 @@ class Model:
             first=this.first, scale=a.scale, out_TBHD=out_TBHD,
             workspace=q_TBHD.new_empty(num_values, dtype=torch.float32),
         )  # fmt: skip
-        return DeferredNorm(out_TBHD.view(len(rows.values_MK), -1), None, 1, 0.0)
+        out_MX = out_TBHD.view(len(rows.values_MK), -1)
+        if isinstance(a, GatedAttentionShape):
+            self.backend.gate_output(gate_MX, out_MX)
+        return DeferredNorm(out_MX, None, 1, 0.0)
 
     def rope_kv_write(
         self, rows: DeferredNorm, w: AttentionWeights, a: AttentionShape, layer: AttentionCache,
         this: Pass, committed_B: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """File the keys and values of a pass's rows, and return their queries [T, B, H, D].
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """File the keys and values of a pass's rows.
 
+        Returns their queries [T, B, H, D], and [M, H * D], or no columns, of their gate's logits.
         `committed_B` is where the block begins, behind the committed tokens by default.
         """
         now, cache = this.cache.current, this.cache
@@ -298,9 +345,11 @@ class Model:
         self.backend.linear(rows, w.qkv_proj, qkv_MX)
         q_TBHD = qkv_MX.new_empty(*size, a.num_heads, a.row_dim)
         begin_B = cache.committed_B if committed_B is None else committed_B
+        num_columns = (a.num_heads + 2 * a.num_kv_heads) * a.row_dim
         self.backend.rope_kv_write(
-            qkv_MX.view(*size, -1), this.block.depth_R, begin_B, w.inv_freq_X,
+            qkv_MX.view(*size, -1)[..., :num_columns], this.block.depth_R, begin_B, w.inv_freq_X,
             first=this.first, q_TBHD=q_TBHD, rows=layer.rows[now], cache=layer.committed,
             previous=layer.rows[1 - now] if this.commit else None, pending=this.pending,
+            norms=w.norms,
         )  # fmt: skip
-        return q_TBHD
+        return q_TBHD, qkv_MX[:, num_columns:]

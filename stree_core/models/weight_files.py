@@ -5,7 +5,7 @@ Tensors are read one at a time, so that loading holds little more than one copy 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,14 @@ _OpenFile = tuple[frozenset[str], Callable[[str], Tensor]]
 class WeightFiles:
     """Reads weights of one folder onto one device; `name` is the model's and goes into errors.
 
+    `renames` are beginnings of names (stored, as asked for).
     Raises CheckpointError for a missing or damaged file, a missing key, a wrong shape or dtype.
     """
 
-    def __init__(self, folder: Path, name: str, device: torch.device) -> None:
+    def __init__(
+        self, folder: Path, name: str, device: torch.device,
+        renames: Sequence[tuple[str, str]] = (),
+    ) -> None:  # fmt: skip
         found = find_weights(folder)
         if found is None:
             raise CheckpointError(
@@ -51,16 +55,19 @@ class WeightFiles:
         self._files = {key: path for path, (keys, _) in self._opened.items() for key in keys}
         if found.index is not None:
             self._files |= self._checked(found.index)
-        self.listed = frozenset(self._files if found.index is None else found.index)
+        listed = self._files if found.index is None else found.index
+        self._names = {_renamed(key, renames): key for key in self._files}
+        self.listed = frozenset(_renamed(key, renames) for key in listed)
 
     @property
     def stored(self) -> frozenset[str]:
         """All tensors of the files; `listed` are those that the index names where there is one."""
-        return frozenset(self._files)
+        return frozenset(self._names)
 
     def read(self, weight: Weight) -> Tensor:
         """Return a weight in its shape, on the device, in the file's dtype, adapters merged."""
-        tensors = [self._tensor(key) for key in weight.keys]
+        keys = weight.keys_in(self._names)
+        tensors = [self._tensor(key) for key in keys]
         if weight.adapters:
             tensors = [
                 self._adapted(tensor, *factors)
@@ -69,12 +76,12 @@ class WeightFiles:
         shapes = [tuple(tensor.shape) for tensor in tensors]
         if len({shape[1:] for shape in shapes}) > 1 or not _views_as(shapes, weight.shape):
             raise CheckpointError(
-                f"{self._name}: {_few(weight.keys)} must hold {weight.shape} by "
+                f"{self._name}: {_few(keys)} must hold {weight.shape} by "
                 f"config.json, got {_few(shapes)}; use the config that belongs to the weights"
             )
         if shapes[0][-1:] == (1,) != weight.shape[-1:]:
             raise CheckpointError(
-                f"{self._name}: {weight.keys[0]} is stored as {shapes[0]}, channels last as MLX "
+                f"{self._name}: {keys[0]} is stored as {shapes[0]}, channels last as MLX "
                 "conversions are; use the checkpoint that it was converted from"
             )
         return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).view(weight.shape)
@@ -110,9 +117,10 @@ class WeightFiles:
         return tensor.to(self._device)
 
     def _raw(self, key: str) -> Tensor:
-        path = self._files[key]
+        stored = self._names[key]
+        path = self._files[stored]
         try:
-            return self._opened[path][1](key)
+            return self._opened[path][1](stored)
         # The file may have changed since it was opened, and the library raises its own classes.
         except Exception as err:
             raise damaged(path, err) from err
@@ -181,11 +189,20 @@ def _views_as(shapes: list[tuple[int, ...]], wanted: tuple[int, ...]) -> bool:
     """Tell whether tensors stacked along their first dim are `wanted`, dims of size 1 aside."""
     stacked = (sum(shape[0] for shape in shapes), *shapes[0][1:])
     if len(shapes) > 1 and len(wanted) == len(stacked) + 1:
-        # One matrix for each entry of the first dim.
-        stacked = (len(shapes), shapes[0][0], *shapes[0][1:])
-        if any(shape != shapes[0] for shape in shapes):
+        # As many matrices for each entry of the first dim.
+        each, rest = divmod(len(shapes), wanted[0])
+        stacked = (wanted[0], each * shapes[0][0], *shapes[0][1:])
+        if rest or any(shape != shapes[0] for shape in shapes):
             return False
     return [n for n in stacked if n != 1] == [n for n in wanted if n != 1]
+
+
+def _renamed(key: str, renames: Sequence[tuple[str, str]]) -> str:
+    """Return the name under which a tensor is asked for."""
+    for stored, name in renames:
+        if key.startswith(stored):
+            return name + key.removeprefix(stored)
+    return key
 
 
 def _few(items: list[Any] | tuple[Any, ...]) -> str:

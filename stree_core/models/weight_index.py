@@ -254,17 +254,21 @@ KNOWN_EXTRAS = ("*.inv_freq", "*.rotary_emb.cos_cached", "*.rotary_emb.sin_cache
 MAX_COMPARED = 2000
 
 
-def shape_keys(shape: ModelShape) -> list[str]:
-    """Return the name of every tensor that a model of this shape reads, each once."""
+def shape_keys(shape: ModelShape, stored: Collection[str]) -> list[str]:
+    """Return the name of every tensor that a model of this shape reads, each once.
+
+    Of several ways to store a weight that counts which the files have.
+    """
     keys: dict[str, None] = {}
     for weight in shape.weights:
-        keys |= dict.fromkeys((*weight.keys, *(key for pair in weight.adapters for key in pair)))
+        adapters = (key for pair in weight.adapters for key in pair)
+        keys |= dict.fromkeys((*weight.keys_in(stored), *adapters))
     return list(keys)
 
 
 def require_present(shape: ModelShape, stored: Collection[str], name: str) -> None:
     """Raise CheckpointError for the first weight of the shape that no file has."""
-    for key in shape_keys(shape):
+    for key in shape_keys(shape, stored):
         if key not in stored:
             raise CheckpointError(
                 f"{name} needs weight {key}, no file has one of that name; "
@@ -277,7 +281,7 @@ def skipped_copies(shape: ModelShape, stored: Collection[str], name: str) -> dic
 
     Raises CheckpointError for a tensor that is neither read, nor a copy, nor a known extra.
     """
-    read = set(shape_keys(shape))
+    read = set(shape_keys(shape, stored))
     copies: dict[str, str] = {}
     skipped: Counter[str] = Counter()
     unknown = []

@@ -10,8 +10,8 @@ F MLP inner, Z = 2 F if gated, else F.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -21,14 +21,19 @@ from torch.nn import functional
 from stree_core.families import (
     AttentionShape,
     Block,
+    DeltaShape,
+    GatedAttentionShape,
     Llama3Scaling,
     Mamba2Shape,
     MlpShape,
     ModelShape,
     Part,
     SharedBlock,
+    SharedMoeShape,
     Weight,
 )
+from stree_kernels.attention.rope_kv_write_ref import HeadNorms
+from stree_kernels.delta.rows import DeltaHeads
 from stree_kernels.launch.rows import ScanHeads
 
 Read = Callable[[Weight], Tensor]
@@ -47,15 +52,27 @@ class Mamba2Weights:
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionWeights:
-    """Parameters of an attention mixer; queries, keys and values are one projection.
+class DeltaWeights:
+    """Parameters of a gated delta rule mixer; the norms before it and before its gate are folded
+    in."""
 
-    `inv_freq_X` are the rotation's angles per position.
+    in_proj: Tensor
+    conv_CW: Tensor
+    heads: DeltaHeads
+    out_proj: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionWeights:
+    """Parameters of an attention mixer; queries, keys, values and a gate are one projection.
+
+    `inv_freq_X` are the rotation's angles per position, `norms` those of queries and keys.
     """
 
     qkv_proj: Tensor
     o_proj: Tensor
     inv_freq_X: Tensor
+    norms: HeadNorms | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +85,10 @@ class MlpWeights:
 
 @dataclass(frozen=True, slots=True)
 class MoeWeights:
-    """Parameters of routed experts; the norm before them is not folded in, the router is wide."""
+    """Parameters of routed experts; the norm before them is not folded in, the router is wide.
+
+    A shared expert stands behind them, its gate behind the router's rows.
+    """
 
     norm_D: Tensor
     router_ED: Tensor
@@ -79,7 +99,7 @@ class MoeWeights:
     latent_out: Tensor | None
 
 
-PartWeights = Mamba2Weights | AttentionWeights | MlpWeights | MoeWeights
+PartWeights = Mamba2Weights | DeltaWeights | AttentionWeights | MlpWeights | MoeWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +175,7 @@ class _Maker:
 
     def scaled(self, weight: Weight) -> Tensor:
         """Return a weight times its factors, in fp32 at least."""
-        values = self._read(weight).to(self.wide)
+        values = self._ordered(weight).to(self.wide) + weight.offset
         if weight.row_scales:
             counts, factors = zip(*weight.row_scales, strict=True)
             factor = torch.tensor(factors, dtype=self.wide, device=values.device)
@@ -165,12 +185,19 @@ class _Maker:
 
     def plain(self, weight: Weight, norm: Weight | None = None) -> Tensor:
         """Return a weight in the model's dtype, times that of the norm that its rows come from."""
-        if norm is None and not weight.row_scales:
-            return self._read(weight).to(self._dtype).contiguous()
+        if norm is None and not weight.row_scales and not weight.offset:
+            return self._ordered(weight).to(self._dtype).contiguous()
         values = self.scaled(weight)
         if norm is not None:
             values = values * self.scaled(norm)
         return values.to(self._dtype).contiguous()
+
+    def _ordered(self, weight: Weight) -> Tensor:
+        """Return a weight with its rows in the model's order."""
+        values = self._read(weight)
+        if not weight.row_order:
+            return values
+        return torch.cat([values[first : first + count] for first, count in weight.row_order])
 
     def block(self, block: Block) -> BlockWeights:
         """Make one block."""
@@ -180,6 +207,8 @@ class _Maker:
     def _part(self, part: Part, norm: Weight) -> PartWeights:
         if isinstance(part.mixer, Mamba2Shape):
             return self._mamba2(part, norm)
+        if isinstance(part.mixer, DeltaShape):
+            return self._delta(part, part.mixer, norm)
         if isinstance(part.mixer, AttentionShape):
             return self._attention(part, norm)
         return self._mlp(part, norm) if isinstance(part.mixer, MlpShape) else self._moe(part, norm)
@@ -201,12 +230,28 @@ class _Maker:
             out_proj=self.plain(weights["out_proj"], weights.get("norm")),
         )
 
+    def _delta(self, part: Part, mixer: DeltaShape, norm: Weight) -> DeltaWeights:
+        weights = part.weights
+        a_log, bias = (self.scaled(weights[name]) for name in ("a_log", "dt_bias"))
+        # One norm for every head, over the columns of each.
+        head_norm = self.scaled(weights["norm"]).repeat(mixer.num_value_heads)
+        return DeltaWeights(
+            in_proj=self.plain(weights["in_proj"], norm),
+            conv_CW=self.plain(weights["conv"]),
+            heads=DeltaHeads(-a_log.exp(), bias),
+            out_proj=(self.scaled(weights["out_proj"]) * head_norm).to(self._dtype),
+        )
+
     def _attention(self, part: Part, norm: Weight) -> AttentionWeights:
         assert isinstance(part.mixer, AttentionShape)
         qkv_proj = self._once(part.weights["qkv_proj"], norm, partial(_widened, part.mixer, 0))
         o_proj = self._once(part.weights["o_proj"], None, partial(_widened, part.mixer, 1))
         angles = inv_freq(part.mixer, self._dtype, qkv_proj.device)
-        return AttentionWeights(qkv_proj, o_proj, angles)
+        norms = None
+        if isinstance(part.mixer, GatedAttentionShape):
+            of_q, of_k = (self.scaled(part.weights[name]) for name in ("q_norm", "k_norm"))
+            norms = HeadNorms(of_q, of_k, part.mixer.norm_eps)
+        return AttentionWeights(qkv_proj, o_proj, angles, norms)
 
     def _mlp(self, part: Part, norm: Weight) -> MlpWeights:
         up_proj, down_proj = part.weights["up_proj"], part.weights["down_proj"]
@@ -218,7 +263,7 @@ class _Maker:
         def maybe(name: str) -> Tensor | None:
             return self.plain(weights[name]) if name in weights else None
 
-        return MoeWeights(
+        made = MoeWeights(
             norm_D=self.scaled(norm),
             router_ED=self.scaled(weights["router"]),
             bias_E=self.scaled(weights["bias"]) if "bias" in weights else None,
@@ -226,6 +271,23 @@ class _Maker:
             up_EZD=self.plain(weights["up_proj"]),
             down_EDF=self.plain(weights["down_proj"]),
             latent_out=maybe("latent_out"),
+        )
+        if isinstance(part.mixer, SharedMoeShape):
+            return self._with_shared(made, part.mixer, weights)
+        return made
+
+    def _with_shared(
+        self, routed: MoeWeights, mixer: SharedMoeShape, weights: Mapping[str, Weight]
+    ) -> MoeWeights:
+        """Return experts with those that make up the shared one behind them."""
+        count = mixer.num_shared
+        up = self.plain(weights["shared_up"]).unflatten(0, (2, count, -1))
+        down = self.plain(weights["shared_down"]).unflatten(1, (count, -1))
+        return replace(
+            routed,
+            router_ED=torch.cat((routed.router_ED, self.scaled(weights["shared_gate"]))),
+            up_EZD=torch.cat((routed.up_EZD, up.transpose(0, 1).flatten(1, 2))),
+            down_EDF=torch.cat((routed.down_EDF, down.transpose(0, 1))),
         )
 
     def _beside(self, shared: SharedBlock) -> SharedWeights:

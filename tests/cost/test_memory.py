@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from mtp_models import bamba_with_head
+from mtp_models import HeadedModel, bamba_with_head, qwen_with_head
 from safetensors.torch import load_file
 from synthetic_data import make_table, memory_of
 from tiny_models import save_pair
@@ -19,7 +20,7 @@ from stree_autotune.store.gpu_spec import load_gpu_spec
 from stree_autotune.store.library import Library, shipped_root
 from stree_autotune.store.runtime_table import RuntimeTable, load_runtime_table
 from stree_autotune.store.step_rule import StepRule
-from stree_core.drafting.pair import Pair, Runtime, load_pair
+from stree_core.drafting.pair import Pair, Runtime, load_pair, load_with_head
 from stree_core.engine.engine import Engine, EngineConfig
 from stree_core.models.source import folder_source
 from stree_core.tree import DEFAULT_TREE, Tree
@@ -50,9 +51,12 @@ def test_caches_are_those_of_an_engine(tmp_path: Path) -> None:
         assert longer.caches > found.caches
 
 
-def test_caches_of_a_head_are_those_of_an_engine(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [bamba_with_head, qwen_with_head])
+def test_caches_of_a_head_are_those_of_an_engine(
+    make: Callable[[Path], HeadedModel], tmp_path: Path
+) -> None:
     """Its embedding and LM head are its target's, which holds them already."""
-    headed = bamba_with_head(tmp_path)
+    headed = make(tmp_path)
     pair = headed.pair
     for batch_size, trees in ((3, (Tree.chain(5), Tree.chain(0))), (2, (DEFAULT_TREE, LARGE))):
         engine = Engine(pair.target, pair.draft, trees, EngineConfig(batch_size, 80))
@@ -60,6 +64,14 @@ def test_caches_of_a_head_are_those_of_an_engine(tmp_path: Path) -> None:
         assert found.caches == engine.needed_bytes() == engine.cache_bytes
         loaded = load_file(headed.folder / "model.safetensors")
         assert found.weights == 8 * sum(tensor.numel() for tensor in loaded.values())
+
+
+def test_what_a_delta_layer_solves_for_is_wide_whatever_the_weights_are(tmp_path: Path) -> None:
+    qwen_with_head(tmp_path)
+    pair = load_with_head(folder_source(tmp_path), Runtime("cpu", "bfloat16"))
+    engine = Engine(pair.target, pair.draft, (DEFAULT_TREE,), EngineConfig(2, 80))
+    found = model_of(pair, 80).needed(2, (DEFAULT_TREE,))
+    assert found.caches == engine.needed_bytes() == engine.cache_bytes
 
 
 def shipped(name: str) -> RuntimeTable:

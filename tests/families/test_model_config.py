@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -29,7 +30,10 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Config]:
     """A small config of every family, as transformers writes it, and of the native formats."""
     folder = tmp_path_factory.mktemp("configs")
     found: dict[str, Config] = {"native": NATIVE, "mamba-in-llama": LLAMA | {"mamba_config": MAMBA}}
-    for name in ("mamba2", "bamba", "granite-moe", "nemotron-3", "falcon-h1-norm", "zamba2"):
+    for name in (
+        "mamba2", "bamba", "granite-moe", "nemotron-3", "falcon-h1-norm", "zamba2", "qwen3-next",
+        "qwen3.5-vision",
+    ):  # fmt: skip
         TINY[name]().config.save_pretrained(folder)
         found[name] = json.loads((folder / "config.json").read_text())
     return found
@@ -123,6 +127,35 @@ BY_FAMILY: dict[str, list[tuple[Config, str | None]]] = {
         ({"mamba_headdim": 8}, "mamba_headdim = 8 is not supported, only 16"),
         ({"state_size": 64}, "has state_size, which is of Zyphra's first Zamba2 format"),
     ],
+    "qwen3-next": [
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported, only 1"),
+        ({"mlp_only_layers": [1]}, r"mlp_only_layers = \[1\] is not supported, only \[\]"),
+        ({"head_dim": 24}, "head_dim = 24 is not supported, only powers of two from 16 on"),
+        ({"linear_num_key_heads": 3}, r"a divisor of linear_num_value_heads \(4\), got 3"),
+        ({"shared_expert_intermediate_size": 40}, "must be a multiple of 24, got 40"),
+        ({"layer_types": None}, "or 'full_attention_interval' to say what each layer is"),
+        ({"layer_types": None, "full_attention_interval": 2}, None),
+        ({"full_attention_interval": 3}, "layer_types .* full_attention_interval .* at layer 1;"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.25 is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type = 'yarn'"),
+        ({"mtp_num_hidden_layers": 2}, "mtp_num_hidden_layers = 2 is not supported, only 1"),
+    ],
+    "qwen3.5-vision": [
+        ({"text_config": None}, "needs key 'hidden_size'"),
+        ({"text_config": {}}, "needs key 'text_config.hidden_size'"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings differs inside text_config and out"),
+        (
+            {"text_config": {"quantization_config": {"quant_method": "fp8"}}},
+            r"quantised \('fp8' by config\.json\)",
+        ),
+        ({"text_config": {"attn_output_gate": False}}, "attn_output_gate = False is not supp"),
+        (
+            {"text_config": {"mtp_use_dedicated_embeddings": True}},
+            "text_config.mtp_use_dedicated_embeddings = True is not supported",
+        ),
+    ],
     "native": [
         (
             {"d_model": 36, "ssm_cfg": {"layer": "Mamba2", "headdim": 8}},
@@ -196,6 +229,36 @@ def test_nemotrons_aliases_mean_the_same_model(configs: dict[str, Config]) -> No
     }  # fmt: skip
     renamed = {aliases.get(key, key): value for key, value in config.items()}
     assert shape_from_config(renamed, "x") == shape_from_config(config, "x")
+
+
+def test_qwens_older_spellings_mean_the_same_model(configs: dict[str, Config]) -> None:
+    config = configs["qwen3-next"]
+    assert config["rope_parameters"]["partial_rotary_factor"] == 0.25
+    older = without(config, "rope_parameters", "layer_types") | {
+        "rope_theta": 10000.0, "partial_rotary_factor": 0.25, "rope_scaling": None,
+        "full_attention_interval": 2, "use_sliding_window": False, "norm_topk_prob": True,
+    }  # fmt: skip
+    assert shape_from_config(older, "x") == shape_from_config(config, "x")
+    turned = {part.mixer.rope.dim for part in shape_from_config(older, "x").parts
+              if isinstance(part.mixer, AttentionShape) and part.mixer.rope}  # fmt: skip
+    assert turned == {4}
+
+
+def test_the_language_model_inside_a_vision_model_is_taken_and_said(
+    configs: dict[str, Config], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "stree_core")
+    config = configs["qwen3.5-vision"] | {"eos_token_id": [3, 4]}
+    shape = shape_from_config(config, "x")
+    text = config["text_config"] | {"eos_token_id": [3, 4], "mtp_num_hidden_layers": 1}
+    alone = shape_from_config(text, "x")
+    assert shape == dataclasses.replace(alone, mtp=None)
+    assert alone.mtp is not None
+    assert shape.lm_head == shape.embed
+    first, second, *_ = (record.getMessage() for record in caplog.records)
+    assert first == "config.json describes a vision model: its text_config is run"
+    assert second.startswith("x: config keys not used: image_token_id,")
+    assert "vision_config" in second
 
 
 @pytest.mark.parametrize(
@@ -311,7 +374,7 @@ HOSTILE: list[Any] = [
 @pytest.mark.parametrize(
     "family",
     ["mamba2", "bamba", "granite-moe", "nemotron-3", "falcon-h1-norm", "zamba2", "native",
-     "mamba-in-llama"],
+     "mamba-in-llama", "qwen3-next"],
 )  # fmt: skip
 def test_any_value_of_any_key_loads_or_is_refused_in_one_line(
     family: str, configs: dict[str, Config]

@@ -6,16 +6,19 @@ from collections import Counter
 from itertools import groupby
 
 import pytest
-from published_shapes import GATED_DELTA, PUBLISHED
+from published_shapes import OTHER_DELTA, PUBLISHED
 
 from stree_core.errors import CheckpointError
 from stree_core.families.config_keys import UNLIMITED
 from stree_core.families.model_shape import (
     AttentionShape,
+    DeltaShape,
+    GatedAttentionShape,
     Mamba2Shape,
     MlpShape,
     ModelShape,
     MoeShape,
+    SharedMoeShape,
 )
 from stree_core.families.registry import shape_from_config
 
@@ -34,6 +37,13 @@ PARTS = {
     "zamba2-2.7b": (54, 9, 9, 0),
     "zamba2-7b": (81, 13, 13, 0),
     "codestral-mamba-7b": (64, 0, 0, 0),
+}
+# Gated delta rule, attention, MLP and experts.
+DELTA_PARTS = {
+    "qwen3-next-80b-a3b": (36, 12, 0, 48),
+    "qwen3.5-0.8b": (18, 6, 24, 0),
+    "qwen3.5-27b": (48, 16, 64, 0),
+    "qwen3.5-35b-a3b": (30, 10, 0, 40),
 }
 
 
@@ -59,6 +69,10 @@ def test_published_configs_load_to_the_parameters_of_their_name(name: str) -> No
         kinds = Counter(type(mixer) for mixer in mixers)
         found = [kinds[kind] for kind in (Mamba2Shape, AttentionShape, MlpShape, MoeShape)]
         assert tuple(found) == PARTS[name]
+    if name in DELTA_PARTS:
+        kinds = Counter(type(mixer) for mixer in mixers)
+        found = [kinds[k] for k in (DeltaShape, GatedAttentionShape, MlpShape, SharedMoeShape)]
+        assert tuple(found) == DELTA_PARTS[name]
 
 
 def test_attention_lies_where_it_was_published() -> None:
@@ -69,12 +83,23 @@ def test_attention_lies_where_it_was_published() -> None:
     assert sum(runs) == 81
 
 
-@pytest.mark.parametrize("name", GATED_DELTA)
-def test_gated_delta_rule_models_are_refused_by_name(name: str) -> None:
-    config = GATED_DELTA[name]
-    with pytest.raises(CheckpointError) as caught:
+HEADS = {"qwen3.5-0.8b": 0.02, "qwen3.5-2b": 0.06, "qwen3.5-4b": 0.12, "qwen3.5-27b": 0.42,
+         "qwen3.5-35b-a3b": 0.84}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_of_qwens_have_the_parameters_that_were_counted(name: str) -> None:
+    """Billions, of checkpoints whose total is known with the head and without."""
+    head = shape_from_config(PUBLISHED[name].config, name).mtp
+    assert head is not None
+    assert head.num_parameters / 1e9 == pytest.approx(HEADS[name], abs=0.006)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("kimi-linear-48b-a3b", "Kimi Delta Attention layers"), ("olmo-hybrid-7b", "another kind")],
+)
+def test_other_delta_rules_are_refused_by_name(name: str, kind: str) -> None:
+    config = OTHER_DELTA[name]
+    with pytest.raises(CheckpointError, match=f"model_type {config['model_type']} has .*{kind}; "):
         shape_from_config(config, name)
-    message = str(caught.value)
-    assert f"model_type {config['model_type']} has gated delta rule layers" in message
-    assert ("config is text_config" in message) == ("text_config" in config)
-    assert "did you mean" not in message

@@ -3,31 +3,50 @@
 from __future__ import annotations
 
 from stree_autotune.store import ModelCost
-from stree_core.families import AttentionShape, Mamba2Shape, MlpShape, ModelShape, MoeShape
+from stree_core.families import (
+    AttentionShape,
+    DeltaShape,
+    GatedAttentionShape,
+    Mamba2Shape,
+    MlpShape,
+    ModelShape,
+    MoeShape,
+    SharedMoeShape,
+)
 from stree_core.profile import ModelRef
 
 MAX_BUFFERED = 16
 """stree_kernels.launch.rows.MAX_BUFFERED, which a test compares: that module loads torch."""
 
 FEWEST_LAUNCHES = 4
-_LAUNCHES = {Mamba2Shape: 4, AttentionShape: 4, MlpShape: 2, MoeShape: 8}
-"""Kernels of a part: a Mamba2 mixer has two projections, the conv and the scan."""
+_LAUNCHES = {
+    Mamba2Shape: 4, DeltaShape: 4, AttentionShape: 4, GatedAttentionShape: 5, MlpShape: 2,
+    MoeShape: 8, SharedMoeShape: 11,
+}  # fmt: skip
+"""Kernels of a part: a Mamba2 or delta mixer has two projections, the conv and the scan."""
+WIDE_BYTES = 4
+"""Least bytes of a value in what scans keep for themselves: states, and what they solve for."""
 _JOIN_LAUNCHES = 3
 """Of an MTP head: the joined rows, the stream's zeros, the projection."""
 
 
 def model_cost(shape: ModelShape, ref: ModelRef, element_bytes: int) -> ModelCost:
     """Return the cost of a model whose weights have `element_bytes` each."""
-    kept_values = row_values = 0
+    kept_bytes = row_bytes = 0
     if shape.join is not None:
         # A feature of every row, and of the token before the root.
-        kept_values = row_values = shape.hidden_size
+        kept_bytes = row_bytes = shape.hidden_size * element_bytes
     for part in shape.parts:
         if isinstance(part.mixer, Mamba2Shape):
-            columns = part.mixer.conv_dim + part.mixer.num_heads
-            kept_values += MAX_BUFFERED * columns
-            # Two sets of rows take turns.
-            row_values += 2 * (part.mixer.proj_dim + columns)
+            buffered = (part.mixer.conv_dim + part.mixer.num_heads) * element_bytes
+        elif isinstance(part.mixer, DeltaShape):
+            buffered = part.mixer.conv_dim * element_bytes
+            buffered += part.mixer.solved_dim * max(WIDE_BYTES, element_bytes)
+        else:
+            continue
+        kept_bytes += MAX_BUFFERED * buffered
+        # Two sets of rows take turns.
+        row_bytes += 2 * (part.mixer.proj_dim * element_bytes + buffered)
     kv_bytes = shape.kv_bytes_per_token(element_bytes)
     num_launches = FEWEST_LAUNCHES + sum(_LAUNCHES[type(part.mixer)] for part in shape.parts)
     if shape.join is not None:
@@ -41,7 +60,7 @@ def model_cost(shape: ModelShape, ref: ModelRef, element_bytes: int) -> ModelCos
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
         held_bytes=shape.num_parameters * element_bytes,
-        kept_bytes=kept_values * element_bytes,
-        row_bytes=row_values * element_bytes + 2 * kv_bytes,
+        kept_bytes=kept_bytes,
+        row_bytes=row_bytes + 2 * kv_bytes,
         num_launches=num_launches,
     )
