@@ -32,6 +32,12 @@ SHEETS = sorted((ROOT / "shapes").glob("*.yaml"))
 #
 # mamba2-distilled-small: 2 layers of 2568 * 1024 + 1536 * 5 + 24 + 1024 + 1024 * 1024, MLPs of
 # 3 * 2048 * 1024 and two norms; embedding 128 256 * 1024, final norm 1024.
+#
+# qwen3.5-27b: 48 delta layers of (6144 z + 2 * 2048 q and k + 6144 v + 96) * 5120 + 10 240 * 4 + 96
+# + 128 + 6144 * 5120 + 5120 = 115 881 184; 16 attentions of (2 * 6144 + 2 * 1024) * 5120 + 512
+# + 6144 * 5120 + 5120 = 104 863 232; 64 MLPs of 3 * 17 408 * 5120 + 5120 = 267 392 000; two of
+# 248 320 * 5120; final norm 5120. Experts of qwen3.5-35b-a3b: 257 of 3 * 512 * 2048, the router
+# 256 * 2048, the gate 2048 and the norm. The other Qwens likewise.
 NUM_PARAMETERS = {
     "granite-4-h-1b": 1_461_538_368,
     "mamba-in-llama-3b": 3_346_305_008,
@@ -42,6 +48,12 @@ NUM_PARAMETERS = {
     "mamba2-distilled-small": 151_296_048,
     "nemotron-3-nano-mtp": 31_577_940_288,
     "nemotron-h-8b": 8_100_852_736,
+    "qwen3-next-80b-a3b": 79_674_391_296,
+    "qwen3.5-0.8b": 752_393_024,
+    "qwen3.5-27b": 26_895_998_464,
+    "qwen3.5-2b": 1_881_825_088,
+    "qwen3.5-35b-a3b": 34_660_610_688,
+    "qwen3.5-4b": 4_205_751_296,
 }
 # By the makers' own counts or by the sizes of their files.
 PUBLISHED = {
@@ -143,6 +155,19 @@ def test_sheets_are_found_by_name_in_the_first_root(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../shapes/mamba2-130m", "", "/etc/x", "a/b", ".x", "x\n"])
 def test_names_cannot_leave_their_folder(name: str) -> None:
     assert find_shape_spec([ROOT], name) is None
+
+
+def test_specs_of_qwens_have_the_head_of_their_checkpoints() -> None:
+    """Of 27B by hand: 2 * 5120 * 5120 + 2 * 5120, one attention layer, one MLP and a norm."""
+    heads = {
+        path.stem: shape_from_config(load_shape_spec(path).config_dict, path.stem).mtp
+        for path in SHEETS
+        if path.stem.startswith("qwen")
+    }
+    assert len(heads) == 6
+    assert heads["qwen3.5-27b"] is not None
+    assert heads["qwen3.5-27b"].num_parameters == 424_699_392
+    assert None not in heads.values()
 
 
 def test_a_section_describes_a_head_that_the_model_has_not() -> None:
