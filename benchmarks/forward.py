@@ -7,15 +7,21 @@ A pass replays the path that the step before accepted, runs the model on the tre
 fp32 logits of every row, as in a decoding step; drafting and acceptance are not part of it. A pass
 of one token replays one row: plain decoding. The passes of several steps, as buffered rows gather
 and are written to the states, are one CUDA graph. `weight_floor_ms` is what reading the weights
-once takes at the bandwidth of a large copy, bytes read and written, measured in the same run.
+once takes at the bandwidth of a large copy, bytes read and written, measured in the same run; of
+experts it counts those of one row.
+
+Random routers choose about uniformly. A model with experts is also timed with routers of zeros, by
+which all rows choose the same ones; `experts_read` counts the different ones of a pass and layer.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from bench_shapes import (
@@ -32,18 +38,22 @@ from timing import copy_bandwidth, time_calls
 
 from stree_autotune.probe.timing import Effort
 from stree_core.drafting.checkpoint import random_model
+from stree_core.families import MoeShape
 from stree_core.models.backend import load_backend
 from stree_core.models.cache import Cache, CacheSize
 from stree_core.models.model import Model
 from stree_core.models.row_block import make_block
+from stree_core.models.weights import MoeWeights
 
 BATCHES = (1, 8, 32)
 TOKENS = (1, 4, 8, 16, 32, 64, 128)
 CONTEXTS = (1024, 16384)
+ONE_SET = "one set"
+ROUTINGS = ("random", ONE_SET)
 EFFORT = Effort(min_rounds=9, max_rounds=20, seconds=0.25)
 SHOWN = (
-    "model", "batch", "context", "tokens", "ms", "weight_floor_ms", "over_floor",
-    "over_one_token_ms",
+    "model", "batch", "context", "routing", "tokens", "ms", "weight_floor_ms", "over_floor",
+    "over_one_token_ms", "experts_read",
 )  # fmt: skip
 
 
@@ -66,14 +76,17 @@ def main() -> None:
             model = random_model(shape, backend, torch.bfloat16, device)
             floor_ms = 1e3 * shape.weight_bytes(2) / bytes_per_s
             contexts = options.contexts if shape.has_attention else [0]
-            for batch, context in ((b, c) for b in options.batches for c in contexts):
-                rows += [
-                    {"model": name, "batch": batch, **row}
-                    for row in measure(model, batch, context, options.tokens, floor_ms)
-                ]
-                torch.cuda.empty_cache()
-                # After every block of rows: a run that is cut short keeps what it has.
-                save(options.output, head, rows)
+            for routing in ROUTINGS if has_experts(model) else (None,):
+                if routing == ONE_SET:
+                    choose_alike(model)
+                for batch, context in ((b, c) for b in options.batches for c in contexts):
+                    labels = {"model": name, "batch": batch}
+                    labels |= {} if routing is None else {"routing": routing}
+                    measured = measure(model, batch, context, options.tokens, floor_ms)
+                    rows += [labels | row for row in measured]
+                    torch.cuda.empty_cache()
+                    # After every block of rows: a run that is cut short keeps what it has.
+                    save(options.output, head, rows)
             del model
             torch.cuda.empty_cache()
     print(f"copy bandwidth {bytes_per_s / 1e12:.2f} TB/s, gate: {gate}")
@@ -103,6 +116,34 @@ def is_chosen(options: argparse.Namespace, row: Row) -> bool:
     chosen_pass = row["batch"] in options.batches and row["tokens"] in options.tokens
     chosen_model = row["model"] in options.models
     return chosen_model and chosen_pass and row["context"] in (0, *options.contexts)
+
+
+def has_experts(model: Model) -> bool:
+    """Say whether a model's time depends on what its routers choose."""
+    return any(isinstance(part.mixer, MoeShape) for part in model.shape.parts)
+
+
+def choose_alike(model: Model) -> None:
+    """Make every row choose the same experts: the first of equal scores."""
+    for block in model.weights.blocks:
+        for weights in block.parts:
+            if isinstance(weights, MoeWeights):
+                weights.router_ED.zero_()
+
+
+def experts_read(model: Model, run: Callable[[int], torch.Tensor]) -> float:
+    """Return how many different experts a layer of a pass reads, on average."""
+    counts: list[int] = []
+    backend = model.backend
+
+    def counting(inputs: torch.Tensor, choice: torch.Tensor, *rest: Any, **more: Any) -> None:
+        counts.append(len(choice.unique()))
+        backend.expert_mlps(inputs, choice, *rest, **more)
+
+    model.backend = dataclasses.replace(backend, expert_mlps=counting)
+    run(0)
+    model.backend = backend
+    return sum(counts) / len(counts)
 
 
 def measure(
@@ -137,6 +178,8 @@ def measure(
                 "over_one_token_ms": None if one_ms is None else round(ms - one_ms, 4),
             }
         )
+        if has_experts(model):
+            rows[-1]["experts_read"] = round(experts_read(model, passes[tokens]), 1)
     return rows
 
 

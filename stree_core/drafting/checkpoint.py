@@ -54,8 +54,9 @@ def random_model(
     num_logits: int | None = None,
     name: str = "this shape",
 ) -> Model:
-    """Build a model of `shape` with random weights, for timing: time does not depend on values.
+    """Build a model of `shape` with random weights, for timing.
 
+    Of values, time depends on the choice of experts alone, which is about uniform for random rows.
     Raises NotEnoughMemory when the weights do not fit.
     """
     return _build(shape, _random(dtype, device), backend, dtype, device, num_logits, name)

@@ -15,6 +15,8 @@ from torch import Tensor
 from stree_core.families.model_shape import (
     AttentionShape,
     Block,
+    DeltaShape,
+    GatedAttentionShape,
     Mamba2Shape,
     Mixer,
     MlpShape,
@@ -23,14 +25,18 @@ from stree_core.families.model_shape import (
     Part,
     Rope,
     SharedBlock,
+    SharedMoeShape,
     Weight,
 )
 from stree_core.families.weight_map import (
     attention_part,
+    delta_part,
+    gated_attention_part,
     mamba2_part,
     matrix,
     mlp_part,
     moe_part,
+    shared_moe_part,
     vector,
 )
 from stree_core.models.backend import load_backend
@@ -53,10 +59,15 @@ ATTENTION = AttentionShape(8, 2, 64, 0.125, Rope(10000.0, 32))
 UNPLACED = AttentionShape(12, 4, 128, 0.01, None)
 # Computed in rows of 64.
 ODD = AttentionShape(8, 8, 40, 0.2, Rope(10000.0, 40))
+DELTA = DeltaShape(2, 6, 128, 128, 4, 1e-6)
+SMALL_DELTA = DeltaShape(4, 4, 32, 64, 4, 1e-6)
+GATED = GatedAttentionShape(6, 2, 64, 0.125, Rope(10000.0, 16), norm_eps=1e-6)
+WIDE_GATED = GatedAttentionShape(4, 1, 256, 0.0625, Rope(10000.0, 64), norm_eps=1e-6)
 SWIGLU, RELU2, GEGLU = MlpShape(512, "swiglu"), MlpShape(512, "relu2"), MlpShape(512, "geglu")
 # All experts are chosen: a choice near a tie would turn rounding into another result.
 SOFTMAX = MoeShape(4, MlpShape(96, "swiglu"), Routing("softmax", 4))
 SIGMOID = MoeShape(6, MlpShape(96, "relu2"), Routing("sigmoid", 6, scale=1.5), 128)
+BESIDE_SHARED = SharedMoeShape(4, MlpShape(96, "swiglu"), Routing("softmax", 4), num_shared=2)
 # Blocks of parts side by side; "beside" stands for the shared layer before the next block's parts.
 MODELS: dict[str, tuple[bool, list[list[Mixer]]]] = {
     "mamba2": (True, [[MAMBA], [MAMBA], [GROUPED]]),
@@ -66,6 +77,8 @@ MODELS: dict[str, tuple[bool, list[list[Mixer]]]] = {
     "experts": (False, [[MAMBA], [SOFTMAX, SWIGLU], [UNPLACED], [SOFTMAX, SWIGLU]]),
     "parallel": (False, [[ATTENTION, NORMLESS], [SWIGLU], [ATTENTION, NORMLESS], [SWIGLU]]),
     "beside": (False, [[MAMBA], [MAMBA], [GROUPED]]),
+    "delta": (False, [[DELTA], [SWIGLU], [GATED], [SWIGLU], [SMALL_DELTA], [SWIGLU]]),
+    "delta, experts": (False, [[DELTA], [BESIDE_SHARED], [WIDE_GATED], [BESIDE_SHARED]]),
 }
 # Rounding of a few layers in bf16; fp32 products are exact to about 1e-6 each.
 TOLERANCES = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 1e-4}
@@ -86,6 +99,12 @@ PATHS = {
 def part_of(mixer: Mixer, prefix: str) -> Part:
     if isinstance(mixer, Mamba2Shape):
         return mamba2_part(mixer, WIDTH, prefix)
+    if isinstance(mixer, DeltaShape):
+        return delta_part(mixer, WIDTH, prefix, by_key_head=True)
+    if isinstance(mixer, GatedAttentionShape):
+        return gated_attention_part(mixer, WIDTH, prefix)
+    if isinstance(mixer, SharedMoeShape):
+        return shared_moe_part(mixer, WIDTH, prefix)
     if isinstance(mixer, AttentionShape):
         return attention_part(mixer, WIDTH, prefix)
     if isinstance(mixer, MlpShape):

@@ -26,6 +26,7 @@ from stree_kernels.launch.rows import FLOATS, require_dtypes, require_packed
 from stree_kernels.launch.settings import GATED, Activation
 from stree_kernels.linear.device_functions import activate_tile, weight_rows
 from stree_kernels.linear.gemv_kernel import LOAD_BYTES, GemvConfig
+from stree_kernels.linear.grouped_experts import grouped_expert_mlps, is_grouped
 
 MULTIPLE = 16
 """What the columns of an expert's weights are multiples of: rows then begin at whole loads."""
@@ -189,12 +190,18 @@ def expert_mlps(
 ) -> None:
     """Write the sum of each row's chosen MLPs (`choice_MC`, int64), times `share_MC`, to `out_MD`.
 
-    The contract is that of `experts_ref.expert_mlps`; `out_MD` is in the weights' dtype or fp32. A
-    weight is read once for every row that has chosen it, so it is meant for few rows. Experts are
-    not checked: they are below E. Allocates the inner values, in the weights' dtype.
+    The contract is that of `experts_ref.expert_mlps`; `out_MD` is in the weights' dtype or fp32.
+    The kernels read a weight once for every row that has chosen it; many rows take grouped products
+    where these run. Experts are not checked: they are below E. Allocates the inner values, in the
+    weights' dtype.
     Raises ValueError when a size, dtype or stride is beyond what the kernels take.
     """
     _check(inputs_MD, choice_MC, share_MC, up_EXD, down_EDF, out_MD, activation)
+    if is_grouped(len(inputs_MD), up_EXD):
+        grouped_expert_mlps(
+            inputs_MD, choice_MC, share_MC, up_EXD, down_EDF, out_MD, activation=activation
+        )
+        return
     num_rows, num_chosen = choice_MC.shape
     num_columns, num_inner = down_EDF.shape[1:]
     gated = activation in GATED
