@@ -21,11 +21,17 @@ TOLERANCE = 1e-3
 SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
 HEAD_PREFIX = "mtp."
+DELTA_HEAD = {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}
+DELTA_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
 HEAD_CONFIG = {"num_nextn_predict_layers": 1, "mtp_layers_block_type": ["attention", "mlp"]}
 
 TARGET = Shape(
     vocab=4096, hidden=256, layers=8, heads=8, head_dim=64, state=64, attention=(3, 7),
     attention_heads=4, kv_heads=2, intermediate=384,
+)  # fmt: skip
+DELTA = Shape(
+    vocab=4096, hidden=256, layers=8, heads=6, head_dim=64, state=64, attention=(3, 7),
+    attention_heads=4, kv_heads=2, intermediate=384, key_heads=2,
 )  # fmt: skip
 DRAFT = Shape(vocab=4096, hidden=128, layers=3, heads=4, head_dim=64, state=64)
 
@@ -35,17 +41,29 @@ def tiny(shape: Shape) -> Shape:
     sizes = {"hidden": 32, "layers": 2, "heads": 4, "head_dim": 16, "state": 8}
     if not shape.intermediate:
         return replace(shape, **sizes)
+    if shape.key_heads:
+        sizes |= {"key_heads": 2, "attention_heads": 2, "kv_heads": 1}
     return replace(shape, **sizes, attention=(1,), intermediate=48)
 
 
 def hf_config(shape: Shape) -> dict[str, Any]:
     """Return config.json's content for a shape, made by transformers' own config classes."""
-    from transformers import BambaConfig, Mamba2Config
+    from transformers import BambaConfig, Mamba2Config, Qwen3_5TextConfig
 
     shared = {**SPECIAL, "vocab_size": shape.vocab, "hidden_size": shape.hidden}
     shared |= {"num_hidden_layers": shape.layers, "tie_word_embeddings": True}
-    if shape.intermediate:
-        config: Any = BambaConfig(
+    if shape.key_heads:
+        config: Any = Qwen3_5TextConfig(
+            **shared, intermediate_size=shape.intermediate, rms_norm_eps=1e-6,
+            layer_types=layer_types(shape), num_attention_heads=shape.attention_heads,
+            num_key_value_heads=shape.kv_heads, head_dim=shape.hidden // shape.attention_heads,
+            linear_num_key_heads=shape.key_heads, linear_num_value_heads=shape.heads,
+            linear_key_head_dim=shape.state, linear_value_head_dim=shape.head_dim,
+            linear_conv_kernel_dim=shape.conv, max_position_embeddings=CONTEXT_TOKENS,
+            rope_parameters=DELTA_ROPE,
+        )  # fmt: skip
+    elif shape.intermediate:
+        config = BambaConfig(
             **shared, intermediate_size=shape.intermediate,
             attn_layer_indices=list(shape.attention), num_attention_heads=shape.attention_heads,
             num_key_value_heads=shape.kv_heads, mamba_n_heads=shape.heads,
@@ -61,10 +79,21 @@ def hf_config(shape: Shape) -> dict[str, Any]:
             use_conv_bias=True, use_bias=False, layer_norm_epsilon=1e-5,
         )  # fmt: skip
     name = "BambaForCausalLM" if shape.intermediate else "Mamba2ForCausalLM"
+    name = "Qwen3_5ForCausalLM" if shape.key_heads else name
     content = {**config.to_dict(), "architectures": [name], "dtype": "bfloat16"}
+    if shape.key_heads:
+        content |= DELTA_HEAD
     # Its default, no limit, is infinite, which versions write to JSON in different ways.
     content.pop("time_step_limit", None)
     return content
+
+
+def layer_types(shape: Shape) -> list[str]:
+    """Return what each layer of a hybrid is."""
+    return [
+        "full_attention" if index in shape.attention else "linear_attention"
+        for index in range(shape.layers)
+    ]
 
 
 def shape_of(config: dict[str, Any]) -> Shape:
@@ -75,6 +104,16 @@ def shape_of(config: dict[str, Any]) -> Shape:
         return Shape(
             **shared, heads=config["num_heads"], head_dim=config["head_dim"],
             state=config["state_size"], conv=config["conv_kernel"],
+        )  # fmt: skip
+    if config["model_type"] == "qwen3_5_text":
+        kinds = enumerate(config["layer_types"])
+        return Shape(
+            **shared, heads=config["linear_num_value_heads"],
+            head_dim=config["linear_value_head_dim"], state=config["linear_key_head_dim"],
+            conv=config["linear_conv_kernel_dim"], key_heads=config["linear_num_key_heads"],
+            attention=tuple(index for index, kind in kinds if kind == "full_attention"),
+            kv_heads=config["num_key_value_heads"], intermediate=config["intermediate_size"],
+            attention_heads=config["num_attention_heads"],
         )  # fmt: skip
     return Shape(
         **shared, heads=config["mamba_n_heads"], head_dim=config["mamba_d_head"],
@@ -105,9 +144,15 @@ def save(folder: Path, model: DemoModel, record: dict[str, Any], tokenizer: str 
     temporary.rename(folder)
 
 
+def load_config(folder: Path) -> dict[str, Any]:
+    """Return a folder's config.json."""
+    content: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return content
+
+
 def load(folder: Path) -> DemoModel:
     """Return the fp32 training module with a folder's weights, on the CPU."""
-    model = DemoModel(shape_of(json.loads((folder / "config.json").read_text(encoding="utf-8"))))
+    model = DemoModel(shape_of(load_config(folder)))
     weights = load_file(folder / "model.safetensors")
     own = {n: weight.float() for n, weight in weights.items() if not n.startswith(HEAD_PREFIX)}
     model.load_state_dict(own)
@@ -118,7 +163,7 @@ def add_head(folder: Path, head: nn.Module, record: dict[str, Any]) -> None:
     """Add an MTP head to a target's weights, in bf16; the rest of them stays as it is.
 
     What describes it is a file of its own, so that config.json, and all that was measured of the
-    target, stays valid.
+    target, stays valid; a config of Qwen's kind names it from the start.
     """
     weights = load_file(folder / "model.safetensors")
     kept = {n: weight for n, weight in weights.items() if not n.startswith(HEAD_PREFIX)}
@@ -132,7 +177,10 @@ def add_head(folder: Path, head: nn.Module, record: dict[str, Any]) -> None:
     temporary = folder / ".model.safetensors.part"
     temporary.write_bytes(data)
     temporary.rename(folder / "model.safetensors")
-    for name, content in (("mtp_config.json", HEAD_CONFIG), ("mtp_training.json", record)):
+    files = {"mtp_training.json": record}
+    if not load_config(folder).keys() >= DELTA_HEAD.keys():
+        files["mtp_config.json"] = HEAD_CONFIG
+    for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -9,7 +9,9 @@ Legend: B batch, R rows (starts), D hidden, V vocabulary, H heads, d depth.
 
 from __future__ import annotations
 
+import importlib
 import math
+from collections.abc import Callable
 
 import measure
 import numpy as np
@@ -24,8 +26,12 @@ DEPTH_WEIGHTS = (1.0, 0.8, 0.65, 0.5, 0.4)
 """Of the loss at each depth: the first is drafted in every step."""
 
 
-class HeadAttention(Attention):
-    """The model's attention over the first rows of all starts and the later ones of its own."""
+class Drafting:
+    """Attention over the first rows of all starts and the later ones of its own."""
+
+    head_dim: int
+    heads: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    out: Callable[[Tensor, Tensor], Tensor]
 
     def draft(self, x_BRD: Tensor, depth: int, seen: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Return the output at one depth; its keys and values are added to `seen`."""
@@ -41,8 +47,11 @@ class HeadAttention(Attention):
         mixed = distribution[..., :rows] @ first_v[:, :, :rows]
         for place, (_, own_v) in enumerate(seen[1:]):
             mixed = mixed + distribution[..., rows + place, None] * own_v[:, :, :rows]
-        out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(-2))
-        return out
+        return self.out(x_BRD, mixed)
+
+
+class HeadAttention(Drafting, Attention):
+    """The model's attention, to draft."""
 
 
 class MtpHead(nn.Module):
@@ -58,11 +67,6 @@ class MtpHead(nn.Module):
         last.norm, last.final_layernorm = RMSNorm(width), RMSNorm(width)
         last.mixer = GatedMLP(width, shape.intermediate)
         self.layers = nn.ModuleList((first, last))
-        for name, weight in self.named_parameters():
-            if weight.ndim == 2:
-                nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                nn.init.normal_(weight, std=(2 * weight.shape[1]) ** -0.5)
 
     def forward(
         self, hidden_BRD: Tensor, embed_BRD: Tensor, depth: int, seen: list[tuple[Tensor, Tensor]]
@@ -77,7 +81,22 @@ class MtpHead(nn.Module):
         return made
 
 
-def drafts(head: MtpHead, target: DemoModel, ids: Tensor, hidden: Tensor) -> list[Tensor]:
+def make_head(shape: Shape) -> nn.Module:
+    """Return a fresh head of the model's kind."""
+    if shape.key_heads:
+        # It imports this module.
+        head: nn.Module = importlib.import_module("delta").DeltaHead(shape)
+    else:
+        head = MtpHead(shape)
+    for name, weight in head.named_parameters():
+        if weight.ndim == 2:
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            nn.init.normal_(weight, std=(2 * weight.shape[1]) ** -0.5)
+    return head
+
+
+def drafts(head: nn.Module, target: DemoModel, ids: Tensor, hidden: Tensor) -> list[Tensor]:
     """Return logits [B, R - d, V] of every depth d, given ids [B, T] and the target's states."""
     made, seen, found = hidden, [], []
     for depth in range(len(DEPTH_WEIGHTS)):
@@ -87,7 +106,7 @@ def drafts(head: MtpHead, target: DemoModel, ids: Tensor, hidden: Tensor) -> lis
     return found
 
 
-def head_loss(head: MtpHead, target: DemoModel, rows: Tensor, prompt_weight: float) -> Tensor:
+def head_loss(head: nn.Module, target: DemoModel, rows: Tensor, prompt_weight: float) -> Tensor:
     """Return KL(target || head) with a little cross-entropy over all depths."""
     inputs, labels, weight = measure.split_rows(rows, prompt_weight)
     with torch.autocast("cuda", torch.bfloat16, enabled=inputs.is_cuda):
@@ -108,7 +127,7 @@ def head_loss(head: MtpHead, target: DemoModel, rows: Tensor, prompt_weight: flo
 
 @torch.no_grad()
 def head_agreement(
-    head: MtpHead, target: DemoModel, stream: Stream, device: str, tokens: int, batch: int
+    head: nn.Module, target: DemoModel, stream: Stream, device: str, tokens: int, batch: int
 ) -> list[float]:
     """Return for each depth how often head and target agree on completions, on the true path."""
     if len(stream.starts) == 0:

@@ -1,10 +1,11 @@
-"""The demo pair's training modules, with the parameter names that transformers writes.
+"""The demo models' training modules, with the parameter names that transformers writes.
 
 Legend: B batch, T tokens, H heads, P head dim, N state dim, C chunks, Q tokens in a chunk.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 import sys
@@ -28,7 +29,11 @@ Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Sizes of one model; `attention` names the layers that attend, the others are Mamba2."""
+    """Sizes of one model; `attention` names the layers that attend, the others are Mamba2.
+
+    With `key_heads` they are gated delta rule layers of so many heads of q and k, `heads` of v,
+    whose widths are `state` and `head_dim`.
+    """
 
     vocab: int
     hidden: int
@@ -42,6 +47,7 @@ class Shape:
     # 0 means no MLP: then the model is a plain Mamba2.
     intermediate: int = 0
     conv: int = 4
+    key_heads: int = 0
 
     @property
     def inner(self) -> int:
@@ -190,13 +196,16 @@ class Attention(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         q, k, v = self.heads(hidden)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(hidden, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+    def out(self, hidden: Tensor, mixed: Tensor) -> Tensor:
+        """Return the output of mixed values [B, heads, T, dim]."""
         return self.o_proj(mixed.transpose(1, 2).flatten(-2))
 
 
-def rotate(heads: Tensor, first: int = 0) -> Tensor:
-    """Return heads[B, heads, T, dim] with rotary positions on the first half of dim."""
-    size = int(heads.shape[-1] * ROTARY_FRACTION)
+def rotate(heads: Tensor, first: int = 0, fraction: float = ROTARY_FRACTION) -> Tensor:
+    """Return heads[B, heads, T, dim] with rotary positions on the first part of dim."""
+    size = int(heads.shape[-1] * fraction)
     exponents = torch.arange(0, size, 2, device=heads.device).float() / size
     positions = first + torch.arange(heads.shape[2], device=heads.device).float()
     angles = (positions[:, None] * ROPE_THETA**-exponents).repeat(1, 2)
@@ -254,14 +263,22 @@ class MambaLayer(nn.Module):
 class DemoModel(nn.Module):
     """A language model with tied embeddings; logits[B, T, vocab] from token ids[B, T].
 
-    The state dict's keys are transformers' own: "model." for Bamba, "backbone." for Mamba2.
+    The state dict's keys are transformers' own: "model." for Bamba and Qwen3.5, "backbone." for
+    Mamba2.
     """
 
     def __init__(self, shape: Shape, scan: Scan = ssd_scan) -> None:
         super().__init__()
         self.shape = shape
         embed, body = nn.Embedding(shape.vocab, shape.hidden), nn.Module()
-        if shape.intermediate:
+        if shape.key_heads:
+            # It imports this module.
+            delta = importlib.import_module("delta")
+            body.embed_tokens = embed
+            layers = (delta.DeltaLayer(shape, index) for index in range(shape.layers))
+            body.layers, body.norm = nn.ModuleList(layers), delta.CentredNorm(shape.hidden)
+            self.model, self._norm = body, "norm"
+        elif shape.intermediate:
             body.embed_tokens = embed
             hybrid = [HybridLayer(shape, index, scan) for index in range(shape.layers)]
             body.layers, body.final_layernorm = nn.ModuleList(hybrid), RMSNorm(shape.hidden)

@@ -1,6 +1,7 @@
 """Train the demo pair: a hybrid target, then a Mamba2 draft distilled from it.
 
 From the repository root: python demo/train.py --out DIR [--work DIR] [--jsonl FILE --rows 0:1000]
+With --model demo-gdn: a target of Qwen3.5's kind and its head, with the pair's tokenizer.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import checkpoint
 import measure
 import torch
 from corpus import HELD_OUT_PROMPTS, CorpusSettings, read_jsonl
-from head import MtpHead, head_agreement, head_loss
+from head import head_agreement, head_loss, make_head
 from modules import DemoModel, Scan, mamba_ssm_scan, ssd_scan
 from optimise import Plan, draft_loss, optimise, target_loss
 from polish import polish
@@ -26,6 +27,8 @@ from streams import PROMPT_BIT, TAIL_TOKENS, Stream, Streams, prepare
 from torch import Tensor
 from word_problems import demo_prompts
 
+TARGETS = {"demo-target": checkpoint.TARGET, "demo-gdn": checkpoint.DELTA}
+WITH_DRAFT = "demo-target"
 MIXTURE = "problems=0.35,jsonl=0.20,code=0.30,prose=0.15"
 GREEDY_PROMPTS = 48
 
@@ -35,6 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--out", type=Path, help="folder that receives demo-target and demo-draft")
+    add("--model", choices=TARGETS, default=WITH_DRAFT, help="the target to train")
     add("--work", type=Path, default=Path("demo-work"), help="cache of the tokenised corpus")
     add("--jsonl", type=Path, help="rows with the keys prompt and answer")
     add("--rows", default="0:1000", help="first:end of the rows to use")
@@ -90,8 +94,13 @@ def _check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) 
     if args.start and not (args.start / "config.json").exists():
         parser.error(f"--start must hold a trained target, got {args.start}; check the path")
     alone = args.only in ("draft", "head")
-    if alone and not (args.out / "demo-target" / "config.json").exists():
-        parser.error(f"--only {args.only} needs {args.out}/demo-target; train the target first")
+    if alone and not (args.out / args.model / "config.json").exists():
+        parser.error(f"--only {args.only} needs {args.out}/{args.model}; train the target first")
+    if args.model != WITH_DRAFT:
+        if args.only == "draft":
+            parser.error(f"--only draft is for --model {WITH_DRAFT}, got {args.model}; drop it")
+        if args.out and not tokenizer_of(args).exists():
+            parser.error(f"--model {args.model} needs {tokenizer_of(args)}; train the pair first")
     try:
         args.mixture = {k: float(v) for k, v in (p.split("=") for p in args.mixture.split(","))}
         args.rows = tuple(map(int, args.rows.split(":")))
@@ -101,6 +110,12 @@ def _check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) 
             read_jsonl(args.jsonl, *args.rows)
     except (ValueError, KeyError, OSError) as err:
         parser.error(f"--mixture, --rows and --jsonl must look like their defaults: {err}")
+
+
+def tokenizer_of(args: argparse.Namespace) -> Path:
+    """Return where the tokenizer lies that all demo models share."""
+    path: Path = args.out / WITH_DRAFT / "tokenizer.json"
+    return path
 
 
 def build(shape: checkpoint.Shape, args: argparse.Namespace, device: str) -> DemoModel:
@@ -118,7 +133,7 @@ def train(
 ) -> tuple[DemoModel, dict[str, Any]]:
     """Train the target, or the draft against a target; return it rounded to bf16, and a record."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = build(checkpoint.DRAFT if target else checkpoint.TARGET, args, device)
+    model = build(checkpoint.DRAFT if target else TARGETS[args.model], args, device)
     training = {source: splits["train"] for source, splits in streams.items()}
     rows = measure.Rows(training, args.mixture, device, args.seed + (1 if target else 0))
     minutes = args.draft_minutes if target else args.minutes
@@ -147,10 +162,10 @@ def train(
 def train_head(args: argparse.Namespace, streams: Streams) -> None:
     """Train an MTP head for the saved target, whose weights stay, and add it to its folder."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = args.out / "demo-target"
+    folder = args.out / args.model
     target = checkpoint.load(folder).to(device).requires_grad_(False)
     torch.manual_seed(args.seed)
-    head = MtpHead(target.shape).to(device)
+    head = make_head(target.shape).to(device)
     training = {source: splits["train"] for source, splits in streams.items()}
     rows = measure.Rows(training, args.mixture, device, args.seed + 3)
     plan, start = Plan(60 * args.head_minutes, args.steps), time.perf_counter()
@@ -229,7 +244,7 @@ def held_prompts(stream: Stream) -> list[list[int]]:
 
 def run_check(out: Path) -> None:
     """Compare the saved folders with transformers and print the differences."""
-    for name in ("demo-target", "demo-draft"):
+    for name in (*TARGETS, "demo-draft"):
         if (out / name / "config.json").exists():
             print(f"{name}: relative difference {checkpoint.check(out / name):.1e}", flush=True)
 
@@ -255,15 +270,15 @@ def main() -> None:
         jsonl=str(args.jsonl or ""), rows=args.rows if args.jsonl else (0, 0),
     )  # fmt: skip
     given = ""
-    if args.only == "head":
-        given = (args.out / "demo-target" / "tokenizer.json").read_text(encoding="utf-8")
+    if args.only == "head" or args.model != WITH_DRAFT:
+        given = tokenizer_of(args).read_text(encoding="utf-8")
     tokenizer, streams = prepare(settings, args.work, args.only == "tokenizer", given)
     if args.only == "tokenizer":
         return
     if args.only == "head":
         train_head(args, streams)
         return
-    folders = args.out / "demo-target", args.out / "demo-draft"
+    folders = args.out / args.model, args.out / "demo-draft"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.only == "draft":
         target = checkpoint.load(folders[0]).to(device)
@@ -276,8 +291,17 @@ def main() -> None:
             target, record = train("target", args, streams, None)
         if args.polish_minutes:
             record["polish"] = polish_target(target, args, streams)
+        if args.model != WITH_DRAFT:
+            record["held_out"] = {
+                source: measure.held_out(
+                    {"target": target}, splits["held"], device, args.tokens, args.batch
+                )
+                for source, splits in streams.items()
+            }
         checkpoint.save(folders[0], target, record, tokenizer)
-    if args.only != "target":
+    if args.model != WITH_DRAFT and args.only != "target":
+        train_head(args, streams)
+    elif args.only != "target":
         draft, record = train("draft", args, streams, target)
         checkpoint.save(folders[1], draft, record)
         record["held_out"] = report(*map(checkpoint.load, folders), streams, args)

@@ -20,8 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stree_core import Engine, EngineConfig, Tree, find_source
+from stree_core.drafting.pair import Runtime, load_with_head
+
 DEMO = Path(__file__).resolve().parent.parent / "demo"
-NAMES = ("word_problems", "corpus", "streams", "modules", "checkpoint", "measure", "optimise")
+NAMES = (
+    "word_problems", "corpus", "streams", "modules", "checkpoint", "measure", "optimise", "head",
+    "delta",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +236,34 @@ def test_chunked_scan_equals_the_recurrence(demo, tokens):
         torch.testing.assert_close(ours_grad, theirs_grad, rtol=1e-3, atol=1e-3)
 
 
+def delta_recurrence(q, k, v, g, beta) -> Tensor:
+    """One token after the other, in the words of the paper."""
+    state, outputs = v.new_zeros(*v[:, 0].shape, k.shape[-1]), []
+    for t in range(v.shape[1]):
+        state = state * g[:, t, :, None, None].exp()
+        told = torch.einsum("bhpn,bhn->bhp", state, k[:, t])
+        change = beta[:, t, :, None] * (v[:, t] - told)
+        state = state + change[..., None] * k[:, t, :, None]
+        outputs.append(torch.einsum("bhpn,bhn->bhp", state, q[:, t]) * q.shape[-1] ** -0.5)
+    return torch.stack(outputs, 1)
+
+
+@pytest.mark.parametrize("tokens", [1, 31, 32, 70])
+def test_chunked_delta_rule_equals_the_recurrence(demo, tokens):
+    torch.manual_seed(tokens)
+    q, k, v = (torch.randn(2, tokens, 3, size) for size in (5, 5, 4))
+    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    g, beta = -torch.rand(2, tokens, 3), torch.rand(2, tokens, 3)
+    inputs = [tensor.requires_grad_() for tensor in (q, k, v, g, beta)]
+    ours, theirs = demo.delta.delta_rule(*inputs), delta_recurrence(*inputs)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    direction = torch.randn_like(ours)
+    found = torch.autograd.grad((ours * direction).sum(), inputs)
+    expected = torch.autograd.grad((theirs * direction).sum(), inputs)
+    for ours_grad, theirs_grad in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours_grad, theirs_grad, rtol=1e-3, atol=1e-3)
+
+
 def trained_for_two_steps(demo, shape, loss_of):
     torch.manual_seed(0)
     model = demo.modules.DemoModel(demo.checkpoint.tiny(shape))
@@ -250,7 +284,11 @@ def test_trained_pair_loads_in_transformers_with_equal_logits(demo, tmp_path):
     draft = trained_for_two_steps(
         demo, checkpoint.DRAFT, lambda model, rows: optimise.draft_loss(model, target, rows, 0.3)
     )
-    for name, model in (("demo-target", target), ("demo-draft", draft)):
+    delta = trained_for_two_steps(
+        demo, checkpoint.DELTA, lambda model, rows: optimise.target_loss(model, rows, 0.3)
+    )
+    models = (("demo-target", target), ("demo-draft", draft), ("demo-gdn", delta))
+    for name, model in models:
         checkpoint.save(tmp_path / name, model, {"seed": 0})
         with warnings.catch_warnings():
             # transformers' own imports, nothing of ours.
@@ -291,8 +329,33 @@ def test_a_model_above_the_limit_is_refused(demo, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "smallest", "largest"), [("TARGET", 6e6, 7e6), ("DRAFT", 8e5, 1e6)]
+    ("name", "smallest", "largest"),
+    [("TARGET", 6e6, 7e6), ("DELTA", 6e6, 6.3e6), ("DRAFT", 8e5, 1e6)],
 )
 def test_sizes(demo, name, smallest, largest):
     model = demo.modules.DemoModel(getattr(demo.checkpoint, name))
     assert smallest < sum(weight.numel() for weight in model.parameters()) < largest
+
+
+def test_a_head_of_the_delta_model_is_the_products_own(demo, tmp_path):
+    """What is trained and saved proposes the same tokens as the product's head."""
+    checkpoint = demo.checkpoint
+    torch.manual_seed(0)
+    model = demo.modules.DemoModel(checkpoint.tiny(checkpoint.DELTA))
+    head = demo.head.make_head(model.shape)
+    checkpoint.save(tmp_path / "demo-gdn", model.eval(), {})
+    checkpoint.add_head(tmp_path / "demo-gdn", head, {"seed": 0})
+    assert not (tmp_path / "demo-gdn" / "mtp_config.json").exists()
+    pair = load_with_head(find_source(tmp_path / "demo-gdn"), Runtime("cpu", "float32"))
+    engine = Engine(pair.target, pair.draft, Tree.chain(1), EngineConfig(1, 32))
+    engine.prefill(0, [0, 5, 9, 1])
+    (speculator,) = engine._speculators
+    with torch.inference_mode():
+        speculator.propose()
+    root, drafted = speculator.tokens_TB[:, 0].tolist()
+    model, ids = checkpoint.load(tmp_path / "demo-gdn"), torch.tensor([[0, 5, 9, 1, root]])
+    with torch.no_grad():
+        for weight in head.parameters():
+            weight.copy_(weight.bfloat16())
+        first, *_ = demo.head.drafts(head, model, ids, model.hidden(ids))
+    assert drafted == first[0, -1].argmax()
