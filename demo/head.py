@@ -85,7 +85,7 @@ def make_head(shape: Shape) -> nn.Module:
     """Return a fresh head of the model's kind."""
     if shape.key_heads:
         # It imports this module.
-        head: nn.Module = importlib.import_module("delta").DeltaHead(shape)
+        head: nn.Module = importlib.import_module("delta_model").DeltaHead(shape)
     else:
         head = MtpHead(shape)
     for name, weight in head.named_parameters():

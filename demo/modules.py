@@ -273,7 +273,7 @@ class DemoModel(nn.Module):
         embed, body = nn.Embedding(shape.vocab, shape.hidden), nn.Module()
         if shape.key_heads:
             # It imports this module.
-            delta = importlib.import_module("delta")
+            delta = importlib.import_module("delta_model")
             body.embed_tokens = embed
             layers = (delta.DeltaLayer(shape, index) for index in range(shape.layers))
             body.layers, body.norm = nn.ModuleList(layers), delta.CentredNorm(shape.hidden)

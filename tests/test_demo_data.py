@@ -26,7 +26,7 @@ from stree_core.drafting.pair import Runtime, load_with_head
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 NAMES = (
     "word_problems", "corpus", "streams", "modules", "checkpoint", "measure", "optimise", "head",
-    "delta",
+    "delta_model",
 )  # fmt: skip
 
 
@@ -255,7 +255,7 @@ def test_chunked_delta_rule_equals_the_recurrence(demo, tokens):
     q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     g, beta = -torch.rand(2, tokens, 3), torch.rand(2, tokens, 3)
     inputs = [tensor.requires_grad_() for tensor in (q, k, v, g, beta)]
-    ours, theirs = demo.delta.delta_rule(*inputs), delta_recurrence(*inputs)
+    ours, theirs = demo.delta_model.delta_rule(*inputs), delta_recurrence(*inputs)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     direction = torch.randn_like(ours)
     found = torch.autograd.grad((ours * direction).sum(), inputs)
