@@ -235,6 +235,8 @@ def test_sizes_beyond_the_kernel_are_refused() -> None:
         make_case(Tree.chain(1), committed=[1], num_heads=17).to(torch.float32).attend(kernel)
     far = torch.empty(1, (1 << 20) + 1, 1, 16)
     case = make_case(Tree.chain(1), committed=[1]).to(torch.float32)
+    with pytest.raises(ValueError, match=r"head dims .* up to 128 in torch.float32, got 256; use"):
+        kernel.workspace_size(1, 1, 4, 1, 256, torch.float32)
     with pytest.raises(ValueError, match=r"256 rows and 1048576 positions, got 2 and 1048577;"):
         dataclasses.replace(case, cache=KeyValues(far, far)).attend(kernel)
     with pytest.raises(ValueError, match=r"one dtype of torch.bfloat16, torch.float16, .*, got"):

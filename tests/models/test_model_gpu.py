@@ -82,6 +82,9 @@ MODELS: dict[str, tuple[bool, list[list[Mixer]]]] = {
 }
 # Rounding of a few layers in bf16; fp32 products are exact to about 1e-6 each.
 TOLERANCES = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 1e-4}
+# The norm of a delta layer's heads blows up what small outputs are rounded by: plain torch that
+# rounds to bf16 between layers is off by up to 5e-2, to fp16 by up to 1.2e-2.
+DELTA_TOLERANCES = {torch.bfloat16: 6e-2, torch.float16: 1.5e-2, torch.float32: 1e-4}
 TREES = {
     "one token": [-1],
     "13 nodes": [-1, 0, 0, 0, 1, 1, 2, 4, 4, 7, 7, 9, 9],
@@ -186,7 +189,10 @@ def run(model: Model, cache: Cache, name: str, tokens_TB: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", MODELS)
 @torch.inference_mode()
 def test_steps_with_trees_equal_the_reference(name: str, dtype: torch.dtype) -> None:
+    if dtype == torch.float32 and name == "delta, experts":
+        pytest.skip("the attention kernel takes no heads of 256 in fp32")
     device = torch.device("cuda")
+    tolerance = (DELTA_TOLERANCES if name.startswith("delta") else TOLERANCES)[dtype]
     models = make_models(name, dtype, device)
     caches = [model.make_cache(CacheSize(NUM_SLOTS, 256, 20, 128)) for model in models]
     generator = torch.Generator(device).manual_seed(7)
@@ -197,7 +203,7 @@ def test_steps_with_trees_equal_the_reference(name: str, dtype: torch.dtype) -> 
         ours, truth = (
             run(model, cache, tree, tokens_TB) for model, cache in zip(models, caches, strict=True)
         )
-        assert_close(f"{tree}, step {number}", ours, truth, tolerance=TOLERANCES[dtype])
+        assert_close(f"{tree}, step {number}", ours, truth, tolerance=tolerance)
         for cache in caches:
             advance(cache, PATHS[tree])
 

@@ -69,7 +69,11 @@ MAX_STAGES_THERE = 3
 
 
 def pick_config(num_queries: int, head_dim: int, dtype: torch.dtype) -> AttentionConfig:
-    """Return the smallest config whose tile holds all query rows of a kv head, else the largest."""
+    """Return the smallest config whose tile holds all query rows of a kv head, else the largest.
+
+    Raises ValueError for a head dim that the kernel does not take.
+    """
+    _require_head_dim(head_dim, dtype)
     table = FP32_CONFIGS if dtype == torch.float32 else CONFIGS
     max_head_dim = min(c.max_head_dim for c in table if head_dim <= c.max_head_dim)
     fitting = [config for config in table if config.max_head_dim == max_head_dim]
@@ -161,12 +165,7 @@ def _check(
         cache.key.shape[1],
         first + num_tokens,
     )
-    max_head_dim = FP32_CONFIGS[-1].max_head_dim if q.dtype == torch.float32 else HEAD_DIMS[-1]
-    if head_dim not in HEAD_DIMS or head_dim > max_head_dim:
-        raise ValueError(
-            f"the attention kernel takes head dims {HEAD_DIMS} up to {max_head_dim} in "
-            f"{q.dtype}, got {head_dim}; use the torch backend"
-        )
+    _require_head_dim(head_dim, q.dtype)
     if num_heads % num_kv_heads or num_heads // num_kv_heads > MAX_GROUP:
         raise ValueError(
             f"the attention kernel takes 1 to {MAX_GROUP} query heads for each kv head, got "
@@ -184,6 +183,16 @@ def _check(
     require_dtypes("the committed lengths", (committed,), (torch.int32,))
     require_packed("q, the cache, a row buffer or the output", blocks, 4)
     require_packed("a row of the mask or the lengths", (mask, committed), 1)
+
+
+def _require_head_dim(head_dim: int, dtype: torch.dtype) -> None:
+    """Raise ValueError for a head dim that the kernel does not take."""
+    max_head_dim = FP32_CONFIGS[-1].max_head_dim if dtype == torch.float32 else HEAD_DIMS[-1]
+    if head_dim not in HEAD_DIMS or head_dim > max_head_dim:
+        raise ValueError(
+            f"the attention kernel takes head dims {HEAD_DIMS} up to {max_head_dim} in "
+            f"{dtype}, got {head_dim}; use the torch backend"
+        )
 
 
 def _check_workspace(workspace: Tensor, num_values: int) -> None:
