@@ -12,6 +12,8 @@ experts it counts those of one row.
 
 Random routers choose about uniformly. A model with experts is also timed with routers of zeros, by
 which all rows choose the same ones; `experts_read` counts the different ones of a pass and layer.
+
+Rows of models that are not timed stay in FILE, with the date and commit of their own run.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +69,7 @@ def main() -> None:
         raise SystemExit("passes are timed on a CUDA device, there is none; run this on a GPU")
     gate = require_green(skip=options.skip_gate)
     device = torch.device("cuda", torch.cuda.current_device())
-    rows: list[Row] = []
+    rows = rows_to_keep(options.output, options.models)
     with torch.inference_mode():
         bytes_per_s = copy_bandwidth(device)
         head = header({}, gate, bytes_per_s)
@@ -116,6 +119,19 @@ def is_chosen(options: argparse.Namespace, row: Row) -> bool:
     chosen_pass = row["batch"] in options.batches and row["tokens"] in options.tokens
     chosen_model = row["model"] in options.models
     return chosen_model and chosen_pass and row["context"] in (0, *options.contexts)
+
+
+def rows_to_keep(path: Path, models: Sequence[str]) -> list[Row]:
+    """Return a result file's rows of other models, each with what its run was."""
+    if not path.exists():
+        return []
+    document = json.loads(path.read_text())
+    run = {key: document[key] for key in ("date", "git_sha")}
+    return [
+        row | {k: v for k, v in run.items() if k not in row}
+        for row in document["rows"]
+        if row["model"] not in models
+    ]
 
 
 def has_experts(model: Model) -> bool:

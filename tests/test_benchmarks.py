@@ -173,6 +173,18 @@ def test_gate_finds_the_tests_that_need_a_gpu() -> None:
     assert gate.require_green(skip=True) == "skipped"
 
 
+def test_rows_of_models_that_are_not_timed_stay_with_their_run(tmp_path: Path) -> None:
+    forward = script("forward")
+    path = tmp_path / "forward.json"
+    assert forward.rows_to_keep(path, ["a"]) == []
+    rows = [{"model": "a", "ms": 1}, {"model": "b", "ms": 2}, {"model": "c", "date": "older"}]
+    path.write_text(json.dumps({"date": "today", "git_sha": "f00", "rows": rows}))
+    assert forward.rows_to_keep(path, ["a"]) == [
+        {"model": "b", "ms": 2, "date": "today", "git_sha": "f00"},
+        {"model": "c", "date": "older", "git_sha": "f00"},
+    ]
+
+
 def test_forward_rows_of_a_tiny_model() -> None:
     forward = script("forward")
     mixer = Mamba2Shape(4, 2, 1, 2, 8, 4, 4, True, (0.0, float("inf")), 1, 1e-5)
