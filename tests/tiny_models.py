@@ -190,7 +190,6 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "falcon-h1-norm": lambda: tiny_falcon_h1(mamba_rms_norm=True, mamba_norm_before_gate=False),
     "zamba2": tiny_zamba2,
     "qwen3-next": tiny_qwen3_next,
-    "qwen3.5": tiny_qwen3_5,
     "qwen3.5-vision": tiny_qwen3_5_with_vision,
     "qwen3.5-moe": tiny_qwen3_5_moe,
     "zamba2-rope": lambda: tiny_zamba2(use_mem_rope=True, use_shared_attention_adapter=True),
