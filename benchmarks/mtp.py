@@ -5,12 +5,12 @@
     python benchmarks/mtp.py --pairs nemotron-3-nano-mtp --drafts mtp
                              [--data DIR] [--prompts N] [--tokens N] [--seconds S] [--output FILE]
 
-The demo target decodes prompts of its demo set. Their acceptance is recorded first, by depth for
-the head (stree_autotune.trace), and its walk predicts tokens per step. A shape has random weights
-and accepts what the demo target's head does: its tokens per step check the counting alone. Times
-are predicted by the draft's runtime table of this GPU where --data has one; else a quick probe of
-the batch sizes at hand writes one there. The live side is that of benchmarks/prediction.py: waves
-of prompts, all slots at work, modes in turns.
+A trained target (demo-gdn as well, with its head) decodes prompts of the demo set. Their acceptance
+is recorded first, by depth for the head (stree_autotune.trace), and its walk predicts tokens per
+step. A shape has random weights and accepts what the demo target's head does: its tokens per step
+check the counting alone. Times are predicted by the draft's runtime table of this GPU where --data
+has one; else a quick probe of the batch sizes at hand writes one there. The live side is that of
+benchmarks/prediction.py: waves of prompts, all slots at work, modes in turns.
 
 A block of rows (pair, draft, batch size, mode) replaces that of the same names in FILE; other rows
 stay. With --seconds, what is not begun by then is left out.
@@ -56,6 +56,8 @@ from stree_core.profile import Sampling
 from stree_core.tree import DEFAULT_TREE, OFF, Tree
 
 DEMO = "demo"
+TRAINED = {DEMO: "demo-target", "demo-gdn": "demo-gdn"}
+"""Pairs with trained weights, and their targets; others are shapes."""
 WIDE = Tree.from_paths([[i] for i in range(8)] + [[i, j] for i in range(4) for j in (0, 1)])
 TREES = {
     OFF.label: OFF,
@@ -109,7 +111,9 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="A target with its head and with a sibling")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--pairs", nargs="+", default=[DEMO], help="demo, or shapes with a head")
+    parser.add_argument(
+        "--pairs", nargs="+", default=[DEMO], help="demo, demo-gdn, or shapes with a head"
+    )
     parser.add_argument("--drafts", nargs="+", default=["mtp", "demo-draft"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--rules", nargs="+", default=["greedy"], help="greedy, naive, mss")
@@ -140,22 +144,23 @@ def give_back() -> None:
 def cases(name: str, draft: str, options: argparse.Namespace) -> Iterator[Case]:
     """Yield a pair with every rule; a shape with greedy steps that accept what a trace says."""
     runtime = Runtime(options.device)
-    demo = open_pair(PairRequest("demo-target", draft, (), runtime))
+    demo = open_pair(PairRequest(TRAINED.get(name, TRAINED[DEMO]), draft, (), runtime))
     prompts = demo.encode(open_prompts(DEMO).texts[: options.prompts])
     for rule in options.rules:
         sampling = Sampling(rule=rule, temperature=0.0 if rule == "greedy" else 1.0)
         config = RecordConfig(DEMO, sampling, max_new_tokens=options.tokens, num_slots=32)
         trace = record_trace(demo, prompts, config)
-        if name == DEMO:
-            yield demo_case(demo, draft, trace, prompts, options)
+        if name in TRAINED:
+            yield demo_case(name, demo, draft, trace, prompts, options)
         elif rule == "greedy":
             pair = open_pair(PairRequest(name, draft, (), runtime, shapes=True))
             yield shape_case(name, draft, pair, trace, options)
 
 
 def demo_case(
-    pair: Pair, draft: str, trace: Trace, prompts: list[list[int]], options: argparse.Namespace
-) -> Case:
+    name: str, pair: Pair, draft: str, trace: Trace, prompts: list[list[int]],
+    options: argparse.Namespace,
+) -> Case:  # fmt: skip
     sampling = trace.meta.sampling
     stop = StopRule(options.tokens, pair.target.shape.eos_token_ids)
     requests = [
@@ -164,7 +169,7 @@ def demo_case(
         for number, prompt in enumerate(prompts)
     ]
     cost = step_cost(pair, trace, typical_context(prompts, trace), options)
-    return Case(DEMO, draft, pair, trace, cost, requests, SamplingSupport(sampling.rule))
+    return Case(name, draft, pair, trace, cost, requests, SamplingSupport(sampling.rule))
 
 
 def shape_case(
@@ -202,7 +207,7 @@ def step_cost(pair: Pair, trace: Trace, context: int, options: argparse.Namespac
 def measure(case: Case, batch: int, rounds: int) -> list[Row]:
     """Return a row for each tree at one batch size, timed in turns."""
     config = EngineConfig(batch, CONTEXT, sampling=case.support)
-    rules = None if case.name == DEMO else traced_rules(case.pair, case.trace, batch)
+    rules = None if case.name in TRAINED else traced_rules(case.pair, case.trace, batch)
     target, draft = case.pair.target, case.pair.draft
     engines = {
         name: Engine(target, draft, tree, config, rules=rules) for name, tree in TREES.items()
@@ -211,7 +216,7 @@ def measure(case: Case, batch: int, rounds: int) -> list[Row]:
         warm_up = [request.prompt for request in case.requests[:batch]]
         generate(engine, warm_up, StopRule(WARM_UP_TOKENS))
     # A whole number of waves, so that slots are at work.
-    limit = len(case.requests) if case.name == DEMO else max(FEWEST_PROMPTS, batch)
+    limit = len(case.requests) if case.name in TRAINED else max(FEWEST_PROMPTS, batch)
     chosen = case.requests[: max(batch, limit // batch * batch)]
     runs = [
         {name: live_speed(engine, chosen) for name, engine in engines.items()}
@@ -223,7 +228,7 @@ def measure(case: Case, batch: int, rounds: int) -> list[Row]:
 def row(case: Case, batch: int, name: str, runs: Sequence[LiveSpeed]) -> Row:
     tree, sampling = TREES[name], case.trace.meta.sampling
     prompts = np.flatnonzero(np.diff(case.trace.offsets))[: len(runs[0].generations)]
-    if case.name == DEMO:
+    if case.name in TRAINED:
         prompts = np.arange(len(runs[0].generations))
     tokens_per_step = walk(case.trace, tree, prompts).tokens_per_step
     step_ms = case.cost.step_ms(batch, tree, tokens_per_step)
