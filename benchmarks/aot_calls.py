@@ -125,7 +125,7 @@ def delta_prompts(
     delta_chunk_scan.delta_chunk_scan(
         torch.empty(2, heads, head_dim, state_dim),
         PackedTokens(q, k, v, *torch.empty(2, tokens, heads)),
-        torch.zeros(3, dtype=torch.int32), out_MHP=torch.empty_like(v),
+        make_packing(), out_MHP=torch.empty_like(v),
         gate=Gate(torch.empty_like(v), sums) if gated else None,
     )  # fmt: skip
 

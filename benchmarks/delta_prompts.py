@@ -26,6 +26,7 @@ from torch import Tensor
 
 from stree_kernels.delta import delta_chunk_scan, delta_chunk_scan_ref
 from stree_kernels.delta.delta_chunk_scan_ref import PackedTokens
+from stree_kernels.launch.packing import Packing
 
 SIZES = ((1, 512), (1, 4096), (8, 512), (32, 512))
 """Prompts and tokens of each."""
@@ -71,12 +72,14 @@ def measure(inputs: DeltaInputs, fla: Callable[..., Any] | None) -> Row:
     tokens = PackedTokens(*(tensor.flatten(0, 1).contiguous() for tensor in parts))
     offsets = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
     state, out = buffer.state_BHPN, torch.full_like(tokens.v_MHP, torch.nan)
+    numbers = torch.arange(batch, dtype=torch.int32, device=device)
+    packing = Packing(offsets, numbers, torch.ones_like(numbers))
     # of one tensor fla keeps the chunks' indices, which the host has to read
     wide_offsets = offsets.long()
     launches: dict[str, Callable[[int], Tensor]] = {}
 
     def ours(_: int) -> Tensor:
-        delta_chunk_scan.delta_chunk_scan(state, tokens, offsets, out_MHP=out, gate=None)
+        delta_chunk_scan.delta_chunk_scan(state, tokens, packing, out_MHP=out, gate=None)
         return out
 
     def fla_chunk(_: int) -> Tensor:
@@ -88,7 +91,7 @@ def measure(inputs: DeltaInputs, fla: Callable[..., Any] | None) -> Row:
         )  # fmt: skip
         return o[0]
 
-    truth, start = _truth(state, tokens, offsets), state.clone()
+    truth, start = _truth(state, tokens, packing), state.clone()
     row: Row = {"shape": shape.name, "batch": batch, "tokens": length}
     for name, launch in (("fla", fla_chunk if fla else None), ("ours", ours)):
         row |= {f"{name}_us": None, f"{name}_o_error": None}
@@ -104,12 +107,12 @@ def measure(inputs: DeltaInputs, fla: Callable[..., Any] | None) -> Row:
     return row
 
 
-def _truth(state: Tensor, tokens: PackedTokens, offsets: Tensor) -> Tensor:
+def _truth(state: Tensor, tokens: PackedTokens, packing: Packing) -> Tensor:
     """Return o in float64."""
     wide = PackedTokens(*(tensor.double() for tensor in tokens))
     out = torch.empty_like(wide.v_MHP)
     delta_chunk_scan_ref.delta_chunk_scan(
-        state.double(), wide, offsets, out_MHP=out, gate=None
+        state.double(), wide, packing, out_MHP=out, gate=None
     )  # fmt: skip
     return out
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stree_core.drafting.prefill import Prefill, PromptPart
-from stree_core.models.cache import AttentionCache, Cache, CacheSize, Mamba2Cache
+from stree_core.models.cache import AttentionCache, Cache, CacheSize, DeltaCache, Mamba2Cache
 from stree_core.models.model import Model
 from stree_core.models.row_block import make_block
 from stree_core.models.state_flush import flush_states
@@ -70,6 +70,8 @@ def settled(model: Model, cache: Cache) -> list[tuple[Tensor, ...]]:
     for layer in cache.layers:
         if isinstance(layer, Mamba2Cache):
             found.append((layer.conv_BCK[0], layer.ssm_BHPN[0]))
+        elif isinstance(layer, DeltaCache):
+            found.append((layer.conv_BCK[0], layer.state_BHPN[0]))
         elif isinstance(layer, AttentionCache):
             found.append(tuple(kept[0, :num] for kept in layer.committed))
     return found
@@ -90,6 +92,14 @@ def adopt(cache: Cache, slot: int, other: Cache) -> None:
             mine.rows_RBE[:MAX_BUFFERED, slot] = theirs.rows_RBE[:MAX_BUFFERED, 0]
             source = theirs.rows_RBE[theirs.sets[there].start, 0]
             mine.rows_RBE[mine.sets[here].start, slot] = source
+        elif isinstance(mine, DeltaCache) and isinstance(theirs, DeltaCache):
+            mine.conv_BCK[slot] = theirs.conv_BCK[0]
+            mine.state_BHPN[slot] = theirs.state_BHPN[0]
+            mine.proj_RB[here][0, slot] = theirs.proj_RB[there][0, 0]
+            kept = (mine.rows_RBE, theirs.rows_RBE), (mine.solved_RBX, theirs.solved_RBX)
+            for to, source in kept:
+                to[:MAX_BUFFERED, slot] = source[:MAX_BUFFERED, 0]
+                to[mine.sets[here].start, slot] = source[theirs.sets[there].start, 0]
         elif isinstance(mine, AttentionCache) and isinstance(theirs, AttentionCache):
             num = min(mine.committed.key.shape[1], theirs.committed.key.shape[1])
             for to, source in zip(mine.committed, theirs.committed, strict=True):

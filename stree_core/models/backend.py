@@ -20,6 +20,7 @@ _OPS = {
     "prompt_attention": "attention.prompt_attention",
     "delta_conv": "delta.delta_conv",
     "delta_scan": "delta.delta_scan",
+    "delta_chunk_scan": "delta.delta_chunk_scan",
     "linear": "linear.linear",
     "linear_activated": "linear.linear",
     "linear_add": "linear.linear",
@@ -57,6 +58,7 @@ class Backend:
     prompt_attention: Callable[..., None]
     delta_conv: Callable[..., None]
     delta_scan: Callable[..., None]
+    delta_chunk_scan: Callable[..., None]
     linear: Callable[..., None]
     linear_activated: Callable[..., None]
     linear_add: Callable[..., DeferredNorm]

@@ -182,6 +182,9 @@ class Model:
         if isinstance(weights, DeltaWeights):
             assert isinstance(layer, DeltaCache)
             assert isinstance(mixer, DeltaShape)
+            if isinstance(this, PromptPass):
+                output = this.delta(self.backend, rows, weights, mixer, layer)
+                return output, weights.out_proj
             return self._delta(rows, weights, mixer, layer, this), weights.out_proj
         if isinstance(weights, AttentionWeights):
             assert isinstance(layer, AttentionCache)

@@ -13,10 +13,12 @@ from collections.abc import Iterator
 import torch
 
 from stree_core.families import Mamba2Shape
-from stree_core.models.cache import AttentionCache, Cache, Mamba2Cache
+from stree_core.models.cache import AttentionCache, Cache, DeltaCache, Mamba2Cache
 from stree_core.models.model import Model
 from stree_core.models.weights import Mamba2Weights, PartWeights
 from stree_kernels.attention.rope_kv_write_ref import append_path
+from stree_kernels.delta import delta_scan_ref
+from stree_kernels.delta.rows import DeltaRows
 from stree_kernels.launch.rows import ScanRows
 from stree_kernels.ssm.tree_conv_ref import advance_window
 from stree_kernels.ssm.tree_scan_ref import accepted_sources, advanced, widen
@@ -40,6 +42,13 @@ def flush_states(model: Model, cache: Cache, path_set: int) -> None:
             state = widen(layer.ssm_BHPN)
             state = advanced(state, accepted, total_B, weights.heads, part.mixer.dt_limit)
             layer.ssm_BHPN.copy_(state)
+        elif isinstance(layer, DeltaCache):
+            past = layer.sets[path_set]
+            advance_window(layer.conv_BCK, past.inputs.qkv_BRC, pending)
+            source_BL = accepted_sources(past.start, pending)
+            replayed = DeltaRows(*(tensor[slot_B1, source_BL] for tensor in layer.all_rows))
+            moved = delta_scan_ref.advanced(widen(layer.state_BHPN), replayed, total_B)
+            layer.state_BHPN.copy_(moved)
     for table in pending:
         table.zero_()
 

@@ -10,8 +10,12 @@ import torch
 from packed_case import SPARE_TOKENS, make_packing
 from torch import Tensor
 
-from stree_kernels.attention import prompt_attention as kernel, prompt_attention_ref as reference
-from stree_kernels.attention.rope_kv_write_ref import KeyValues
+from stree_kernels.attention import (
+    prompt_attention as kernel,
+    prompt_attention_ref as reference,
+    rope_kv_write_ref,
+)
+from stree_kernels.attention.rope_kv_write_ref import HeadNorms, KeyValues
 from stree_kernels.launch.packing import Packing
 from stree_kernels.testing import assert_close, poisoned
 
@@ -26,6 +30,7 @@ class Case(NamedTuple):
     cache: KeyValues
     packing: Packing
     num_heads: int
+    norms: HeadNorms | None = None
 
     def write(self, op: Any) -> Tensor:
         """Return the queries; the caches change in place."""
@@ -33,7 +38,9 @@ class Case(NamedTuple):
         q = poisoned(
             len(self.qkv), self.num_heads, head_dim, dtype=self.qkv.dtype, device=self.qkv.device
         )
-        op.prompt_kv_write(self.qkv, self.packing, self.inv_freq, q_MHD=q, cache=self.cache)
+        op.prompt_kv_write(
+            self.qkv, self.packing, self.inv_freq, q_MHD=q, cache=self.cache, norms=self.norms
+        )
         return q
 
     def attend(self, op: Any, q: Tensor) -> Tensor:
@@ -49,12 +56,14 @@ class Case(NamedTuple):
             self.qkv.to(device, dtype), self.inv_freq.to(device, wide),
             KeyValues(*(kept.to(device, dtype, copy=True) for kept in self.cache)),
             Packing(*(table.to(device) for table in self.packing)), self.num_heads,
+            self.norms and HeadNorms(*(w.to(device, wide) for w in self.norms[:2]), self.norms.eps),
         )  # fmt: skip
 
 
 def make_case(
-    lengths: Sequence[int], starts: Sequence[int], *, heads: int, kv_heads: int, head_dim: int
-) -> Case:
+    lengths: Sequence[int], starts: Sequence[int], *, heads: int, kv_heads: int, head_dim: int,
+    normed: bool = False,
+) -> Case:  # fmt: skip
     generator = torch.Generator().manual_seed(sum(lengths))
 
     def normal(*shape: int) -> Tensor:
@@ -68,7 +77,8 @@ def make_case(
     qkv = normal(sum(lengths) + SPARE_TOKENS, (heads + 2 * kv_heads) * head_dim)
     qkv[-SPARE_TOKENS:] = torch.nan
     inv_freq = 1.0 / 100.0 ** (torch.arange(head_dim // 4).double() / head_dim)
-    return Case(qkv, inv_freq, cache, make_packing(lengths, starts), heads)
+    norms = HeadNorms(normal(head_dim), normal(head_dim), 1e-3) if normed else None
+    return Case(qkv, inv_freq, cache, make_packing(lengths, starts), heads, norms)
 
 
 def test_reference_equals_softmax_token_by_token() -> None:
@@ -102,6 +112,21 @@ def test_reference_equals_softmax_token_by_token() -> None:
         assert case.cache.key[slot, end:].isnan().all()
 
 
+def test_normed_heads_are_those_of_a_tree_pass() -> None:
+    case = make_case((6,), (0,), heads=4, kv_heads=2, head_dim=16, normed=True)
+    q = case.write(reference)
+    rows = KeyValues(*(torch.zeros(6, 1, 2, 16, dtype=torch.float64) for _ in range(2)))
+    q_TBHD = torch.zeros(6, 1, 4, 16, dtype=torch.float64)
+    rope_kv_write_ref.rope_kv_write(
+        case.qkv[:6, None], torch.arange(6, dtype=torch.int32), torch.zeros(1, dtype=torch.int32),
+        case.inv_freq, first=0, q_TBHD=q_TBHD, rows=rows, cache=case.cache, previous=None,
+        pending=None, norms=case.norms,
+    )  # fmt: skip
+    assert_close("q", q[:6], q_TBHD[:, 0])
+    assert_close("k", case.cache.key[0, :6], rows.key[:, 0])
+    assert_close("v", case.cache.value[0, :6], rows.value[:, 0])
+
+
 def check_kernel(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
     ours = case.to(dtype, device)
     truth = ours.to(torch.float64, device)
@@ -117,8 +142,9 @@ def check_kernel(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
 
 
 @interpreted
-def test_interpreted_kernels_equal_the_reference() -> None:
-    case = make_case((1, 17, 0, 40), (0, 30, 2, 0), heads=4, kv_heads=2, head_dim=16)
+@pytest.mark.parametrize("normed", [False, True])
+def test_interpreted_kernels_equal_the_reference(normed: bool) -> None:
+    case = make_case((1, 17, 0, 40), (0, 30, 2, 0), heads=4, kv_heads=2, head_dim=16, normed=normed)
     check_kernel(case, torch.float32)
 
 
@@ -129,7 +155,7 @@ def test_kernels_equal_the_reference(sizes: tuple[int, int, int], dtype: torch.d
     heads, kv_heads, head_dim = sizes
     case = make_case(
         (1, 2, 63, 0, 64, 65, 127, 129, 1000), (0, 700, 1, 4, 64, 0, 65, 128, 31), heads=heads,
-        kv_heads=kv_heads, head_dim=head_dim,
+        kv_heads=kv_heads, head_dim=head_dim, normed=head_dim == 256,
     )  # fmt: skip
     check_kernel(case, dtype, "cuda")
 

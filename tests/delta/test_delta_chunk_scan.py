@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from delta_case import OUT_ERRORS, STATE_ERROR, away_from_zero
+from packed_case import make_packing
 from torch import Tensor
 
 from stree_kernels.delta import delta_chunk_scan as kernel, delta_chunk_scan_ref as reference
 from stree_kernels.delta.delta_chunk_scan_ref import PackedTokens
+from stree_kernels.launch.packing import Packing
 from stree_kernels.launch.rows import Gate, gate_width
 from stree_kernels.testing import assert_close, poisoned
 
@@ -28,7 +30,7 @@ class Case:
 
     state: Tensor
     tokens: PackedTokens
-    offsets: Tensor
+    packing: Packing
     z: Tensor | None
 
     def scan(self, op: Any) -> Tensor:
@@ -41,7 +43,7 @@ class Case:
             wide = torch.promote_types(torch.float32, v.dtype)
             sums = poisoned(len(v), v[0].numel() // width, dtype=wide, device=v.device)
             gate = Gate(self.z, sums)
-        op.delta_chunk_scan(self.state, self.tokens, self.offsets, out_MHP=out, gate=gate)
+        op.delta_chunk_scan(self.state, self.tokens, self.packing, out_MHP=out, gate=gate)
         if gate is not None:
             o = out.double() / torch.nn.functional.silu(gate.z_BTHP.double())
             squares = o.flatten(1).unflatten(1, (gate.square_sums_BTQ.shape[1], -1)).square()
@@ -58,15 +60,16 @@ class Case:
             self,
             state=self.state.to(device, wide, copy=True),
             tokens=PackedTokens(*rows, g.to(device, wide), beta.to(device, wide)),
-            offsets=self.offsets.to(device),
+            packing=Packing(*(table.to(device) for table in self.packing)),
             z=None if self.z is None else self.z.to(device, dtype),
         )
 
 
 def make_case(
-    lengths: Sequence[int], *, heads: int = 2, key_heads: int = 1, head_dim: int = 4,
-    state_dim: int = 3, alike: float = 0.0, beta_range: tuple[float, float] = (0.0, 1.0),
-    decay_range: tuple[float, float] = (0.0, 0.5), gated: bool = False, per_channel: bool = False,
+    lengths: Sequence[int], starts: Sequence[int] | None = None, *, heads: int = 2,
+    key_heads: int = 1, head_dim: int = 4, state_dim: int = 3, alike: float = 0.0,
+    beta_range: tuple[float, float] = (0.0, 1.0), decay_range: tuple[float, float] = (0.0, 0.5),
+    gated: bool = False, per_channel: bool = False,
 ) -> Case:  # fmt: skip
     random = np.random.default_rng(sum(lengths))
     num_tokens = sum(lengths)
@@ -91,7 +94,7 @@ def make_case(
             -uniform(decay_range, num_tokens, heads, *channels),
             uniform(beta_range, num_tokens, heads),
         ),
-        offsets=torch.from_numpy(np.cumsum([0, *lengths])).to(torch.int32),
+        packing=make_packing(lengths, [1] * len(lengths) if starts is None else starts),
         z=away_from_zero(normal(num_tokens, heads, head_dim)) if gated else None,
     )  # fmt: skip
 
@@ -101,8 +104,12 @@ def by_recurrence(case: Case) -> tuple[Tensor, Tensor]:
     states, outs = case.state.double().clone(), []
     q, k, v, g, beta = (tensor.double() for tensor in case.tokens)
     repeats = v.shape[1] // k.shape[1]
-    for sequence, state in enumerate(states):
-        for row in range(*case.offsets[sequence : sequence + 2].tolist()):
+    offsets, slots, starts = (table.tolist() for table in case.packing)
+    for sequence, slot in enumerate(slots):
+        state = states[slot]
+        if not starts[sequence] and offsets[sequence] < offsets[sequence + 1]:
+            state.zero_()
+        for row in range(*offsets[sequence : sequence + 2]):
             key, query = (x[row].repeat_interleave(repeats, 0) for x in (k, q))
             state *= (g[row, :, None] if g.ndim == 2 else g[row]).exp()[:, None]
             u = beta[row, :, None] * (v[row] - (state @ key[..., None])[..., 0])
@@ -140,7 +147,7 @@ def test_a_prompt_in_pieces_equals_the_whole() -> None:
         piece = dataclasses.replace(
             case,
             tokens=PackedTokens(*(tensor[begin:end] for tensor in case.tokens)),
-            offsets=torch.tensor([0, end - begin], dtype=torch.int32),
+            packing=make_packing([end - begin], [1]),
             state=states,
         )
         outs.append(piece.scan(reference))
@@ -162,7 +169,7 @@ def check_kernel(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
 @interpreted
 @pytest.mark.parametrize("hard", HARD)
 def test_interpreted_kernel_equals_the_reference(hard: str) -> None:
-    case = make_case([17, 0, 3], head_dim=16, state_dim=16, **HARD[hard])
+    case = make_case([17, 0, 3], [1, 1, 0], head_dim=16, state_dim=16, **HARD[hard])
     check_kernel(case, torch.float32)
 
 
@@ -179,7 +186,13 @@ def test_a_system_is_inverted_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("dims", [(128, 128), (64, 64), (128, 64)], ids=str)
 def test_kernel_equals_the_reference(dims: tuple[int, int], dtype: torch.dtype, hard: str) -> None:
     case = make_case(
-        (*LENGTHS, 500), heads=8, key_heads=4, head_dim=dims[0], state_dim=dims[1], **HARD[hard]
+        (*LENGTHS, 500),
+        (0, 1, 1, 0, 0, 1, 0, 1),
+        heads=8,
+        key_heads=4,
+        head_dim=dims[0],
+        state_dim=dims[1],
+        **HARD[hard],
     )
     check_kernel(case, dtype, "cuda")
 
@@ -198,5 +211,22 @@ def test_what_the_kernel_cannot_take_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Kimi Delta Attention \(KDA\)"):
         kimi.scan(kernel)
     case = make_case([2], **sizes).to(torch.float32)
-    with pytest.raises(ValueError, match=r"one offset more, got 1 and \(3,\)"):
-        dataclasses.replace(case, offsets=torch.zeros(3, dtype=torch.int32)).scan(kernel)
+    packing = case.packing._replace(offsets_S1=torch.zeros(3, dtype=torch.int32))
+    with pytest.raises(ValueError, match="got 1 slots, 1 starts, 3 offsets"):
+        dataclasses.replace(case, packing=packing).scan(kernel)
+
+
+def test_slots_of_nobody_stay_as_they_are() -> None:
+    """As in a captured pass, whose spare sequences have no tokens and all name slot 0."""
+    case = make_case([5, 3, 0, 0], [1, 0, 0, 0], head_dim=16, state_dim=16)
+    slots = torch.tensor([2, 0, 0, 0], dtype=torch.int32)
+    case = dataclasses.replace(case, packing=case.packing._replace(slots_S=slots))
+    before = case.state.clone()
+    states, o = by_recurrence(case)
+    for op, dtype, tolerance in ((reference, torch.float64, 1e-11), (kernel, torch.float32, 1e-5)):
+        if op is kernel and torch.cuda.is_available():
+            continue
+        ran = case.to(dtype)
+        assert_close("o", ran.scan(op), o, tolerance=tolerance)
+        assert_close("states", ran.state, states, tolerance=tolerance)
+        assert torch.equal(ran.state[1::2], before[1::2].to(ran.state.dtype))

@@ -33,8 +33,8 @@ from stree_core.models.cache import CacheSize
 from stree_core.models.model import Model
 from stree_core.models.row_block import make_block
 from stree_core.tree import DEFAULT_TREE, Tree
-from stree_kernels.ssm.prompt_scan_ref import CHUNK
 from stree_kernels.launch.rows import MAX_BUFFERED
+from stree_kernels.ssm.prompt_scan_ref import CHUNK
 from stree_kernels.testing import assert_close
 
 PREFILL_CHUNK = CHUNK

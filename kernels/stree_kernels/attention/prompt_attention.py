@@ -26,8 +26,9 @@ from stree_kernels.attention.rope_kv_write import (
     MAX_POSITIONS,
     NUM_WARPS,
     cos_sin,
+    norm_heads,
 )
-from stree_kernels.attention.rope_kv_write_ref import KeyValues
+from stree_kernels.attention.rope_kv_write_ref import HeadNorms, KeyValues
 from stree_kernels.launch import pdl
 from stree_kernels.launch.packing import Packing, check_packing, num_tiles
 from stree_kernels.launch.pdl import launch_options, wait_for_previous
@@ -75,8 +76,9 @@ def pick_config(head_dim: int, dtype: torch.dtype, capability: int) -> PromptAtt
 def _prompt_kv_write_kernel(
     # pointers
     qkv_ptr, offsets_ptr, slots_ptr, starts_ptr, inv_freq_ptr, q_ptr, key_ptr, value_ptr,
+    q_norm_ptr, k_norm_ptr,
     # sizes
-    num_sequences, num_positions,
+    eps, num_sequences, num_positions,
     # strides
     stride_qkv_m,
     # meta
@@ -103,7 +105,12 @@ def _prompt_kv_write_kernel(
         ptrs = qkv_ptr + token.to(tl.int64) * stride_qkv_m + head_H1 * HEAD_DIM
         x = tl.load(ptrs + dims_D[None, :], mask=exists, other=0.0).to(tl.float32)
         partner = tl.load(ptrs + partner_D[None, :], mask=rotated, other=0.0).to(tl.float32)
-        turned = x * cos_D[None, :] + partner * tl.where(is_low, -sin_D, sin_D)[None, :]
+        turning = x
+        if q_norm_ptr is not None:
+            turning, partner = norm_heads(
+                x, partner, head_H1, dims_D, partner_D, q_norm_ptr, k_norm_ptr, eps, NUM_HEADS
+            )
+        turned = turning * cos_D[None, :] + partner * tl.where(is_low, -sin_D, sin_D)[None, :]
         q_ptrs = q_ptr + (token.to(tl.int64) * NUM_HEADS + head_H1) * HEAD_DIM + dims_D[None, :]
         tl.store(q_ptrs, turned, mask=head_H1 < NUM_HEADS)
         place = tl.load(slots_ptr + sequence).to(tl.int64) * num_positions + position
@@ -198,8 +205,9 @@ def _prompt_attention_kernel(
 
 
 def prompt_kv_write(
-    qkv_MX: Tensor, packing: Packing, inv_freq_X: Tensor, *, q_MHD: Tensor, cache: KeyValues
-) -> None:
+    qkv_MX: Tensor, packing: Packing, inv_freq_X: Tensor, *, q_MHD: Tensor, cache: KeyValues,
+    norms: HeadNorms | None = None,
+) -> None:  # fmt: skip
     """Rotate the projection of packed tokens; write queries to `q_MHD`, the rest to `cache`.
 
     The contract is that of `prompt_attention_ref.prompt_kv_write`, in a dtype of `FLOATS`, the
@@ -221,10 +229,15 @@ def prompt_kv_write(
             f"{head_dim}, of which at least 2 dims are rotated, got {num_columns} columns and "
             f"{2 * len(inv_freq_X)} dims; pass one layer's"
         )
+    q_norm_D, k_norm_D, eps = norms or (None, None, 0.0)
+    if norms is not None:
+        require_dtypes("norms of heads", norms[:2], (torch.float32,))
+        require_packed("norms of heads", norms[:2], 1)
     block_heads, num_sequences = BLOCK_VALUES // head_dim, len(packing.slots_S)
     blocks = triton.cdiv(num_heads + 2 * num_kv_heads, block_heads)
     _prompt_kv_write_kernel[num_tokens, blocks](
-        qkv_MX, *packing, inv_freq_X, q_MHD, *cache, num_sequences, cache.key.shape[1],
+        qkv_MX, *packing, inv_freq_X, q_MHD, *cache, q_norm_D, k_norm_D, eps, num_sequences,
+        cache.key.shape[1],
         qkv_MX.stride(0), NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
         NUM_ANGLES=len(inv_freq_X), BLOCK_H=block_heads,
         BLOCK_S=triton.next_power_of_2(num_sequences), num_warps=NUM_WARPS, num_stages=1,

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stree_kernels.attention.rope_kv_write_ref import KeyValues, rotate
+from stree_kernels.attention.rope_kv_write_ref import HeadNorms, KeyValues, normed_heads, rotate
 from stree_kernels.launch.packing import Packing
 
 
 def prompt_kv_write(
-    qkv_MX: Tensor, packing: Packing, inv_freq_X: Tensor, *, q_MHD: Tensor, cache: KeyValues
-) -> None:
+    qkv_MX: Tensor, packing: Packing, inv_freq_X: Tensor, *, q_MHD: Tensor, cache: KeyValues,
+    norms: HeadNorms | None = None,
+) -> None:  # fmt: skip
     """Rotate the projection of packed tokens; write queries to `q_MHD`, the rest to `cache`.
 
     The projection and its rotation are those of `rope_kv_write_ref.rope_kv_write`; `cache` is
@@ -34,7 +35,10 @@ def prompt_kv_write(
         end = starts[sequence] + here.stop - here.start
         position_T1 = torch.arange(starts[sequence], end, device=qkv_MX.device)[:, None]
         heads_T1HD = qkv_MX[here].unflatten(-1, (-1, head_dim))[:, None]
-        turned_THD = rotate(heads_T1HD[:, :, :num_turned], position_T1, inv_freq_X)[:, 0]
+        turning_T1HD = heads_T1HD[:, :, :num_turned]
+        if norms is not None:
+            turning_T1HD = normed_heads(turning_T1HD, num_heads, norms)
+        turned_THD = rotate(turning_T1HD, position_T1, inv_freq_X)[:, 0]
         q_MHD[here] = turned_THD[:, :num_heads].to(q_MHD.dtype)
         cache.key[slot, starts[sequence] : end] = turned_THD[:, num_heads:].to(cache.key.dtype)
         cache.value[slot, starts[sequence] : end] = heads_T1HD[:, 0, num_turned:]

@@ -81,7 +81,7 @@ def _append(
 
 
 @triton.jit
-def _norm_heads(x, partner, head_H1, dims_D, partner_D, q_norm_ptr, k_norm_ptr, eps, NUM_HEADS):
+def norm_heads(x, partner, head_H1, dims_D, partner_D, q_norm_ptr, k_norm_ptr, eps, NUM_HEADS):
     """Heads of q and k and their rotation's partners, normed; v's likewise, of no use."""
     square_H = tl.sum(x * x, axis=1)
     scale_H1 = (1.0 / tl.sqrt(square_H * (1.0 / x.shape[1]) + eps))[:, None]
@@ -120,7 +120,7 @@ def _split(
     partner = tl.load(ptrs + partner_D[None, :], mask=rotated, other=0.0).to(tl.float32)
     turning = x
     if q_norm_ptr is not None:
-        turning, partner = _norm_heads(
+        turning, partner = norm_heads(
             x, partner, head_H1, dims_D, partner_D, q_norm_ptr, k_norm_ptr, eps, NUM_HEADS
         )
     turned = turning * cos_D[None, :] + partner * tl.where(is_low, -sin_D, sin_D)[None, :]

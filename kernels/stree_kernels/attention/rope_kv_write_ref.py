@@ -65,14 +65,14 @@ def rope_kv_write(
     position_TB = depth_R[first:end, None] + committed_B
     turning_TBHD = heads_TBHD[:, :, : num_heads + num_kv_heads]
     if norms is not None:
-        turning_TBHD = _normed(turning_TBHD, num_heads, norms)
+        turning_TBHD = normed_heads(turning_TBHD, num_heads, norms)
     turned_TBHD = rotate(turning_TBHD, position_TB, inv_freq_X)
     q_TBHD.copy_(turned_TBHD[:, :, :num_heads])
     rows.key[first:end] = turned_TBHD[:, :, num_heads:]
     rows.value[first:end] = heads_TBHD[:, :, num_heads + num_kv_heads :]
 
 
-def _normed(x_TBHD: Tensor, num_heads: int, norms: HeadNorms) -> Tensor:
+def normed_heads(x_TBHD: Tensor, num_heads: int, norms: HeadNorms) -> Tensor:
     """Return x with the RMS norm of every head, the first `num_heads` those of q."""
     x_TBHD = x_TBHD.to(torch.promote_types(x_TBHD.dtype, torch.float32))
     scale_TBH1 = torch.rsqrt(x_TBHD.square().mean(-1, keepdim=True) + norms.eps)

@@ -5,8 +5,8 @@ it leaves the inverse of the chunk's system, made by blocks. In the second one a
 of one head's state and takes a sequence's chunks in turn.
 Source: Gated DeltaNet (arXiv:2412.06464) sec. 3.3.
 
-Shape letters: M packed tokens, S sequences, H value heads, P value head dim, N key head dim,
-G key heads, T rows of a chunk, J rows before them.
+Shape letters: M packed tokens, S sequences, B slots, H value heads, P value head dim, N key head
+dim, G key heads, T rows of a chunk, J rows before them.
 """
 
 # The Triton DSL annotates its constants only.
@@ -31,6 +31,7 @@ from stree_kernels.delta.device_functions import (
 )
 from stree_kernels.delta.rows import check_decay, check_heads
 from stree_kernels.launch import pdl
+from stree_kernels.launch.packing import Packing, check_packing
 from stree_kernels.launch.pdl import launch_options, wait_for_previous
 from stree_kernels.launch.rows import FLOATS, Gate, gate_width, require_dtypes, require_packed
 from stree_kernels.launch.shared_memory import prefer_shared
@@ -43,7 +44,6 @@ from stree_kernels.ssm.device_functions import (
 )
 
 HEAD_DIMS = (16, 32, 64, 128)
-MAX_SEQUENCES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,12 +162,12 @@ def _add_rows(state, weighted_PT, k_TN):
 @triton.jit
 def _delta_chunk_scan_kernel(
     # pointers
-    state_ptr, q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, offsets_ptr, out_ptr, z_ptr, sums_ptr,
-    solved_ptr,
+    state_ptr, q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, offsets_ptr, slots_ptr, starts_ptr, out_ptr,
+    z_ptr, sums_ptr, solved_ptr,
     # sizes
     scale,
     # strides
-    stride_state_s, stride_q_m, stride_k_m, stride_v_m, stride_g_m, stride_beta_m, stride_out_m,
+    stride_state_b, stride_q_m, stride_k_m, stride_v_m, stride_g_m, stride_beta_m, stride_out_m,
     stride_z_m, stride_sums_m,
     # meta
     HEADS_PER_K: tl.constexpr, HEAD_DIM: tl.constexpr, STATE_DIM: tl.constexpr,
@@ -181,10 +181,13 @@ def _delta_chunk_scan_kernel(
     wait_for_previous(PDL)
     start = tl.load(offsets_ptr + sequence).to(tl.int64)
     end = tl.load(offsets_ptr + sequence + 1).to(tl.int64)
-    slot = start // CHUNK + sequence
-    state_ptr += sequence * stride_state_s + v_base * STATE_DIM
+    chunk = start // CHUNK + sequence
+    slot = tl.load(slots_ptr + sequence).to(tl.int64)
+    # A sequence without tokens reads nothing: its slot may be another one's.
+    goes_on = (tl.load(starts_ptr + sequence) > 0) & (start < end)
+    state_ptr += slot * stride_state_b + v_base * STATE_DIM
     state_ptrs = state_ptr + dims_P[:, None] * STATE_DIM + dims_N[None, :]
-    state = tl.load(state_ptrs).to(tl.float32)
+    state = tl.load(state_ptrs, mask=goes_on, other=0.0).to(tl.float32)
     q, v = (q_ptr + k_base, stride_q_m), (v_ptr + v_base, stride_v_m)
     k = (k_ptr + k_base, stride_k_m)
     g, beta = (g_ptr + head, stride_g_m), (beta_ptr + head, stride_beta_m)
@@ -202,7 +205,7 @@ def _delta_chunk_scan_kernel(
         o_PT = dot_state(parts, q_NT) * (decay_T * scale)[None, :]
         v_PT = load_columns(_at(v, begin), own_T, within, dims_P).to(tl.float32)
         right_PT = beta_T[None, :] * (v_PT - decay_T[None, :] * key_PT)
-        here_ptr = solved_ptr + (slot * tl.num_programs(1) + head) * (CHUNK * CHUNK)
+        here_ptr = solved_ptr + (chunk * tl.num_programs(1) + head) * (CHUNK * CHUNK)
         inverse_JT = tl.load(here_ptr + own_T[:, None] * CHUNK + own_T[None, :])
         u_PT = _dot_thirds(right_PT, inverse_JT, EXACT)
         weight_JT = tl.dot(k_TN, q_NT, input_precision="ieee")
@@ -217,23 +220,23 @@ def _delta_chunk_scan_kernel(
         # c of rows that are not there is that of the last one.
         total = tl.min(path_T, axis=0)
         state = _add_rows(state * tl.exp(total), u_PT * tl.exp(total - path_T)[None, :], k_TN)
-        slot += 1
-    tl.store(state_ptrs, state.to(state_ptr.dtype.element_ty))
+        chunk += 1
+    tl.store(state_ptrs, state.to(state_ptr.dtype.element_ty), mask=start < end)
 
 
 def delta_chunk_scan(
-    state_SHPN: Tensor, tokens: PackedTokens, offsets_S1: Tensor, *, out_MHP: Tensor,
+    state_BHPN: Tensor, tokens: PackedTokens, packing: Packing, *, out_MHP: Tensor,
     gate: Gate | None,
 ) -> None:  # fmt: skip
-    """Advance every sequence's state by its tokens, in place, and write o of each token.
+    """Advance the states of the slots that sequences go on with, and write o of each token.
 
     The contract is that of `delta_chunk_scan_ref.delta_chunk_scan`, with q, k, v, z and o in one
     dtype of `FLOATS` and g, beta and sums in fp32. Allocates the chunks' inverses.
     Raises ValueError when a size, dtype or stride is beyond what the kernel takes.
     """
-    block_p = _check(state_SHPN, tokens, offsets_S1, out_MHP, gate)
-    num_sequences, num_heads, head_dim, state_dim = state_SHPN.shape
-    device, exact = state_SHPN.device, out_MHP.dtype == torch.float32
+    block_p = _check(state_BHPN, tokens, packing, out_MHP, gate)
+    num_sequences, (num_heads, head_dim, state_dim) = len(packing.slots_S), state_BHPN.shape[1:]
+    device, exact = state_BHPN.device, out_MHP.dtype == torch.float32
     config = WIDE_CONFIG if exact or pdl.capability(device) >= 100 else CONFIG
     size, num_slots = config.chunk, len(out_MHP) // config.chunk + num_sequences
     solved = torch.empty(num_slots, num_heads, size, size, device=device)
@@ -241,7 +244,8 @@ def delta_chunk_scan(
     options = {"num_stages": 1, **launch_options(device)}
     heads_per_k = num_heads // k.shape[1]
     kernel = _delta_chunk_solve_kernel[num_slots, num_heads](
-        k, g, beta, offsets_S1, solved, num_sequences, k.stride(0), g.stride(0), beta.stride(0),
+        k, g, beta, packing.offsets_S1, solved, num_sequences,
+        k.stride(0), g.stride(0), beta.stride(0),
         HEADS_PER_K=heads_per_k, STATE_DIM=state_dim, CHUNK=size,
         BLOCK_S=triton.next_power_of_2(num_sequences), num_warps=config.solve_warps, **options,
     )  # fmt: skip
@@ -250,8 +254,8 @@ def delta_chunk_scan(
     moved = (*tokens, out_MHP, z, sums)
     grid = (head_dim // block_p, num_heads, num_sequences)
     kernel = _delta_chunk_scan_kernel[grid](
-        state_SHPN, q, k, v, g, beta, offsets_S1, out_MHP, z, sums, solved, state_dim**-0.5,
-        state_SHPN.stride(0), *(0 if tensor is None else tensor.stride(0) for tensor in moved),
+        state_BHPN, q, k, v, g, beta, *packing, out_MHP, z, sums, solved, state_dim**-0.5,
+        state_BHPN.stride(0), *(0 if tensor is None else tensor.stride(0) for tensor in moved),
         HEADS_PER_K=heads_per_k, HEAD_DIM=head_dim, STATE_DIM=state_dim, BLOCK_P=block_p,
         CHUNK=size, EXACT=exact, num_warps=config.num_warps, **options,
     )  # fmt: skip
@@ -259,21 +263,17 @@ def delta_chunk_scan(
 
 
 def _check(
-    state: Tensor, tokens: PackedTokens, offsets: Tensor, out: Tensor, gate: Gate | None
+    state: Tensor, tokens: PackedTokens, packing: Packing, out: Tensor, gate: Gate | None
 ) -> int:
     """Return a program's columns of v; raise ValueError for what the kernels cannot take."""
     check_decay(tokens.g_MH, 2)
     check_heads(state, tokens.k_MGN, tokens.q_MGN)
-    num_sequences, num_heads, head_dim, state_dim = state.shape
+    num_heads, head_dim, state_dim = state.shape[1:]
+    check_packing(packing)
     if head_dim not in HEAD_DIMS or state_dim not in HEAD_DIMS:
         raise ValueError(
             f"the delta chunk scan takes head dims {HEAD_DIMS}, got {head_dim} of v and "
             f"{state_dim} of k; use the torch backend"
-        )
-    if num_sequences > MAX_SEQUENCES or offsets.shape != (num_sequences + 1,):
-        raise ValueError(
-            f"the delta chunk scan takes at most {MAX_SEQUENCES} sequences and one offset more, "
-            f"got {num_sequences} and {tuple(offsets.shape)}; pass fewer prompts at a time"
         )
     q, k, v, g, beta = tokens
     blocks = [q, k, v, out] if gate is None else [q, k, v, out, gate.z_BTHP]
@@ -281,12 +281,9 @@ def _check(
     require_dtypes("q, k, v, z and the output", blocks, FLOATS)
     require_dtypes("the state", (state,), FLOATS)
     require_dtypes("the decay, beta and sums", (g, beta, *sums), (torch.float32,))
-    require_dtypes("the offsets", (offsets,), (torch.int32,))
     require_packed("the state", (state,), 3)
     require_packed("a row of q, k, v, z or the output", blocks, 2)
-    require_packed(
-        "a row of the decay, beta or sums, and the offsets", (g, beta, *sums, offsets), 1
-    )
+    require_packed("a row of the decay, beta or sums", (g, beta, *sums), 1)
     if any(len(tensor) != len(out) for tensor in (*tokens, *blocks, *sums)):
         raise ValueError(
             f"packed rows are as many as those of the output, {len(out)}, got "

@@ -5,8 +5,8 @@ chunk u solves a triangular system, and the state passes from chunk to chunk. It
 and what the Triton kernels are compared with.
 Source: Gated DeltaNet (arXiv:2412.06464) sec. 3.3.
 
-Shape letters: M packed tokens, S sequences, H value heads, P value head dim, N key head dim,
-G key heads, Q partial sums of a row.
+Shape letters: M packed tokens, S sequences, B slots, H value heads, P value head dim, N key head
+dim, G key heads, Q partial sums of a row.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from stree_kernels.delta.delta_scan_ref import advanced, chain_block, score_rows, write_output
 from stree_kernels.delta.rows import DeltaRows, DeltaTokens
+from stree_kernels.launch.packing import Packing
 from stree_kernels.launch.rows import Gate
 from stree_kernels.ssm.tree_scan_ref import widen
 
@@ -39,27 +40,30 @@ class PackedTokens(NamedTuple):
 
 
 def delta_chunk_scan(
-    state_SHPN: Tensor,
+    state_BHPN: Tensor,
     tokens: PackedTokens,
-    offsets_S1: Tensor,
+    packing: Packing,
     *,
     out_MHP: Tensor,
     gate: Gate | None,
 ) -> None:
-    """Advance every sequence's state by its tokens, in place, and write o of each token.
+    """Advance the states of the slots that sequences go on with, and write o of each token.
 
-    `offsets_S1` (int32) says where sequences begin, and at last where the tokens end; a sequence
-    may be empty. A prompt starts with a state of zeros, a later piece of it with what the earlier
-    one has left. `gate` as in `delta_scan_ref.delta_scan`, its tensors [M, H, P] and [M, Q].
-    Computes in the state's dtype, in fp32 at least.
+    A sequence without tokens leaves its slot as it was. `gate` as in `delta_scan_ref.delta_scan`,
+    its tensors [M, H, P] and [M, Q]. Computes in the state's dtype, in fp32 at least.
     """
-    bounds = offsets_S1.tolist()
-    for sequence, (begin, end) in enumerate(itertools.pairwise(bounds)):
-        state = widen(state_SHPN[sequence : sequence + 1])
+    offsets, slots, starts = (table.tolist() for table in packing)
+    for sequence, (begin, end) in enumerate(itertools.pairwise(offsets)):
+        if begin == end:
+            continue
+        slot = slots[sequence]
+        state = widen(state_BHPN[slot : slot + 1])
+        if not starts[sequence]:
+            state = torch.zeros_like(state)
         for start in range(begin, end, CHUNK):
             here = slice(start, min(start + CHUNK, end))
             state = _read_chunk(state, tokens, here, out_MHP, gate)
-        state_SHPN[sequence] = state[0]
+        state_BHPN[slot] = state[0]
 
 
 def _read_chunk(
