@@ -4,19 +4,28 @@
 - batch size: a pass or whole step at one batch size from the batch sizes beside it.
 - whole step: a speculative step from its terms and the other steps of its batch size.
 - roofline, batch size and shape: a pass from a roofline fitted without its batch size or model.
+- both shapes: a whole step of a pair from a roofline fitted without both of its models.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from stree_autotune.cost.roofline import Sample, fit, log_errors, samples_of
+from stree_autotune.cost.estimate import TWO_SIDED, fit_shapes
+from stree_autotune.cost.layout import Layouts
+from stree_autotune.cost.roofline import fit, log_errors
+from stree_autotune.cost.shape_table import MeasuredGpu, ShapeQuestion, table_of_shapes
 from stree_autotune.cost.step_cost import StepCost
+from stree_autotune.cost.work import Sample, all_samples
 from stree_autotune.store.gpu_spec import GpuSpec
+from stree_autotune.store.library import Library
 from stree_autotune.store.runtime_table import Point, RuntimeTable
+from stree_autotune.store.step_rule import StepRule
+from stree_core.models.source import MTP, head_source
 
 PASSES = ("verify", "draft", "draft_root")
 
@@ -59,9 +68,11 @@ def accuracy(table: RuntimeTable) -> list[Accuracy]:
     return rows
 
 
-def roofline_accuracy(tables: Sequence[RuntimeTable], spec: GpuSpec) -> list[Accuracy]:
+def roofline_accuracy(
+    tables: Sequence[RuntimeTable], spec: GpuSpec, layouts: Layouts
+) -> list[Accuracy]:
     """Return how a roofline fitted to tables of one GPU errs on what was left out."""
-    samples = list(dict.fromkeys(s for table in tables for s in samples_of(table)))
+    samples = all_samples(tables, layouts)
     rows = []
     groups: tuple[tuple[str, Callable[[Sample], Hashable]], ...] = (
         ("batch size", lambda sample: sample.batch_size),
@@ -75,6 +86,36 @@ def roofline_accuracy(tables: Sequence[RuntimeTable], spec: GpuSpec) -> list[Acc
                 errors = np.expm1(log_errors(mine, fit(rest, spec), spec))
                 rows.append(Accuracy.of(f"roofline, {what}", str(group), errors.tolist()))
     return rows
+
+
+def pair_accuracy(measured: MeasuredGpu, library: Library) -> tuple[list[Accuracy], float]:
+    """Return how whole greedy steps are predicted from shapes that no table was fitted to.
+
+    Both models of a pair are left out of the roofline. Also the share of steps inside the band.
+    """
+    rows, inside = [], []
+    for table in measured.tables:
+        names = (table.target.name, table.draft.name)
+        rest = [s for s in all_samples(measured.tables, measured.layouts) if s.model not in names]
+        if len({sample.model for sample in rest}) < 2:
+            continue
+        roofline = fit_shapes(rest, measured.spec, table)
+        target = library.find_described(names[0])
+        draft = head_source(target) if names[1] == MTP else library.find_described(names[1])
+        most = max(tree.build().num_nodes for tree in table.trees.values())
+        asked = ShapeQuestion(target, draft, measured.spec, table.batch_sizes, most, table.context)
+        cost = StepCost.from_table(table_of_shapes(asked, roofline, measured))
+        band = TWO_SIDED * math.hypot(roofline.between, roofline.within)
+        errors: dict[str, list[float]] = {"off": [], "speculating": []}
+        for step in table.steps:
+            if step.rule == StepRule.GREEDY:
+                tree = table.trees[step.tree].build()
+                error = cost.step_ms(step.batch_size, tree, step.tokens_per_step) / step.ms
+                errors["off" if step.is_off else "speculating"].append(error - 1)
+                inside.append(abs(math.log(error)) <= band)
+        for kind, found in errors.items():
+            rows.append(Accuracy.of(f"both shapes, {kind}", " + ".join(names), found))
+    return rows, sum(inside) / max(1, len(inside))
 
 
 def _without_size(points: Sequence[Point]) -> Iterator[float]:

@@ -15,14 +15,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from stree_autotune.cost.roofline import Efficiencies, fit, pass_work, samples_of
+from stree_autotune.cost.layout import find_layouts, layout_of
+from stree_autotune.cost.roofline import Efficiencies, fit
 from stree_autotune.cost.traffic import model_cost
+from stree_autotune.cost.work import PassModel, PassSize, all_samples, pass_work
 from stree_autotune.store.gpu_spec import GpuSpec
 from stree_autotune.store.library import Library
-from stree_autotune.store.runtime_table import ModelCost, RuntimeTable
+from stree_autotune.store.runtime_table import RuntimeTable
 from stree_core.families.registry import shape_from_config
 from stree_core.families.shape_spec import load_shape_spec
-from stree_core.models.source import spec_source
+from stree_core.models.source import ModelSource, spec_source
 
 TARGET, DRAFT, GPU = "mamba-in-llama-8b", "mamba2-distilled-small", "rtx3090"
 CONTEXT = 600
@@ -78,7 +80,7 @@ def predictions(
     """Predict every row with host terms fitted to the others."""
     spec = library.gpu_spec(GPU)
     assert spec is not None
-    found = fit([s for table in tables for s in samples_of(table)], measured)
+    found = fit(all_samples(tables, find_layouts(library, tables)), measured)
     passes = np.array([_passes_ms(row, found, spec, library) for row in ROWS])
     terms = np.array([_host_terms(row) for row in ROWS], dtype=np.float64)
     left = np.array([row.ms for row in ROWS]) - passes
@@ -122,24 +124,28 @@ def _passes_ms(row: Published, found: Efficiencies, spec: GpuSpec, library: Libr
     """Return the roofline's time of a step: a draft pass a level, and the target's pass."""
     target, draft = _target(row.layers, library), _model(DRAFT, library)
     tokens = 1 + row.depth * row.width
-    total = float(found.ms([pass_work(target, 1, tokens, CONTEXT, tokens, BYTES)], spec)[0])
+    size = PassSize(1, tokens, tokens, tokens, CONTEXT)
+    total = float(found.ms([pass_work(target, size)], spec)[0])
     if row.depth:
-        work = pass_work(draft, 1, row.width, CONTEXT, row.width, BYTES)
-        total += row.depth * float(found.ms([work], spec)[0])
+        size = PassSize(1, row.width, 2 + row.width, row.width, CONTEXT)
+        total += row.depth * float(found.ms([pass_work(draft, size)], spec)[0])
     return total
 
 
-def _model(name: str, library: Library) -> ModelCost:
-    source = spec_source(library.find_shape(name))
-    return model_cost(source.shape, source.ref, BYTES)
+def _model(name: str, library: Library) -> PassModel:
+    return _pass_model(spec_source(library.find_shape(name)))
 
 
-def _target(layers: str, library: Library) -> ModelCost:
+def _pass_model(source: ModelSource) -> PassModel:
+    cost = model_cost(source.shape, source.ref, BYTES)
+    return PassModel(cost, layout_of(source.shape), BYTES)
+
+
+def _target(layers: str, library: Library) -> PassModel:
     """Return the cost of the target with every attention layer a Mamba2 one, or as it is."""
     if layers != "all Mamba":
         return _model(TARGET, library)
     path = library.find_shape(TARGET)
     config = load_shape_spec(path).config_dict
     config["mamba_config"]["attn_layers"] = []
-    source = replace(spec_source(path), shape=shape_from_config(config, TARGET))
-    return model_cost(source.shape, source.ref, BYTES)
+    return _pass_model(replace(spec_source(path), shape=shape_from_config(config, TARGET)))

@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from accuracy import Accuracy, accuracy, roofline_accuracy
+from accuracy import Accuracy, accuracy, pair_accuracy, roofline_accuracy
 from published import published_table
 
+from stree_autotune.cost.layout import find_layouts
+from stree_autotune.cost.shape_table import MeasuredGpu
 from stree_autotune.store.library import Library, shipped_root
 from stree_autotune.store.runtime_table import load_runtime_table
 
@@ -30,9 +32,14 @@ def main() -> None:
     library = Library.open()
     for gpu in sorted({table.gpu for table in tables}):
         spec = library.gpu_spec(gpu)
-        mine = [table for table in tables if table.gpu == gpu]
+        mine = tuple(table for table in tables if table.gpu == gpu)
         if spec is not None:
-            print(f"**{gpu}: roofline**\n\n{as_markdown(roofline_accuracy(mine, spec))}")
+            layouts = find_layouts(library, mine)
+            print(f"**{gpu}: roofline**\n\n{as_markdown(roofline_accuracy(mine, spec, layouts))}")
+            rows, inside = pair_accuracy(MeasuredGpu(spec, mine, (), layouts), library)
+            if rows:
+                print(f"**{gpu}: shapes alone**\n\n{as_markdown(rows)}")
+                print(f"{inside:.1%} of these steps lie inside the band of an estimate.\n")
             print(published_table(mine, spec, library))
 
 

@@ -9,6 +9,8 @@ import pytest
 from scripts import script
 from synthetic_data import make_table
 
+from stree_autotune.cost.layout import find_layouts
+from stree_autotune.cost.shape_table import MeasuredGpu
 from stree_autotune.store.gpu_spec import load_gpu_spec
 from stree_autotune.store.library import Library, shipped_root
 from stree_autotune.store.runtime_table import RuntimeTable, load_runtime_table
@@ -43,11 +45,24 @@ def test_a_fault_is_found_where_it_is() -> None:
 def test_shapes_are_left_out_of_the_roofline() -> None:
     root = shipped_root()
     tables = [load_runtime_table(path) for path in sorted((root / "runtime").glob("h200--*.yaml"))]
-    rows = roofline_accuracy(tables, load_gpu_spec(root / "gpus" / "h200.yaml"))
+    spec, library = load_gpu_spec(root / "gpus" / "h200.yaml"), Library.open()
+    layouts = find_layouts(library, tables)
+    rows = roofline_accuracy(tables, spec, layouts)
     shapes = {row.term: row for row in rows if row.left_out == "roofline, shape"}
     assert {"mamba2-2.7b", "mamba2-130m"} <= set(shapes)
-    # From models of milliseconds to one of microseconds and back: it is far off, and says so.
-    assert all(0 < row.median < 1 for row in shapes.values())
+    # From models of milliseconds to one of microseconds and back.
+    assert all(0 < row.median < 0.15 for row in shapes.values())
+
+
+def test_pairs_that_no_table_was_fitted_to_are_within_the_band() -> None:
+    root = shipped_root()
+    tables = [load_runtime_table(path) for path in sorted((root / "runtime").glob("h200--*.yaml"))]
+    spec, library = load_gpu_spec(root / "gpus" / "h200.yaml"), Library.open()
+    measured = MeasuredGpu(spec, tuple(tables), (), find_layouts(library, tables))
+    rows, inside = script_accuracy.pair_accuracy(measured, library)
+    assert inside > 0.9
+    billions = [row for row in rows if row.term.startswith("mamba-in-llama-8b")]
+    assert all(row.median < 0.1 and row.worst < 0.25 for row in billions)
 
 
 def test_published_times_are_predicted_within_a_fifth(monkeypatch: pytest.MonkeyPatch) -> None:

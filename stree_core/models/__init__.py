@@ -31,9 +31,11 @@ if TYPE_CHECKING:
     from stree_core.models.source import (
         MTP as MTP,
         ModelSource as ModelSource,
+        config_source as config_source,
         find_source as find_source,
         folder_source as folder_source,
         head_source as head_source,
+        hub_config_source as hub_config_source,
         spec_source as spec_source,
     )
     from stree_core.models.state_flush import flush_states as flush_states
@@ -76,9 +78,11 @@ __getattr__, __dir__ = exports(
         "source": [
             "MTP",
             "ModelSource",
+            "config_source",
             "find_source",
             "folder_source",
             "head_source",
+            "hub_config_source",
             "spec_source",
         ],
         "state_flush": ["flush_states"],

@@ -53,13 +53,30 @@ def fetch_model(name: str, cache_dir: Path | None = None) -> HubModel:
     Pickled weights are fetched only where there are no safetensors.
     Raises CheckpointError when the files cannot be had.
     """
+    _require_id(name)
+    folder = _snapshot(name, SAFETENSORS, cache_dir)
+    if not any(folder.glob("*.safetensors")):
+        folder = _snapshot(name, PICKLES, cache_dir)
+    return _with_config(name, folder)
+
+
+def fetch_config(name: str, cache_dir: Path | None = None) -> HubModel:
+    """Fetch what describes a model without its weights; offline, use what was fetched.
+
+    Raises CheckpointError when it cannot be had.
+    """
+    _require_id(name)
+    return _with_config(name, _snapshot(name, (), cache_dir))
+
+
+def _require_id(name: str) -> None:
     if not is_hub_id(name):
         raise CheckpointError(
             f"a Hugging Face id has the form organisation/repository, got {name!r}; check it"
         )
-    folder = _snapshot(name, SAFETENSORS, cache_dir)
-    if not any(folder.glob("*.safetensors")):
-        folder = _snapshot(name, PICKLES, cache_dir)
+
+
+def _with_config(name: str, folder: Path) -> HubModel:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{name} must hold a config.json, it has none; use another model")
     return HubModel(folder, name.split("/")[1])

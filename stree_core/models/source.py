@@ -6,7 +6,7 @@ Nothing here loads torch: tuning asks for names and hashes only.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from stree_core.families import (
     shape_from_config,
 )
 from stree_core.files import read_json, read_json_bytes, sha256_of
-from stree_core.models.hub import fetch_model, is_hub_id
+from stree_core.models.hub import fetch_config, fetch_model, is_hub_id
 from stree_core.models.text import tokenizer_sha256
 from stree_core.models.weight_index import weights_sha256
 from stree_core.profile import ModelRef
@@ -46,6 +46,16 @@ class ModelSource:
     def name(self) -> str:
         """The name that files keep of it."""
         return self.ref.name
+
+
+def hub_config_source(name: str) -> ModelSource:
+    """Return the source of a Hugging Face id by its config alone, which is fetched.
+
+    Raises CheckpointError when it cannot be had or used.
+    """
+    fetched = fetch_config(name)
+    source = config_source(fetched.folder)
+    return replace(source, ref=source.ref.model_copy(update={"name": fetched.name}))
 
 
 def find_source(name: str | Path) -> ModelSource:
@@ -82,6 +92,25 @@ def folder_source(folder: Path, name: str | None = None) -> ModelSource:
         weights_sha256=weights_sha256(folder),
     )
     return ModelSource(ref, shape, folder)
+
+
+def config_source(path: Path) -> ModelSource:
+    """Return the source of a config alone: a folder with config.json, or such a file by any name.
+
+    A file of another name goes by that. Raises CheckpointError when it cannot be used.
+    """
+    is_file = path.is_file()
+    if is_file and path.name != CONFIG:
+        name = path.stem
+        config, data = read_json_bytes(path)
+        digest = hashlib.sha256(data).hexdigest()
+    else:
+        folder = path.resolve().parent if is_file else path
+        name = folder.resolve().name
+        config, digest = _read_config(folder)
+    shape = shape_from_config(config, name)
+    ref = ModelRef(name=name, config_sha256=digest, shape_sha256=shape.digest)
+    return ModelSource(ref, shape, None)
 
 
 def spec_source(path: Path) -> ModelSource:

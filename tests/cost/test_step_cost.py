@@ -12,7 +12,7 @@ from strategies import trees
 from synthetic_data import TREES, make_table, step_ms
 
 from stree_autotune.cost.overhead import DOUBT, NEAR, Coefficients, Missed, WholeStep, fit_overhead
-from stree_autotune.cost.step_cost import StepCost
+from stree_autotune.cost.step_cost import StepCost, has_cliff
 from stree_autotune.cost.terms import PLAIN, Load
 from stree_autotune.cost.traffic import MAX_BUFFERED
 from stree_autotune.cost.tree_shape import TreeShape, shape_of
@@ -20,7 +20,7 @@ from stree_autotune.store.runtime_table import TIMED_PATH, NoRoom, Point, Runtim
 from stree_autotune.store.step_rule import StepRule
 from stree_core.drafting.tree_plan import ModelRows, make_plan
 from stree_core.errors import MissingMeasurement
-from stree_core.tree import DEFAULT_TREE, Tree
+from stree_core.tree import DEFAULT_TREE, OFF, Tree
 
 COST = StepCost.from_table(make_table())
 RAGGED = Tree.from_paths([[0], [1], [2], [0, 0], [0, 1], [2, 0], [0, 0, 0], [0, 0, 0, 0]])
@@ -276,11 +276,24 @@ def test_context_costs_in_every_draft_pass_of_a_draft_with_attention() -> None:
         assert less == pytest.approx(depth * 0.08 / 4), "a quarter of the context less"
 
 
-def test_a_step_is_never_shorter_than_the_hosts_work() -> None:
-    table = with_points(make_table(), "host", 8, {1: 9.0})
-    cost = StepCost.from_table(table)
-    assert cost.step_ms(8, DEFAULT_TREE) == 9.0
-    assert cost.step_ms(4, DEFAULT_TREE) == pytest.approx(step_ms(4, DEFAULT_TREE))
+def test_the_hosts_work_decides_nothing() -> None:
+    cost = StepCost.from_table(with_points(make_table(), "host", 8, {1: 9.0}))
+    assert cost.step_ms(8, DEFAULT_TREE) == pytest.approx(step_ms(8, DEFAULT_TREE))
+
+
+def test_between_batch_sizes_with_a_cliff_times_are_bounded() -> None:
+    cost = StepCost.from_table(make_table())
+    assert [has_cliff(*gap, None) for gap in ((4, 8), (8, 16), (16, 32), (32, 64))] == [
+        False, True, True, False,
+    ]  # fmt: skip
+    below, between, above = 16, 20, 32
+    ends = [cost.step_ms(size, OFF) for size in (below, above)]
+    rng = np.random.default_rng(0)
+    drawn = [cost.draw(rng).step_ms(between, OFF) for _ in range(400)]
+    assert np.quantile(drawn, 0.975) / np.quantile(drawn, 0.025) > (ends[1] / ends[0]) ** 0.7
+    assert ends[0] <= min(drawn) < max(drawn) <= ends[1]
+    assert "is bounded by both; measure with" in cost.note(between)
+    assert cost.note(below) == ""
 
 
 @given(tree=trees(max_nodes=40, min_nodes=1))

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 from stree_kernels.lazy import exports
 
 if TYPE_CHECKING:
+    from stree_autotune.cost.estimate import Estimate as Estimate
     from stree_autotune.cost.memory import MemoryModel as MemoryModel
+    from stree_autotune.cost.shape_table import (
+        ShapeQuestion as ShapeQuestion,
+        estimate_shapes as estimate_shapes,
+        nearest_measured as nearest_measured,
+    )
     from stree_autotune.cost.step_cost import StepCost as StepCost
     from stree_autotune.cost.table_cost import (
         RuntimeInputs as RuntimeInputs,
@@ -21,7 +27,9 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = exports(
     __name__,
     {
+        "estimate": ["Estimate"],
         "memory": ["MemoryModel"],
+        "shape_table": ["ShapeQuestion", "estimate_shapes", "nearest_measured"],
         "step_cost": ["StepCost"],
         "table_cost": ["RuntimeInputs", "read_runtime", "runtime_cost"],
         "terms": ["PER_TOKENS"],

@@ -19,24 +19,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stree_autotune.cost.roofline import (
-    FEWEST_SAMPLES,
-    Efficiencies,
+from stree_autotune.cost.layout import Layouts
+from stree_autotune.cost.roofline import FEWEST_SAMPLES, Efficiencies, fit, log_errors
+from stree_autotune.cost.tree_shape import shape_of
+from stree_autotune.cost.work import (
     Sample,
     Work,
-    fit,
-    log_errors,
-    point_work,
-    samples_of,
+    all_samples,
+    pass_models,
+    pass_work,
+    plain_size,
+    point_size,
 )
-from stree_autotune.cost.tree_shape import shape_of
 from stree_autotune.store import GpuSpec, PairWords, Point, RulePoint, RuntimeTable, Step
 from stree_core.errors import MissingMeasurement
 
 WIDEST = math.log(2.5)
 """The widest half band, as a logarithm: beyond this factor nothing is promised."""
 
-_TWO_SIDED = 1.96
+TWO_SIDED = 1.96
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +53,22 @@ class Estimate:
     @property
     def band(self) -> float:
         """Half of the 95 % band of a time, as a logarithm."""
-        return _TWO_SIDED * math.hypot(self.own, self.common)
+        return TWO_SIDED * math.hypot(self.own, self.common)
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """The roofline of one GPU and how it errs on shapes left out (logarithms)."""
+    """The roofline of one GPU and how it errs on shapes left out (logarithms).
+
+    `between` is of a shape's mean error, `within` of errors about it, `median` of all errors.
+    """
 
     spec: GpuSpec
     found: Efficiencies
     between: float
     within: float
+    median: float
+    num_shapes: int
 
 
 def estimate_table(
@@ -71,23 +77,20 @@ def estimate_table(
     wanted: GpuSpec,
     others: Sequence[RuntimeTable] = (),
     words: PairWords | None = None,
+    layouts: Layouts | None = None,
 ) -> Estimate:
     """Carry `table`, measured on GPU `measured`, to GPU `wanted`.
 
-    `others` are further tables of the measured GPU, dtype and backend to fit to. Raises
-    MissingMeasurement when the band would be wider than a factor of 2.5 either way.
+    `others` are further tables of the measured GPU, dtype and backend to fit to, `layouts` those of
+    all their models whose shapes are known. Raises MissingMeasurement when the band would be wider
+    than a factor of 2.5 either way.
     """
-    alike = [
-        other
-        for other in others
-        if (other.gpu, other.dtype, other.backend) == (table.gpu, table.dtype, table.backend)
-    ]
-    samples = [s for each in (table, *alike) for s in samples_of(each)]
-    roofline = fit_shapes(list(dict.fromkeys(samples)), measured, table, words)
-    own, common = _spreads(roofline, wanted)
-    estimate = Estimate(
-        _carried(table, roofline, wanted), table, own, common, _rule(roofline, wanted, own, common)
-    )
+    layouts = layouts or Layouts()
+    samples = all_samples([table, *(o for o in others if is_like(o, table))], layouts)
+    roofline = fit_shapes(samples, measured, table, words)
+    own, common = transfer_spreads(roofline, wanted)
+    carried = _carried(table, roofline, wanted, layouts)
+    estimate = Estimate(carried, table, own, common, _rule(roofline, wanted, own, common))
     if estimate.band > WIDEST:
         raise MissingMeasurement(
             f"times measured on {measured.name} say those of {wanted.name} only within a factor of "
@@ -95,6 +98,11 @@ def estimate_table(
             f"`{table.model_copy(update={'gpu': wanted.name}).probe_command(words)}`"
         )
     return estimate
+
+
+def is_like(other: RuntimeTable, table: RuntimeTable) -> bool:
+    """True when the passes of both tables ran on one GPU, in one precision and backend."""
+    return (other.gpu, other.dtype, other.backend) == (table.gpu, table.dtype, table.backend)
 
 
 def fit_shapes(
@@ -111,26 +119,28 @@ def fit_shapes(
             f"estimates need {FEWEST_SAMPLES} measured passes of each of two models, the tables "
             f"of {spec.name} hold fewer; record them with `{table.probe_command(words)}`"
         )
-    means, deviations = [], []
+    means, deviations, sizes = [], [], []
     for left_out in groups:
         rest = [sample for group in groups if group is not left_out for sample in group]
         errors = log_errors(left_out, fit(rest, spec), spec)
         means.append(float(errors.mean()))
         deviations.append(float(errors.std()))
+        sizes += np.abs(errors).tolist()
     between = float(np.sqrt(np.mean(np.square(means))))
     within = float(np.sqrt(np.mean(np.square(deviations))))
-    return Fit(spec, fit(samples, spec), between, within)
+    median = float(np.median(sizes))
+    return Fit(spec, fit(samples, spec), between, within, median, len(models))
 
 
-def _spreads(roofline: Fit, wanted: GpuSpec) -> tuple[float, float]:
+def transfer_spreads(roofline: Fit, wanted: GpuSpec) -> tuple[float, float]:
     """Return the spread of each group of terms and of all together; see the module."""
-    rates = [math.log(ratio) for ratio in _ratios(roofline.spec, wanted)]
+    rates = [math.log(ratio) for ratio in rate_ratios(roofline.spec, wanted)]
     own = roofline.within * (max(rates) - min(rates))
     same = roofline.spec.architecture == wanted.architecture
     return own, math.hypot(own, 0.0 if same else roofline.between)
 
 
-def _ratios(measured: GpuSpec, wanted: GpuSpec) -> tuple[float, float, float]:
+def rate_ratios(measured: GpuSpec, wanted: GpuSpec) -> tuple[float, float, float]:
     """Return how much longer memory, arithmetic and launches take on the wanted GPU."""
     return (
         measured.memory_bandwidth_tb_per_s / wanted.memory_bandwidth_tb_per_s,
@@ -139,12 +149,13 @@ def _ratios(measured: GpuSpec, wanted: GpuSpec) -> tuple[float, float, float]:
     )
 
 
-def _carried(table: RuntimeTable, roofline: Fit, wanted: GpuSpec) -> RuntimeTable:
+def _carried(table: RuntimeTable, roofline: Fit, wanted: GpuSpec, layouts: Layouts) -> RuntimeTable:
     """Return the table with every time multiplied by its ratio."""
-    memory, _, launch = _ratios(roofline.spec, wanted)
+    memory, _, launch = rate_ratios(roofline.spec, wanted)
 
-    passes = _ratios_of([_point_works(p, table) for p in table.points], roofline, wanted)
-    steps = _ratios_of([_step_works(s, table) for s in table.steps], roofline, wanted)
+    points = [_point_works(point, table, layouts) for point in table.points]
+    steps_works = [_step_works(step, table, layouts) for step in table.steps]
+    passes, steps = (_ratios_of(works, roofline, wanted) for works in (points, steps_works))
 
     def point(p: Point, ratio: float | None) -> Point:
         if p.term == "host":
@@ -155,22 +166,13 @@ def _carried(table: RuntimeTable, roofline: Fit, wanted: GpuSpec) -> RuntimeTabl
         assert ratio is not None
         return s._replace(ms=s.ms * ratio)
 
-    least: dict[str, float] = {}
-    for rule in sorted(table.rules, key=lambda rule: rule.rows):
-        least.setdefault(rule.work, rule.ms)
-
-    def rule_point(r: RulePoint) -> RulePoint:
-        # What one row takes is launches, what more rows take is memory.
-        fixed = min(r.ms, least[r.work])
-        return r._replace(ms=fixed * launch + (r.ms - fixed) * memory)
-
     return table.model_copy(
         update={
             "gpu": wanted.name,
             "gpu_name": wanted.full_name,
             "points": tuple(map(point, table.points, passes)),
             "steps": tuple(map(step, table.steps, steps)),
-            "rules": tuple(map(rule_point, table.rules)),
+            "rules": carried_rules(table.rules, launch, memory),
             "no_room": (),
             "steps_no_room": (),
         }
@@ -192,31 +194,54 @@ def _ratios_of(
     ]
 
 
-def _point_works(point: Point, table: RuntimeTable) -> list[Work]:
+def carried_rules(
+    rules: Sequence[RulePoint], launch: float, memory: float
+) -> tuple[RulePoint, ...]:
+    """Return rules with what one row takes multiplied as launches are, and the rest as memory."""
+    least: dict[str, float] = {}
+    for rule in sorted(rules, key=lambda rule: rule.rows):
+        least.setdefault(rule.work, rule.ms)
+    moved = []
+    for rule in rules:
+        fixed = min(rule.ms, least[rule.work])
+        moved.append(rule._replace(ms=fixed * launch + (rule.ms - fixed) * memory))
+    return tuple(moved)
+
+
+def _point_works(point: Point, table: RuntimeTable, layouts: Layouts) -> list[Work]:
     """Return the pass of a point, none for terms that the roofline does not describe."""
     if point.term not in ("verify", "draft", "draft_root"):
         return []
-    return [point_work(point.term, point.batch_size, point.size, table)]
+    target, draft = pass_models(table, layouts)
+    size = point_size(point.term, point.batch_size, point.size, table.context / 2)
+    return [pass_work(target if point.term == "verify" else draft, size)]
 
 
-def _step_works(step: Step, table: RuntimeTable) -> list[Work]:
+def _step_works(step: Step, table: RuntimeTable, layouts: Layouts) -> list[Work]:
     """Return the passes of a whole step."""
+    target, draft = pass_models(table, layouts)
+    batch_size, context = step.batch_size, table.context / 2
     if step.is_off:
-        return [point_work("verify", step.batch_size, 1, table)]
+        return [pass_work(target, plain_size(batch_size, context))]
     shape = shape_of(table.trees[step.tree].build())
-    works = [point_work("verify", step.batch_size, shape.num_tokens, table)]
-    works.append(point_work("draft_root", step.batch_size, 1, table))
-    return works + [point_work("draft", step.batch_size, width, table) for width in shape.widths]
+    works = [pass_work(target, point_size("verify", batch_size, shape.num_tokens, context))]
+    works.append(pass_work(draft, point_size("draft_root", batch_size, 1, context)))
+    widths = (point_size("draft", batch_size, width, context) for width in shape.widths)
+    return works + [pass_work(draft, size) for size in widths]
 
 
 def _rule(roofline: Fit, wanted: GpuSpec, own: float, common: float) -> str:
     measured = roofline.spec
-    band = _TWO_SIDED * math.hypot(own, common)
+    band = TWO_SIDED * math.hypot(own, common)
     guess = ", launch cost a guess" if wanted.launch_is_guess else ""
     return (
         f"measured on {measured.name}; each time is multiplied by a roofline's ratio for bandwidth "
         f"{measured.memory_bandwidth_tb_per_s:g} to {wanted.memory_bandwidth_tb_per_s:g} TB/s, "
         f"matrix rate {measured.matrix_tflop_per_s_bf16:g} to {wanted.matrix_tflop_per_s_bf16:g} "
-        f"TFLOP/s{guess}; true times lie within x{math.exp(-band):.2f} and x{math.exp(band):.2f} "
-        "(95 %)"
+        f"TFLOP/s{guess}; {spread_words(band)}"
     )
+
+
+def spread_words(band: float) -> str:
+    """Say how far true times may be from estimated ones, `band` being half of it (logarithm)."""
+    return f"true times lie within x{math.exp(-band):.2f} and x{math.exp(band):.2f} (95 %)"

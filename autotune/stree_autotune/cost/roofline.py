@@ -1,142 +1,100 @@
 """The time of a pass from what it launches, moves and computes, with fitted efficiencies.
 
-    t = launches * (a + b * [more than 8 rows]) * launch_us
-        + (weights / w + states / s + rows / r) / bandwidth + flops / f / matrix rate
+    t = launch_us * (a * launches + b * library + n * narrow + t * trees + w * tiles)
+        + both(body / read, body_flops / products) + both(head / read, head_flops / products)
+        + both(experts / read, expert reads from L2) + both(states / scanned, scan_flops / scans)
+        + both(keys / kept, score_flops / scans) + rows / written + logits / scored
 
-a and b are in multiples of an empty kernel: one that waits for its operands takes longer, and
-beyond 8 rows projections are products with row-wise kernels around them. w, s, r and f are shares
-of the published rates. All six are fitted to measured passes, bounded and robustly (soft L1 of the
-logarithm of the ratio). What comes of it is always an estimate.
+`both` is a smoothed maximum, since a kernel moves and computes at the same time. The launch factors
+are in multiples of an empty kernel, the others are shares of the published rates; one row reads
+weights and states at shares of its own. All are fitted to measured passes, robustly (soft L1 of the
+logarithm of the ratio), each held near its nominal value: the shapes that were measured do not tell
+all of them apart. What comes of it is always an estimate.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stree_autotune.store import GpuSpec, ModelCost, RuntimeTable, StepRule
-from stree_core.tree import OFF
+from stree_autotune.cost.work import Sample, Work
+from stree_autotune.store import GpuSpec
 
 Floats = NDArray[np.float64]
 
-FEW_ROWS = 8
 FEWEST_SAMPLES = 12
-_LOGIT_BYTES = 4
-_LOWEST = (1.0, 0.0, 0.3, 0.1, 0.05, 0.02)
-_HIGHEST = (15.0, 45.0, 1.0, 1.0, 1.0, 1.0)
-_START = (4.0, 2.0, 0.8, 0.7, 0.4, 0.4)
+L2_RATE = 1.5
+"""At which multiple of memory's bandwidth rows read an expert that others read before them; by the
+draft passes of an MTP head with 128 experts on an H200 (benchmarks/results/draft-h200.json)."""
+
+_POWER = 3.0
 _SOFT = 0.05
-
-
-class Work(NamedTuple):
-    """What a pass asks of a GPU; `many` is 1 beyond FEW_ROWS, else 0. Sizes are bytes."""
-
-    launches: float
-    many: float
-    weights: float
-    states: float
-    rows: float
-    flops: float
-
-
-class Sample(NamedTuple):
-    """A measured pass: which model, at which batch size, of which term, its work and its time."""
-
-    model: str
-    batch_size: int
-    term: str
-    work: Work
-    ms: float
+_PASSES_OF_A_MODEL = 30.0
+"""How many passes each model counts as, whatever was measured of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Efficiencies:
-    """The fitted numbers of the module's formula, in its order: a, b, w, s, r, f."""
+    """The fitted numbers of the module's formula; the defaults are nominal."""
 
-    vector: tuple[float, ...]
+    launch: float = 3.5
+    library: float = 4.0
+    narrow: float = 1.0
+    tree: float = 2.3
+    tile: float = 4.0
+    read_one: float = 0.88
+    read: float = 0.8
+    scanned_one: float = 0.5
+    scanned: float = 0.4
+    products: float = 0.8
+    scans: float = 0.12
+    kept: float = 0.85
+    written: float = 0.4
+    scored: float = 0.5
 
     def ms(self, works: Sequence[Work], spec: GpuSpec) -> Floats:
         """Return the estimated times of passes on a GPU."""
-        works_NF = np.array(works, dtype=np.float64).reshape(-1, len(Work._fields))
-        return _times(works_NF, spec, np.array(self.vector))
+        return _times(_columns(works), spec, self)
 
 
-def pass_work(
-    model: ModelCost, batch_size: int, num_tokens: int, context: float, logit_rows: int,
-    element_bytes: int,
-) -> Work:  # fmt: skip
-    """Return the work of a pass over `num_tokens` rows of each slot, `logit_rows` with logits.
+NAMES = tuple(each.name for each in fields(Efficiencies))
+NUM_FACTORS = 5
+"""The first five are launch factors, which may be any size; shares of a rate end at 1."""
 
-    Weights, states, keys and values are read once; rows and logits are written and read.
-    """
-    rows = batch_size * num_tokens
-    head_bytes = model.vocab_size * model.hidden_size * element_bytes
-    logits = batch_size * logit_rows
-    body_flops = 2 * (model.weight_bytes - head_bytes) / element_bytes * rows
-    return Work(
-        launches=model.num_launches,
-        many=float(rows > FEW_ROWS),
-        weights=model.weight_bytes,
-        states=batch_size * (model.state_bytes_per_sequence + context * model.kv_bytes_per_token),
-        rows=rows * model.row_bytes + logits * model.vocab_size * 2 * _LOGIT_BYTES,
-        flops=body_flops + 2 * head_bytes / element_bytes * logits,
-    )
-
-
-def element_bytes(dtype: str) -> int:
-    """Return the bytes of one value."""
-    return {"float64": 8, "float32": 4}.get(dtype, 2)
-
-
-def point_work(term: str, batch_size: int, size: int, table: RuntimeTable) -> Work:
-    """Return the work of a verify or draft pass of a table, of slots half full."""
-    width, middle = element_bytes(table.dtype), table.context / 2
-    if term == "verify":
-        return pass_work(table.target, batch_size, size, middle, size, width)
-    if term == "draft_root":
-        return pass_work(table.draft, batch_size, 2, middle, 1, width)
-    return pass_work(table.draft, batch_size, size, middle, size, width)
-
-
-def samples_of(table: RuntimeTable) -> list[Sample]:
-    """Return the passes of a table, one token of the target (a whole step) among them."""
-    target, draft = table.target.name, table.draft.name
-    samples = [
-        Sample(
-            target if point.term == "verify" else draft, point.batch_size, point.term,
-            point_work(point.term, point.batch_size, point.size, table), point.ms,
-        )
-        for point in table.points
-        if point.term in ("verify", "draft", "draft_root")
-    ]  # fmt: skip
-    samples += [
-        Sample(target, s.batch_size, OFF.kind, point_work("verify", s.batch_size, 1, table), s.ms)
-        for s in table.steps
-        if s.is_off and s.rule == StepRule.GREEDY
-    ]
-    return samples
+TOLERANCES = Efficiencies(
+    launch=0.5, library=0.7, narrow=0.7, tree=0.7, tile=0.7, read_one=0.1, read=0.1,
+    scanned_one=0.3, scanned=0.3, products=0.05, scans=0.5, kept=0.1, written=0.3, scored=0.3,
+)  # fmt: skip
+"""How far each may be from its nominal value, as a logarithm, before that counts as an error."""
 
 
 def fit(samples: Sequence[Sample], spec: GpuSpec) -> Efficiencies:
-    """Fit the efficiencies to measured passes on one GPU."""
+    """Fit the efficiencies to measured passes on one GPU; every model counts alike."""
     # scipy.optimize takes most of a second to import, and most commands never fit
     from scipy.optimize import least_squares
 
-    works = np.array([sample.work for sample in samples], dtype=np.float64)
+    columns = _columns([sample.work for sample in samples])
     log_ms = np.log([sample.ms for sample in samples])
+    count = Counter(sample.model for sample in samples)
+    weights = np.sqrt([_PASSES_OF_A_MODEL / count[sample.model] for sample in samples])
+    nominal, tolerance = (np.array(_values(each)) for each in (Efficiencies(), TOLERANCES))
+    most = np.full(len(NAMES), 3.0)
+    most[NUM_FACTORS:] = -np.log(nominal[NUM_FACTORS:])
 
-    def residuals(vector: Floats) -> Floats:
-        errors: Floats = np.log(_times(works, spec, vector)) - log_ms
-        return errors
+    def residuals(moved: Floats) -> Floats:
+        found = Efficiencies(*(nominal * np.exp(moved)).tolist())
+        errors = weights * (np.log(_times(columns, spec, found)) - log_ms)
+        return np.concatenate([errors, moved / tolerance])
 
+    start = np.zeros(len(NAMES))
     found = least_squares(
-        residuals, _START, bounds=(_LOWEST, _HIGHEST), loss="soft_l1", f_scale=_SOFT
+        residuals, start, bounds=(-3.0, most), loss="soft_l1", f_scale=_SOFT, x_scale=tolerance
     )
-    return Efficiencies(tuple(found.x.tolist()))
+    return Efficiencies(*(nominal * np.exp(found.x)).tolist())
 
 
 def log_errors(samples: Sequence[Sample], found: Efficiencies, spec: GpuSpec) -> Floats:
@@ -146,13 +104,42 @@ def log_errors(samples: Sequence[Sample], found: Efficiencies, spec: GpuSpec) ->
     return errors
 
 
-def _times(works_NF: Floats, spec: GpuSpec, vector: Floats) -> Floats:
-    """Return the times (ms) of works [N, F]."""
-    launch, more, weights, states, rows, matrix = vector
-    launches, many, *sizes, flops = works_NF.T
+def _values(found: Efficiencies) -> list[float]:
+    return [getattr(found, name) for name in NAMES]
+
+
+def _columns(works: Sequence[Work]) -> Floats:
+    """Return works as columns [F, N]."""
+    return np.array(works, dtype=np.float64).reshape(-1, len(Work._fields)).T
+
+
+def _times(columns: Floats, spec: GpuSpec, found: Efficiencies) -> Floats:
+    """Return the times (ms) of works [F, N]."""
+    work = dict(zip(Work._fields, columns, strict=True))
     # a terabyte a second is 1e9 bytes a millisecond
-    moved = sum(size / share for size, share in zip(sizes, (weights, states, rows), strict=True))
-    times: Floats = launches * (launch + more * many) * spec.launch_us / 1e3
-    times += moved / (spec.memory_bandwidth_tb_per_s * 1e9)
-    times += flops / (matrix * spec.matrix_tflop_per_s_bf16 * 1e9)
+    moved, done = spec.memory_bandwidth_tb_per_s * 1e9, spec.matrix_tflop_per_s_bf16 * 1e9
+    one = np.asarray(work["one_row"], dtype=bool)
+    read = moved * np.where(one, found.read_one, found.read)
+    plain = np.asarray(work["trees"]) == 0
+    scanned = moved * np.where(plain, found.scanned_one, found.scanned)
+    launches = (
+        found.launch * work["launches"]
+        + found.library * work["library"]
+        + found.narrow * work["narrow"]
+        + found.tree * work["trees"]
+        + found.tile * work["tiles"]
+    )
+    times: Floats = spec.launch_us / 1e3 * launches
+    times += _both(work["body"] / read, work["body_flops"] / (found.products * done))
+    times += _both(work["head"] / read, work["head_flops"] / (found.products * done))
+    times += _both(work["expert_bytes"] / read, work["expert_reads"] / (L2_RATE * moved))
+    times += _both(work["states"] / scanned, work["scan_flops"] / (found.scans * done))
+    times += _both(work["keys"] / (found.kept * moved), work["score_flops"] / (found.scans * done))
+    times += work["rows"] / (found.written * moved) + work["logits"] / (found.scored * moved)
     return times
+
+
+def _both(first: Floats, second: Floats) -> Floats:
+    """Return the smoothed maximum of two times."""
+    whole: Floats = (first**_POWER + second**_POWER) ** (1 / _POWER)
+    return whole

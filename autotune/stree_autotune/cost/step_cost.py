@@ -6,7 +6,7 @@
                  + verify(B, tokens) + target_store(B, flushing) + draft_store(B, flushing)
                  + (tokens per step - 2) * (target_path(B) + depth * draft_path(B))
                  + what the rule adds (branching, distributions, draws, tries) by rows of logits
-                 + overhead(B, rule, depth, tokens, siblings); never shorter than the host's work
+                 + overhead(B, rule, depth, tokens, siblings)
 
 The width of a level is its number of nodes with children: only those are drafted from. `flushing`
 is the mean number of slots that store their states in a step.
@@ -21,20 +21,46 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from stree_autotune.cost.estimate import Estimate
+from stree_autotune.cost.estimate import TWO_SIDED, Estimate
 from stree_autotune.cost.terms import PLAIN, Factors, Load, TermTimes, spreads, term_times
 from stree_autotune.cost.tree_shape import FEWEST_ROWS, TreeShape, shape_of
+from stree_autotune.cost.work import FEW_ROWS, MORE_ROWS
 from stree_autotune.store import PairWords, RuntimeTable, StepRule
 from stree_core.errors import MissingMeasurement
 from stree_core.tree import Tree
 
+TILTED = 64
+
+
+def has_cliff(below: int, above: int, shape: TreeShape | None) -> bool:
+    """True when kernels change between two batch sizes, by the rows of a step's target pass.
+
+    Products have other kernels beyond FEW_ROWS and MORE_ROWS rows of all slots.
+    """
+    tokens = 1 if shape is None else shape.num_tokens
+    return any(below * tokens <= rows < above * tokens for rows in (FEW_ROWS, MORE_ROWS))
+
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """One draw: a factor per group of terms, and fit errors that all steps miss by."""
+    """One draw: a factor per group of terms, and fit errors that all steps miss by.
+
+    `tilt` moves verify by the logarithm of its tokens, a pass of TILTED ones by all of it;
+    `between` is where, in standard deviations, a step lies whose kernels change between the
+    measured batch sizes around it.
+    """
 
     factors: Factors
     steps_off: float
+    tilt: float = 0.0
+    between: float = 0.0
+
+    def at(self, num_tokens: int) -> Factors:
+        """Return the factors of a step with so many tokens."""
+        if not self.tilt:
+            return self.factors
+        tilted = math.exp(self.tilt * math.log(num_tokens) / math.log(TILTED))
+        return self.factors._replace(verify=self.factors.verify * tilted)
 
 
 STILL = Noise(PLAIN, 0.0)
@@ -44,7 +70,8 @@ STILL = Noise(PLAIN, 0.0)
 class StepCost:
     """Times of one pair on one GPU; see the module for the formula. Times are milliseconds.
 
-    `common` is a relative spread that all terms share, which an estimate has.
+    An estimate has `common`, a relative spread that all terms share, and `tilt`, one by which
+    passes of few and of many tokens err apart.
     """
 
     times: Mapping[int, TermTimes]
@@ -53,6 +80,7 @@ class StepCost:
     command: str
     load: Load = field(default_factory=Load)
     common: float = 0.0
+    tilt: float = 0.0
     noise: Noise = STILL
 
     @classmethod
@@ -83,7 +111,7 @@ class StepCost:
         """Build the step cost of an estimated table, whose draws spread as the estimate may err."""
         cost = cls.from_table(estimate.table, rule, context, words)
         moved = Factors(*(math.hypot(spread, estimate.own) for spread in cost.spreads))
-        return replace(cost, spreads=moved, common=estimate.common)
+        return replace(cost, spreads=moved, common=estimate.common, tilt=estimate.own)
 
     @property
     def fit_error(self) -> float:
@@ -132,7 +160,25 @@ class StepCost:
         below, above = self._neighbours(batch_size)
         share = (batch_size - below) / (above - below)
         ends = [self._ms(self.times[size], shape, load) for size in (below, above)]
-        return (1 - share) * ends[0] + share * ends[1]
+        straight = (1 - share) * ends[0] + share * ends[1]
+        if not self.noise.between or not has_cliff(below, above, shape):
+            return straight
+        # more slots never take less, so the true time lies between the two
+        spread = abs(math.log(ends[1] / ends[0])) / (2 * TWO_SIDED)
+        moved = straight * math.exp(spread * self.noise.between)
+        return min(max(moved, min(ends)), max(ends))
+
+    def note(self, batch_size: int) -> str:
+        """Say that times of a batch size are bounded rather than measured; empty where they are."""
+        if batch_size in self.times:
+            return ""
+        below, above = self._neighbours(batch_size)
+        if not has_cliff(below, above, None):
+            return ""
+        return (
+            f"off was measured at {below} and {above}, its kernels change in between, so its time "
+            f"here is bounded by both; measure with `{self.command} --batch-size {batch_size}`"
+        )
 
     def draw(self, rng: np.random.Generator) -> StepCost:
         """Return the cost as another measurement might have found it.
@@ -143,7 +189,10 @@ class StepCost:
         deviates = rng.standard_normal(len(PLAIN) + 2).tolist()
         shared = self.common * deviates[-2]
         moved = [math.exp(shared + s * z) for s, z in zip(self.spreads, deviates, strict=False)]
-        return replace(self, noise=Noise(Factors(*moved), deviates[-1]))
+        # a measured table has no tilt, and its draws stay those without one
+        tilt = self.tilt * float(rng.standard_normal()) if self.tilt else 0.0
+        between = float(rng.standard_normal()) if self._has_gaps else 0.0
+        return replace(self, noise=Noise(Factors(*moved), deviates[-1], tilt, between))
 
     def require(self, batch_sizes: Iterable[int], max_nodes: int) -> None:
         """Raise MissingMeasurement unless every tree of up to `max_nodes` has a time."""
@@ -162,6 +211,11 @@ class StepCost:
             return size
         return 0
 
+    @property
+    def _has_gaps(self) -> bool:
+        sizes = self.batch_sizes
+        return bool(sizes) and sizes[-1] - sizes[0] >= len(sizes)
+
     def _neighbours(self, batch_size: int) -> tuple[int, int]:
         index = bisect.bisect(self.batch_sizes, batch_size)
         if not 0 < index < len(self.batch_sizes):
@@ -177,4 +231,5 @@ class StepCost:
     def _ms(self, times: TermTimes, shape: TreeShape | None, load: Load) -> float:
         if shape is None:
             return times.off_ms(load, self.noise.factors)
-        return times.speculative_ms(shape, load, self.noise.factors, self.noise.steps_off)
+        factors = self.noise.at(shape.num_tokens)
+        return times.speculative_ms(shape, load, factors, self.noise.steps_off)

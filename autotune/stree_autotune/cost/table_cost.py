@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from stree_autotune.cost.estimate import Estimate, estimate_table
+from stree_autotune.cost.layout import Layouts, find_layouts
 from stree_autotune.cost.step_cost import StepCost
 from stree_autotune.store import (
     GpuSpec,
@@ -37,6 +38,7 @@ class RuntimeInputs:
     wanted: GpuSpec | None = None
     measured: GpuSpec | None = None
     others: tuple[RuntimeTable, ...] = ()
+    layouts: Layouts = field(default_factory=Layouts)
 
 
 def read_runtime(library: Library, found: RuntimeSource, gpu: str) -> RuntimeInputs:
@@ -53,7 +55,8 @@ def read_runtime(library: Library, found: RuntimeSource, gpu: str) -> RuntimeInp
     if measured and wanted:
         paths = library.runtime_paths(table.gpu)
         others = tuple(load_runtime_table(path) for path in paths if path != found.path)
-    return RuntimeInputs(found.path, digest, gpu, table, wanted, measured, others)
+    layouts = find_layouts(library, (table, *others))
+    return RuntimeInputs(found.path, digest, gpu, table, wanted, measured, others, layouts)
 
 
 def runtime_cost(
@@ -76,7 +79,9 @@ def runtime_cost(
             f"times of {gpu} are estimated from those of {table.gpu}, and no spec of {missing} is "
             f"there; name the folder that has gpus/{missing}.yaml with --data"
         )
-    estimate = estimate_table(table, inputs.measured, inputs.wanted, inputs.others, words)
+    estimate = estimate_table(
+        table, inputs.measured, inputs.wanted, inputs.others, words, inputs.layouts
+    )
     return StepCost.from_estimate(estimate, rule, context, words), estimate
 
 

@@ -179,8 +179,6 @@ class RuleTimes:
 PER_TOKENS = 1024
 """Committed tokens that a point of `context` or `draft_context` stands for."""
 
-_HOST_BOUND = 1.05
-
 
 class Factors(NamedTuple):
     """One number per group of terms: its relative spread, or what a draw multiplies it by."""
@@ -279,18 +277,10 @@ class TermTimes:
     def speculative_ms(
         self, shape: TreeShape, load: Load, factors: Factors, steps_off: float
     ) -> float:
-        """Return the time of a speculative step that misses the fit by `steps_off` fit errors.
-
-        It is never shorter than what the host works for a step.
-        """
+        """Return the time of a speculative step that misses the fit by `steps_off` fit errors."""
         overhead = self.fitted(load.rule)
         total = self.sum_ms(shape, load, factors) + overhead.coefficients.ms(shape)
-        return max(total * math.exp(steps_off * overhead.fit_error), self.host_ms)
-
-    @property
-    def host_ms(self) -> float:
-        """What the host works for a step, 0 where it was not measured."""
-        return self._optional("host")
+        return total * math.exp(steps_off * overhead.fit_error)
 
     @property
     def left_out(self) -> tuple[float, ...]:
@@ -413,10 +403,8 @@ def _at_batch_size(
         fitted[StepRule.MSS_TRUNCATED] = None
     for rule in fitted:
         whole = _whole_steps(times, [step for step in steps if step.rule == rule], table)
-        free = [row for row in whole if row.ms > _HOST_BOUND * times.host_ms]
-        used = free if len(free) > 1 else whole
-        if len(used) > 1:
-            overheads[rule] = _fitted(used, times, overheads.get(StepRule.GREEDY))
+        if len(whole) > 1:
+            overheads[rule] = _fitted(whole, times, overheads.get(StepRule.GREEDY))
         if rule == StepRule.GREEDY and rule in overheads:
             # Few trees are timed with the others, which are compared with verify as these show it.
             missed = overheads[rule].missed

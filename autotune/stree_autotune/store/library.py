@@ -17,11 +17,20 @@ from stree_autotune.store.gpu_spec import GpuSpec, load_gpu_spec
 from stree_autotune.store.runtime_table import runtime_file_name
 from stree_core.errors import ConfigError, MissingMeasurement, nearest
 from stree_core.families import find_shape_spec
-from stree_core.models import MTP, ModelSource, folder_source, is_hub_id
+from stree_core.models import (
+    MTP,
+    ModelSource,
+    config_source,
+    folder_source,
+    hub_config_source,
+    is_hub_id,
+    spec_source,
+)
 from stree_core.profile import ModelRef
 from stree_core.shipped import shipped_root as shipped_root
 
 DEFAULT_DATA = Path("stree-data")
+CONFIG = "config.json"
 SEPARATOR = "--"
 GREEDY = "greedy"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
@@ -79,8 +88,9 @@ class Library:
         return {parts[2] for parts in self._parts("traces", "safetensors", 4)} | set(KNOWN_DATASETS)
 
     def model_names(self) -> set[str]:
-        """Return every model with a folder, a table or a trace."""
+        """Return every model with a folder, a shape spec, a table or a trace."""
         names = {path.parent.name for path in self._files("models/*", "json")}
+        names |= {path.stem for path in self._files("shapes", "yaml")}
         for parts in self._parts("runtime", "yaml", 3):
             names |= set(parts[1:])
         for parts in self._parts("traces", "safetensors", 4):
@@ -197,12 +207,15 @@ class Library:
     def model_name(self, name: str) -> str:
         """Return the name that a model's files go by; a folder or id goes by its last part.
 
-        A target's own head goes by `mtp`.
+        A target's own head goes by `mtp`, a config by its file's name or its folder's.
 
-        Raises ConfigError for a name that no folder, table or trace has.
+        Raises ConfigError for a name that no folder, shape spec, table or trace has.
         """
         if name == MTP:
             return name
+        if Path(name).is_file():
+            path = Path(name).resolve()
+            return check_name(path.parent.name if path.name == CONFIG else path.stem, "model")
         if is_hub_id(name) and not Path(name).exists():
             return check_name(name.split("/")[1], "model")
         if is_path(name) or (name not in self.model_names() and Path(name).is_dir()):
@@ -217,6 +230,23 @@ class Library:
         except ConfigError:
             return None
         return folder_source(folder, self.model_name(name))
+
+    def find_described(self, name: str) -> ModelSource:
+        """Return what is known of a model without its weights.
+
+        A config.json or its folder, a shipped model, a shape spec's name, or a Hugging Face id.
+        Raises ConfigError when there is none, CheckpointError when it cannot be used.
+        """
+        if Path(name).is_file() or (is_path(name) and (Path(name) / CONFIG).is_file()):
+            return config_source(Path(name))
+        if not is_path(name):
+            shape = find_shape_spec(self.roots, name)
+            folder = self._first(f"models/{check_name(name, 'model')}/{CONFIG}")
+            if shape is not None and folder is None:
+                return spec_source(shape)
+        elif is_hub_id(name):
+            return hub_config_source(name)
+        return config_source(self.find_model(name))
 
     def _first(self, name: str) -> Path | None:
         paths = (root / name for root in self.roots)

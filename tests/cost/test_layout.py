@@ -1,0 +1,88 @@
+"""What a pass is made of: products, experts and scans of a shape, and the kernels they meet."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from synthetic_data import model_cost
+
+from stree_autotune.cost import work
+from stree_autotune.cost.layout import ExpertLayer, Layouts, Product, layout_of, rough_layout
+from stree_autotune.cost.work import PassModel, PassSize, in_library, pass_work
+from stree_autotune.store.library import Library
+
+LIBRARY = Library.open()
+KERNELS = Path(__file__).parents[2] / "kernels" / "stree_kernels"
+
+
+@pytest.mark.parametrize("name", ["mamba2-2.7b", "nemotron-h-8b", "nemotron-3-nano-mtp"])
+def test_a_layout_holds_the_weights_that_a_token_reads(name: str) -> None:
+    shape = LIBRARY.find_described(name).shape
+    layout = layout_of(shape)
+    values = sum(p.rows * p.columns * p.number for p in (*layout.products, layout.head))
+    values += sum(e.number * e.num_chosen * e.values for e in layout.experts)
+    # norms, biases and convolutions are no products
+    assert values == pytest.approx(shape.weight_bytes(2) / 2, rel=0.01)
+
+
+def test_kinds_and_counts_are_those_of_the_shape() -> None:
+    layout = layout_of(LIBRARY.find_described("nemotron-3-nano-mtp").shape)
+    assert (layout.num_scans, layout.num_attention) == (23, 6)
+    assert sum(layer.number for layer in layout.experts) == 23
+    assert layout.kinds == {"recurrent (Mamba2Shape)", "attention", "experts", "MLP"}
+    assert layout.score_flops == 6 * 4 * 32 * 128
+
+
+def test_rows_share_experts() -> None:
+    layer = ExpertLayer(num_experts=128, num_chosen=6, values=1, number=1)
+    assert layer.distinct(1) == pytest.approx(6)
+    assert layer.distinct(2) == pytest.approx(12 - 36 / 128)
+    assert layer.distinct(1000) == pytest.approx(128)
+    # every row uses all of them
+    assert ExpertLayer(8, 8, 1, 1).distinct(1) == pytest.approx(8)
+
+
+def test_the_limits_are_those_of_the_kernels() -> None:
+    text = (KERNELS / "linear" / "linear.py").read_text()
+    for name, value in (
+        ("MAX_COLUMNS", work.MAX_COLUMNS),
+        ("MAX_WEIGHT_ROWS", work.MAX_WEIGHT_ROWS),
+        ("NARROW", work.NARROW),
+    ):
+        assert re.search(rf"^{name} = {value}$", text, re.MULTILINE), name
+    assert f"num_rows <= {work.FEW_ROWS}:" in text
+    assert f"num_rows <= {work.MORE_ROWS} and num_columns < NARROW" in text
+    tiles = re.findall(r"ScanConfig\(\d+, 128, (\d+)", (KERNELS / "ssm/tree_scan.py").read_text())
+    assert tuple(sorted(set(map(int, tiles)))) == work.SCAN_TILES
+
+
+def test_where_cublas_multiplies() -> None:
+    square, narrow = Product(4096, 4096, 1), Product(4096, 1024, 1)
+    wide, tall = Product(4096, 14336, 1), Product(28672, 4096, 1)
+    assert [in_library(square, rows) for rows in (1, 8, 9)] == [False, False, True]
+    assert [in_library(narrow, rows) for rows in (8, 16, 17)] == [False, False, True]
+    for product in (wide, tall):
+        assert [in_library(product, rows) for rows in (1, 2)] == [False, True]
+
+
+def test_a_step_without_a_tree_stores_its_states_at_times() -> None:
+    layout = layout_of(LIBRARY.find_described("mamba2-2.7b").shape)
+    model = PassModel(model_cost("target", 10**9), layout, 2)
+    plain = pass_work(model, PassSize(4, 1, 1, 1, 0, plain=True))
+    tree = pass_work(model, PassSize(4, 5, 5, 5, 0))
+    assert plain.states == pytest.approx(tree.states * 18 / 17)
+    assert (plain.trees, plain.scan_flops, plain.one_row) == (0, 0, 0)
+    assert pass_work(model, PassSize(1, 1, 1, 1, 0)).one_row == 1
+    wider = pass_work(model, PassSize(4, 17, 17, 17, 0))
+    assert (tree.tiles, wider.tiles) == (0, layout.num_scans)
+    assert wider.scan_flops == 2 * tree.scan_flops
+
+
+def test_an_unknown_shape_is_guessed() -> None:
+    cost = model_cost("target", 10**9)
+    layout = Layouts().at(cost, 2)
+    assert layout == rough_layout(cost, 2)
+    values = sum(p.rows * p.columns * p.number for p in (*layout.products, layout.head))
+    assert values == pytest.approx(cost.weight_bytes / 2, rel=0.1)
