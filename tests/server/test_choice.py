@@ -13,7 +13,6 @@ from stree_autotune.server.acceptance import (
     TokensPerStep,
     from_rates,
     from_server,
-    parse_rates,
 )
 from stree_autotune.server.choice import Choice, Options, choose, options_by_size
 from stree_autotune.server.fit import fit_steps
@@ -32,6 +31,7 @@ from stree_autotune.server.tables import (
     ServerTable,
     TimedCell,
 )
+from stree_autotune.trace.typed_rates import parse_rates
 from stree_core.errors import ConfigError, MissingMeasurement
 
 SERVED = Served(

@@ -14,10 +14,10 @@ from stree_autotune.server import (
     from_trace,
     load_server_acceptance,
     load_server_table,
-    parse_rates,
     rates_by_size,
 )
 from stree_autotune.store import Library
+from stree_autotune.trace import RATES, TYPED, parse_rates
 from stree_core.errors import MissingMeasurement
 from stree_core.profile import PolicyRow, Profile
 from stree_core.tree import OFF, Tree
@@ -49,8 +49,8 @@ class ServedDeployment(Deployment):
             find_source_file(self.profile.sources.runtime, "servers", self.library)
         )
         source = self.profile.sources.trace
-        if source.name == "rates":
-            typed = str(source.note).removeprefix("typed: ").replace(" ", "")
+        if source.name == RATES:
+            typed = str(source.note).removeprefix(f"{TYPED}: ").replace(" ", "")
             return rates_by_size(table, from_rates(parse_rates(typed)))
         if source.name.endswith(".safetensors"):
             counts = sorted({cell.draft_tokens for cell in table.cells} - {0})

@@ -76,7 +76,7 @@ def decide_live(question: Question, result: LiveResult) -> Decision:
     """Return the verdict among the measured trees, by their measured times."""
     request = question.request
     fit = CrossFit.of(question.trace, result.cost, max_nodes=request.max_nodes, seed=request.seed)
-    return decide(result.search, fit, request.max_token_ms)
+    return decide(result.search, fit, request.max_token_ms, request.prefer)
 
 
 def measured_rows(result: LiveResult) -> list[Measured]:

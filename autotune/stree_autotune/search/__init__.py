@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         describe as describe,
         has_certificate as has_certificate,
     )
+    from stree_autotune.search.cross_fit import CrossFit as CrossFit
     from stree_autotune.search.draft_choice import best_draft as best_draft
     from stree_autotune.search.profile_sources import (
         find_source_file as find_source_file,
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from stree_autotune.search.tree_space import TreeSpace as TreeSpace
     from stree_autotune.search.tuning import Question as Question, ask as ask, tune as tune
     from stree_autotune.search.verdict import (
-        CrossFit as CrossFit,
         Decision as Decision,
         decide as decide,
     )
@@ -86,6 +86,7 @@ __getattr__, __dir__ = exports(
         ],
         "tree_space": ["TreeSpace"],
         "tuning": ["Question", "ask", "tune"],
-        "verdict": ["CrossFit", "Decision", "decide"],
+        "cross_fit": ["CrossFit"],
+        "verdict": ["Decision", "decide"],
     },
 )

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stree_autotune.search.study import CostModel
+from stree_autotune.search.study import CostModel, Trial
 from stree_core.tree import Tree
 
 Floats = NDArray[np.float64]
+LOW, HIGH = 0.025, 0.975
+
+LEAST_VARIANCE = 0.1
+"""The least variance of a resample, as a share of that of all prompts: where one prompt makes most
+of it, a resample without that prompt would say next to nothing of its own error."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,10 +39,6 @@ class PairedBootstrap:
         drawn = rng.multinomial(num_prompts, shares, size=num_resamples).astype(np.float64)
         return cls(drawn, tuple(cost.draw(rng) for _ in range(num_draws)))
 
-    def part(self, first: int, stride: int) -> PairedBootstrap:
-        """Return the same resamples, of every so many prompts from the first on."""
-        return PairedBootstrap(self.weights_RP[:, first::stride], self.costs)
-
     def times_R(
         self, starts_P: NDArray[np.int64], batch_size: int, tree: Tree, tokens_per_step: float
     ) -> Floats:
@@ -48,5 +50,73 @@ class PairedBootstrap:
 
 def interval(ratios_R: Floats) -> tuple[float, float]:
     """Return the 95 % interval of a quantity over resamples."""
-    low, high = np.quantile(ratios_R, (0.025, 0.975))
+    low, high = np.quantile(ratios_R, (LOW, HIGH))
     return float(low), float(high)
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """How many times faster one option is than another: estimate and 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        ratios = (self.value, self.low, self.high)
+        # Adding 0 turns -0.0 into 0.0.
+        value, low, high = (round(100 * (ratio - 1), 1) + 0.0 for ratio in ratios)
+        return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Option:
+    """What may run: its tree, and the time that every prompt takes with it [P], in expectation.
+
+    The times are of trees that were chosen without the prompt. `drawn_D` is the logarithm of all
+    prompts' time under each draw of the cost over the expected one, `weights_RP` the resamples.
+    """
+
+    trial: Trial
+    ms_P: Floats
+    drawn_D: Floats
+    weights_RP: Floats
+
+    @property
+    def whole_ms(self) -> float:
+        """The expected time of all prompts."""
+        return float(self.ms_P.sum())
+
+    def ratio_to(self, other: Option) -> Ratio:
+        """Return how many times faster this option is than the other, on the same resamples."""
+        value = other.whole_ms / self.whole_ms
+        missed_R = studentized(other.ms_P, self.ms_P, self.weights_RP)
+        missed_R = missed_R + np.resize(other.drawn_D - self.drawn_D, len(missed_R))
+        low, high = interval(missed_R)
+        return Ratio(value, value * math.exp(-high), value * math.exp(-low))
+
+
+def studentized(top_P: Floats, bottom_P: Floats, weights_RP: Floats) -> Floats:
+    """Return by how much the logarithm of sum(top) / sum(bottom) may be too large, per resample.
+
+    Each resample's deviation is divided by its own standard error and multiplied by that of all
+    prompts, which corrects the interval for skew and for few prompts (bootstrap-t; Efron and
+    Tibshirani, An Introduction to the Bootstrap, 12.5). 0 throughout for a ratio without spread.
+    """
+    count = len(top_P)
+    sums = top_P.sum(), bottom_P.sum()
+    error_P = top_P / sums[0] - bottom_P / sums[1]
+    variance = float(error_P @ error_P) * count / max(1, count - 1)
+    num_resamples = len(weights_RP)
+    if variance < 1e-24:
+        return np.zeros(num_resamples)
+    top_R, bottom_R = weights_RP @ top_P, weights_RP @ bottom_P
+    moved_R = np.log(top_R / bottom_R) - math.log(sums[0] / sums[1])
+    squares_R = (
+        weights_RP @ (top_P * top_P) / top_R**2
+        - 2 * (weights_RP @ (top_P * bottom_P)) / (top_R * bottom_R)
+        + weights_RP @ (bottom_P * bottom_P) / bottom_R**2
+    )
+    variance_R = np.maximum(squares_R * count / (count - 1), LEAST_VARIANCE * variance)
+    missed_R: Floats = moved_R * np.sqrt(variance / variance_R)
+    return missed_R

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 
 from stree_autotune.cost import RuntimeInputs, StepCost, read_runtime, runtime_cost
+from stree_autotune.search.times import FROM_SHAPES
 from stree_autotune.store import Library, RuntimeSource
-from stree_autotune.trace import Trace, load_trace
+from stree_autotune.trace import RATES, Trace, load_trace
 from stree_core.errors import MissingMeasurement
 from stree_core.files import sha256_of
 from stree_core.profile import Profile, Source
@@ -40,6 +41,13 @@ def find_source_file(source: Source, folder: str, library: Library) -> Path:
 
     Raises MissingMeasurement when there is none.
     """
+    if source.name == RATES or FROM_SHAPES in source.name:
+        made = "acceptance was typed" if source.name == RATES else "times are of shapes alone"
+        made_by = "record a trace" if source.name == RATES else "measure with `stree-tune probe`"
+        raise MissingMeasurement(
+            f"this needs a file of {folder}, and the profile has none: its {made}; {made_by} and "
+            "tune again"
+        )
     name = PurePosixPath(source.name).name
     found = [path for root in library.roots if (path := root / folder / name).is_file()]
     for path in found:

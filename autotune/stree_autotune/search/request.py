@@ -7,6 +7,7 @@ import math
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from stree_autotune.cost import StepCost
 from stree_autotune.store import (
@@ -32,6 +33,8 @@ class TuneRequest:
     in the folder `studies`; `num_trials` is per batch size, 0 for the default. `left_open` names
     the limits (batch_sizes, max_nodes) that nobody asked for: they end where the table does.
     `max_token_ms` limits the time per output token of one sequence.
+    `rates` are typed shares of steps that keep at least 1, 2, ... draft tokens, in place of a
+    trace; `prefer` says whether the simplest of the fastest options is taken or the fastest.
     `own_data` are the folders of `data` that are no library's copies.
     """
 
@@ -52,6 +55,8 @@ class TuneRequest:
     max_token_ms: float = math.inf
     own_data: tuple[Path, ...] = ()
     left_open: frozenset[str] = frozenset()
+    rates: tuple[float, ...] = ()
+    prefer: Literal["simple", "fast"] = "simple"
 
     @property
     def words(self) -> PairWords:

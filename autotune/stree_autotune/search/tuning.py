@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from stree_autotune.cost import (
-    MemoryModel,
-    RuntimeInputs,
-    StepCost,
-    read_runtime,
-    runtime_cost,
-)
+from stree_autotune.cost import MemoryModel
 from stree_autotune.search.certificate import Certificate, certificate_path, read_certificate
-from stree_autotune.search.request import TuneRequest, probe_command_of, within_measured
+from stree_autotune.search.request import TuneRequest, within_measured
 from stree_autotune.search.study import NUM_TRIALS, SearchSetting, StudyPlace, Trial, open_storage
+from stree_autotune.search.times import Times, load_times, source_of
+from stree_autotune.search.typed_rates import tune_typed
 from stree_autotune.search.verdict import Decision, decide_policy
 from stree_autotune.store import (
     Library,
-    RuntimeTable,
-    StepRule,
     provenance,
     require_same_model,
     require_same_shape,
@@ -33,16 +26,12 @@ from stree_core.files import read_limited
 from stree_core.models import MTP, ModelSource, head_source
 from stree_core.profile import (
     GpuRef,
-    Interval,
     MeasuredBlock,
     ModelRef,
-    PolicyRow,
-    Predicted,
     Profile,
     Sampling,
     Source,
     Sources,
-    TreeText,
 )
 
 
@@ -117,30 +106,6 @@ def _read_trace(path: Path, command: str) -> tuple[Trace, str]:
         raise ConfigError(f"{err} (`{command} --force`)") from err
 
 
-def source_of(name: str, sha256: str, note: str, *, estimated: bool) -> Source:
-    """Return how a profile names a file of this label and digest."""
-    return Source(
-        name=name,
-        sha256=sha256,
-        status="estimated" if estimated else "measured",
-        note=note or None,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Times:
-    """The step cost of the asked pair and GPU, and the table and specs it was made from."""
-
-    inputs: RuntimeInputs
-    cost: StepCost
-    source: Source
-
-    @property
-    def table(self) -> RuntimeTable:
-        """The table as measured."""
-        return self.inputs.table
-
-
 @dataclass(frozen=True, slots=True)
 class Question:
     """A request and all inputs of its answer, each file read once and checked against the others.
@@ -185,7 +150,7 @@ class Question:
             sampling=request.sampling,
             chat=self.trace.meta.chat,
             context=request.context,
-            policy=tuple(_policy_row(decision, self.gap(decision)) for decision in decisions),
+            policy=tuple(decision.policy_row(self.gap(decision)) for decision in decisions),
             measured=measured,
             sources=Sources(
                 runtime=self.runtime.source,
@@ -213,6 +178,8 @@ class Question:
 
 def tune(request: TuneRequest) -> Profile:
     """Decide every batch size of `request` and return the profile; raises what `ask` raises."""
+    if request.rates:
+        return tune_typed(request)
     question = ask(request)
     place = StudyPlace(
         open_storage(request.storage), f"offline, {question.name}, seed {request.seed}"
@@ -227,8 +194,11 @@ def tune(request: TuneRequest) -> Profile:
         max_nodes=question.request.max_nodes,
         seed=request.seed,
         setting=setting,
+        prefer=request.prefer,
     )
-    return question.profile(decisions)
+    cost = question.runtime.cost
+    noted = [d.noted(cost.note(d.batch_size)) for d in decisions]
+    return question.profile(noted)
 
 
 def ask(request: TuneRequest) -> Question:
@@ -238,8 +208,8 @@ def ask(request: TuneRequest) -> Question:
     for tables and traces that were never recorded.
     """
     library = Library.open(request.data)
+    runtime = load_times(library, request)
     target, draft = library.model_name(request.target), library.model_name(request.draft)
-    runtime = _load_runtime(library, request, target, draft)
     request = within_measured(request, runtime.cost)
     acceptance = load_acceptance(
         library,
@@ -252,34 +222,8 @@ def ask(request: TuneRequest) -> Question:
     )
     refs = _require_one_pair(library, request, runtime, acceptance.trace, acceptance.source)
     runtime.cost.require(request.batch_sizes, request.max_nodes)
-    table = runtime.table
-    spec = runtime.inputs.wanted
-    memory = MemoryModel(
-        table.target,
-        table.draft,
-        request.context,
-        request.gpu,
-        StepRule.of(request.sampling),
-        math.inf if spec is None else spec.memory_gb * 1e9,
-    )
+    memory = runtime.memory(request)
     return Question(request, runtime, acceptance, refs, memory)
-
-
-def _load_runtime(library: Library, request: TuneRequest, target: str, draft: str) -> Times:
-    command = probe_command_of(library, request)
-    found = library.find_runtime(request.gpu, target, draft, command)
-    inputs = read_runtime(library, found, request.gpu)
-    table = inputs.table
-    cost, estimate = runtime_cost(inputs, request.sampling, request.context, request.words)
-    note = f"{table.gpu_name}, {table.dtype}, {table.backend}"
-    if estimate is not None:
-        note = estimate.rule
-    note += (
-        f"; whole steps are predicted with an error of {100 * cost.fit_error:.1f} % (leave one out)"
-    )
-    label = library.label(inputs.path)
-    source = source_of(label, inputs.sha256, note, estimated=not found.is_exact)
-    return Times(inputs, cost, source)
 
 
 def _require_one_pair(
@@ -322,26 +266,3 @@ def _sources_here(
     if request.draft == MTP:
         return target, None if target is None else head_source(target)
     return target, library.find_source(request.draft)
-
-
-def _policy_row(decision: Decision, gap: float | None) -> PolicyRow:
-    low, high = decision.speedup_interval
-    return PolicyRow(
-        batch_size=decision.batch_size,
-        verdict=decision.verdict,
-        tree=TreeText(paths=decision.tree.paths),
-        predicted=Predicted(
-            tokens_per_step=_rounded(decision.tokens_per_step),
-            step_ms=_rounded(decision.step_ms),
-            tokens_per_s=_rounded(decision.tokens_per_s),
-            speedup=_rounded(decision.speedup),
-            speedup_interval=Interval(low=_rounded(low), high=_rounded(high)),
-            gap=None if gap is None else _rounded(gap),
-        ),
-        reason=decision.reason,
-    )
-
-
-def _rounded(value: float) -> float:
-    """Return `value` to six digits: what rounding hides, no measurement resolves."""
-    return float(f"{value:.6g}")

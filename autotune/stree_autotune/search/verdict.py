@@ -1,21 +1,20 @@
 """The verdict: off, chain or tree per batch size, and how sure that is.
 
-Options are compared by *paired* ratios of the time that the same resampled prompts take, with the
-runtime's uncertainty drawn once per resample. The simplest option wins whose 95 % interval of
-best/option includes 1. A tree is never judged on prompts it was chosen on: its cell is solved again
-on every second prompt and timed on the others, and the other way round.
+Options are compared by *paired* ratios of the time that the same prompts take, with the runtime's
+uncertainty drawn once per resample. Every option is timed on prompts that had no part in choosing
+it (see cross_fit). The simplest option wins whose 95 % interval of best/option includes 1, or the
+fastest where that is preferred.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
-from stree_autotune.search.bootstrap import Floats, PairedBootstrap, interval
+from stree_autotune.search.bootstrap import Option
+from stree_autotune.search.cross_fit import CrossFit
 from stree_autotune.search.study import (
     CostModel,
     SearchResult,
@@ -25,13 +24,16 @@ from stree_autotune.search.study import (
     fastest,
     search_batch,
 )
-from stree_autotune.search.tree_space import Cell, TreeSpace
-from stree_autotune.trace import Trace, walk
-from stree_core.errors import ConfigError
-from stree_core.tree import DEFAULT_TREE, OFF, Tree, Verdict
+from stree_autotune.search.tree_space import TreeSpace
+from stree_autotune.trace import Trace
+from stree_core.profile import Interval, PolicyRow, Predicted, TreeText
+from stree_core.tree import OFF, Tree, Verdict
 
-NUM_RESAMPLES = 1000
-NUM_RUNTIME_DRAWS = 100
+Preference = Literal["simple", "fast"]
+"""simple: the simplest option that may be as fast as the fastest. fast: the fastest."""
+
+MOST_WORDS = 500
+"""Characters of a reason, see stree_core.profile.Note."""
 SMALLER_TREES = (0.25, 0.5, 0.75)
 """Node counts, as shares of the best tree's, up to which a smaller tree is offered as well."""
 
@@ -41,9 +43,9 @@ class Decision:
     """What to run at a batch size.
 
     tokens_per_step is the walk of the tree over the whole trace, which live decoding of the same
-    prompts reproduces; tokens_per_s counts all sequences of the batch together; speedup is
-    tokens_per_s over that of verdict off. speedup_interval is the 95 % interval on prompts that the
-    tree was not chosen on, so it may lie a little below the speedup.
+    prompts reproduces; tokens_per_s counts all sequences of the batch together. speedup is over
+    verdict off, on prompts that had no part in the choice, with its 95 % interval: with the tree
+    that all prompts chose tokens_per_s may be a little more than that.
     """
 
     batch_size: int
@@ -56,81 +58,33 @@ class Decision:
     speedup_interval: tuple[float, float]
     reason: str
 
+    def noted(self, note: str) -> Decision:
+        """Return the decision with a note behind its reason, as far as there is room for it."""
+        longer = f"{self.reason}; {note}" if note else self.reason
+        return replace(self, reason=longer) if len(longer) <= MOST_WORDS else self
 
-@dataclass(frozen=True, slots=True)
-class Ratio:
-    """How many times faster one option is than another: estimate and 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        ratios = (self.value, self.low, self.high)
-        # Adding 0 turns -0.0 into 0.0.
-        value, low, high = (round(100 * (ratio - 1), 1) + 0.0 for ratio in ratios)
-        return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Option:
-    """A trial as cross-fitted: its expected time for all prompts, and one time per resample [R]."""
-
-    trial: Trial
-    whole_ms: float
-    resampled_ms_R: Floats
-
-    def ratio_to(self, other: Option) -> Ratio:
-        """Return how many times faster this option is than the other, on the same resamples."""
-        low, high = interval(other.resampled_ms_R / self.resampled_ms_R)
-        return Ratio(other.whole_ms / self.whole_ms, low, high)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class CrossFit:
-    """Two halves of a trace's prompts, each with its part of one bootstrap."""
-
-    halves: tuple[TreeSpace, TreeSpace]
-    bootstraps: tuple[PairedBootstrap, PairedBootstrap]
-    cost: CostModel
-    counted: dict[tuple[int, Tree], NDArray[np.int64]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, trace: Trace, cost: CostModel, *, max_nodes: int, seed: int) -> CrossFit:
-        """Split the prompts that have positions by turns, and draw prompts and costs.
-
-        Raises ConfigError when fewer than two prompts have positions.
-        """
-        prompts = np.flatnonzero(np.diff(trace.offsets))
-        if len(prompts) < 2:
-            raise ConfigError(
-                f"a decision needs two prompts with output, the trace has {len(prompts)}; record "
-                "a trace of more prompts"
-            )
-        bootstrap = PairedBootstrap.of(
-            len(prompts), cost, num_resamples=NUM_RESAMPLES, num_draws=NUM_RUNTIME_DRAWS, seed=seed
+    def policy_row(self, gap: float | None = None) -> PolicyRow:
+        """Return the row of a profile; `gap` is what any other tree may at most be faster."""
+        low, high = self.speedup_interval
+        return PolicyRow(
+            batch_size=self.batch_size,
+            verdict=self.verdict,
+            tree=TreeText(paths=self.tree.paths),
+            predicted=Predicted(
+                tokens_per_step=_rounded(self.tokens_per_step),
+                step_ms=_rounded(self.step_ms),
+                tokens_per_s=_rounded(self.tokens_per_s),
+                speedup=_rounded(self.speedup),
+                speedup_interval=Interval(low=_rounded(low), high=_rounded(high)),
+                gap=None if gap is None else _rounded(gap),
+            ),
+            reason=self.reason,
         )
-        first, second = (TreeSpace.of(trace, max_nodes, prompts[half::2]) for half in (0, 1))
-        return cls((first, second), (bootstrap.part(0, 2), bootstrap.part(1, 2)), cost)
 
-    def option(self, batch_size: int, trial: Trial) -> Option:
-        """Time a trial on each half, with the tree that the other half's prompts would choose."""
-        fixed = trial.tree.is_chain or trial.tree == DEFAULT_TREE
-        whole_ms = 0.0
-        resampled_ms_R = np.zeros(NUM_RESAMPLES)
-        for half, bootstrap in enumerate(self.bootstraps):
-            other = self.halves[1 - half]
-            tree = trial.tree if fixed else other.solve(Cell.of(trial.tree))
-            starts_P = self._starts(half, tree)
-            rate = self.halves[half].flat.num_positions / float(starts_P.sum())
-            whole_ms += float(starts_P.sum()) * self.cost.step_ms(batch_size, tree, rate)
-            resampled_ms_R += bootstrap.times_R(starts_P, batch_size, tree, rate)
-        return Option(trial, whole_ms, resampled_ms_R)
 
-    def _starts(self, half: int, tree: Tree) -> NDArray[np.int64]:
-        if (half, tree) not in self.counted:
-            self.counted[half, tree] = walk(self.halves[half].flat, tree).starts_P
-        return self.counted[half, tree]
+def _rounded(value: float) -> float:
+    """Return `value` to six digits: what rounding hides, no measurement resolves."""
+    return float(f"{value:.6g}")
 
 
 def decide_policy(
@@ -141,6 +95,7 @@ def decide_policy(
     max_nodes: int,
     seed: int,
     setting: SearchSetting | None = None,
+    prefer: Preference = "simple",
     progress: Callable[[str], None] | None = None,
 ) -> tuple[Decision, ...]:
     """Decide off, chain or tree for every batch size; the same seed gives the same decisions.
@@ -155,7 +110,7 @@ def decide_policy(
     decisions = []
     for batch_size in batch_sizes:
         result = search_batch(space, cost, batch_size, setting, seed=seed)
-        decision = decide(result, fit, setting.max_token_ms)
+        decision = decide(result, fit, setting.max_token_ms, prefer)
         limit = binding_limit(result, space, setting)
         if limit:
             decision = replace(decision, reason=f"{decision.reason}; {limit}")
@@ -165,32 +120,44 @@ def decide_policy(
     return tuple(decisions)
 
 
-def decide(result: SearchResult, fit: CrossFit, max_token_ms: float = math.inf) -> Decision:
+def decide(
+    result: SearchResult,
+    fit: CrossFit,
+    max_token_ms: float = math.inf,
+    prefer: Preference = "simple",
+) -> Decision:
     """Choose among the options of one search; see the module's first lines for the rule.
 
     `max_token_ms` limits the time per output token of one sequence. At one batch size the fastest
     option has the least, so the limit may rule out a simpler one that would do otherwise.
     """
-    options = [fit.option(result.batch_size, trial) for trial in _candidates(result)]
-    # Simplest first; an option slower than a simpler one is never chosen.
-    front = options[:1]
+    options = [fit.option(result.batch_size, trial, most) for trial, most in _kinds(result)]
+    return choose(result.batch_size, options, max_token_ms, prefer)
+
+
+def choose(
+    batch_size: int, options: Sequence[Option], max_token_ms: float, prefer: Preference
+) -> Decision:
+    """Choose among options, simplest first, of which the first is off."""
+    # An option slower than a simpler one is never chosen.
+    front = [options[0]]
     for option in options[1:]:
         if option.whole_ms < front[-1].whole_ms:
             front.append(option)
     best = front[-1]
-    good = [option for option in front if option is best or best.ratio_to(option).low <= 1.0]
+    good = [best]
+    if prefer == "simple":
+        good = [option for option in front if option is best or best.ratio_to(option).low <= 1.0]
     chosen = next((option for option in good if _token_ms(option) <= max_token_ms), best)
-    off = options[0]
-    trial = chosen.trial
-    to_off = chosen.ratio_to(off)
+    trial, to_off = chosen.trial, chosen.ratio_to(options[0])
     return Decision(
-        batch_size=result.batch_size,
+        batch_size=batch_size,
         verdict=trial.tree.kind,
         tree=trial.tree,
         tokens_per_step=trial.tokens_per_step,
         step_ms=trial.step_ms,
         tokens_per_s=trial.tokens_per_s,
-        speedup=trial.tokens_per_s / off.trial.tokens_per_s,
+        speedup=to_off.value,
         speedup_interval=(to_off.low, to_off.high),
         reason=_reason(chosen, best, options) + _limit_note(chosen, good[0], max_token_ms),
     )
@@ -211,41 +178,59 @@ def _limit_note(chosen: Option, otherwise: Option, max_token_ms: float) -> str:
     return ""
 
 
-def _candidates(result: SearchResult) -> list[Trial]:
-    """Return off, the chains, and the fastest trees of a few sizes, simplest first."""
+def _kinds(result: SearchResult) -> list[tuple[Trial, int]]:
+    """Return off, chains up to a length and trees up to a few sizes, simplest first.
+
+    Each with the fastest trial of its kind, and the most nodes of the kind.
+    """
+    kinds = {result.off: 0}
     chains = [trial for trial in result.trials if trial.tree.is_chain and trial.tree != OFF]
-    chains.sort(key=lambda trial: trial.tree.num_nodes)
-    trees: list[Trial] = []
+    for longest in sorted({trial.tree.num_nodes for trial in chains}):
+        within = [trial for trial in chains if trial.tree.num_nodes <= longest]
+        kinds.setdefault(fastest(within), longest)
+    trees = [trial for trial in result.trials if not trial.tree.is_chain]
     if result.tree is not None:
-        for share in SMALLER_TREES:
-            limit = share * result.tree.tree.num_nodes
-            small = [
-                trial
-                for trial in result.trials
-                if not trial.tree.is_chain and trial.tree.num_nodes <= limit
-            ]
-            trees += [fastest(small)] if small else []
-        trees.append(result.tree)
-    return [result.off, *chains, *dict.fromkeys(trees)]
+        num_nodes = result.tree.tree.num_nodes
+        for most in (*(int(share * num_nodes) for share in SMALLER_TREES), num_nodes):
+            small = [trial for trial in trees if trial.tree.num_nodes <= most]
+            if small:
+                kinds.setdefault(fastest(small), most)
+    return list(kinds.items())
 
 
-def _reason(chosen: Option, best: Option, options: list[Option]) -> str:
+def _reason(chosen: Option, best: Option, options: Sequence[Option]) -> str:
     """Say what the choice gains over the best option of a simpler kind, and what it leaves out."""
+    off = options[0]
     if len(options) == 1:
         return "off: no speculation fits"
-    if chosen is options[0]:
+    if chosen is off:
         rival = best if best is not chosen else min(options[1:], key=lambda other: other.whole_ms)
         change = f"off: {rival.trial.tree.label} would change speed by {rival.ratio_to(chosen)}"
-        return change if best is chosen else f"{change}, so maybe not at all"
+        if best is chosen:
+            return change
+        return f"{change}, so maybe not at all; --prefer fast takes it"
     simpler = ("off",) if chosen.trial.tree.is_chain else ("off", "chain")
     rivals = [option for option in options if option.trial.tree.kind in simpler]
     rival = min(rivals, key=lambda option: option.whole_ms)
-    tokens = chosen.trial.tokens_per_step - rival.trial.tokens_per_step
-    step_ms = chosen.trial.step_ms - rival.trial.step_ms
-    text = (
-        f"{chosen.trial.tree.label} gains {chosen.ratio_to(rival)} over {rival.trial.tree.label}: "
-        f"{tokens:+.2f} tokens per step for {step_ms:+.3f} ms"
-    )
+    gain = chosen.ratio_to(rival)
+    text = f"{chosen.trial.tree.label} gains {gain} over {rival.trial.tree.label}"
+    if gain.value <= 1:
+        text = f"{chosen.trial.tree.label} changes speed by {gain} over {rival.trial.tree.label}"
+    text += _because(chosen.trial, rival.trial)
+    if gain.low <= 1 and chosen is best:
+        text += "; maybe it gains nothing, --prefer simple would say so"
     if best is not chosen:
         text += f"; {best.trial.tree.label} would gain {best.ratio_to(chosen)}, so maybe nothing"
     return text
+
+
+def _because(chosen: Trial, rival: Trial) -> str:
+    """Say where a gain comes from; nothing where the trees themselves show none."""
+    tokens = chosen.tokens_per_step - rival.tokens_per_step
+    step_ms = chosen.step_ms - rival.step_ms
+    if chosen.tokens_per_s <= rival.tokens_per_s:
+        return ""
+    if step_ms < 0:
+        fewer = "more" if tokens >= 0 else "fewer"
+        return f": a step {-step_ms:.3f} ms shorter, with {abs(tokens):.2f} {fewer} tokens"
+    return f": {tokens:+.2f} tokens per step for {step_ms:+.3f} ms"

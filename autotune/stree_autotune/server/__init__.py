@@ -11,7 +11,6 @@ if TYPE_CHECKING:
         from_rates as from_rates,
         from_server as from_server,
         from_trace as from_trace,
-        parse_rates as parse_rates,
     )
     from stree_autotune.server.gather import Names as Names, import_files as import_files
     from stree_autotune.server.plan import Plan as Plan, plan_script as plan_script
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = exports(
     __name__,
     {
-        "acceptance": ["from_rates", "from_server", "from_trace", "parse_rates"],
+        "acceptance": ["from_rates", "from_server", "from_trace"],
         "gather": ["Names", "import_files"],
         "plan": ["Plan", "plan_script"],
         "tables": [

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stree_autotune.server.tables import MAX_DRAFT_TOKENS, AcceptedRun, ServerAcceptance
+from stree_autotune.server.tables import AcceptedRun, ServerAcceptance
 from stree_autotune.trace import Trace, walk
-from stree_core.errors import ConfigError, MissingMeasurement
+from stree_core.errors import MissingMeasurement
 from stree_core.tree import Tree
 
 Floats = NDArray[np.float64]
@@ -87,23 +86,6 @@ def from_rates(rates: Sequence[float]) -> TokensPerStep:
     values = {count: 1 + float(sum(rates[:count])) for count in range(len(rates) + 1)}
     draws = {count: np.full(NUM_DRAWS, value) for count, value in values.items()}
     return TokensPerStep(values, draws, "typed")
-
-
-def parse_rates(text: str) -> tuple[float, ...]:
-    """Read `--rates 0.8,0.6,0.4`; raise ConfigError unless they are shares that never rise."""
-    try:
-        rates = tuple(float(part) for part in text.split(","))
-    except ValueError as err:
-        raise ConfigError(
-            f"--rates takes numbers with commas, got {text!r}; drop the rest"
-        ) from err
-    falling = all(later <= before for before, later in pairwise(rates))
-    if len(rates) > MAX_DRAFT_TOKENS or not all(0 <= rate <= 1 for rate in rates) or not falling:
-        raise ConfigError(
-            f"--rates takes up to {MAX_DRAFT_TOKENS} shares of steps from 0 to 1 that never rise, "
-            f"got {text[:60]}; give the share that keeps at least 1, 2, ... draft tokens"
-        )
-    return rates
 
 
 def _listed(counts: Sequence[int]) -> str:

@@ -15,7 +15,6 @@ from stree_autotune.server.acceptance import (
     from_rates,
     from_server,
     from_trace,
-    parse_rates,
 )
 from stree_autotune.server.choice import Choice, choose, options_by_size
 from stree_autotune.server.fit import fit_steps
@@ -28,7 +27,7 @@ from stree_autotune.server.tables import (
     short_name,
 )
 from stree_autotune.store import Library, command, provenance
-from stree_autotune.trace import load_trace
+from stree_autotune.trace import TYPED, load_trace, parse_rates, rates_source
 from stree_core.errors import ConfigError, MissingMeasurement
 from stree_core.files import sha256_of
 from stree_core.profile import (
@@ -145,9 +144,7 @@ def _tokens(
         raise ConfigError("acceptance has one source, got --rates and --acceptance-from; drop one")
     if request.rates:
         rates = parse_rates(request.rates)
-        digest = hashlib.sha256(repr(rates).encode()).hexdigest()
-        note = f"typed: {', '.join(f'{rate:g}' for rate in rates)[:300]}"
-        return from_rates(rates), Source(name="rates", sha256=digest, status="estimated", note=note)
+        return from_rates(rates), rates_source(rates)
     if request.acceptance_from:
         path = library.find_trace_file(request.acceptance_from)
         counts = sorted({cell.draft_tokens for cell in table.cells} - {0})
@@ -198,7 +195,7 @@ def _profile(
         target=_ref(served.target),
         draft=_ref(served.draft),
         gpu=GpuRef(name=served.gpu, status="measured"),
-        dataset=request.dataset or "typed",
+        dataset=request.dataset or TYPED,
         sampling=request.sampling,
         context=table.context,
         policy=tuple(_row(choice) for choice in choices),

@@ -53,6 +53,12 @@ if TYPE_CHECKING:
         walk as walk,
         walk_nested as walk_nested,
     )
+    from stree_autotune.trace.typed_rates import (
+        RATES as RATES,
+        TYPED as TYPED,
+        parse_rates as parse_rates,
+        rates_source as rates_source,
+    )
 
 __getattr__, __dir__ = exports(
     __name__,
@@ -95,5 +101,6 @@ __getattr__, __dir__ = exports(
             "walk",
             "walk_nested",
         ],
+        "typed_rates": ["RATES", "TYPED", "parse_rates", "rates_source"],
     },
 )
