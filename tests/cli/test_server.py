@@ -153,7 +153,8 @@ def test_findings_go_to_stderr_and_into_json(call: Call, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--rates", "0.5"), "--rates and --smooth belong to --server"),
+        (("--smooth",), "--smooth belongs to --server"),
+        (("--rates", "0.5"), "--rates 0.5 --gpu h100`"),
         (("--server", "tgi", *PAIR), "--server is vllm or sglang, got tgi"),
         (("--server", "sglang", *PAIR), "make one with `stree-tune plan --server sglang"),
         (("--server", "vllm", "--gpu", "h100"), "pass one of them"),

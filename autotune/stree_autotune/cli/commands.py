@@ -69,6 +69,7 @@ def tune_command(
     storage: flags.Storage = "",
     trials: flags.Trials = 0,
     max_token_ms: flags.MaxTokenMs = 0.0,
+    prefer: flags.Prefer = "simple",
     seed: flags.Seed = 0,
     verbose: flags.Verbose = False,
     as_json: flags.AsJson = False,
@@ -80,11 +81,11 @@ def tune_command(
     if ctx.invoked_subcommand is not None:
         _refuse_flags_before_verb(ctx)
         return
-    if server or rates or smooth:
+    if server or smooth:
         tune_on_server(ctx)
         return
-    if not gpu or not (dataset or acceptance_from):
-        raise flags.needs_gpu_and_dataset("tuning", gpu, dataset)
+    if not gpu or not (dataset or acceptance_from or rates):
+        raise flags.needs_gpu_and_dataset("tuning", gpu, dataset or rates)
     target, draft = flags.pair_names(target, draft)
     from stree_autotune.search import TuneRequest  # loads optuna and scipy
     from stree_autotune.store import data_folder
@@ -107,6 +108,8 @@ def tune_command(
         studies=data_folder(data) / "studies",
         num_trials=trials,
         max_token_ms=max_token_ms or math.inf,
+        rates=flags.typed_rates(rates, measure=measure),
+        prefer=flags.preference(prefer),
     )
     _tune(request, ctx)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -56,7 +56,7 @@ Target = Annotated[
         "--target",
         show_default=DEFAULT_TARGET,
         autocompletion=completion.models,
-        help="Target model: a name, a model folder or a hub id.",
+        help="Target model: a name, a model folder, a config.json or a hub id.",
     ),
 ]
 Draft = Annotated[
@@ -164,12 +164,20 @@ Rates = Annotated[
     typer.Option(
         "--rates",
         metavar="R[,R]",
-        help="With --server: shares of steps that keep at least 1, 2, ... draft tokens.",
+        help="Shares of steps that keep at least 1, 2, ... draft tokens, in place of a trace.",
     ),
 ]
 Smooth = Annotated[
     bool,
     typer.Option("--smooth", help="With --server: K never rises with the batch size."),
+]
+Prefer = Annotated[
+    str,
+    typer.Option(
+        "--prefer",
+        metavar="simple|fast",
+        help="The simplest option that may be as fast as the fastest, or the fastest.",
+    ),
 ]
 Storage = Annotated[
     str,
@@ -303,6 +311,29 @@ def is_default(ctx: typer.Context, name: str) -> bool:
     """True when a parameter has its default, rather than what the user typed."""
     source = ctx.get_parameter_source(name)
     return source is not None and source.name.startswith("DEFAULT")
+
+
+def typed_rates(text: str, *, measure: bool) -> tuple[float, ...]:
+    """Return the shares of --rates, none without; raise ConfigError for others and with measuring.
+
+    Live steps accept by a trace, which typed rates are not.
+    """
+    if not text:
+        return ()
+    from stree_autotune.trace import parse_rates
+
+    if measure:
+        raise ConfigError("--measure needs a trace to walk, got --rates; drop one of them")
+    return parse_rates(text)
+
+
+def preference(word: str) -> Literal["simple", "fast"]:
+    """Return the word of --prefer; raise ConfigError for another."""
+    if word == "simple":
+        return "simple"
+    if word == "fast":
+        return "fast"
+    raise ConfigError(f"--prefer is simple or fast, got {word!r}; pass one of them")
 
 
 def search_path(data: list[Path], libraries: list[str]) -> tuple[Path, ...]:

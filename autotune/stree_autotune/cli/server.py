@@ -156,7 +156,7 @@ def _server_request(ctx: typer.Context) -> ServerRequest:
 
     given = ctx.params
     if not given["server"]:
-        raise ConfigError("--rates and --smooth belong to --server NAME, it was not given; add it")
+        raise ConfigError("--smooth belongs to --server NAME, it was not given; add it")
     is_open = flags.is_default(ctx, "batch_size")
     return ServerRequest(
         server=given["server"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from itertools import groupby
 from pathlib import PurePosixPath
@@ -21,6 +22,13 @@ HEADERS = (
 )  # fmt: skip
 DETAILS = ("batch", "nodes", "depth", "tokens/step", "step ms", "tokens/s", "within")
 NARROWEST = 80
+USEFUL_GAP = 0.5
+"""A bound further above the choice is not shown as a result."""
+
+TYPED_RATES = "rates"
+"""The name of a trace's source where rates were typed (stree_autotune.trace.typed_rates)."""
+
+_FEW_PROMPTS = re.compile(r"only \d+ prompts")
 COLOURS: dict[Verdict, str] = {"off": "dim", "chain": "blue", "tree": "green"}
 DEMO_PAIR = "demo-target"
 """The model that ships, to show the tool."""
@@ -67,7 +75,8 @@ def print_profile(profile: Profile, console: Console, *, verbose: bool = False) 
     console.print(_source_line("acceptance", sources.trace, noted=True))
     if verbose and sources.certificate is not None:
         console.print(_source_line("certificate", sources.certificate, noted=True))
-    if profile.server is None and profile.sources.certificate is None and verbose:
+    from_trace = profile.server is None and sources.trace.name != TYPED_RATES
+    if verbose and from_trace and sources.certificate is None:
         made = command("certify", PurePosixPath(profile.sources.trace.name).stem)
         console.print(f"certificate: none; make one with `{made}` and tune again")
     if not verbose:
@@ -148,6 +157,9 @@ def title(profile: Profile) -> str:
         gpu += f" (estimated from {measured_gpu(profile.sources.runtime)})"
     if profile.sources.trace.status == "estimated":
         dataset += f" (estimated, {profile.sources.trace.note})"
+    few = _FEW_PROMPTS.search(profile.sources.trace.note or "")
+    if few is not None and profile.sources.trace.status != "estimated":
+        dataset += f" (unreliable, {few.group()})"
     pair = f"{profile.target.name} + {profile.draft.name}"
     return f"{pair} on {gpu} · {dataset} · {profile.sampling.rule}"
 
@@ -189,9 +201,16 @@ def _details_table(rows: tuple[PolicyRow, ...]) -> Table:
             f"{predicted.tokens_per_step:.3f}",
             f"{predicted.step_ms:.4f}",
             f"{predicted.tokens_per_s:,.1f}",
-            "unknown" if predicted.gap is None else f"{100 * predicted.gap:.1f} %",
+            _within(predicted.gap),
         )
     return table
+
+
+def _within(gap: float | None) -> str:
+    """Return a certified gap; a bound that far above says nothing."""
+    if gap is None:
+        return "unknown"
+    return f"{100 * gap:.1f} %" if gap <= USEFUL_GAP else "no useful bound"
 
 
 def digits(value: float) -> str:

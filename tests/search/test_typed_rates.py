@@ -1,0 +1,117 @@
+"""Tuning by typed rates and by shapes alone: what is answered, marked, and refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from stree_autotune.search.profile_sources import profile_cost, profile_trace
+from stree_autotune.search.request import TuneRequest
+from stree_autotune.search.times import FROM_SHAPES
+from stree_autotune.search.tuning import tune
+from stree_autotune.store.library import Library
+from stree_autotune.store.show import title
+from stree_core.errors import CheckpointError, ConfigError, MissingMeasurement, NoFeasibleTree
+from stree_core.families.shape_spec import load_shape_spec
+from stree_core.profile import Sampling
+
+LIBRARY = Library.open()
+
+REQUEST = TuneRequest(
+    gpu="h100",
+    dataset="",
+    target="nemotron-3-nano-mtp",
+    draft="mtp",
+    sampling=Sampling(),
+    context=1024,
+    batch_sizes=(1, 8),
+    max_nodes=8,
+    data=(),
+    acceptance_from="",
+    seed=0,
+    rates=(0.8, 0.6, 0.4),
+)
+MEASURED = replace(REQUEST, gpu="h200", target="demo-target", draft="demo-draft")
+
+
+def test_a_shape_and_rates_are_enough_and_all_is_marked() -> None:
+    profile = tune(REQUEST)
+    assert profile.estimated
+    assert profile.gpu.status == "estimated"
+    runtime, trace = profile.sources.runtime, profile.sources.trace
+    assert runtime.name == f"runtime/h200--{FROM_SHAPES}.yaml"
+    assert "true times lie within" in str(runtime.note)
+    assert (trace.name, trace.status) == ("rates", "estimated")
+    assert trace.note == "typed: 0.8, 0.6, 0.4; chains only, rates as exact"
+    assert title(profile).count("estimated") == 2
+    for row in profile.policy:
+        assert row.verdict in ("off", "chain")
+        depth = row.tree.build().depth
+        assert row.predicted.tokens_per_step == pytest.approx(1 + sum(REQUEST.rates[:depth]))
+        interval = row.predicted.speedup_interval
+        assert interval.low <= row.predicted.speedup <= interval.high
+    assert tune(REQUEST).policy == profile.policy
+
+
+def test_nothing_pretends_that_files_are_behind_it() -> None:
+    profile = tune(REQUEST)
+    with pytest.raises(MissingMeasurement, match="its acceptance was typed; record a trace"):
+        profile_trace(profile, LIBRARY)
+    with pytest.raises(MissingMeasurement, match="its times are of shapes alone; measure"):
+        profile_cost(profile, LIBRARY)
+
+
+def test_measured_times_stay_measured() -> None:
+    profile = tune(MEASURED)
+    assert profile.sources.runtime.status == "measured"
+    assert profile.estimated, "by the rates"
+    useless = tune(replace(MEASURED, rates=(0.01,)))
+    assert {row.verdict for row in useless.policy} == {"off"}
+    perfect = tune(replace(MEASURED, rates=(1.0,) * 6))
+    assert {row.tree.build().label for row in perfect.policy} == {"chain 6"}
+
+
+def test_a_config_file_is_enough(tmp_path: Path) -> None:
+    model = LIBRARY.find_described("nemotron-3-nano-mtp")
+    spec = LIBRARY.find_shape("nemotron-3-nano-mtp")
+    loaded = load_shape_spec(spec)
+    merged = {**loaded.config, **(loaded.mtp or {})}
+    path = tmp_path / "my-model.json"
+    path.write_text(json.dumps(merged))
+    folder = tmp_path / "served"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(merged))
+    for word, name in ((path, "my-model"), (folder, "served"), (folder / "config.json", "served")):
+        profile = tune(replace(REQUEST, target=str(word)))
+        assert profile.target.name == name
+        assert profile.target.shape_sha256 == model.shape.digest
+
+
+def test_trees_need_a_trace_which_may_be_borrowed() -> None:
+    borrowed = "demo-target--mtp--gsm8k--greedy"
+    asked = replace(REQUEST, rates=(), acceptance_from=borrowed, target="nemotron-3-nano-mtp")
+    profile = tune(asked)
+    assert "borrowed from demo-target" in str(profile.sources.trace.note)
+    assert profile.sources.runtime.status == "estimated"
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"dataset": "gsm8k"}, ConfigError, "got --rates and --dataset; drop one"),
+        ({"acceptance_from": "x"}, ConfigError, "got --rates and --acceptance-from; drop one"),
+        ({"target": "nowhere"}, ConfigError, "nowhere is no known model"),
+        ({"draft": "nowhere"}, ConfigError, "nowhere is no known model"),
+        ({"target": "nemotron-h-8b"}, CheckpointError, "names none; give a draft model"),
+        ({"gpu": "cpu"}, MissingMeasurement, "no runtime table of nemotron-3-nano-mtp"),
+        ({"gpu": "rtx3090"}, NoFeasibleTree, "GB of rtx3090"),
+    ],
+)
+def test_what_cannot_be_answered(
+    change: dict[str, str], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        tune(replace(REQUEST, **change))  # type: ignore[arg-type]
