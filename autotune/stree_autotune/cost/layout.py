@@ -32,18 +32,21 @@ class Product(NamedTuple):
 
 
 class ExpertLayer(NamedTuple):
-    """`number` layers of experts; `values` are those of one expert."""
+    """`number` layers of experts; `values` are those of one expert.
+
+    Every row uses `num_chosen` of `num_experts`, and `num_shared` further ones.
+    """
 
     num_experts: int
     num_chosen: int
     values: int
     number: int
+    num_shared: int = 0
 
     def distinct(self, num_rows: int) -> float:
         """Return how many experts some rows are expected to use, each choosing by chance."""
-        return self.num_experts * -math.expm1(
-            num_rows * math.log1p(-min(self.num_chosen / self.num_experts, 1 - 1e-12))
-        )
+        share = min(self.num_chosen / self.num_experts, 1 - 1e-12)
+        return self.num_shared - self.num_experts * math.expm1(num_rows * math.log1p(-share))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +68,22 @@ class Layout:
 def layout_of(shape: ModelShape) -> Layout:
     """Return the layout of a shape; a mixer of any other kind than these counts as recurrent."""
     products: Counter[tuple[int, ...]] = Counter()
-    experts: Counter[tuple[int, int, int]] = Counter()
+    experts: Counter[tuple[int, int, int, int]] = Counter()
     kinds: Counter[str] = Counter()
     score_flops = 0.0
     for part in shape.parts:
         mixer = part.mixer
-        kinds[_KINDS.get(type(mixer), f"{RECURRENT} ({type(mixer).__name__})")] += 1
+        named = (name for kind, name in _KINDS.items() if isinstance(mixer, kind))
+        kinds[next(named, f"{RECURRENT} ({type(mixer).__name__})")] += 1
         if isinstance(mixer, AttentionShape):
             score_flops += 4 * mixer.num_heads * mixer.row_dim
         stacks: tuple[str, ...] = ()
         if isinstance(mixer, MoeShape):
             stacks = _STACKS
             total = sum(part.weights[name].num_values for name in stacks)
-            key = (mixer.num_experts, mixer.router.num_chosen, total // mixer.num_experts)
-            experts[key] += 1
+            stacked = part.weights[stacks[0]].shape[0]
+            more = stacked - mixer.num_experts
+            experts[mixer.num_experts, mixer.router.num_chosen, total // stacked, more] += 1
         dims = (weight.shape for name, weight in part.weights.items() if name not in stacks)
         products.update(dim for dim in dims if len(dim) == 2 and min(dim) >= LEAST_SIDE)
     beside = [block.shared.linear.shape for block in shape.blocks if block.shared is not None]
@@ -91,7 +96,9 @@ def layout_of(shape: ModelShape) -> Layout:
         num_scans=sum(count for kind, count in kinds.items() if kind.startswith(RECURRENT)),
         num_attention=kinds["attention"],
         score_flops=score_flops,
-        experts=tuple(ExpertLayer(*key, count) for key, count in sorted(experts.items())),
+        experts=tuple(
+            ExpertLayer(*key[:3], count, key[3]) for key, count in sorted(experts.items())
+        ),
         kinds=frozenset(kinds),
     )
 

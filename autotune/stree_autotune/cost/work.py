@@ -93,7 +93,7 @@ def pass_work(model: PassModel, size: PassSize) -> Work:
     several = size.block_rows > 1
     tile = _scan_tile(size.block_rows)
     distinct = sum(e.number * e.distinct(rows) * e.values for e in layout.experts)
-    chosen = sum(e.number * e.num_chosen * rows * e.values for e in layout.experts)
+    chosen = sum(e.number * (e.num_chosen + e.num_shared) * rows * e.values for e in layout.experts)
     stored = 1 / (MAX_BUFFERED + 1) if size.plain else 0
     states = size.batch_size * cost.state_bytes_per_sequence
     return Work(
