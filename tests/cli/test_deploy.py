@@ -177,6 +177,17 @@ def test_list_shows_local_library_and_shipped(terminal: Terminal) -> None:
     assert (first["dataset"], first["sampling"]) == ("gsm8k", "greedy")
 
 
+def test_list_shows_the_shapes_of_models(terminal: Terminal) -> None:
+    outcome = terminal("list", "--shapes", "--json")
+    assert outcome.code == 0
+    rows = {row["name"]: row for row in json.loads(outcome.out.splitlines()[-1])}
+    served = rows["nemotron-3-super-120b-a12b"]
+    assert (served["billions"], served["mtp"]) == (120.669, True)
+    assert served["layers"] == "40 Mamba2, 40 experts, 40 MLP, 8 attention"
+    assert all(row["source"].startswith("https://") for row in rows.values())
+    assert not rows["codestral-mamba-7b"]["mtp"]
+
+
 def test_list_leaves_out_what_it_cannot_read(
     terminal: Terminal, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -31,7 +31,7 @@ def test_kinds_and_counts_are_those_of_the_shape() -> None:
     layout = layout_of(LIBRARY.find_described("nemotron-3-nano-mtp").shape)
     assert (layout.num_scans, layout.num_attention) == (23, 6)
     assert sum(layer.number for layer in layout.experts) == 23
-    assert layout.kinds == {"recurrent (Mamba2Shape)", "attention", "experts", "MLP"}
+    assert layout.kinds == {"Mamba2 layers", "attention", "experts", "MLP"}
     assert layout.score_flops == 6 * 4 * 32 * 128
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -117,16 +117,23 @@ def pull(
 def list_files(
     data: flags.Data = flags.DEFAULT_DATA_PATHS,
     library: flags.Libraries = flags.NO_LIBRARIES,
+    shapes: Annotated[
+        bool, typer.Option("--shapes", help="Print the models whose shapes are known instead.")
+    ] = False,
     as_json: flags.AsJson = False,
 ) -> None:
     """Print which profiles, tables and traces are there, and how old they are."""
     from dataclasses import asdict
 
-    from stree_autotune.cli.listing import list_rows, print_rows
+    from stree_autotune.cli.listing import list_rows, print_rows, print_shapes, shape_rows
     from stree_autotune.store import Library, result_console
 
-    rows = list_rows(Library.open(flags.search_path(data, library)))
-    print_rows(rows, result_console())
+    found = Library.open(flags.search_path(data, library))
+    rows: list[Any] = shape_rows(found) if shapes else list_rows(found)
+    if shapes:
+        print_shapes(rows, result_console())
+    else:
+        print_rows(rows, result_console())
     if as_json:
         sys.stdout.write(json.dumps([asdict(row) for row in rows]) + "\n")
 

@@ -1,9 +1,10 @@
-"""What there is to tune and decode with: profiles, tables and traces of every root."""
+"""What there is to tune and decode with: profiles, tables, traces and shapes of every root."""
 
 from __future__ import annotations
 
 import datetime
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from stree_autotune.cost import kind_of, quiet_families
 from stree_autotune.share import cache_root
 from stree_autotune.store import Library, load_runtime_table, shipped_root
 from stree_autotune.trace import load_trace
 from stree_core.errors import StreeError
+from stree_core.families import load_shape_spec, shape_from_config
 from stree_core.profile import load_profile
 from stree_core.shown_text import printable
 
@@ -82,6 +85,60 @@ def print_rows(rows: list[Row], console: Console) -> None:
         texts = (row.kind, row.where, row.gpu, pair, row.dataset, row.sampling, row.status)
         table.add_row(*texts, age, printable(row.name))
     console.print(table)
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeRow:
+    """A shape spec: parameters in billions, its layers by kind, and whether it has an MTP head."""
+
+    name: str
+    where: str
+    billions: float
+    hidden: int
+    layers: str
+    mtp: bool
+    source: str
+
+
+def shape_rows(library: Library) -> list[ShapeRow]:
+    """Return every shape spec, in the order in which roots are searched.
+
+    One that cannot be read is left out with a line in the log.
+    """
+    rows = []
+    for root in library.roots:
+        for path in sorted((root / "shapes").glob("*.yaml")):
+            try:
+                rows.append(_shape_row(path, _where(root)))
+            except StreeError as err:
+                logger.warning("left out: %s", err)
+    return rows
+
+
+def print_shapes(rows: list[ShapeRow], console: Console) -> None:
+    """Print the shapes as a table, as wide as it takes."""
+    console.width = max(console.width, WIDEST)
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for header in ("name", "where", "billions", "hidden", "layers", "head", "source"):
+        right = header in ("billions", "hidden")
+        table.add_column(header, justify="right" if right else "left", no_wrap=True)
+    for row in rows:
+        texts = (f"{row.billions:.2f}", str(row.hidden), row.layers, "mtp" if row.mtp else "")
+        table.add_row(printable(row.name), row.where, *texts, printable(row.source))
+    console.print(table)
+
+
+def _shape_row(path: Path, where: str) -> ShapeRow:
+    spec = load_shape_spec(path)
+    with quiet_families():
+        shape = shape_from_config(spec.config_dict, spec.name)
+    kinds = Counter(kind_of(part.mixer) for part in shape.parts)
+    layers = ", ".join(f"{count} {kind.removesuffix(' layers')}" for kind, count in kinds.items())
+    billions = round(shape.num_parameters / 1e9, 3)
+    return ShapeRow(
+        spec.name, where, billions, shape.hidden_size, layers, shape.mtp is not None,
+        spec.sources[0],
+    )  # fmt: skip
 
 
 def describe_age(date: str, now: datetime.datetime) -> str:

@@ -8,6 +8,10 @@ from stree_kernels.lazy import exports
 
 if TYPE_CHECKING:
     from stree_autotune.cost.estimate import Estimate as Estimate
+    from stree_autotune.cost.layout import (
+        kind_of as kind_of,
+        quiet_families as quiet_families,
+    )
     from stree_autotune.cost.memory import MemoryModel as MemoryModel
     from stree_autotune.cost.shape_table import (
         ShapeQuestion as ShapeQuestion,
@@ -28,6 +32,7 @@ __getattr__, __dir__ = exports(
     __name__,
     {
         "estimate": ["Estimate"],
+        "layout": ["kind_of", "quiet_families"],
         "memory": ["MemoryModel"],
         "shape_table": ["ShapeQuestion", "estimate_shapes", "nearest_measured"],
         "step_cost": ["StepCost"],

@@ -12,13 +12,12 @@ from typing import NamedTuple
 
 from stree_autotune.store import Library, ModelCost, RuntimeTable
 from stree_core.errors import StreeError
-from stree_core.families import AttentionShape, MlpShape, ModelShape, MoeShape
+from stree_core.families import AttentionShape, Mixer, MlpShape, ModelShape, MoeShape
 from stree_core.models import MTP, ModelSource
 
 LEAST_SIDE = 64
 """Matrices with a shorter side (convolutions, norms) are no products."""
 
-RECURRENT = "recurrent"
 _KINDS = {AttentionShape: "attention", MlpShape: "MLP", MoeShape: "experts"}
 _STACKS = ("up_proj", "down_proj")
 
@@ -73,8 +72,7 @@ def layout_of(shape: ModelShape) -> Layout:
     score_flops = 0.0
     for part in shape.parts:
         mixer = part.mixer
-        named = (name for kind, name in _KINDS.items() if isinstance(mixer, kind))
-        kinds[next(named, f"{RECURRENT} ({type(mixer).__name__})")] += 1
+        kinds[kind_of(mixer)] += 1
         if isinstance(mixer, AttentionShape):
             score_flops += 4 * mixer.num_heads * mixer.row_dim
         stacks: tuple[str, ...] = ()
@@ -93,7 +91,7 @@ def layout_of(shape: ModelShape) -> Layout:
     return Layout(
         products=tuple(Product(n, k, count) for (n, k), count in sorted(products.items())),
         head=Product(shape.vocab_size, shape.hidden_size, 1),
-        num_scans=sum(count for kind, count in kinds.items() if kind.startswith(RECURRENT)),
+        num_scans=sum(count for kind, count in kinds.items() if kind not in _KINDS.values()),
         num_attention=kinds["attention"],
         score_flops=score_flops,
         experts=tuple(
@@ -101,6 +99,12 @@ def layout_of(shape: ModelShape) -> Layout:
         ),
         kinds=frozenset(kinds),
     )
+
+
+def kind_of(mixer: Mixer) -> str:
+    """Return the kind of a mixer, a recurrent one's by its class."""
+    named = (name for kind, name in _KINDS.items() if isinstance(mixer, kind))
+    return next(named, f"{type(mixer).__name__.removesuffix('Shape')} layers")
 
 
 def rough_layout(cost: ModelCost, element_bytes: int) -> Layout:
@@ -146,7 +150,7 @@ def find_layouts(library: Library, tables: Iterable[RuntimeTable]) -> Layouts:
     """Return the layouts of the models of tables whose shapes the library has."""
     names = {model.name for table in tables for model in (table.target, table.draft)} - {MTP}
     sources = []
-    with _quiet():
+    with quiet_families():
         for name in sorted(names):
             try:
                 sources.append(library.find_described(name))
@@ -157,7 +161,7 @@ def find_layouts(library: Library, tables: Iterable[RuntimeTable]) -> Layouts:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_families() -> Iterator[None]:
     """Keep the families from telling which keys of configs nobody asked about they do not use."""
     told = logging.getLogger("stree_core.families")
     level = told.level
