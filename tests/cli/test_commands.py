@@ -137,7 +137,9 @@ def test_rows_agree_with_their_own_numbers(tuned: tuple[Path, Outcome]) -> None:
         rate = 1e3 * row.batch_size * seen.tokens_per_step / seen.step_ms
         assert seen.tokens_per_s == pytest.approx(rate, rel=1e-5)
         off = 1e3 * row.batch_size / (3 + 0.02 * row.batch_size)
-        assert seen.speedup == pytest.approx(rate / off, rel=1e-5)
+        # of prompts without a part in the choice
+        assert seen.speedup == pytest.approx(rate / off, rel=0.05)
+        assert seen.speedup_interval.low <= seen.speedup <= seen.speedup_interval.high
         assert seen.speedup_interval.low <= seen.speedup_interval.high
         assert row.reason
 

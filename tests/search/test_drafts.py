@@ -53,7 +53,7 @@ def test_the_best_draft_is_kept(
     assert profile.draft.name == "good-draft"
     assert "draft poor-draft 1." in caplog.text
     assert (
-        profile.sources.trace.note == "good-draft 1.820x off, chosen beside poor-draft 1.412x off"
+        profile.sources.trace.note == "good-draft 1.803x off, chosen beside poor-draft 1.412x off"
     )
     assert tune(monkeypatch, capsys, "--draft", "poor-draft")[0] == 0
     assert load_profile(folder / "stree-profile.yaml").draft.name == "poor-draft"

@@ -200,7 +200,8 @@ def test_stray_files_are_no_names(library: Library, root: Path) -> None:
     specs = {path.stem for path in (root / "gpus").iterdir()}
     assert library.gpu_names() == {"cpu", *specs}
     assert library.dataset_names() == {"demo", "gsm8k", "human_eval", "mt_bench"}
-    assert library.model_names() == set(PAIR)
+    shapes = {path.stem for path in (root / "shapes").iterdir()}
+    assert library.model_names() == set(PAIR) | shapes
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -146,10 +146,16 @@ class Layouts:
         return rough_layout(cost, element_bytes) if found is None else found
 
 
-def find_layouts(library: Library, tables: Iterable[RuntimeTable]) -> Layouts:
-    """Return the layouts of the models of tables whose shapes the library has."""
+def find_layouts(
+    library: Library, tables: Iterable[RuntimeTable], read: Sequence[ModelSource] = ()
+) -> Layouts:
+    """Return the layouts of the models of tables whose shapes the library has.
+
+    `read` are models whose configs were read already.
+    """
     names = {model.name for table in tables for model in (table.target, table.draft)} - {MTP}
-    sources = []
+    names -= {source.name for source in read}
+    sources = list(read)
     with quiet_families():
         for name in sorted(names):
             try:

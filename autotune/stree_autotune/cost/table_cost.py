@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from stree_autotune.store import (
 )
 from stree_core.errors import MissingMeasurement
 from stree_core.files import read_yaml
+from stree_core.models import ModelSource
 from stree_core.profile import Sampling
 
 
@@ -41,8 +43,12 @@ class RuntimeInputs:
     layouts: Layouts = field(default_factory=Layouts)
 
 
-def read_runtime(library: Library, found: RuntimeSource, gpu: str) -> RuntimeInputs:
+def read_runtime(
+    library: Library, found: RuntimeSource, gpu: str, read: Sequence[ModelSource] = ()
+) -> RuntimeInputs:
     """Read the table that was found for a GPU and, for an estimate, the specs not read yet.
+
+    `read` are models whose configs were read already.
 
     Raises ConfigError when one is malformed.
     """
@@ -55,7 +61,7 @@ def read_runtime(library: Library, found: RuntimeSource, gpu: str) -> RuntimeInp
     if measured and wanted:
         paths = library.runtime_paths(table.gpu)
         others = tuple(load_runtime_table(path) for path in paths if path != found.path)
-    layouts = find_layouts(library, (table, *others))
+    layouts = find_layouts(library, (table, *others), read)
     return RuntimeInputs(found.path, digest, gpu, table, wanted, measured, others, layouts)
 
 

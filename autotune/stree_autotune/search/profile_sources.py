@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 
 from stree_autotune.cost import RuntimeInputs, StepCost, read_runtime, runtime_cost
 from stree_autotune.search.times import FROM_SHAPES
-from stree_autotune.store import Library, RuntimeSource
+from stree_autotune.store import Library, RuntimeSource, command
 from stree_autotune.trace import RATES, Trace, load_trace
 from stree_core.errors import MissingMeasurement
 from stree_core.files import sha256_of
@@ -43,7 +43,7 @@ def find_source_file(source: Source, folder: str, library: Library) -> Path:
     """
     if source.name == RATES or FROM_SHAPES in source.name:
         made = "acceptance was typed" if source.name == RATES else "times are of shapes alone"
-        made_by = "record a trace" if source.name == RATES else "measure with `stree-tune probe`"
+        made_by = "record a trace" if source.name == RATES else f"measure with `{command('probe')}`"
         raise MissingMeasurement(
             f"this needs a file of {folder}, and the profile has none: its {made}; {made_by} and "
             "tune again"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stree_autotune.cost import (
@@ -19,7 +20,7 @@ from stree_autotune.cost import (
 from stree_autotune.search.request import TuneRequest, probe_command_of
 from stree_autotune.store import GpuSpec, Library, RuntimeTable, StepRule
 from stree_core.errors import ConfigError, MissingMeasurement
-from stree_core.models import MTP, head_source
+from stree_core.models import MTP, ModelSource, head_source
 from stree_core.profile import Source
 
 FROM_SHAPES = "*"
@@ -53,8 +54,10 @@ def source_of(name: str, sha256: str, note: str, *, estimated: bool) -> Source:
     )
 
 
-def load_times(library: Library, request: TuneRequest) -> Times:
+def load_times(library: Library, request: TuneRequest, read: Sequence[ModelSource] = ()) -> Times:
     """Return the step cost of a request: measured, carried over, or of the shapes alone.
+
+    `read` are models whose configs were read already.
 
     Raises ConfigError for unknown names, MissingMeasurement when nothing says how long a step
     takes.
@@ -65,7 +68,7 @@ def load_times(library: Library, request: TuneRequest) -> Times:
         found = library.find_runtime(request.gpu, target, draft, command)
     except MissingMeasurement as missing:
         return _of_shapes(library, request, missing)
-    inputs = read_runtime(library, found, request.gpu)
+    inputs = read_runtime(library, found, request.gpu, read)
     table = inputs.table
     cost, estimate = runtime_cost(inputs, request.sampling, request.context, request.words)
     note = f"{table.gpu_name}, {table.dtype}, {table.backend}"

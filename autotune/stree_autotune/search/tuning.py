@@ -208,8 +208,9 @@ def ask(request: TuneRequest) -> Question:
     for tables and traces that were never recorded.
     """
     library = Library.open(request.data)
-    runtime = load_times(library, request)
     target, draft = library.model_name(request.target), library.model_name(request.draft)
+    here = _sources_here(library, request)
+    runtime = load_times(library, request, [source for source in here if source is not None])
     request = within_measured(request, runtime.cost)
     acceptance = load_acceptance(
         library,
@@ -220,14 +221,14 @@ def ask(request: TuneRequest) -> Question:
         max_nodes=request.max_nodes,
         command=request.trace_command(),
     )
-    refs = _require_one_pair(library, request, runtime, acceptance.trace, acceptance.source)
+    refs = _require_one_pair(request, here, runtime, acceptance)
     runtime.cost.require(request.batch_sizes, request.max_nodes)
     memory = runtime.memory(request)
     return Question(request, runtime, acceptance, refs, memory)
 
 
 def _require_one_pair(
-    library: Library, request: TuneRequest, runtime: Times, trace: Trace, trace_source: Source
+    request: TuneRequest, here: SourcesHere, runtime: Times, acceptance: Acceptance
 ) -> tuple[ModelRef, ModelRef]:
     """Return the target and the draft as the profile names them.
 
@@ -235,20 +236,21 @@ def _require_one_pair(
     Raises ConfigError unless table, trace and, where they are there, folders are of one pair; a
     borrowed trace may be of any.
     """
+    trace, trace_source = acceptance.trace, acceptance.source
     table, borrowed = runtime.table, trace_source.status == "estimated"
     roles = ((table.target, trace.meta.target), (table.draft, trace.meta.draft))
     table_file = f"runtime table {PurePosixPath(runtime.source.name).name}"
     trace_file = f"trace {PurePosixPath(trace_source.name).name}"
     refs = []
-    for (timed, traced), here in zip(roles, _sources_here(library, request), strict=True):
-        if here is not None:
+    for (timed, traced), source in zip(roles, here, strict=True):
+        if source is not None:
             again = f"record it again with `{table.probe_command(request.words)} --force`"
-            require_same_shape(timed, here.ref, table_file, "folder", again)
+            require_same_shape(timed, source.ref, table_file, "folder", again)
             if not borrowed:
                 again = f"record it again with `{request.trace_command('--force')}`"
-                require_same_model(traced, here.ref, trace_file, "folder", again)
+                require_same_model(traced, source.ref, trace_file, "folder", again)
             known = None if borrowed else traced.weights_sha256
-            refs.append(here.ref.model_copy(update={"weights_sha256": known}))
+            refs.append(source.ref.model_copy(update={"weights_sha256": known}))
         elif borrowed:
             refs.append(timed.ref)
         else:
@@ -258,9 +260,10 @@ def _require_one_pair(
     return refs[0], refs[1]
 
 
-def _sources_here(
-    library: Library, request: TuneRequest
-) -> tuple[ModelSource | None, ModelSource | None]:
+SourcesHere = tuple[ModelSource | None, ModelSource | None]
+
+
+def _sources_here(library: Library, request: TuneRequest) -> SourcesHere:
     """Return what the models' files say now, None where they are not on this machine."""
     target = library.find_source(request.target)
     if request.draft == MTP:
