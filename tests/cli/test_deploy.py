@@ -130,7 +130,7 @@ def test_from_one_machine_to_another(terminal: Terminal, monkeypatch: pytest.Mon
     there.mkdir()
     monkeypatch.chdir(there)
     library = ("--library", shelf.as_uri())
-    assert "batch size" in terminal("show", NAME, *library).out
+    assert "gain over off" in terminal("show", NAME, *library).out
     assert terminal("export", NAME, "--to", "sglang", *library).out == expected
     tune = ("--gpu", "h200", "--dataset", "gsm8k", "--batch-size", "1", "--max-nodes", "8")
     assert terminal(*tune, *TOY, *library).code == 0
