@@ -13,6 +13,7 @@ import torch
 from tiny_models import VOCAB_SIZE, ours, perturbed, tiny_bamba, tiny_mamba2
 from torch import Tensor
 
+from stree_core.drafting.prefill import Prefill, PromptPart
 from stree_core.engine.decode import generate, stream
 from stree_core.engine.engine import Engine, EngineConfig
 from stree_core.engine.request import Request
@@ -288,3 +289,59 @@ def test_prefill_waits_for_the_step_under_way_in_stepping_time(
     joins = [before for before, event in pairwise(events) if event == "read_piece"]
     assert 1 < len(joins) <= len(requests)
     assert set(joins) == {"wait"}
+
+
+def test_a_long_prompt_keeps_nobody_waiting(pair: Pair, alone: list[list[int]]) -> None:
+    """While it is read, every call of `step` brings those that run a step, after one piece."""
+    engine = Engine(*pair, TREES, EngineConfig(3, num_positions=1200, piece_tokens=50))
+    session = Session(engine, lambda active: OFF, lookahead=0)
+    short = [session.submit(Request([3, number], StopRule(60))) for number in (4, 5)]
+    session.step()
+    long = session.submit(Request([1] * 1000, StopRule(4)))
+    brought: list[set[int]] = []
+    while not brought or long not in brought[-1]:
+        updates = session.step()
+        brought.append({update.request_id for update in updates})
+    assert len(brought) == 20
+    assert all({*short} <= ids for ids in brought)
+    ended = session.run()
+    one = Engine(*pair, TREES[:1], EngineConfig(1, num_positions=1200))
+    expected = generate(one, [[3, 4], [3, 5], [1] * 1000], [StopRule(60)] * 2 + [StopRule(4)])
+    assert [ended[n].tokens for n in (*short, long)] == [g.tokens for g in expected.generations]
+    assert ended[long].prompt_tokens == 1000
+    waited, read = ended[long].first_token_seconds, ended[long].prefill_seconds
+    assert waited is not None
+    assert 0 < read <= waited
+
+
+def test_a_cancelled_prompt_frees_its_slot_at_once(
+    pair: Pair, requests: list[Request], alone: list[list[int]]
+) -> None:
+    engine = Engine(*pair, TREES, EngineConfig(1, num_positions=1200, piece_tokens=50))
+    session = Session(engine, lambda active: CHAIN)
+    long = session.submit(Request([1] * 1000, StopRule(4)))
+    following = session.submit(requests[3])
+    for _ in range(4):
+        assert session.step() == []
+    session.cancel(long)
+    ended = session.run()
+    assert (ended[long].finish, ended[long].tokens) == ("cancelled", [])
+    assert ended[following].tokens == alone[3]
+
+
+def test_a_draft_catches_up_on_the_missing_part_alone(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    read = Prefill.read
+
+    def noted(self: Prefill, parts: Sequence[PromptPart]) -> Tensor:
+        sizes.append(sum(part.end - part.begin for part in parts))
+        return read(self, parts)
+
+    engine = _engine((pair[0], pair[0]), 1)
+    engine.prefill(0, [5] * 20)
+    monkeypatch.setattr(Prefill, "read", noted)
+    for which in (CHAIN, OFF, OFF, OFF, CHAIN, OFF, CHAIN):
+        engine.step(which)
+    assert sizes == [3, 1]
