@@ -17,13 +17,17 @@ from stree_core.drafting import (
 from stree_core.engine import (
     Engine,
     EngineConfig,
+    Generation,
+    Request,
     RuleName,
     SamplingParams,
     SamplingSupport,
+    Session,
     StopRule,
+    Update,
     generate,
     needed_positions,
-    stream,
+    steps_of,
 )
 from stree_core.profile import load_own_profile
 from stree_core.tree import OFF
@@ -68,23 +72,35 @@ def run_decode(models: PairRequest, request: DecodeRequest, *, as_json: bool) ->
             "tokens_per_step": run.tokens_per_step,
             "accept_lengths": generation.accept_lengths,
             "step_ms": run.step_ms,
+            "prompt_tokens": generation.prompt_tokens,
+            "first_token_ms": run.first_token_ms,
+            "prefill_tokens_per_s": run.prefill_tokens_per_s,
         }
         print_json(summary)
         return
-    _print_stream(pair, stream(engine, tokens, stop, params))
+    with Session(engine) as session:
+        session.submit(Request(tokens, stop, params))
+        _print_stream(pair, steps_of(session))
 
 
-def _print_stream(pair: Pair, pieces: Iterator[list[int]]) -> None:
+def _print_stream(pair: Pair, steps: Iterator[list[Update]]) -> None:
     """Print a continuation while it grows; a character may need several tokens to be whole."""
     kept: list[int] = []
     printed = ""
-    steps = -1
-    for piece in pieces:
-        kept += piece
-        steps += 1
+    generation = Generation()
+    for update in (update for updates in steps for update in updates):
+        kept += update.tokens
+        generation = update.generation or generation
         text = pair.decode(kept).rstrip("\ufffd")
         sys.stdout.write(text[len(printed) :])
         sys.stdout.flush()
         printed = text
     sys.stdout.write(pair.decode(kept)[len(printed) :] + "\n")
-    logger.info("%d tokens in %d steps after the first", len(kept), steps)
+    logger.info(
+        "%d tokens in %d steps after the first, which took %.0f ms; %d prompt tokens at %.0f per s",
+        len(kept),
+        generation.num_steps,
+        1e3 * (generation.first_token_seconds or 0.0),
+        generation.prompt_tokens,
+        generation.prefill_tokens_per_s,
+    )
