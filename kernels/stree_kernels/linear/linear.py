@@ -51,9 +51,6 @@ WIDEST_GEMV_CONFIG = GemvConfig(8, 2, 4, depth=4)
 FEW_ROWS_CONFIG = LinearConfig(16, 4, depth=20, rows_depth=5, weight_first=True)
 MORE_ROWS_CONFIG = LinearConfig(16, 4, depth=10, rows_depth=4)
 STREAM_CONFIG = StreamConfig(ring_kib=96, splits=2, programs_per_sm=2)
-WHOLE_ROWS = 8
-"""The most rows for which a streamed projection adds to the stream itself. Every program reads all
-rows of the input, so with more of them that takes longer than a launch that adds shares."""
 STREAM_CAPABILITY = 90
 COPY_BYTES = 16
 """What the address of a bulk copy, and the bytes of a row of its tensor, are multiples of."""
@@ -174,15 +171,10 @@ def launch(
 def _stream_add(
     config: StreamConfig, rows: DeferredNorm, weight_DK: Tensor, residual: Residual, eps: float
 ) -> DeferredNorm:
-    """Add norm(rows) @ weight.T to the stream, in two launches with more rows; return its rows."""
+    """Add norm(rows) @ weight.T to the stream in two launches; return its rows."""
     num_rows, num_columns = residual.stream_MD.shape
     # One scale for a whole row may wait until the product is there; groups may not.
     rows = rows if rows.num_groups == 1 else _scaled(rows)
-    if num_rows <= WHOLE_ROWS:
-        plan = _plan(config, rows, weight_DK, num_columns, gated=False, shares=False)
-        if plan.halves == 1:
-            _stream(plan, rows, weight_DK, residual.stream_MD, None, residual)
-            return residual.rows(eps)
     plan = _plan(config, rows, weight_DK, num_columns, gated=False, shares=True)
     shares_RMD = weight_DK.new_empty(
         plan.num_ranks(num_columns), num_rows, num_columns, dtype=torch.float32
@@ -193,13 +185,13 @@ def _stream_add(
 
 def _stream(
     plan: StreamPlan, rows: DeferredNorm, weight: Tensor, out: Tensor,
-    activation: Activation | None, residual: Residual | None = None,
+    activation: Activation | None,
 ) -> None:  # fmt: skip
     """Run the Gluon kernel, which other architectures do not import."""
     from stree_kernels.linear.stream_kernel import launch_stream
 
     rows = rows if rows.num_groups == 1 else _scaled(rows)
-    kernel = launch_stream(plan, rows, weight, out, activation=activation, residual=residual)
+    kernel = launch_stream(plan, rows, weight, out, activation=activation)
     prefer_shared(kernel, weight.device, plan.num_programs, streamed=True)
 
 

@@ -37,13 +37,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from stree_kernels.launch.pdl import launch_options
 from stree_kernels.launch.settings import GATED, Activation
-from stree_kernels.linear.deferred_norm import DeferredNorm, Residual
-from stree_kernels.linear.device_functions import (
-    gate,
-    residual_buffers,
-    scale_factor,
-    square_relu,
-)
+from stree_kernels.linear.deferred_norm import DeferredNorm
+from stree_kernels.linear.device_functions import gate, scale_factor, square_relu
 from stree_kernels.linear.stream_plan import BOX_K, TILE_N, StreamPlan
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -51,8 +46,8 @@ barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _BOX_K, _TILE_N = gl.constexpr(BOX_K), gl.constexpr(TILE_N)
-SUMS_AT_ONCE = 4096
-"""Partial sums of the norm that a program holds at a time."""
+SUMS_AT_ONCE, LEAST_SUMS = 4096, 16
+"""Partial sums of the norm that a program holds at a time, of all rows; the fewest of one row."""
 
 
 @gluon.jit
@@ -127,50 +122,16 @@ def _store(acc, out, m, rows, last_row, num_rows):
 
 
 @gluon.jit
-def _load_stream(out, m, rows, last_row, num_rows):
-    """The part of the residual stream that a tile adds to."""
-    valid = (m < num_rows)[None, :] & (rows < last_row)[:, None]
-    ptrs = out[0] + m.to(gl.int64)[None, :] * out[1] + rows[:, None]
-    return gl.load(ptrs, mask=valid, other=0.0).to(gl.float32)
-
-
-@gluon.jit
-def _store_residual(
-    total, out, values_ptr, square_sums_ptr, m, rows, first_row, last_row, num_rows,
-    PER_SUM: gl.constexpr, BLOCK_M: gl.constexpr, WARPS: gl.constexpr,
-):  # fmt: skip
-    """Store a tile of the stream, its rounded values, and its sums of squares."""
-    _store(total, out, m, rows, last_row, num_rows)
-    exact = total.to(out[0].dtype.element_ty).to(gl.float32)
-    if values_ptr is not None:
-        _store(exact, (values_ptr, out[1]), m, rows, last_row, num_rows)
-    RUNS: gl.constexpr = _TILE_N // PER_SUM
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [1, WARPS], [0, 1])
-    squares = gl.sum(gl.reshape(exact * exact, [RUNS, PER_SUM, BLOCK_M]), axis=1)
-    runs = first_row // PER_SUM + gl.arange(0, RUNS, layout=gl.SliceLayout(1, LAYOUT))
-    row = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, LAYOUT))
-    sums = (square_sums_ptr, out[1] // PER_SUM)
-    _store(gl.convert_layout(squares, LAYOUT), sums, row, runs, last_row // PER_SUM, num_rows)
-
-
-@gluon.jit
 def _finish(
-    acc, second, stream, scale, out, values_ptr, square_sums_ptr, m, rows, first_row, last_row,
-    num_rows,
+    acc, second, scale, out, m, rows, last_row, num_rows,
     SCALED: gl.constexpr, ACTIVATION: gl.constexpr, GATE: gl.constexpr, HALVES: gl.constexpr,
-    PER_SUM: gl.constexpr, BLOCK_M: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Scale the products of a tile, then store them, their activation, or the stream's sum."""
+    """Scale the products of a tile, then store them or their activation."""
     if SCALED:
         acc = acc * scale[None, :]
         second = second * scale[None, :]
     if GATE:
         _store(gate(acc, second, ACTIVATION), out, m, rows, last_row, num_rows)
-    elif square_sums_ptr is not None:
-        _store_residual(
-            stream + acc, out, values_ptr, square_sums_ptr, m, rows, first_row, last_row, num_rows,
-            PER_SUM, BLOCK_M, WARPS,
-        )  # fmt: skip
     else:
         if ACTIVATION is not None:
             acc = square_relu(acc)
@@ -208,14 +169,14 @@ def _multiply(
 @gluon.jit(do_not_specialize=["num_rows"])
 def stream_kernel(
     # pointers
-    w_desc, x_desc, out_ptr, sums_ptr, values_ptr, square_sums_ptr,
+    w_desc, x_desc, out_ptr, sums_ptr,
     # sizes
     num_rows, num_outputs, num_weight_rows, eps,
     # strides
     stride_out_m,
     # meta
     INNER: gl.constexpr, SUMS: gl.constexpr, ACTIVATION: gl.constexpr, GATE: gl.constexpr,
-    PER_SUM: gl.constexpr, SHARES: gl.constexpr, DTYPE: gl.constexpr, BLOCK_M: gl.constexpr,
+    SHARES: gl.constexpr, DTYPE: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_Q: gl.constexpr, GROUP: gl.constexpr, NUM_BOXES: gl.constexpr, HALVES: gl.constexpr,
     SPLITS: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr, PARTS: gl.constexpr,
     WARPS: gl.constexpr, PDL: gl.constexpr,
@@ -275,10 +236,6 @@ def stream_kernel(
         tile_row = first_row + tile * TILE_ROWS
         acc = gl.zeros([_TILE_N, BLOCK_M], gl.float32, layout=ACC)
         second = gl.zeros([_TILE_N, BLOCK_M], gl.float32, layout=ACC)
-        stream = acc
-        if square_sums_ptr is not None:
-            end_row = gl.minimum(tile_row + TILE_ROWS, last_row)
-            stream = _load_stream((out_ptr, stride_out_m), m, tile_row + n, end_row, num_rows)
         for current in range(item, stop):
             slot = current % STAGES
             mbarrier.wait(bars.index(slot), current // STAGES & 1)
@@ -312,36 +269,31 @@ def stream_kernel(
             if SUMS > 0:
                 sums = gl.convert_layout(gl.sum(squares, axis=1), gl.SliceLayout(0, ACC))
                 scale = scale_factor(sums, INNER, eps)
+            tile_end = gl.minimum(tile_row + TILE_ROWS, last_row)
             _finish(
-                acc, second, stream, scale, (out_ptr, stride_out_m), values_ptr, square_sums_ptr,
-                m, tile_row + n, tile_row, gl.minimum(tile_row + TILE_ROWS, last_row), num_rows,
-                SUMS > 0, ACTIVATION, GATE, HALVES, PER_SUM, BLOCK_M, WARPS,
+                acc, second, scale, (out_ptr, stride_out_m), m, tile_row + n, tile_end, num_rows,
+                SUMS > 0, ACTIVATION, GATE, HALVES,
             )  # fmt: skip
         item = stop
 
 
 def launch_stream(
     plan: StreamPlan, rows: DeferredNorm, weight: Tensor, out: Tensor,
-    *, activation: Activation | None = None, residual: Residual | None = None,
+    *, activation: Activation | None = None,
 ) -> Any:  # fmt: skip
-    """Run the kernel and return it.
-
-    `out` is the stream of a residual, or, with shares, the workspace [rank, M, N] in fp32.
-    """
+    """Run the kernel and return it; with shares `out` is the workspace [rank, M, N] in fp32."""
     values, sums, num_groups, eps = rows
     assert num_groups == 1 or sums is None
-    assert residual is None or plan.halves == 1
     layout = gl.NVMMASharedLayout(128, 16, rank=2)
-    out_values, out_sums, per_sum = residual_buffers(residual)
     num_sums = 0 if sums is None or plan.shares else sums.shape[1]
-    most_sums = max(16, SUMS_AT_ONCE // plan.block_m)
+    most_sums = max(LEAST_SUMS, SUMS_AT_ONCE // plan.block_m)
+    block_q = min(most_sums, triton.next_power_of_2(max(LEAST_SUMS, num_sums)))
     return stream_kernel[(plan.num_programs,)](
         TensorDescriptor.from_tensor(weight, [plan.group, BOX_K], layout),
         TensorDescriptor.from_tensor(values, [plan.block_m, BOX_K], layout),
-        out, sums, out_values, out_sums, len(values), out.shape[-1], len(weight), eps,
-        out.stride(-2), INNER=values.shape[1], SUMS=num_sums, ACTIVATION=activation,
-        GATE=activation in GATED, PER_SUM=per_sum, SHARES=plan.shares, DTYPE=_DTYPES[weight.dtype],
-        BLOCK_M=plan.block_m, BLOCK_Q=min(most_sums, triton.next_power_of_2(max(16, num_sums))),
+        out, sums, len(values), out.shape[-1], len(weight), eps, out.stride(-2),
+        INNER=values.shape[1], SUMS=num_sums, ACTIVATION=activation, GATE=activation in GATED,
+        SHARES=plan.shares, DTYPE=_DTYPES[weight.dtype], BLOCK_M=plan.block_m, BLOCK_Q=block_q,
         GROUP=plan.group, NUM_BOXES=plan.num_boxes, HALVES=plan.halves, SPLITS=plan.splits,
         STAGES=plan.stages, STEPS=plan.steps, PARTS=plan.num_programs, WARPS=plan.num_warps,
         num_warps=plan.num_warps, **launch_options(values.device),
