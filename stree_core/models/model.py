@@ -72,6 +72,11 @@ class Pass:
         return self.first + self.num_tokens
 
     @property
+    def one_token(self) -> bool:
+        """Whether every row is another slot's."""
+        return self.num_tokens == 1
+
+    @property
     def pending(self) -> Pending | None:
         """The path that this pass commits."""
         return self.cache.pending if self.commit else None
@@ -133,7 +138,7 @@ class Model:
                 for part, part_weights in zip(shape.parts, weights.parts, strict=True)
             ]
             for output, out_proj in mixed:
-                rows = self._add(output, out_proj, residual)
+                rows = self._add(output, out_proj, residual, this)
         self.backend.scale_rows(rows, self.weights.final_norm, out_MD)
 
     def logits(self, hidden_TBD: Tensor) -> Tensor:
@@ -141,7 +146,8 @@ class Model:
         weight_VD = self.weights.lm_head_VD
         logits_TBV = weight_VD.new_empty(*hidden_TBD.shape[:2], len(weight_VD), dtype=torch.float32)
         rows = DeferredNorm(hidden_TBD.flatten(0, 1), None, 1, 0.0)
-        self.backend.linear(rows, weight_VD, logits_TBV.flatten(0, 1))
+        one_token = len(hidden_TBD) == 1
+        self.backend.linear(rows, weight_VD, logits_TBV.flatten(0, 1), one_token=one_token)
         return logits_TBV
 
     def _start(self, tokens_TB: Tensor) -> Residual:
@@ -195,17 +201,19 @@ class Model:
             return self._attention(rows, weights, mixer, layer, this), weights.o_proj
         if isinstance(weights, MlpWeights):
             assert isinstance(mixer, MlpShape)
-            return self._mlp(rows, weights, mixer), weights.down_proj
+            return self._mlp(rows, weights, mixer, this), weights.down_proj
         assert isinstance(mixer, MoeShape)
-        return self._moe(rows, weights, mixer), weights.latent_out
+        return self._moe(rows, weights, mixer, this), weights.latent_out
 
     def _add(
-        self, output: DeferredNorm, out_proj: Tensor | None, residual: Residual
+        self, output: DeferredNorm, out_proj: Tensor | None, residual: Residual, this: Pass
     ) -> DeferredNorm:
         """Add a part's output to the stream; return its rows for the next projection."""
         eps = self.shape.norm_eps
         if out_proj is not None:
-            return self.backend.linear_add(output, out_proj, residual, eps=eps)
+            return self.backend.linear_add(
+                output, out_proj, residual, eps=eps, one_token=this.one_token
+            )
         self.backend.add_residual(output.values_MK, residual)
         return residual.rows(eps)
 
@@ -218,20 +226,25 @@ class Model:
         inputs = side_by_side(residual.rows(eps), embedding)
         mixed, out_proj = self._mix(inputs, shape.attention.mixer, w.attention, next(layers), this)
         assert out_proj is not None
-        rows = self.backend.linear_add(mixed, out_proj, like(residual, zero=True), eps=eps)
+        one = this.one_token
+        attended = like(residual, zero=True)
+        rows = self.backend.linear_add(mixed, out_proj, attended, eps=eps, one_token=one)
         inner, down_proj = self._mix(rows, shape.mlp.mixer, w.mlp, next(layers), this)
         assert down_proj is not None
         out_MD = torch.empty_like(residual.values_MD)
-        self.backend.linear(inner, down_proj, out_MD)
+        self.backend.linear(inner, down_proj, out_MD, one_token=one)
         said = DeferredNorm(out_MD, None, 1, 0.0)
-        return self.backend.linear_add(said, w.linear, like(residual, zero=False), eps=eps)
+        total = like(residual, zero=False)
+        return self.backend.linear_add(said, w.linear, total, eps=eps, one_token=one)
 
-    def _mlp(self, rows: DeferredNorm, w: MlpWeights, m: MlpShape) -> DeferredNorm:
+    def _mlp(self, rows: DeferredNorm, w: MlpWeights, m: MlpShape, this: Pass) -> DeferredNorm:
         out_MF = rows.values_MK.new_empty(len(rows.values_MK), m.inner_dim)
-        self.backend.linear_activated(rows, w.up_proj, out_MF, m.activation)
+        self.backend.linear_activated(
+            rows, w.up_proj, out_MF, m.activation, one_token=this.one_token
+        )
         return DeferredNorm(out_MF, None, 1, 0.0)
 
-    def _moe(self, rows: DeferredNorm, w: MoeWeights, m: MoeShape) -> DeferredNorm:
+    def _moe(self, rows: DeferredNorm, w: MoeWeights, m: MoeShape, this: Pass) -> DeferredNorm:
         hidden_MD = torch.empty_like(rows.values_MK)
         self.backend.scale_rows(rows, w.norm_D, hidden_MD)
         logits_ME = hidden_MD.to(w.router_ED.dtype) @ w.router_ED.T
@@ -245,7 +258,8 @@ class Model:
         if w.latent_in is not None:
             out_dtype = hidden_MD.dtype
             latent_ML = hidden_MD.new_empty(len(hidden_MD), len(w.latent_in))
-            self.backend.linear(DeferredNorm(hidden_MD, None, 1, 0.0), w.latent_in, latent_ML)
+            hidden = DeferredNorm(hidden_MD, None, 1, 0.0)
+            self.backend.linear(hidden, w.latent_in, latent_ML, one_token=this.one_token)
             hidden_MD = latent_ML
         out_MD = torch.empty_like(hidden_MD, dtype=out_dtype)
         self.backend.expert_mlps(
@@ -260,7 +274,7 @@ class Model:
         current = this.cache.current
         now, before = layer.sets[current], layer.sets[1 - current]
         proj_TB = layer.proj_RB[current][this.first : this.end]
-        self.backend.linear(rows, w.in_proj, proj_TB.flatten(0, 1))
+        self.backend.linear(rows, w.in_proj, proj_TB.flatten(0, 1), one_token=this.one_token)
         self.backend.tree_conv(
             layer.conv_BCK, now.conv_inputs_BRE, w.conv_CW, w.conv_bias_C,
             this.block.ancestors_RK[m.conv_width], first=this.first, num_tokens=this.num_tokens,
@@ -345,7 +359,7 @@ class Model:
         now, cache = this.cache.current, this.cache
         size = (this.num_tokens, len(cache.committed_B))
         qkv_MX = rows.values_MK.new_empty(len(rows.values_MK), len(w.qkv_proj))
-        self.backend.linear(rows, w.qkv_proj, qkv_MX)
+        self.backend.linear(rows, w.qkv_proj, qkv_MX, one_token=this.one_token)
         q_TBHD = qkv_MX.new_empty(*size, a.num_heads, a.row_dim)
         begin_B = cache.committed_B if committed_B is None else committed_B
         num_columns = (a.num_heads + 2 * a.num_kv_heads) * a.row_dim

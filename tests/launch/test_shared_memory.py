@@ -88,9 +88,11 @@ def test_what_lies_between_takes_the_split_of_its_neighbours(driver: Driver) -> 
 
 
 def test_a_pass_whose_weights_are_streamed_takes_the_largest_carveout(driver: Driver) -> None:
-    assert is_streamed(9, 2560)
+    assert is_streamed(2, 2560)
+    assert is_streamed(9, 2560, one_token=True)
+    assert not is_streamed(8, 2560, one_token=True)
     assert is_streamed(17, 768)
-    assert not any(is_streamed(*sizes) for sizes in ((8, 2560), (16, 768), (65, 2560)))
+    assert not any(is_streamed(*sizes) for sizes in ((1, 2560), (16, 768), (65, 2560)))
     prefer_shared(kernel(32768), DEVICE, 1, streamed=True)
     match_neighbours(kernel(0, function=2), DEVICE, 9, 2560)
     assert driver.told == [(1, 100), (2, 100)]

@@ -171,7 +171,7 @@ Config = GemvConfig | LinearConfig | None
 
 def use(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
     """Take one config for all sizes."""
-    monkeypatch.setattr(kernel, "pick_config", lambda *_: config)
+    monkeypatch.setattr(kernel, "pick_config", lambda *_, **__: config)
 
 
 CONFIGS: dict[str, tuple[str, Config]] = {

@@ -203,7 +203,7 @@ def test_streamed_products_equal_float64(
 ) -> None:
     # A third of the pairs for each config.
     config = CONFIGS[(SIZES.index(sizes) + num_rows // 8) % 3]
-    monkeypatch.setattr(op, "pick_config", lambda *_: config)
+    monkeypatch.setattr(op, "pick_config", lambda *_, **__: config)
     num_outputs, num_inner, num_sums = sizes
     rows = random_rows(num_rows, num_inner, num_sums)
     weight = torch.randn(num_outputs, num_inner, device="cuda").bfloat16()
@@ -229,7 +229,7 @@ def test_streamed_products_equal_float64(
 def test_streamed_shares_are_added_in_order(
     monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int, int | None], num_rows: int
 ) -> None:
-    monkeypatch.setattr(op, "pick_config", lambda *_: op.STREAM_CONFIG)
+    monkeypatch.setattr(op, "pick_config", lambda *_, **__: op.STREAM_CONFIG)
     num_outputs, num_inner, num_sums = sizes
     rows = random_rows(num_rows, num_inner, num_sums)
     weight = torch.randn(num_outputs, num_inner, device="cuda").bfloat16()
@@ -254,7 +254,7 @@ def test_streamed_shares_are_added_in_order(
 def test_streamed_activations_equal_float64(
     monkeypatch: pytest.MonkeyPatch, activation: Activation, num_rows: int, num_inner_out: int
 ) -> None:
-    monkeypatch.setattr(op, "pick_config", lambda *_: op.STREAM_CONFIG)
+    monkeypatch.setattr(op, "pick_config", lambda *_, **__: op.STREAM_CONFIG)
     rows = random_rows(num_rows, 1040, 130)
     num_products = num_inner_out * (2 if activation in GATED else 1)
     weight = torch.randn(num_products, 1040, device="cuda").bfloat16() / 32
@@ -267,7 +267,7 @@ def test_streamed_activations_equal_float64(
 
 @pytest.mark.gpu
 def test_rows_of_nan_and_infinity_stay_in_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(op, "pick_config", lambda *_: op.STREAM_CONFIG)
+    monkeypatch.setattr(op, "pick_config", lambda *_, **__: op.STREAM_CONFIG)
     rows = random_rows(16, 1040, None)
     weight = torch.randn(1056, 1040, device="cuda").bfloat16()
     out, changed = (torch.empty(16, 1056, device="cuda") for _ in range(2))

@@ -212,7 +212,7 @@ def rope_kv_write(
         NUM_ANGLES=len(inv_freq_X), BLOCK_H=block_heads, BLOCK_L=BLOCK_PATH, num_warps=NUM_WARPS,
         num_stages=1, **launch_options(qkv_TBX.device),
     )  # fmt: skip
-    match_neighbours(kernel, qkv_TBX.device, num_tokens * num_slots)
+    match_neighbours(kernel, qkv_TBX.device, num_tokens * num_slots, one_token=num_tokens == 1)
 
 
 def _check(

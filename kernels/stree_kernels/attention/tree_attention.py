@@ -145,13 +145,13 @@ def tree_attention(
         BLOCK_K=config.block_keys, NUM_STAGES=num_stages, ONE_SHARE=one_share,
         num_warps=config.num_warps, **options,
     )  # fmt: skip
-    match_neighbours(kernel, q_TBHD.device, num_tokens * num_slots)
+    match_neighbours(kernel, q_TBHD.device, num_tokens * num_slots, one_token=num_tokens == 1)
     if not one_share:
         kernel = merge_kernel[(num_places,)](
             workspace, out_TBHD, num_shares, HEAD_DIM=head_dim,
             BLOCK_N=triton.next_power_of_2(num_shares), num_warps=4, **options,
         )  # fmt: skip
-        match_neighbours(kernel, q_TBHD.device, num_tokens * num_slots)
+        match_neighbours(kernel, q_TBHD.device, num_tokens * num_slots, one_token=num_tokens == 1)
 
 
 def _check(

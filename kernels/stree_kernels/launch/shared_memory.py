@@ -22,7 +22,9 @@ MEASURED_CAPABILITY = 90
 
 NEIGHBOURS_PERCENT = 58
 """What a multiprocessor full of the scan's programs takes on an H200: 132 of 228 KiB."""
-STREAMED_ROWS = range(9, 65)
+STREAMED_ROWS = range(2, 65)
+LEAST_ONE_TOKEN_ROWS = 9
+"""With one token a slot fewer rows are faster without a ring, on an H200 with 8 slots."""
 NARROW, NARROW_ROWS = 2048, 16
 """Columns of the input, and rows, below which a weight ends before a ring would pay."""
 H200_MULTIPROCESSORS = 132
@@ -40,13 +42,17 @@ def prefer_cache(kernel: Any, device: torch.device) -> None:
         _prefer(kernel.function, 0)
 
 
-def is_streamed(num_rows: int, num_columns: int) -> bool:
+def is_streamed(num_rows: int, num_columns: int, *, one_token: bool = False) -> bool:
     """Say whether weights of `num_columns` pass through a ring in shared memory for these rows.
+
+    With `one_token` every row is another slot's.
 
     All kernels of such a pass ask for the largest carveout: what the rings leave of it lets the
     next kernel start early.
     """
-    return num_rows in STREAMED_ROWS and (num_columns >= NARROW or num_rows > NARROW_ROWS)
+    least = LEAST_ONE_TOKEN_ROWS if one_token else STREAMED_ROWS.start
+    wide = num_columns >= NARROW or num_rows > NARROW_ROWS
+    return least <= num_rows < STREAMED_ROWS.stop and wide
 
 
 def prefer_shared(
@@ -70,17 +76,20 @@ def prefer_shared(
 
 
 def match_neighbours(
-    kernel: Any, device: torch.device, num_rows: int, num_columns: int = NARROW
-) -> None:
+    kernel: Any, device: torch.device, num_rows: int, num_columns: int = NARROW, *,
+    one_token: bool = False,
+) -> None:  # fmt: skip
     """Let later launches of a kernel on `num_rows` find the carveout of those before and after it.
 
-    It needs little of either. With one row every neighbour streams through registers; with more
-    projections of `num_columns` keep rings, or the scan keeps tiles.
+    `num_columns` and `one_token` are as in `is_streamed`. The kernel needs little of either. With
+    one row every neighbour streams through registers; with more, projections keep rings or the scan
+    keeps tiles.
     Nothing happens where kernels are interpreted.
     """
     if capability(device) != MEASURED_CAPABILITY:
         return
-    many = 100 if is_streamed(num_rows, num_columns) else NEIGHBOURS_PERCENT
+    streamed = is_streamed(num_rows, num_columns, one_token=one_token)
+    many = 100 if streamed else NEIGHBOURS_PERCENT
     _prefer(kernel.function, 0 if num_rows == 1 else many)
 
 

@@ -58,10 +58,10 @@ COPY_BYTES = 16
 Config = LinearConfig | GemvConfig | StreamConfig
 
 
-def pick_config(num_rows: int, weight_NK: Tensor) -> Config | None:
+def pick_config(num_rows: int, weight_NK: Tensor, *, one_token: bool = False) -> Config | None:
     """Return the config for some rows and a weight, None where cuBLAS is faster."""
     num_weight_rows, num_columns = weight_NK.shape
-    if is_streamed(num_rows, num_columns) and _can_stream(weight_NK):
+    if is_streamed(num_rows, num_columns, one_token=one_token) and _can_stream(weight_NK):
         return STREAM_CONFIG
     if num_rows == 1:
         configs = GEMV_CONFIGS.items()
@@ -86,7 +86,9 @@ def _can_stream(weight_NK: Tensor) -> bool:
     )
 
 
-def linear(rows: DeferredNorm, weight_NK: Tensor, out_MN: Tensor) -> None:
+def linear(
+    rows: DeferredNorm, weight_NK: Tensor, out_MN: Tensor, *, one_token: bool = False
+) -> None:
     """Write norm(rows) @ weight.T to `out_MN`, in its dtype; its rows may be apart.
 
     The contract is that of `linear_ref.linear`. Allocates where it takes several launches.
@@ -94,7 +96,7 @@ def linear(rows: DeferredNorm, weight_NK: Tensor, out_MN: Tensor) -> None:
     """
     num_rows = len(rows.values_MK)
     _check(rows, weight_NK, out_MN, (num_rows, len(weight_NK)))
-    config = pick_config(num_rows, weight_NK)
+    config = pick_config(num_rows, weight_NK, one_token=one_token)
     if config is not None:
         launch(config, rows, weight_NK, out_MN)
     else:
@@ -102,8 +104,9 @@ def linear(rows: DeferredNorm, weight_NK: Tensor, out_MN: Tensor) -> None:
 
 
 def linear_activated(
-    rows: DeferredNorm, weight_XK: Tensor, out_MF: Tensor, activation: Activation
-) -> None:
+    rows: DeferredNorm, weight_XK: Tensor, out_MF: Tensor, activation: Activation, *,
+    one_token: bool = False,
+) -> None:  # fmt: skip
     """Write the activation of norm(rows) @ weight.T to `out_MF`.
 
     The contract is that of `linear_ref.linear_activated`. Allocates where it takes several
@@ -113,7 +116,7 @@ def linear_activated(
     num_rows, num_products = len(rows.values_MK), len(weight_XK)
     num_inner = num_products // 2 if activation in GATED else num_products
     _check(rows, weight_XK, out_MF, (num_rows, num_inner))
-    config = pick_config(num_rows, weight_XK)
+    config = pick_config(num_rows, weight_XK, one_token=one_token)
     if config is not None:
         launch(config, rows, weight_XK, out_MF, activation=activation)
     else:
@@ -123,8 +126,9 @@ def linear_activated(
 
 
 def linear_add(
-    rows: DeferredNorm, weight_DK: Tensor, residual: Residual, *, eps: float
-) -> DeferredNorm:
+    rows: DeferredNorm, weight_DK: Tensor, residual: Residual, *, eps: float,
+    one_token: bool = False,
+) -> DeferredNorm:  # fmt: skip
     """Add norm(rows) @ weight.T to the residual stream; return its rows for the next projection.
 
     The contract is that of `linear_ref.linear_add`. Where the next projection takes cuBLAS the rows
@@ -134,7 +138,7 @@ def linear_add(
     num_rows = len(rows.values_MK)
     check_residual(residual)
     _check(rows, weight_DK, residual.stream_MD, (num_rows, len(weight_DK)))
-    config = pick_config(num_rows, weight_DK)
+    config = pick_config(num_rows, weight_DK, one_token=one_token)
     if isinstance(config, StreamConfig):
         return _stream_add(config, rows, weight_DK, residual, eps)
     if config is not None:

@@ -218,7 +218,9 @@ def tree_conv(
         BLOCK_C=config.block_channels, BLOCK_T=config.block_rows, num_warps=config.num_warps,
         num_stages=1, **launch_options(inputs_BRE.device),
     )  # fmt: skip
-    match_neighbours(kernel, inputs_BRE.device, batch * num_tokens, row_size)
+    match_neighbours(
+        kernel, inputs_BRE.device, batch * num_tokens, row_size, one_token=num_tokens == 1
+    )
 
 
 def _check(

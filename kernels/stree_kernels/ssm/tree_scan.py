@@ -139,7 +139,8 @@ def tree_scan(
             *pointers, mask_RR, *limits, first, num_rows, *steps, mask_RR.stride(0),
             BLOCK_T=config.block_rows, ONE_TILE=num_rows <= config.block_rows, **meta,
         )  # fmt: skip
-    streamed = is_streamed(batch * c_BTGN.shape[1], num_heads * head_dim)
+    num_tokens = c_BTGN.shape[1]
+    streamed = is_streamed(batch * num_tokens, num_heads * head_dim, one_token=num_tokens == 1)
     prefer_shared(kernel, device, num_programs, streamed=streamed)
 
 
