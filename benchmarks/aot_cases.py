@@ -46,9 +46,10 @@ MLPS: tuple[tuple[int, int, Activation], ...] = (
     (4096, 21504, "relu2"),
     (1536, 4096, "swiglu"),
     (3072, 8192, "swiglu"),
+    (4096, 14336, "swiglu"),
     (2560, 10240, "geglu"),
 )
-"""Hidden and inner size: Nemotron-H 8B, Granite 4 H 1B, Mamba-in-Llama 3B, Zamba2 2.7B."""
+"""Hidden and inner size: Nemotron-H 8B, Granite 4 H 1B, Mamba-in-Llama 3B and 8B, Zamba2 2.7B."""
 
 EXPERTS: tuple[tuple[int, int, int, Activation], ...] = (
     (6, 2688, 1856, "relu2"),
@@ -109,7 +110,7 @@ def all_cases() -> Iterator[tuple[str, Case]]:
     for tokens, dtype, commit in itertools.product((1, 4, 16), (BF16, FP32), (True, False)):
         run = partial(conv, tokens, dtype=dtype, commit=commit)
         yield f"conv T={tokens} {dtype} commit={commit}", run
-    for num_rows, dtype in itertools.product((1, 2, 8, 16, 32), (BF16, FP32)):
+    for num_rows, dtype in itertools.product((1, 2, 8, 16, 32, 64), (BF16, FP32)):
         for inner, columns in ((4096, 10272), (768, 3360), (5120, 2560), (1536, 768)):
             yield projection_case(num_rows, inner, columns, dtype=dtype)
         yield projection_case(num_rows, 4096, 4096, dtype=dtype, groups=32)
@@ -123,7 +124,7 @@ def all_cases() -> Iterator[tuple[str, Case]]:
     for tokens, group, dtype in itertools.product((1, 16, 64), (4, 6, 8), (BF16, FP16)):
         yield attention_case(tokens, group, 256, dtype=dtype, gated=True)
     for hidden, inner, activation in MLPS:
-        for num_rows in (1, 2, 16):
+        for num_rows in (1, 2, 16, 64):
             name = f"mlp M={num_rows} {inner}x{hidden} {activation}"
             yield name, partial(mlp, num_rows, hidden, inner, activation)
     for sizes, dtype in itertools.product(EXPERTS, (BF16, FP16, FP32)):
@@ -155,7 +156,7 @@ def fp16_cases() -> Iterator[tuple[str, Case]]:
     yield scan_case(64, 64, 128, dtype=FP16, commit=False, gated=False)
     for tokens in (1, 16):
         yield f"conv T={tokens} fp16", partial(conv, tokens, dtype=FP16)
-    for num_rows in (1, 8, 16):
+    for num_rows in (1, 8, 16, 64):
         yield projection_case(num_rows, 4096, 10272, dtype=FP16)
         yield projection_case(num_rows, 1536, 768, dtype=FP16)
         yield projection_case(num_rows, 4096, 4096, dtype=FP16, groups=32)
