@@ -46,7 +46,7 @@ barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _BOX_K, _TILE_N = gl.constexpr(BOX_K), gl.constexpr(TILE_N)
-SUMS_AT_ONCE, LEAST_SUMS = 4096, 16
+SUMS_AT_ONCE, LEAST_SUMS = 1024, 16
 """Partial sums of the norm that a program holds at a time, of all rows; the fewest of one row."""
 
 
@@ -107,7 +107,8 @@ def _square_sums(
     m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, LAYOUT))[:, None]
     q = gl.arange(0, BLOCK_Q, layout=gl.SliceLayout(0, LAYOUT))[None, :]
     total = gl.zeros([BLOCK_M, BLOCK_Q], gl.float32, layout=LAYOUT)
-    for first in gl.static_range(0, SUMS, BLOCK_Q):
+    # Not unrolled: all loads at once would take all registers.
+    for first in range(0, SUMS, BLOCK_Q):
         valid = (m < num_rows) & (first + q < SUMS)
         total += gl.load(sums_ptr + m * SUMS + first + q, mask=valid, other=0.0)
     return total

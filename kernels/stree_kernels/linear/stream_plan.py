@@ -50,8 +50,8 @@ class StreamPlan:
 
     @property
     def num_warps(self) -> int:
-        """Return the warps of a program: with 128 rows the sums of four would not fit."""
-        return 8 if self.block_m > 64 else 4
+        """Return the warps of a program: more sums would not fit the registers of four."""
+        return 8 if self.block_m * self.halves > 64 else 4
 
     @property
     def ring_bytes(self) -> int:
