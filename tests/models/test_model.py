@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ PREFILL_CHUNK = CHUNK
 # Two fp32 passes with additions in another order: the worst of these models differs from its own
 # float64 pass by 4e-5.
 TOLERANCE = 1e-4
+PROJECTIONS = ("linear", "linear_activated", "linear_add")
 NUM_TOKENS = 64
 NUM_POSITIONS = 256
 
@@ -110,6 +113,29 @@ def test_tree_logits_equal_transformers_on_every_path(models: Models) -> None:
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("num_tokens", [1, 3])
+@torch.inference_mode()
+def test_projections_are_told_of_one_token_a_slot(models: Models, num_tokens: int) -> None:
+    _, model = models
+    told: list[bool] = []
+
+    def noted(op: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, one_token: bool = False, **options: Any) -> Any:
+            told.append(one_token)
+            return op(*args, one_token=one_token, **options)
+
+        return call
+
+    ops: dict[str, Any] = {name: noted(getattr(model.backend, name)) for name in PROJECTIONS}
+    model.backend = dataclasses.replace(model.backend, **ops)
+    block = make_block(list(range(-1, num_tokens - 1)), model.conv_widths, model.device)
+    cache = model.make_cache(CacheSize(2, num_tokens, 1, 2 * PREFILL_CHUNK))
+    tokens = _random_tokens(2 * num_tokens, seed=7).view(num_tokens, 2)
+    model.logits(model.forward(tokens, block, cache, first=0, commit=True))
+    assert len(told) > 2 * len(model.shape.blocks)
+    assert set(told) == {num_tokens == 1}
+
+
 def _their_text(theirs: PreTrainedModel, prompt: Tensor) -> list[int]:
     settings: dict[str, Any] = {
         "max_new_tokens": NUM_TOKENS,
