@@ -100,10 +100,14 @@ def advance_pending(pending: Pending, path_BL: Tensor | None, length_B: Tensor) 
 
 
 def gate_width(head_dim: int, state_dim: int, dtype: torch.dtype) -> int:
-    """Return the columns of one head that one program of the scan owns."""
-    if dtype == torch.float32:
-        return min(head_dim, 16)
-    return min(head_dim, 64, max(16, 8192 // state_dim))
+    """Return the columns of one head that one program of the scan owns.
+
+    All of them where they are no multiple: kernels take none such, plain torch does.
+    """
+    width = min(head_dim, 16)
+    if dtype != torch.float32:
+        width = min(head_dim, 64, max(16, 8192 // state_dim))
+    return head_dim if head_dim % width else width
 
 
 def conv_ancestors(parents: Sequence[int], width: int) -> list[list[int]]:
