@@ -53,8 +53,7 @@ class Mamba2Weights:
 
 @dataclass(frozen=True, slots=True)
 class DeltaWeights:
-    """Parameters of a gated delta rule mixer; the norms before it and before its gate are folded
-    in."""
+    """Parameters of a gated delta rule mixer; norms before it and before its gate are folded in."""
 
     in_proj: Tensor
     conv_CW: Tensor
@@ -175,7 +174,9 @@ class _Maker:
 
     def scaled(self, weight: Weight) -> Tensor:
         """Return a weight times its factors, in fp32 at least."""
-        values = self._ordered(weight).to(self.wide) + weight.offset
+        values = self._ordered(weight).to(self.wide)
+        if weight.offset:
+            values = values + weight.offset
         if weight.row_scales:
             counts, factors = zip(*weight.row_scales, strict=True)
             factor = torch.tensor(factors, dtype=self.wide, device=values.device)
