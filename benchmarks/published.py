@@ -109,8 +109,9 @@ def published_table(tables: Sequence[RuntimeTable], measured: GpuSpec, library: 
     return "\n".join(lines) + "\n"
 
 
-def _host_terms(row: Published) -> tuple[int, int, int, int]:
-    return 1, int(row.depth > 0), row.depth, row.depth * row.width * int(row.width > 1)
+def _host_terms(row: Published) -> tuple[int, ...]:
+    attends = int(not row.layers.startswith("all Mamba"))
+    return 1, int(row.depth > 0), row.depth, row.depth * row.width * int(row.width > 1), attends
 
 
 def _host_ms(terms: NDArray[np.float64], left: NDArray[np.float64]) -> NDArray[np.float64]:

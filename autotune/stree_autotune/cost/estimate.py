@@ -7,8 +7,8 @@ to the tables of the measured GPU; how well it describes a model that it was not
 - `own`, of each group of terms: the errors within a shape left out, times the logarithm of the
   largest over the smallest ratio of the two GPUs' published rates. Where all rates differ alike it
   does not matter to which of them a time is attributed.
-- `common`, of all times: the same, and for another architecture the mean error of a shape left out
-  as well, because its efficiencies may differ as those of another model do.
+- `common`, of all times: the same, and the mean error of a shape left out, once for another GPU and
+  once more for another architecture: its efficiencies may differ as those of another model do.
 """
 
 from __future__ import annotations
@@ -134,10 +134,12 @@ def fit_shapes(
 
 def transfer_spreads(roofline: Fit, wanted: GpuSpec) -> tuple[float, float]:
     """Return the spread of each group of terms and of all together; see the module."""
+    if roofline.spec.name == wanted.name:
+        return 0.0, 0.0
     rates = [math.log(ratio) for ratio in rate_ratios(roofline.spec, wanted)]
     own = roofline.within * (max(rates) - min(rates))
-    same = roofline.spec.architecture == wanted.architecture
-    return own, math.hypot(own, 0.0 if same else roofline.between)
+    times = 1 if roofline.spec.architecture == wanted.architecture else 2
+    return own, math.hypot(own, math.sqrt(times) * roofline.between)
 
 
 def rate_ratios(measured: GpuSpec, wanted: GpuSpec) -> tuple[float, float, float]:
