@@ -206,7 +206,7 @@ class Model:
         return self._moe(rows, weights, mixer, this), weights.latent_out
 
     def _add(
-        self, output: DeferredNorm, out_proj: Tensor | None, residual: Residual, this: Pass
+        self, output: DeferredNorm, out_proj: Tensor | None, residual: Residual, this: AnyPass
     ) -> DeferredNorm:
         """Add a part's output to the stream; return its rows for the next projection."""
         eps = self.shape.norm_eps
@@ -237,14 +237,14 @@ class Model:
         total = like(residual, zero=False)
         return self.backend.linear_add(said, w.linear, total, eps=eps, one_token=one)
 
-    def _mlp(self, rows: DeferredNorm, w: MlpWeights, m: MlpShape, this: Pass) -> DeferredNorm:
+    def _mlp(self, rows: DeferredNorm, w: MlpWeights, m: MlpShape, this: AnyPass) -> DeferredNorm:
         out_MF = rows.values_MK.new_empty(len(rows.values_MK), m.inner_dim)
         self.backend.linear_activated(
             rows, w.up_proj, out_MF, m.activation, one_token=this.one_token
         )
         return DeferredNorm(out_MF, None, 1, 0.0)
 
-    def _moe(self, rows: DeferredNorm, w: MoeWeights, m: MoeShape, this: Pass) -> DeferredNorm:
+    def _moe(self, rows: DeferredNorm, w: MoeWeights, m: MoeShape, this: AnyPass) -> DeferredNorm:
         hidden_MD = torch.empty_like(rows.values_MK)
         self.backend.scale_rows(rows, w.norm_D, hidden_MD)
         logits_ME = hidden_MD.to(w.router_ED.dtype) @ w.router_ED.T
@@ -305,7 +305,7 @@ class Model:
         current, here = this.cache.current, slice(this.first, this.end)
         now, before = layer.sets[current], layer.sets[1 - current]
         proj_TB = layer.proj_RB[current][here]
-        self.backend.linear(rows, w.in_proj, proj_TB.flatten(0, 1))
+        self.backend.linear(rows, w.in_proj, proj_TB.flatten(0, 1), one_token=this.one_token)
         self.backend.delta_conv(
             layer.conv_BCK, now.inputs, w.conv_CW, w.heads, this.block.ancestors_RK[m.conv_width],
             num_key_heads=m.num_key_heads, key_head_dim=m.key_head_dim, first=this.first,

@@ -35,6 +35,11 @@ class PromptPass:
     packing: Packing
     longest: int
 
+    @property
+    def one_token(self) -> bool:
+        """False: rows are neighbours of one prompt."""
+        return False
+
     def mamba2(
         self, backend: Backend, rows: DeferredNorm, w: Mamba2Weights, m: Mamba2Shape,
         layer: Mamba2Cache,
