@@ -1,6 +1,6 @@
 """Streamed projections: who owns what, the sum of shares, and the kernel against float64.
 
-The schedule is simulated with the kernel's own index functions, since Gluon cannot be interpreted.
+Gluon cannot be interpreted: here the kernel's own code runs on stand-ins for what it calls.
 
 Shape letters: M rows, K columns in, N columns out, D hidden, R ranks.
 """
@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gluon_stand_ins import Descriptor, Launcher
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional
 
 from stree_kernels.launch.settings import GATED, Activation
-from stree_kernels.linear import linear as op, linear_ref as reference
+from stree_kernels.linear import linear as op, linear_ref as reference, stream_kernel
 from stree_kernels.linear.deferred_norm import COLUMNS_PER_SUM, DeferredNorm, Residual
 from stree_kernels.linear.residual_ref import normalised
 from stree_kernels.linear.shares import BLOCK, add_shares
@@ -168,18 +169,82 @@ def test_interpreted_shares_are_added_up(num_columns: int, num_sums: int | None)
     assert_close("rows", normalised(rows), functional.rms_norm(expected, (num_columns,), eps=EPS))
 
 
+SMALL: dict[str, tuple[StreamConfig, int, int, int, int | None, Activation | None]] = {
+    "a tile each": (StreamConfig(64, 1), 9, 200, 336, 42, None),
+    "several tiles each": (StreamConfig(32, 2), 3, 700, 144, None, None),
+    "two tensor core tiles": (StreamConfig(64, 1), 17, 560, 128, 16, None),
+    "several of two": (StreamConfig(64, 1, 2), 5, 1200, 80, 10, "relu2"),
+    "gate and up": (StreamConfig(32, 1), 12, 120, 208, 13, "swiglu"),
+    "several of gate and up": (StreamConfig(32, 2), 70, 600, 128, None, "geglu"),
+}
+"""Config, rows, columns out (of one half, if gated) and in, sums of squares, activation."""
+
+
+@interpreted
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("name", SMALL)
+def test_the_kernel_on_stand_ins_equals_the_reference(
+    monkeypatch: pytest.MonkeyPatch, name: str, eager: bool
+) -> None:
+    config, num_rows, num_outputs, num_inner, num_sums, activation = SMALL[name]
+    gated = activation in GATED
+    rows = random_rows(num_rows, num_inner, num_sums, "cpu")
+    weight = torch.randn(num_outputs * (1 + gated), num_inner).bfloat16() / num_inner**0.5
+    plan = make_plan(config, num_rows, num_outputs, num_inner, 3, gated=gated, shares=False)
+    use_stand_ins(monkeypatch, eager)
+    out = poisoned(num_rows, num_outputs + 8, dtype=torch.float32)
+    stream_kernel.launch_stream(plan, rows, weight, out[:, :-8], activation=activation)
+    assert out[:, -8:].isnan().all(), "only the columns asked for are written"
+    expected = torch.empty(num_rows, num_outputs, dtype=torch.float64)
+    if activation is None:
+        reference.linear(in_float64(rows), weight.double(), expected)
+    else:
+        reference.linear_activated(in_float64(rows), weight.double(), expected, activation)
+    assert_close("out", out[:, :-8], expected)
+
+
+@interpreted
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("sizes", [(192, 336), (96, 1040), (520, 144)])
+def test_the_kernel_on_stand_ins_leaves_shares(
+    monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int], eager: bool
+) -> None:
+    num_outputs, num_inner = sizes
+    rows = random_rows(9, num_inner, None, "cpu")
+    weight = torch.randn(num_outputs, num_inner).bfloat16() / num_inner**0.5
+    plan = make_plan(CONFIGS[1], 9, num_outputs, num_inner, 7, gated=False, shares=True)
+    use_stand_ins(monkeypatch, eager)
+    shares = torch.full((plan.num_ranks(num_outputs), 9, num_outputs), torch.nan)
+    stream_kernel.launch_stream(plan, rows, weight, shares)
+    for tile, ranks in ranks_of(plan, num_outputs).items():
+        columns = slice(64 * tile, 64 * tile + 64)
+        assert shares[len(ranks) :, :, columns].isnan().all()
+        product = shares[: len(ranks), :, columns].double().sum(0)
+        expected = rows.values_MK.double() @ weight[columns].double().T
+        assert_close("product", product, expected, tolerance=1e-6)
+
+
+def use_stand_ins(monkeypatch: pytest.MonkeyPatch, eager: bool) -> None:
+    """Run the kernel on the CPU."""
+    monkeypatch.setattr(stream_kernel, "stream_kernel", Launcher(eager=eager))
+    monkeypatch.setattr(stream_kernel, "TensorDescriptor", Descriptor)
+    monkeypatch.setattr(stream_kernel, "_DTYPES", {torch.bfloat16: torch.bfloat16})
+
+
 SIZES = (
     (10576, 2560, 160), (1056, 4096, 512), (8192, 1040, 130), (3352, 768, None), (200, 336, 42)
 )  # fmt: skip
 """Columns out, columns in, sums of squares; the last ones end inside a tile, a box and a step."""
 
 
-def random_rows(num_rows: int, num_inner: int, num_sums: int | None) -> DeferredNorm:
-    """Return rows on the GPU whose sizes differ by 1000, so that a wrong scale or row shows."""
-    random = torch.Generator("cuda").manual_seed(num_rows)
-    values = torch.randn(num_rows, num_inner, generator=random, device="cuda")
-    values *= torch.logspace(-1, 1, num_inner, device="cuda")
-    values *= torch.logspace(-1, 2, num_rows, device="cuda")[:, None]
+def random_rows(
+    num_rows: int, num_inner: int, num_sums: int | None, device: str = "cuda"
+) -> DeferredNorm:
+    """Return rows whose sizes differ by 1000, so that a wrong scale or row shows."""
+    random = torch.Generator(device).manual_seed(num_rows)
+    values = torch.randn(num_rows, num_inner, generator=random, device=device)
+    values *= torch.logspace(-1, 1, num_inner, device=device)
+    values *= torch.logspace(-1, 2, num_rows, device=device)[:, None]
     values = values.bfloat16()
     if num_sums is None:
         return DeferredNorm(values, None, 1, EPS)

@@ -1,0 +1,233 @@
+"""Stand-ins for Gluon's functions, which run the kernel of `stream_kernel` on the CPU.
+
+A bulk copy may land at any time between its start and the wait for its barrier, and a product may
+read its tiles at any time until the wait for it. `eager` copies and lazy products find a slot that
+is filled too early; lazy copies and eager products one that is read too early.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from stree_kernels.linear import stream_kernel as module
+from stree_kernels.linear.stream_plan import BOX_K, TILE_N
+
+KERNEL = module.stream_kernel
+
+
+class Pointer:
+    """A pointer, or a tensor of them, into a flat tensor."""
+
+    def __init__(self, memory: Tensor, offset: Any = 0) -> None:
+        self.memory, self.offset = memory, offset
+        self.dtype = types.SimpleNamespace(element_ty=memory.dtype)
+
+    def __add__(self, step: Any) -> Pointer:
+        return Pointer(self.memory, self.offset + step)
+
+
+class Tile:
+    """A view of shared memory from an element on, its rows behind each other."""
+
+    def __init__(
+        self, memory: Tensor, shape: list[int], offset: int = 0, flip: bool = False
+    ) -> None:
+        self.memory, self.shape, self.offset, self.flip = memory, shape, offset, flip
+        self.layout = self.dtype = None
+
+    def index(self, at: Any) -> Tile:
+        assert 0 <= int(at) < self.shape[0], "outside the allocation"
+        rows, columns = self.shape[1:]
+        return Tile(self.memory, [rows, columns], self.offset + int(at) * rows * columns)
+
+    def _reinterpret(self, dtype: Any, shape: list[int], layout: Any) -> Tile:
+        return Tile(self.memory, shape, self.offset)
+
+    def permute(self, order: tuple[int, int]) -> Tile:
+        return Tile(self.memory, self.shape, self.offset, flip=True)
+
+    def values(self) -> Tensor:
+        size = self.shape[0] * self.shape[1]
+        assert self.offset + size <= len(self.memory), "beyond the allocation"
+        tile = self.memory[self.offset : self.offset + size].view(self.shape)
+        return tile.T if self.flip else tile
+
+
+class Barrier:
+    """Expects bytes once a phase; the copies that are on their way."""
+
+    def __init__(self) -> None:
+        self.phase, self.expected, self.bytes = 0, 0, 0
+        self.copies: list[Callable[[], None]] = []
+
+
+class Descriptor:
+    """A tensor [rows, columns] that is copied in boxes, zeros outside of it."""
+
+    def __init__(self, tensor: Tensor, box: list[int]) -> None:
+        self.tensor, self.box = tensor, box
+
+    @classmethod
+    def from_tensor(cls, tensor: Tensor, box: list[int], layout: Any) -> Descriptor:
+        return cls(tensor, box)
+
+    def read(self, row: int, column: int) -> Tensor:
+        out = torch.zeros(self.box, dtype=torch.float64)
+        part = self.tensor[row : row + self.box[0], column : column + self.box[1]]
+        out[: part.shape[0], : part.shape[1]] = part
+        return out
+
+
+class Machine:
+    """One program's shared memory, copies and products, under the names the kernel uses."""
+
+    def __init__(self, pid: int, weight: Descriptor, *, eager: bool) -> None:
+        self.pid, self.weight, self.eager, self.waited = pid, weight, eager, False
+        self.products: list[Callable[[], None]] = []
+
+    def run(self, *args: Any, **meta: Any) -> None:
+        """Run the kernel as this program."""
+        types.FunctionType(KERNEL.fn.__code__, self.names())(*args, **meta)
+        assert not self.products, "a product that nothing waits for"
+
+    def names(self) -> dict[str, Any]:
+        """Return what stands for the names of the kernel's module."""
+
+        def nothing(*_: Any, **__: Any) -> None:
+            return None
+
+        names = types.SimpleNamespace
+        gl = names(
+            program_id=lambda _: torch.tensor(self.pid), allocate_shared_memory=self.allocate,
+            static_range=range, minimum=min, where=lambda chosen, a, b: a if chosen else b,
+            arange=lambda a, b, layout: torch.arange(a, b), load=load, store=store,
+            zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=torch.float64),
+            sum=lambda x, axis: x.sum(axis), convert_layout=lambda x, layout: x,
+            int64=torch.int64, float32=torch.float64, SliceLayout=nothing, BlockedLayout=nothing,
+            NVMMADistributedLayout=nothing, NVMMASharedLayout=nothing,
+        )  # fmt: skip
+        cuda = names(gdc_wait=self.wait_for_previous, gdc_launch_dependents=nothing)
+        replaced = {
+            "gl": gl, "tl": names(extra=names(cuda=cuda)), "barrier": nothing,
+            "fence_async_shared": nothing, "_BOX_K": BOX_K, "_TILE_N": TILE_N,
+            "mbarrier": names(
+                init=nothing, MBarrierLayout=nothing, expect=self.expect, wait=self.wait
+            ),
+            "tma": names(async_copy_global_to_shared=self.copy), "warpgroup_mma": self.multiply,
+            "warpgroup_mma_wait": self.wait_for_products, "gate": gate, "square_relu": square_relu,
+            "scale_factor": lambda total, columns, eps: torch.rsqrt(total / columns + eps),
+        }  # fmt: skip
+        scope = {**vars(module), **replaced}
+        for name, value in vars(module).items():
+            if hasattr(value, "fn") and name not in replaced:
+                scope[name] = types.FunctionType(value.fn.__code__, scope, name)
+        return scope
+
+    def allocate(self, dtype: Any, shape: list[int], layout: Any) -> Any:
+        if dtype is torch.int64:
+            bars = [Barrier() for _ in range(shape[0])]
+            return types.SimpleNamespace(index=lambda at: bars[int(at)])
+        rows = shape[0] * shape[1] * shape[2]
+        return Tile(torch.full((rows,), torch.nan, dtype=torch.float64), shape)
+
+    def wait_for_previous(self) -> None:
+        self.waited = True
+
+    def expect(self, bar: Barrier, num_bytes: int, pred: Any = True) -> None:
+        if pred:
+            assert not bar.expected, "a slot is filled before it was read"
+            bar.expected = num_bytes
+
+    def copy(self, source: Descriptor, at: list[Any], bar: Barrier, to: Tile, pred: Any) -> None:
+        if not pred:
+            return
+        assert self.waited or source is self.weight, "read before the wait"
+        row, column = map(int, at)
+
+        def land() -> None:
+            to.values().copy_(source.read(row, column))
+
+        bar.bytes += 2 * source.box[0] * source.box[1]
+        if self.eager:
+            land()
+        else:
+            bar.copies.append(land)
+
+    def wait(self, bar: Barrier, parity: Any) -> None:
+        assert bar.expected == bar.bytes > 0, "a wait that would not end"
+        assert int(parity) == bar.phase % 2, "a wait for another phase"
+        for land in bar.copies:
+            land()
+        bar.phase, bar.expected, bar.bytes, bar.copies = bar.phase + 1, 0, 0, []
+
+    def multiply(self, a: Tile, b: Tile, acc: Tensor, is_async: bool) -> Tensor:
+        def product() -> None:
+            acc.add_(a.values() @ b.values())
+
+        if self.eager:
+            self.products.append(product)
+        else:
+            product()
+        return acc
+
+    def wait_for_products(self, num_outstanding: int, deps: tuple[Tensor, ...]) -> Any:
+        while len(self.products) > num_outstanding:
+            self.products.pop(0)()
+        return deps if len(deps) > 1 else deps[0]
+
+
+def load(ptr: Pointer, mask: Tensor, other: float) -> Tensor:
+    """Read where the mask says so."""
+    offset, mask = torch.broadcast_tensors(ptr.offset, mask)
+    values = ptr.memory[torch.where(mask, offset, 0)].double()
+    return torch.where(mask, values, other)
+
+
+def store(ptr: Pointer, value: Tensor, mask: Tensor) -> None:
+    """Write where the mask says so; no element twice."""
+    offset, mask, value = torch.broadcast_tensors(ptr.offset, mask, value)
+    assert len(offset[mask].unique()) == int(mask.sum())
+    assert ptr.memory[offset[mask]].isnan().all(), "an element is written twice"
+    ptr.memory[offset[mask]] = value[mask].to(ptr.memory.dtype)
+
+
+def gate(gate_MC: Tensor, up_MC: Tensor, activation: str) -> Tensor:
+    """The activation of a gated MLP."""
+    factor = functional.silu if activation == "swiglu" else functional.gelu
+    return factor(gate_MC) * up_MC
+
+
+def square_relu(up: Tensor) -> Tensor:
+    """The activation of an MLP without a gate."""
+    return functional.relu(up).square()
+
+
+class Launcher:
+    """Takes the place of the kernel: all programs of a launch, one after the other."""
+
+    def __init__(self, *, eager: bool) -> None:
+        self.eager = eager
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        def launch(
+            w_desc: Descriptor, x_desc: Descriptor, out: Tensor, sums: Tensor | None, *sizes: Any,
+            num_warps: int, **meta: Any,
+        ) -> None:  # fmt: skip
+            steps = zip(out.shape, out.stride(), strict=True)
+            size = 1 + sum((count - 1) * step for count, step in steps)
+            flat = out.as_strided((size,), (1,), out.storage_offset())
+            pointers = (
+                Pointer(flat),
+                None if sums is None else Pointer(sums.flatten()),
+            )
+            for pid in range(grid[0]):
+                machine = Machine(pid, w_desc, eager=self.eager)
+                machine.run(w_desc, x_desc, *pointers, *sizes, **{**meta, "PDL": True})
+
+        return launch
