@@ -38,6 +38,8 @@ WIDEST = math.log(2.5)
 """The widest half band, as a logarithm: beyond this factor nothing is promised."""
 
 TWO_SIDED = 1.96
+NORMAL = 1.4826
+"""The standard deviation of a normal distribution over the median of its absolute values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class Estimate:
 class Fit:
     """The roofline of one GPU and how it errs on shapes left out (logarithms).
 
-    `between` is of a shape's mean error, `within` of errors about it, `median` of all errors.
+    `between` is of a shape's mean error (robustly), `within` of errors about it, `median` of all errors.
     """
 
     spec: GpuSpec
@@ -126,7 +128,8 @@ def fit_shapes(
         means.append(float(errors.mean()))
         deviations.append(float(errors.std()))
         sizes += np.abs(errors).tolist()
-    between = float(np.sqrt(np.mean(np.square(means))))
+    # the median, since one model of another kind must not forbid estimates of all others
+    between = NORMAL * float(np.median(np.abs(means)))
     within = float(np.sqrt(np.mean(np.square(deviations))))
     median = float(np.median(sizes))
     return Fit(spec, fit(samples, spec), between, within, median, len(models))
