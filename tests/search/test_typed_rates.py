@@ -106,6 +106,7 @@ def test_trees_need_a_trace_which_may_be_borrowed() -> None:
         ({"target": "nowhere"}, ConfigError, "nowhere is no known model"),
         ({"draft": "nowhere"}, ConfigError, "nowhere is no known model"),
         ({"target": "nemotron-h-8b"}, CheckpointError, "names none; give a draft model"),
+        ({"draft": "mamba2-130m"}, ConfigError, "needs the target's whole vocabulary"),
         ({"gpu": "cpu"}, MissingMeasurement, "no runtime table of nemotron-3-nano-mtp"),
         ({"gpu": "rtx3090"}, NoFeasibleTree, "GB of rtx3090"),
     ],

@@ -62,7 +62,8 @@ class Estimate:
 class Fit:
     """The roofline of one GPU and how it errs on shapes left out (logarithms).
 
-    `between` is of a shape's mean error (robustly), `within` of errors about it, `median` of all errors.
+    `between` is of a shape's mean error (robustly), `within` of errors about it, `median` of
+    all errors.
     """
 
     spec: GpuSpec

@@ -96,9 +96,11 @@ def _of_shapes(library: Library, request: TuneRequest, missing: MissingMeasureme
     measured = nearest_measured(library, spec)
     if measured is None:
         raise missing
+    draft = head_source(target) if draft is None else draft
+    _require_vocabulary(target, draft)
     question = ShapeQuestion(
         target,
-        head_source(target) if draft is None else draft,
+        draft,
         spec,
         request.batch_sizes,
         request.max_nodes,
@@ -110,6 +112,16 @@ def _of_shapes(library: Library, request: TuneRequest, missing: MissingMeasureme
     name = f"runtime/{measured.spec.name}--{FROM_SHAPES}.yaml"
     source = source_of(name, _digest(measured.sha256, estimate), estimate.rule, estimated=True)
     return Times(estimate.table, spec, cost, source)
+
+
+def _require_vocabulary(target: ModelSource, draft: ModelSource) -> None:
+    """Raise ConfigError for a draft that lacks tokens of the target, which decoding refuses too."""
+    wanted, known = target.shape.vocab_size, draft.shape.vocab_size
+    if known < wanted:
+        raise ConfigError(
+            f"a draft needs the target's whole vocabulary, {target.name} has {wanted} tokens and "
+            f"{draft.name} {known}; choose another draft"
+        )
 
 
 def _digest(tables: tuple[str, ...], estimate: Estimate) -> str:
