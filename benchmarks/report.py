@@ -79,6 +79,7 @@ def markdown(document: dict[str, Any], columns: Sequence[str], keep: Callable[[R
         f"{document['gpu']}, {document['date'][:10]}{measured}; gate: {document['gate']}",
         ", ".join(f"{name} {version}" for name, version in document["versions"].items()),
         f"`{document['command']}`",
+        *([f"Note: {document['note']}."] if "note" in document else []),
         table(rows, columns).rstrip(),
     ]
     if spreads:
