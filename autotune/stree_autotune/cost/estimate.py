@@ -7,8 +7,9 @@ to the tables of the measured GPU; how well it describes a model that it was not
 - `own`, of each group of terms: the errors within a shape left out, times the logarithm of the
   largest over the smallest ratio of the two GPUs' published rates. Where all rates differ alike it
   does not matter to which of them a time is attributed.
-- `common`, of all times: the same, and the mean error of a shape left out, once for another GPU and
-  once more for another architecture: its efficiencies may differ as those of another model do.
+- `common`, of all times: the same, and the mean error of a shape left out, once for another GPU (up
+  to SAME_KERNELS) and once more for another architecture: its efficiencies may differ as those of
+  another model do.
 """
 
 from __future__ import annotations
@@ -38,6 +39,10 @@ WIDEST = math.log(2.5)
 """The widest half band, as a logarithm: beyond this factor nothing is promised."""
 
 TWO_SIDED = 1.96
+SAME_KERNELS = 0.1
+"""The most that a GPU of one architecture may run the same kernels differently: a guess, beyond
+what a shape left out shows of models that no roofline describes."""
+
 NORMAL = 1.4826
 """The standard deviation of a normal distribution over the median of its absolute values."""
 
@@ -142,8 +147,9 @@ def transfer_spreads(roofline: Fit, wanted: GpuSpec) -> tuple[float, float]:
         return 0.0, 0.0
     rates = [math.log(ratio) for ratio in rate_ratios(roofline.spec, wanted)]
     own = roofline.within * (max(rates) - min(rates))
-    times = 1 if roofline.spec.architecture == wanted.architecture else 2
-    return own, math.hypot(own, math.sqrt(times) * roofline.between)
+    alike = roofline.spec.architecture == wanted.architecture
+    kernels = min(roofline.between, SAME_KERNELS)
+    return own, math.hypot(own, kernels, 0.0 if alike else roofline.between)
 
 
 def rate_ratios(measured: GpuSpec, wanted: GpuSpec) -> tuple[float, float, float]:
