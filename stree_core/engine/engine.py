@@ -59,6 +59,12 @@ class EngineConfig:
     use_graph: bool = True
     sampling: SamplingSupport = GREEDY
 
+    def __post_init__(self) -> None:
+        if whole_number("piece_tokens", self.piece_tokens) < 1:
+            raise ConfigError(
+                f"piece_tokens must be 1 or more, got {brief(self.piece_tokens)}; raise it"
+            )
+
 
 def needed_positions(prompt_tokens: int, new_tokens: int, trees: Sequence[Tree]) -> int:
     """Return the positions that a slot needs for a prompt and its output with any of the trees."""

@@ -314,6 +314,11 @@ def test_a_long_prompt_keeps_nobody_waiting(pair: Pair, alone: list[list[int]]) 
     assert 0 < read <= waited
 
 
+def test_a_piece_holds_a_token() -> None:
+    with pytest.raises(ConfigError, match="piece_tokens must be 1 or more, got 0"):
+        EngineConfig(piece_tokens=0)
+
+
 def test_a_cancelled_prompt_frees_its_slot_at_once(
     pair: Pair, requests: list[Request], alone: list[list[int]]
 ) -> None:
