@@ -250,7 +250,7 @@ def test_other_places_that_propose_a_command(
 
     data = tmp_path / "borrowed"
     write_profile(data, borrowed=True)
-    found = parsed(call("show", NAME, "--data", str(data), code=0))
+    found = parsed(call("show", NAME, "-v", "--data", str(data), code=0))
     assert (found["verb"], len(found["traces"])) == ("certify", 1)
     export = ("export", NAME, "--to", "speculation-profile", "--data", str(data), *HUB)
     found = parsed(call(*export))

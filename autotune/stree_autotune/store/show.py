@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+import textwrap
 from itertools import groupby
 from pathlib import PurePosixPath
 
@@ -59,28 +60,38 @@ def print_profile(profile: Profile, console: Console, *, verbose: bool = False) 
     console.print(_policy_table(profile.policy))
     console.print()
     if profile.server is not None:
-        console.print(str(profile.sources.runtime.note))
+        _say(console, str(profile.sources.runtime.note))
     if verbose:
         console.print(_details_table(profile.policy))
         console.print()
     for reason, rows in groupby(profile.policy, key=lambda row: row.reason):
         if verbose or profile.server is not None:
             sizes = ", ".join(str(row.batch_size) for row in rows)
-            console.print(f"batch size {sizes}: {reason}")
+            _say(console, f"batch size {sizes}: {reason}")
     if profile.measured is not None:
-        console.print(f"measured live on {profile.measured.gpu}, {profile.measured.date}:")
+        _say(console, f"measured live on {profile.measured.gpu}, {profile.measured.date}:")
         console.print(_measured_table(profile.measured))
     sources = profile.sources
-    console.print(_source_line("times", sources.runtime, noted=verbose))
-    console.print(_source_line("acceptance", sources.trace, noted=True))
+    _say(console, _source_line("times", sources.runtime, noted=verbose))
+    _say(console, _source_line("acceptance", sources.trace, noted=True))
     if verbose and sources.certificate is not None:
-        console.print(_source_line("certificate", sources.certificate, noted=True))
+        _say(console, _source_line("certificate", sources.certificate, noted=True))
     from_trace = profile.server is None and sources.trace.name != TYPED_RATES
     if verbose and from_trace and sources.certificate is None:
         made = command("certify", PurePosixPath(profile.sources.trace.name).stem)
-        console.print(f"certificate: none; make one with `{made}` and tune again")
+        _say(console, f"certificate: none; make one with `{made}` and tune again")
     if not verbose:
         console.print("-v shows the trees, the reasons and how estimates are made")
+
+
+def _say(console: Console, text: str | Text) -> None:
+    """Print text that wraps between words alone: a path of many columns stays whole."""
+    plain = textwrap.fill(str(text), console.width, break_long_words=False, break_on_hyphens=False)
+    shown = Text(plain)
+    for span in () if isinstance(text, str) else text.spans:
+        # wrapping puts a line's end where a space was: places stay
+        shown.stylize(span.style, span.start, span.end)
+    console.print(shown, soft_wrap=True)
 
 
 def answer(profile: Profile) -> str:
