@@ -58,17 +58,15 @@ OTHER_CONFIGS = (
     PromptAttentionConfig(128, 64, 32, 4, 2),
     PromptAttentionConfig(256, 32, 32, 4, 1),
 )
-FP32_CONFIGS = (
-    PromptAttentionConfig(128, 16, 32, 4, 2),
-    PromptAttentionConfig(256, 16, 16, 8, 1),
-)
+FP32_CONFIG = PromptAttentionConfig(128, 16, 32, 4, 2)
+"""With wider heads it spills (docs/log.md), as the attention to a tree does."""
 
 
 def pick_config(head_dim: int, dtype: torch.dtype, capability: int) -> PromptAttentionConfig:
     """Return the config for heads of this size."""
-    table = CONFIGS if capability == 90 else OTHER_CONFIGS
     if dtype == torch.float32:
-        table = FP32_CONFIGS
+        return FP32_CONFIG
+    table = CONFIGS if capability == 90 else OTHER_CONFIGS
     return next(config for config in table if head_dim <= config.max_head_dim)
 
 
@@ -254,6 +252,11 @@ def prompt_attention(
     ValueError when a size, dtype or stride is beyond what the kernel takes.
     """
     _check(q_MHD, cache, packing)
+    if q_MHD.dtype == torch.float32 and q_MHD.shape[2] > FP32_CONFIG.max_head_dim:
+        raise ValueError(
+            f"in fp32 the attention to prompts takes head dims up to {FP32_CONFIG.max_head_dim}, "
+            f"got {q_MHD.shape[2]}; use bf16 or the torch backend"
+        )
     require_dtypes("queries and output", (q_MHD, out_MHD), FLOATS)
     require_packed("the output", (out_MHD,), 3)
     num_tokens, num_heads, head_dim = q_MHD.shape
