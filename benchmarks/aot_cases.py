@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import aot_fp8
 from aot_calls import (
     BF16,
     FP16,
@@ -92,6 +93,7 @@ def quick_cases() -> Iterator[tuple[str, Case]]:
         yield f"end of step T={tokens} C={num_children}", partial(end_of_step, tokens, num_children)
     for sizes in ((8, 7, 1), (13, 4, 4), (64, 8, 16)):
         yield f"sampled step T, I, C = {sizes}", partial(sampled_step, *sizes)
+    yield from aot_fp8.quick_cases()
 
 
 def all_cases() -> Iterator[tuple[str, Case]]:
@@ -131,6 +133,7 @@ def all_cases() -> Iterator[tuple[str, Case]]:
         yield moe_case(2, *sizes, dtype=dtype)
     yield from prompt_cases()
     yield from fp16_cases()
+    yield from aot_fp8.more_cases()
 
 
 def prompt_cases() -> Iterator[tuple[str, Case]]:

@@ -1,0 +1,1 @@
+"""Projections and experts whose weights are stored in FP8 with scales."""
