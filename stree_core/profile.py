@@ -6,12 +6,21 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from stree_core.errors import ConfigError, TreeError
 from stree_core.files import dump_yaml, load_yaml, require_place, write_atomically
+from stree_core.fp8 import Fp8Kind
 from stree_core.limits import MAX_BATCH_SIZE, MAX_CONTEXT, MAX_SEED
 from stree_core.shown_text import clean_command, require_printable
 from stree_core.tree import MAX_NODES, Tree, Verdict
@@ -49,6 +58,7 @@ class ModelRef(Strict):
 
     `shape_sha256` is ModelShape.digest: a config file may say more than what time depends on.
     `weights_sha256` tells a retrained model apart, see weight_index; None is not compared.
+    `weights` says how projections in FP8 are scaled; without, and in no file then, they are not.
     """
 
     name: Name
@@ -56,6 +66,19 @@ class ModelRef(Strict):
     tokenizer_sha256: Sha256 | None = None
     shape_sha256: Sha256 | None = None
     weights_sha256: Sha256 | None = None
+    weights: Fp8Kind | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_a_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = handler(self)
+        if self.weights is None:
+            content.pop("weights", None)
+        return content
+
+    @property
+    def label(self) -> str:
+        """The name, with how projections are stored where that is not in 16 bits or more."""
+        return self.name if self.weights is None else f"{self.name} ({self.weights})"
 
     def weights_beside(self, other: ModelRef) -> tuple[str, str]:
         """Return the beginnings of both hashes of weights, empty where one is not known."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,12 +13,16 @@ from torch import Tensor
 from stree_core.drafting.mtp_draft import MtpDraft
 from stree_core.errors import CheckpointError
 from stree_core.families import PREFIX, ModelShape, Weight
+from stree_core.fp8 import EXTRAS, row_group
 from stree_core.memory import explain_oom, require_memory
 from stree_core.models import (
     Backend,
     Model,
     ModelSource,
     Read,
+    ReadParts,
+    ReadProjection,
+    ScaledFiles,
     WeightFiles,
     assemble,
     assemble_head,
@@ -23,6 +30,7 @@ from stree_core.models import (
     shape_keys,
     skipped_copies,
 )
+from stree_kernels.fp8.scaled_weight import Projection, random_scaled
 
 
 def load_model(
@@ -39,11 +47,12 @@ def load_model(
     """
     if source.folder is None:
         return random_model(source.shape, backend, dtype, device, num_logits, source.name)
-    files = WeightFiles(source.folder, source.name, device, source.shape.renames)
+    files = _files(source.folder, source.name, source.shape, device, dtype)
     require_present(source.shape, files.listed, source.name)
     for copy, original in skipped_copies(source.shape, files.stored, source.name).items():
         files.require_copy(copy, original)
-    return _build(source.shape, files.read, backend, dtype, device, num_logits, source.name)
+    readers = _Readers(files.read, files.read_projection, files.read_parts)
+    return _build(source.shape, readers, backend, dtype, device, num_logits, source.name)
 
 
 def random_model(
@@ -59,7 +68,7 @@ def random_model(
     Of values, time depends on the choice of experts alone, which is about uniform for random rows.
     Raises NotEnoughMemory when the weights do not fit.
     """
-    return _build(shape, _random(dtype, device), backend, dtype, device, num_logits, name)
+    return _build(shape, _random(shape, dtype, device), backend, dtype, device, num_logits, name)
 
 
 def load_head(source: ModelSource, target: Model, name: str) -> MtpDraft:
@@ -70,21 +79,29 @@ def load_head(source: ModelSource, target: Model, name: str) -> MtpDraft:
     """
     shape, dtype = source.shape, target.dtype
     if source.folder is None:
-        read = _random(dtype, target.device)
+        readers = _random(shape, dtype, target.device)
     else:
-        files = WeightFiles(source.folder, name, target.device, shape.renames)
+        files = _files(source.folder, name, shape, target.device, dtype)
         _require_whole_head(shape, files.stored, name)
-        read = files.read
-    num_bytes = shape.num_parameters * dtype.itemsize
+        readers = _Readers(files.read, files.read_projection, files.read_parts)
+    num_bytes = shape.held_bytes(dtype.itemsize)
     what = f"holding the MTP head of {name}"
     require_memory(num_bytes, what, target.device)
     with explain_oom(what, num_bytes, target.device):
-        return MtpDraft(shape, assemble_head(shape, read, target.weights), target)
+        weights = assemble_head(
+            shape, readers.read, target.weights, readers.projection, readers.parts
+        )
+        return MtpDraft(shape, weights, target)
 
 
 def _require_whole_head(shape: ModelShape, keys: Collection[str], name: str) -> None:
     """Raise CheckpointError unless the weights under `mtp.` are those of the shape, all of them."""
-    held = {key for key in keys if key.startswith(PREFIX)}
+    unread = EXTRAS if shape.fp8 is not None else ()
+    held = {
+        key
+        for key in keys
+        if key.startswith(PREFIX) and not any(fnmatchcase(key, pattern) for pattern in unread)
+    }
     wanted = {key for key in shape_keys(shape, keys) if key.startswith(PREFIX)}
     if not held:
         raise CheckpointError(
@@ -99,7 +116,23 @@ def _require_whole_head(shape: ModelShape, keys: Collection[str], name: str) -> 
             )
 
 
-def _random(dtype: torch.dtype, device: torch.device) -> Read:
+class _Readers(NamedTuple):
+    """What returns weights: as tensors, and those of projections as they are stored."""
+
+    read: Read
+    projection: ReadProjection
+    parts: ReadParts
+
+
+def _files(
+    folder: Path, name: str, shape: ModelShape, device: torch.device, dtype: torch.dtype
+) -> WeightFiles:
+    if shape.fp8 is None:
+        return WeightFiles(folder, name, device, shape.renames)
+    return ScaledFiles(folder, name, device, shape.fp8, dtype, shape.renames)
+
+
+def _random(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> _Readers:
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(weight: Weight) -> Tensor:
@@ -108,15 +141,29 @@ def _random(dtype: torch.dtype, device: torch.device) -> Read:
         values = torch.randn(weight.shape, generator=generator, device=device, dtype=dtype)
         return values.mul_(weight.shape[-1] ** -0.5)
 
-    return draw
+    def draw_projection(weight: Weight) -> Projection:
+        fp8 = shape.fp8
+        if fp8 is None or weight.adapters or not fp8.holds(weight.keys):
+            return draw(weight)
+        group, block = row_group(fp8, ()), fp8.column_block(weight.shape[-1])
+        return random_scaled(weight.shape, dtype, generator, row_group=group, column_block=block)
+
+    def draw_parts(weight: Weight) -> list[Projection] | None:
+        pieces = () if shape.fp8 is None else weight.split(shape.fp8.scales)
+        return [draw_projection(piece) for piece in pieces] if len(pieces) > 1 else None
+
+    return _Readers(draw, draw_projection, draw_parts)
 
 
 def _build(
-    shape: ModelShape, read: Read, backend: Backend, dtype: torch.dtype, device: torch.device,
-    num_logits: int | None, name: str,
+    shape: ModelShape, readers: _Readers, backend: Backend, dtype: torch.dtype,
+    device: torch.device, num_logits: int | None, name: str,
 ) -> Model:  # fmt: skip
-    num_bytes = shape.num_parameters * dtype.itemsize
+    num_bytes = shape.held_bytes(dtype.itemsize)
     what = f"holding the weights of {name}"
     require_memory(num_bytes, what, device)
     with explain_oom(what, num_bytes, device):
-        return Model(shape, assemble(shape, read, dtype, num_logits), backend)
+        weights = assemble(
+            shape, readers.read, dtype, num_logits, readers.projection, readers.parts
+        )
+        return Model(shape, weights, backend)

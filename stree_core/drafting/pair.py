@@ -146,6 +146,7 @@ def require_profile_fits(profile: Profile, pair: Pair) -> None:
     checks = (("target", profile.target, pair.target_ref), ("draft", profile.draft, pair.draft_ref))
     for role, expected, actual in checks:
         parts = (
+            ("weights in", expected.weights or "no FP8", actual.weights or "no FP8"),
             ("config", _short(expected.config_sha256), _short(actual.config_sha256)),
             ("tokenizer", _short(expected.tokenizer_sha256), _short(actual.tokenizer_sha256)),
             ("name", expected.name, actual.name),

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from stree_core.families.registry import (
         HF_QUANT_CONFIG as HF_QUANT_CONFIG,
         HF_QUANT_CONFIG_FILE as HF_QUANT_CONFIG_FILE,
+        in_fp8 as in_fp8,
         shape_from_config as shape_from_config,
     )
     from stree_core.families.shape_spec import (
@@ -60,7 +61,7 @@ __getattr__, __dir__ = exports(
             "warn_of_long_context",
         ],
         "mtp_shape": ["MTP_CONFIG", "MTP_FILE", "PREFIX"],
-        "registry": ["HF_QUANT_CONFIG", "HF_QUANT_CONFIG_FILE", "shape_from_config"],
+        "registry": ["HF_QUANT_CONFIG", "HF_QUANT_CONFIG_FILE", "in_fp8", "shape_from_config"],
         "shape_spec": ["find_shape_spec", "load_shape_spec"],
     },
 )

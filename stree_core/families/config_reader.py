@@ -175,6 +175,10 @@ class Keys:
         inner._read = both._read = self._read
         return both
 
+    def skip(self, *names: str) -> None:
+        """Count keys as read that another module reads."""
+        self._read.update(names)
+
     def inside(self, name: str, outer: Sequence[str]) -> Keys:
         """Return the keys of an object inside; those of `outer` that stand outside go before."""
         inner = self.section(name)

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+from stree_core.fp8 import Fp8Weights, Weight as Weight
 from stree_kernels.launch.settings import GATED, Activation, Routing
 
 LEAST_ROW_DIM = 16
+PROJECTIONS = frozenset((
+    "in_proj", "out_proj", "qkv_proj", "o_proj", "up_proj", "down_proj", "latent_in", "latent_out",
+    "shared_up", "shared_down",
+))  # fmt: skip
+"""The weights of parts that a checkpoint may hold in FP8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,36 +201,6 @@ Mixer = Mamba2Shape | DeltaShape | AttentionShape | MlpShape | MoeShape
 
 
 @dataclass(frozen=True, slots=True)
-class Weight:
-    """One tensor of a model: checkpoint tensors stacked along their first dim, viewed as `shape`.
-
-    `row_scales` are runs of rows (count, factor); none is all ones. `adapters` holds for each key,
-    if for any, the keys of two low-rank factors whose product `second @ first` is added to it.
-    `row_order` are runs of stacked rows (first, count) in the order in which the model holds them;
-    none is as they are. `offset` is added to stored values: 1 of a zero-centred norm. `other_keys`
-    are further ways to store it: the first of which all keys are there is read.
-    """
-
-    keys: tuple[str, ...]
-    shape: tuple[int, ...]
-    row_scales: tuple[tuple[int, float], ...] = ()
-    adapters: tuple[tuple[str, str], ...] = ()
-    row_order: tuple[tuple[int, int], ...] = ()
-    offset: float = 0.0
-    other_keys: tuple[tuple[str, ...], ...] = ()
-
-    @property
-    def num_values(self) -> int:
-        """Values of the tensor."""
-        return math.prod(self.shape)
-
-    def keys_in(self, stored: Collection[str]) -> tuple[str, ...]:
-        """Return the keys under which files hold it; the first way where they hold it in none."""
-        ways = (self.keys, *self.other_keys)
-        return next((way for way in ways if all(key in stored for key in way)), self.keys)
-
-
-@dataclass(frozen=True, slots=True)
 class Part:
     """A mixer and its weights, by the names that stree_core.models.weights gives them."""
 
@@ -279,7 +254,8 @@ class ModelShape:
     those of every family; `copies` are beginnings of names (copy, original) of tensors that repeat
     others; `renames` are beginnings (stored, as spelled here) of names in files that hold more than
     the language model. `mtp` is the multi-token-prediction head that its checkpoint has beside it.
-    That is a shape with a `join`, whose embedding and LM head are the model's own.
+    That is a shape with a `join`, whose embedding and LM head are the model's own. `fp8` says which
+    tensors are in FP8; None is none.
     """
 
     vocab_size: int
@@ -298,6 +274,7 @@ class ModelShape:
     renames: tuple[tuple[str, str], ...] = ()
     join: Join | None = None
     mtp: ModelShape | None = None
+    fp8: Fp8Weights | None = None
 
     @property
     def parts(self) -> Iterator[Part]:
@@ -327,6 +304,17 @@ class ModelShape:
         yield from (self.final_norm, self.lm_head)
 
     @property
+    def projections(self) -> Iterator[Weight]:
+        """Every weight that a checkpoint may hold in FP8."""
+        if self.join is not None:
+            yield self.join.proj
+        for block in self.blocks:
+            if block.shared is not None:
+                yield block.shared.linear
+        for part in self.parts:
+            yield from (weight for name, weight in part.weights.items() if name in PROJECTIONS)
+
+    @property
     def digest(self) -> str:
         """A hash of everything that time depends on: sizes and mixers, not keys nor values."""
         blocks = [
@@ -337,8 +325,13 @@ class ModelShape:
             for block in self.blocks
         ]
         sizes = (self.vocab_size, self.hidden_size, self.residual_fp32, self.lm_head == self.embed)
-        joined = () if self.join is None else ("join",)
-        return hashlib.sha256(repr((sizes, blocks, *joined)).encode()).hexdigest()
+        more: tuple[object, ...] = () if self.join is None else ("join",)
+        if self.fp8 is not None:
+            # How much of it is in FP8: excluded modules cost time.
+            pieces = (piece for weight in self.projections for piece in self._pieces(weight))
+            held = sum(piece.num_values for piece in pieces if self._is_fp8(piece))
+            more += (self.fp8.kind, self.fp8.block, held)
+        return hashlib.sha256(repr((sizes, blocks, *more)).encode()).hexdigest()
 
     @property
     def num_parameters(self) -> int:
@@ -346,11 +339,45 @@ class ModelShape:
 
         A head's embedding and LM head are held with its model.
         """
-        held = {w.keys + sum(w.adapters, ()): w.num_values for w in self.weights}
+        return sum(weight.num_values for weight in self._held)
+
+    def held_bytes(self, bytes_per_element: int) -> int:
+        """Return the bytes of all weights as the decoder holds them.
+
+        With weights in FP8 there is room for the largest as a tensor: many rows are multiplied by
+        that.
+        """
+        total = sum(self._weight_bytes(weight, bytes_per_element) for weight in self._held)
+        pieces = (piece for weight in self._held for piece in self._pieces(weight))
+        tensors = (p.num_values for p in pieces if self._is_fp8(p) and len(p.shape) == 2)
+        return total + bytes_per_element * max(tensors, default=0)
+
+    @property
+    def _held(self) -> Iterator[Weight]:
+        """Every weight that the decoder holds, once."""
+        held = {weight.keys + sum(weight.adapters, ()): weight for weight in self.weights}
         if self.join is not None:
             for borrowed in (self.embed, self.lm_head):
                 held.pop(borrowed.keys, None)
-        return sum(held.values())
+        yield from held.values()
+
+    def _is_fp8(self, weight: Weight) -> bool:
+        """Tell whether a weight stays in FP8: all of it, and no adapters are merged into it."""
+        return self.fp8 is not None and not weight.adapters and self.fp8.holds(weight.keys)
+
+    def _pieces(self, weight: Weight) -> tuple[Weight, ...]:
+        """Return the weights of which a weight that is in FP8 in part is made, else itself."""
+        if self.fp8 is None or self._is_fp8(weight):
+            return (weight,)
+        return weight.split(self.fp8.scales) or (weight,)
+
+    def _weight_bytes(self, weight: Weight, bytes_per_element: int) -> int:
+        return sum(
+            self.fp8.held_bytes(piece.shape)
+            if self.fp8 is not None and self._is_fp8(piece)
+            else piece.num_values * bytes_per_element
+            for piece in self._pieces(weight)
+        )
 
     def weight_bytes(self, bytes_per_element: int) -> int:
         """Return the bytes that a pass over one token reads of the weights.
@@ -358,13 +385,17 @@ class ModelShape:
         The embedding is a look-up of a few rows: it counts through the LM head only. Of experts,
         those that one token goes to count.
         """
-        total = sum(weight.num_values for weight in self.weights) - self.embed.num_values
+
+        def size(weight: Weight) -> int:
+            return self._weight_bytes(weight, bytes_per_element)
+
+        total = sum(map(size, self.weights)) - size(self.embed)
         for part in self.parts:
             if isinstance(part.mixer, MoeShape):
                 resting = part.mixer.num_experts - part.mixer.router.num_chosen
-                stacks = part.weights["up_proj"].num_values + part.weights["down_proj"].num_values
+                stacks = size(part.weights["up_proj"]) + size(part.weights["down_proj"])
                 total -= stacks * resting // part.mixer.num_experts
-        return total * bytes_per_element
+        return total
 
     def state_bytes(self, bytes_per_element: int) -> int:
         """Return the bytes of one sequence's recurrent state; scans' states are at least fp32."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +16,9 @@ from stree_core.families.mamba2 import mamba2, native_mamba2
 from stree_core.families.mamba_in_llama import MAMBA_CONFIG, MAMBA_CONFIG_FILE, mamba_in_llama
 from stree_core.families.model_shape import ModelShape
 from stree_core.families.nemotron_h import nemotron_h
-from stree_core.families.qwen import TEXT_CONFIG, qwen3_5, qwen3_5_moe, qwen3_next
+from stree_core.families.qwen import qwen3_5, qwen3_5_moe, qwen3_next
 from stree_core.families.zamba2 import zamba2
+from stree_core.fp8 import Fp8Scheme, Fp8Weights, Unsupported, find_scheme
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ FAMILIES: dict[str, Callable[[Keys], ModelShape]] = {
 _TEXT_TYPES = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
 """The model_type of a language model that is saved without its vision part."""
 
-QUANTISATION = "quantization_config"
+QUANTISATION = ("quantization_config", "compression_config", "hf_quant_config")
 HF_QUANT_CONFIG = "hf_quant_config"
 HF_QUANT_CONFIG_FILE = "hf_quant_config.json"
 
@@ -73,9 +75,8 @@ def shape_from_config(config: Config, name: str) -> ModelShape:
     keys = Keys(config)
     try:
         family = _family_of(keys)
-        _refuse_quantised(keys)
-        if keys.has(TEXT_CONFIG):
-            _refuse_quantised(keys.section(TEXT_CONFIG))
+        scheme = find_scheme(config)
+        keys.skip(*QUANTISATION)
         keys.refuse(sliding_window=None)
         shape = FAMILIES[family](keys)
         if shape.hidden_size % WIDTH_MULTIPLE:
@@ -83,13 +84,35 @@ def shape_from_config(config: Config, name: str) -> ModelShape:
                 f"the hidden size must be a multiple of {WIDTH_MULTIPLE}, as the kernels sum "
                 f"columns, got {shape.hidden_size}; use another checkpoint"
             )
-    except Refused as err:
+    except (Refused, Unsupported) as err:
         raise CheckpointError(f"{name}: {err}") from err
     unread = list(keys.unread())
     if unread:
         more = f" and {len(unread) - _MOST_NAMED} more" if len(unread) > _MOST_NAMED else ""
         logger.info("%s: config keys not used: %s%s", name, ", ".join(unread[:_MOST_NAMED]), more)
-    return shape
+    return shape if scheme is None else in_fp8(shape, scheme)
+
+
+# By the checkpoints that are published: rows of single heads, and how an MTP head begins.
+_NEVER_IN_FP8 = ("in_proj_a", "in_proj_b", "in_proj_ba", "fc", "eh_proj")
+
+
+def in_fp8(shape: ModelShape, scheme: Fp8Scheme) -> ModelShape:
+    """Return a shape with the projections in FP8 that a scheme does not exclude.
+
+    It is what a config says; the files of a checkpoint may say otherwise.
+    """
+    ending = "_scale_inv" if scheme.kind == "fp8-block" else "_scale"
+    scales = {
+        key: key + ending
+        for weight in shape.projections
+        for key in weight.keys
+        if not scheme.skips(key)
+        and key.removesuffix(".weight").rpartition(".")[2] not in _NEVER_IN_FP8
+    }
+    head = None if shape.mtp is None else in_fp8(shape.mtp, scheme)
+    fp8 = Fp8Weights(scheme.kind, scales, scheme.block) if scales else None
+    return dataclasses.replace(shape, fp8=fp8, mtp=head)
 
 
 def _family_of(keys: Keys) -> str:
@@ -141,20 +164,3 @@ def _letters(name: str) -> str:
 
 def _known() -> str:
     return ", ".join(sorted(FAMILIES))
-
-
-def _refuse_quantised(keys: Keys) -> None:
-    """Raise Refused for weights that are stored quantised, by either file that may say so."""
-    method = None
-    if keys.has(QUANTISATION):
-        file, section = "config.json", keys.section(QUANTISATION)
-        method = section.values.get("quant_algo") or section.values.get("quant_method") or "unnamed"
-    elif keys.has(HF_QUANT_CONFIG):
-        file, section = HF_QUANT_CONFIG_FILE, keys.section(HF_QUANT_CONFIG, HF_QUANT_CONFIG_FILE)
-        if section.has("quantization"):
-            method = section.section("quantization").values.get("quant_algo")
-    if method is not None:
-        raise Refused(
-            f"its weights are quantised ({brief(method)} by {file}) and bf16, fp16 or fp32 are "
-            "run; use the checkpoint in bf16"
-        )

@@ -70,8 +70,11 @@ def delta_part(mixer: DeltaShape, width: int, prefix: str, *, by_key_head: bool)
     names = ("qkvz", "ba") if by_key_head else ("z", "qkv", "a", "b")
     order = _by_key_head(mixer) if by_key_head else ()
     keys = tuple(f"{prefix}in_proj_{name}.weight" for name in names)
+    heads, wide = mixer.num_value_heads, mixer.inner_dim + mixer.conv_dim
+    rows = (wide, 2 * heads) if by_key_head else (mixer.inner_dim, mixer.conv_dim, heads, heads)
+    in_proj = Weight(keys, (mixer.proj_dim, width), row_order=order, part_rows=rows)
     weights = {
-        "in_proj": Weight(keys, (mixer.proj_dim, width), row_order=order),
+        "in_proj": in_proj,
         "conv": matrix(prefix + "conv1d.weight", mixer.conv_dim, mixer.conv_width),
         "dt_bias": vector(prefix + "dt_bias", mixer.num_value_heads),
         "a_log": vector(prefix + "A_log", mixer.num_value_heads),

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         like as like,
         make_block as make_block,
     )
+    from stree_core.models.scaled_files import ScaledFiles as ScaledFiles
     from stree_core.models.source import (
         MTP as MTP,
         ModelSource as ModelSource,
@@ -55,6 +56,8 @@ if TYPE_CHECKING:
         AttentionWeights as AttentionWeights,
         ModelWeights as ModelWeights,
         Read as Read,
+        ReadParts as ReadParts,
+        ReadProjection as ReadProjection,
         assemble as assemble,
         assemble_head as assemble_head,
     )
@@ -75,6 +78,7 @@ __getattr__, __dir__ = exports(
         "model": ["Model", "Pass"],
         "prompt_pass": ["PromptPass"],
         "row_block": ["RowBlock", "like", "make_block"],
+        "scaled_files": ["ScaledFiles"],
         "source": [
             "MTP",
             "ModelSource",
@@ -89,6 +93,14 @@ __getattr__, __dir__ = exports(
         "text": ["Chat", "Message", "TextCodec", "load_text_codec"],
         "weight_files": ["WeightFiles"],
         "weight_index": ["require_present", "shape_keys", "skipped_copies"],
-        "weights": ["AttentionWeights", "ModelWeights", "Read", "assemble", "assemble_head"],
+        "weights": [
+            "AttentionWeights",
+            "ModelWeights",
+            "Read",
+            "ReadParts",
+            "ReadProjection",
+            "assemble",
+            "assemble_head",
+        ],
     },
 )

@@ -51,6 +51,7 @@ from stree_core.models.weights import (
     SharedWeights,
 )
 from stree_kernels.delta.rows import DeltaPast, DeltaTokens
+from stree_kernels.fp8.scaled_weight import Projection
 from stree_kernels.launch.rows import Gate, Past, Pending, gate_width
 from stree_kernels.linear.deferred_norm import COLUMNS_PER_SUM, DeferredNorm, Residual
 from stree_kernels.linear.router import add_shared, choose_experts
@@ -176,7 +177,7 @@ class Model:
         weights: PartWeights,
         layer: LayerCache,
         this: AnyPass,
-    ) -> tuple[DeferredNorm, Tensor | None]:
+    ) -> tuple[DeferredNorm, Projection | None]:
         """Return a part's output before its last projection, and that; None where there is none."""
         if isinstance(weights, Mamba2Weights):
             assert isinstance(layer, Mamba2Cache)
@@ -206,7 +207,7 @@ class Model:
         return self._moe(rows, weights, mixer, this), weights.latent_out
 
     def _add(
-        self, output: DeferredNorm, out_proj: Tensor | None, residual: Residual, this: AnyPass
+        self, output: DeferredNorm, out_proj: Projection | None, residual: Residual, this: AnyPass
     ) -> DeferredNorm:
         """Add a part's output to the stream; return its rows for the next projection."""
         eps = self.shape.norm_eps

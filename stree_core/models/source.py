@@ -5,7 +5,9 @@ Nothing here loads torch: tuning asks for names and hashes only.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,25 @@ from stree_core.families import (
     MTP_CONFIG,
     MTP_FILE,
     ModelShape,
+    in_fp8,
     load_shape_spec,
     shape_from_config,
 )
 from stree_core.files import read_json, read_json_bytes, sha256_of
+from stree_core.fp8 import Fp8Kind, Fp8Scheme, Header, find_scheme, stored_fp8
 from stree_core.models.hub import fetch_config, fetch_model, is_hub_id
 from stree_core.models.text import tokenizer_sha256
-from stree_core.models.weight_index import weights_sha256
+from stree_core.models.weight_index import (
+    find_weights,
+    read_headers,
+    renamed,
+    shape_keys,
+    weights_sha256,
+)
 from stree_core.profile import ModelRef
 from stree_core.shipped import shipped_path
+
+logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 MAMBA_CONFIG = "mamba_config.json"
@@ -83,13 +95,14 @@ def folder_source(folder: Path, name: str | None = None) -> ModelSource:
     """Return the source of a model folder; raise CheckpointError when it cannot be used."""
     name = name or folder.resolve().name
     config, digest = _read_config(folder)
-    shape = shape_from_config(config, name)
+    shape = _as_stored(shape_from_config(config, name), config, folder, name)
     ref = ModelRef(
         name=name,
         config_sha256=digest,
         tokenizer_sha256=tokenizer_sha256(folder),
         shape_sha256=shape.digest,
         weights_sha256=weights_sha256(folder),
+        weights=_kind(shape),
     )
     return ModelSource(ref, shape, folder)
 
@@ -113,12 +126,55 @@ def config_source(path: Path) -> ModelSource:
     return ModelSource(ref, shape, None)
 
 
-def spec_source(path: Path) -> ModelSource:
-    """Return the source of a shape spec; raise ConfigError when it is malformed."""
+def _as_stored(shape: ModelShape, config: dict[str, Any], folder: Path, name: str) -> ModelShape:
+    """Return a shape with those tensors in FP8 that the files hold so, if they are there."""
+    scheme = find_scheme(config)
+    if scheme is None or find_weights(folder) is None:
+        return shape
+    if scheme.quantised_cache:
+        logger.warning(
+            "%s: %s declares a quantised key-value cache; keys and values are kept in the model's "
+            "dtype instead", name, scheme.file,
+        )  # fmt: skip
+    headers = read_headers(folder)
+    if headers is None:
+        raise CheckpointError(
+            f"{name} is quantised by {scheme.file}, and FP8 is read from safetensors files alone; "
+            "use a checkpoint in that format"
+        )
+    stored = {
+        renamed(key, shape.renames): Header(tensor.dtype, tensor.shape)
+        for key, tensor in headers.items()
+    }
+    plain = dataclasses.replace(shape, fp8=None)
+    fp8 = stored_fp8(shape_keys(plain, stored), scheme, stored, name)
+    head = shape.mtp
+    if head is not None:
+        keys = shape_keys(dataclasses.replace(head, fp8=None), stored)
+        head = dataclasses.replace(head, fp8=stored_fp8(keys, scheme, stored, name))
+    return dataclasses.replace(shape, fp8=fp8, mtp=head)
+
+
+def spec_source(path: Path, weights: Fp8Kind | None = None) -> ModelSource:
+    """Return the source of a shape spec; raise ConfigError when it is malformed.
+
+    With `weights` its projections are in FP8 and the name says so: files of the two lie apart.
+    """
     spec = load_shape_spec(path)
-    shape = shape_from_config(spec.config_dict, spec.name)
-    ref = ModelRef(name=spec.name, config_sha256=sha256_of(path), shape_sha256=shape.digest)
+    shape, name = shape_from_config(spec.config_dict, spec.name), spec.name
+    if weights is not None:
+        shape, name = in_fp8(shape, Fp8Scheme(weights, path.name)), f"{name}-{weights}"
+    ref = ModelRef(
+        name=name,
+        config_sha256=sha256_of(path),
+        shape_sha256=shape.digest,
+        weights=_kind(shape),
+    )
     return ModelSource(ref, shape, None)
+
+
+def _kind(shape: ModelShape) -> Fp8Kind | None:
+    return None if shape.fp8 is None else shape.fp8.kind
 
 
 def head_source(target: ModelSource) -> ModelSource:
@@ -140,6 +196,7 @@ def head_source(target: ModelSource) -> ModelSource:
         config_sha256=digest,
         tokenizer_sha256=target.ref.tokenizer_sha256,
         shape_sha256=target.shape.mtp.digest,
+        weights=_kind(target.shape.mtp),
     )
     return ModelSource(ref, target.shape.mtp, target.folder)
 

@@ -21,9 +21,11 @@ from stree_core.models.weight_index import (
     find_weights,
     nearest_key,
     read_header,
+    renamed,
     require_file,
     require_names,
 )
+from stree_kernels.fp8.scaled_weight import Projection
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # What safetensors says of files whose tensors other frameworks lay out in their own way.
@@ -56,8 +58,8 @@ class WeightFiles:
         if found.index is not None:
             self._files |= self._checked(found.index)
         listed = self._files if found.index is None else found.index
-        self._names = {_renamed(key, renames): key for key in self._files}
-        self.listed = frozenset(_renamed(key, renames) for key in listed)
+        self._names = {renamed(key, renames): key for key in self._files}
+        self.listed = frozenset(renamed(key, renames) for key in listed)
 
     @property
     def stored(self) -> frozenset[str]:
@@ -73,6 +75,11 @@ class WeightFiles:
                 self._adapted(tensor, *factors)
                 for tensor, factors in zip(tensors, weight.adapters, strict=True)
             ]
+        self.require_shape(weight, keys, tensors)
+        return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).view(weight.shape)
+
+    def require_shape(self, weight: Weight, keys: Sequence[str], tensors: list[Tensor]) -> None:
+        """Raise CheckpointError unless stored tensors make up a weight of the config's shape."""
         shapes = [tuple(tensor.shape) for tensor in tensors]
         if len({shape[1:] for shape in shapes}) > 1 or not _views_as(shapes, weight.shape):
             raise CheckpointError(
@@ -84,11 +91,21 @@ class WeightFiles:
                 f"{self._name}: {keys[0]} is stored as {shapes[0]}, channels last as MLX "
                 "conversions are; use the checkpoint that it was converted from"
             )
-        return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).view(weight.shape)
+
+    def read_projection(self, weight: Weight) -> Projection:
+        """Return a weight of a projection; a subclass may leave it in FP8."""
+        return self.read(weight)
+
+    def read_parts(self, weight: Weight) -> Sequence[Projection] | None:
+        """Return the parts of a projection that a subclass has in FP8 in part, else None."""
+        return None
 
     def require_copy(self, copy: str, original: str) -> None:
         """Raise CheckpointError unless two tensors are the same, value by value."""
         one, other = (self._raw(key) for key in (copy, original))
+        if one.dtype.itemsize == 1:
+            # Not all operations take FP8.
+            one, other = one.view(torch.uint8), other.view(torch.uint8)
         if one.dtype != other.dtype or not torch.equal(one, other):
             raise CheckpointError(
                 f"{self._name}: {copy} must be a copy of {original} by config.json, it differs; "
@@ -197,15 +214,7 @@ def _views_as(shapes: list[tuple[int, ...]], wanted: tuple[int, ...]) -> bool:
     return [n for n in stacked if n != 1] == [n for n in wanted if n != 1]
 
 
-def _renamed(key: str, renames: Sequence[tuple[str, str]]) -> str:
-    """Return the name under which a tensor is asked for."""
-    for stored, name in renames:
-        if key.startswith(stored):
-            return name + key.removeprefix(stored)
-    return key
-
-
-def _few(items: list[Any] | tuple[Any, ...]) -> str:
+def _few(items: Sequence[Any]) -> str:
     """Return the first items of a list as text."""
     text = ", ".join(str(item) for item in items[:3])
     return text if len(items) <= 3 else f"{text} and {len(items) - 3} more"

@@ -12,7 +12,7 @@ import os
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -22,6 +22,7 @@ from typing import Any, TypeGuard
 from stree_core.errors import CheckpointError, ConfigError, brief
 from stree_core.families import ModelShape
 from stree_core.files import open_regular, read_json
+from stree_core.fp8 import EXTRAS, Fp8Weights
 
 MAX_TENSORS = 1 << 20
 MAX_NAME_CHARS = 500
@@ -86,6 +87,17 @@ def weights_sha256(folder: Path) -> str | None:
         return None
     lines = [line for path in found.paths for line in _fingerprint(path)]
     return hashlib.sha256(b"\n".join(sorted(lines))).hexdigest()
+
+
+def read_headers(folder: Path) -> dict[str, StoredTensor] | None:
+    """Return the headers of all tensors of a folder, None where it has no safetensors files.
+
+    Raises CheckpointError when a file is missing or its header cannot be read.
+    """
+    found = find_weights(folder)
+    if found is None or any(path.suffix == ".bin" for path in found.paths):
+        return None
+    return {key: t for path in found.paths for key, t in read_header(path).tensors.items()}
 
 
 def read_header(path: Path) -> SafeHeader:
@@ -263,7 +275,12 @@ def shape_keys(shape: ModelShape, stored: Collection[str]) -> list[str]:
     for weight in shape.weights:
         adapters = (key for pair in weight.adapters for key in pair)
         keys |= dict.fromkeys((*weight.keys_in(stored), *adapters))
-    return list(keys)
+    return [*keys, *_scale_keys(shape.fp8, keys)]
+
+
+def _scale_keys(fp8: Fp8Weights | None, keys: Collection[str]) -> list[str]:
+    """Return the names of the scales of those tensors that are in FP8."""
+    return [] if fp8 is None else [fp8.scales[key] for key in keys if key in fp8.scales]
 
 
 def require_present(shape: ModelShape, stored: Collection[str], name: str) -> None:
@@ -287,7 +304,8 @@ def skipped_copies(shape: ModelShape, stored: Collection[str], name: str) -> dic
     unknown = []
     for key in sorted(set(stored) - read):
         original = _original(shape, key)
-        extra = next((p for p in (*KNOWN_EXTRAS, *shape.extras) if fnmatchcase(key, p)), None)
+        extras = (*KNOWN_EXTRAS, *shape.extras, *(() if shape.fp8 is None else EXTRAS))
+        extra = next((pattern for pattern in extras if fnmatchcase(key, pattern)), None)
         if original in read:
             copies[key] = original
             skipped[f"copies of {_without_numbers(original)}"] += 1
@@ -305,6 +323,14 @@ def skipped_copies(shape: ModelShape, stored: Collection[str], name: str) -> dic
         what = ", ".join(f"{group} ({count})" for group, count in sorted(skipped.items()))
         logger.info("%s: weights that decoding does not need: %s", name, what)
     return copies
+
+
+def renamed(key: str, renames: Sequence[tuple[str, str]]) -> str:
+    """Return the name under which a tensor is asked for."""
+    for stored, name in renames:
+        if key.startswith(stored):
+            return name + key.removeprefix(stored)
+    return key
 
 
 def nearest_key(key: str, stored: Iterable[str]) -> str:

@@ -66,7 +66,7 @@ def test_missing_and_broken_files_are_named(folders: Folders) -> None:
     (target / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"must hold a config\.json"):
         _load(*folders)
-    with pytest.raises(CheckpointError, match=r"a folder with config\.json or a Hugging Face id"):
+    with pytest.raises(CheckpointError, match=r"a folder with config\.json, a Hugging Face id or"):
         find_source("no/such/folder")
 
 

@@ -147,8 +147,8 @@ BY_FAMILY: dict[str, list[tuple[Config, str | None]]] = {
         ({"text_config": {}}, "needs key 'text_config.hidden_size'"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings differs inside text_config and out"),
         (
-            {"text_config": {"quantization_config": {"quant_method": "fp8"}}},
-            r"quantised \('fp8' by config\.json\)",
+            {"text_config": {"quantization_config": {"quant_method": "gptq"}}},
+            r"quantised \('gptq' by config\.json\)",
         ),
         ({"text_config": {"attn_output_gate": False}}, "attn_output_gate = False is not supp"),
         (

@@ -43,6 +43,12 @@ def probe(
             help="Time shipped shapes with random weights, a pair or one alone.",
         ),
     ] = "",
+    weights: Annotated[
+        Literal["bf16", "fp8", "fp8-block", "fp8-tensor", "fp8-channel"],
+        typer.Option(
+            "--weights", help="How the target of --shapes is stored; fp8 is by blocks of 128 x 128."
+        ),
+    ] = "bf16",
     context: flags.Context = 1024,
     data: flags.Data = flags.DEFAULT_DATA_PATHS,
     batch_size: flags.BatchSizes = flags.DEFAULT_BATCH_SIZES,
@@ -58,6 +64,8 @@ def probe(
 ) -> None:
     """Measure what passes and steps cost here; of a pair, writes a runtime table."""
     names = _probed_names(target, draft, shapes)
+    if weights != "bf16":
+        names = (_in_fp8(names[0], weights, shapes), names[1])
     from stree_autotune.probe import ProbeConfig, run_model_probe, run_probe
     from stree_autotune.store import PairRequest
     from stree_core.drafting import Runtime
@@ -76,6 +84,16 @@ def probe(
         run_probe(request, config, as_json=as_json, force=force)
     else:
         run_model_probe(request, config, as_json=as_json)
+
+
+def _in_fp8(target: str, weights: str, shapes: str) -> str:
+    """Return the name of a shape with weights in FP8."""
+    if not shapes:
+        raise ConfigError(
+            f"--weights {weights} draws random weights and needs --shapes; a checkpoint in FP8 "
+            "is a --target without it"
+        )
+    return f"{target}-{'fp8-block' if weights == 'fp8' else weights}"
 
 
 def _probed_names(target: str, draft: str, shapes: str) -> tuple[str, str]:

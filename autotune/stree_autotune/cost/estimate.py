@@ -110,7 +110,8 @@ def estimate_table(
 
 def is_like(other: RuntimeTable, table: RuntimeTable) -> bool:
     """True when the passes of both tables ran on one GPU, in one precision and backend."""
-    return (other.gpu, other.dtype, other.backend) == (table.gpu, table.dtype, table.backend)
+    same = (other.gpu, other.dtype, other.backend) == (table.gpu, table.dtype, table.backend)
+    return same and other.target.weights == table.target.weights
 
 
 def fit_shapes(

@@ -59,7 +59,7 @@ def model_cost(shape: ModelShape, ref: ModelRef, element_bytes: int) -> ModelCos
         kv_bytes_per_token=kv_bytes,
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
-        held_bytes=shape.num_parameters * element_bytes,
+        held_bytes=shape.held_bytes(element_bytes),
         kept_bytes=kept_bytes,
         row_bytes=row_bytes + 2 * kv_bytes,
         num_launches=num_launches,

@@ -67,6 +67,11 @@ class PassModel:
     layout: Layout
     element_bytes: int
 
+    @property
+    def body_bytes(self) -> int:
+        """Bytes of a value of all weights but the LM head's: nearly all of FP8 ones are one."""
+        return self.element_bytes if self.cost.weights is None else 1
+
 
 class PassSize(NamedTuple):
     """The rows of a pass, of each of `batch_size` slots.
@@ -107,12 +112,12 @@ def pass_work(model: PassModel, size: PassSize) -> Work:
         trees=several * (layout.num_scans + layout.num_attention),
         tiles=several * layout.num_scans * (tile / SCAN_TILES[0] - 1),
         one_row=float(rows == 1),
-        body=model.element_bytes * sum(p.rows * p.columns * p.number for p in layout.products),
+        body=model.body_bytes * sum(p.rows * p.columns * p.number for p in layout.products),
         body_flops=_charged(rows) * sum(map(_flops_of_row, layout.products)),
         head=model.element_bytes * head.rows * head.columns,
         head_flops=_charged(logits) * _flops_of_row(head),
-        expert_bytes=model.element_bytes * distinct,
-        expert_reads=model.element_bytes * chosen,
+        expert_bytes=model.body_bytes * distinct,
+        expert_reads=model.body_bytes * chosen,
         states=states * (1 + stored),
         # two products with the state, a value of which takes four bytes
         scan_flops=several * states * tile,

@@ -67,13 +67,14 @@ def run_model_probe(request: PairRequest, config: ProbeConfig, *, as_json: bool)
     logger.info("probing %s, %s, on %s", source.name, weights, gpu_name)
     rows = [row for rows in probe_model(model, config, logger.info) for row in rows]
     console = result_console()
-    console.print(f"{source.name}, {weights}, context {config.context}: ms on {gpu_name}")
+    console.print(f"{source.ref.label}, {weights}, context {config.context}: ms on {gpu_name}")
     console.print(_pass_table(rows))
     summary: dict[str, object] = {
         "model": source.name,
         "weights": "random" if source.folder is None else "real",
         "gpu_name": gpu_name,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "stored": source.ref.weights or str(model.dtype).removeprefix("torch."),
         "context": config.context,
         "weight_bytes": model.shape.weight_bytes(model.dtype.itemsize),
         "rows": [row._asdict() for row in rows],

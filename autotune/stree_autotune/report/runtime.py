@@ -37,7 +37,7 @@ def staircase_figure(
         for point in table.points
         if point.term == "verify" and point.batch_size in used
     )
-    where = f"on {table.gpu_name}, {table.dtype}"
+    where = f"on {table.gpu_name}, {table.number_types}"
     lead = (
         "Milliseconds of the target’s pass over the draft tokens and the root. It rises in steps, "
         "where tiles and kernels change: a token that starts a new step costs far more than the "

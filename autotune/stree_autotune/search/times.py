@@ -71,7 +71,7 @@ def load_times(library: Library, request: TuneRequest, read: Sequence[ModelSourc
     inputs = read_runtime(library, found, request.gpu, read)
     table = inputs.table
     cost, estimate = runtime_cost(inputs, request.sampling, request.context, request.words)
-    note = f"{table.gpu_name}, {table.dtype}, {table.backend}"
+    note = f"{table.gpu_name}, {table.number_types}, {table.backend}"
     if estimate is not None:
         note = estimate.rule
     note += (

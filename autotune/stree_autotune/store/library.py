@@ -11,12 +11,14 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from stree_autotune.store.advice import KNOWN_DATASETS, PairWords, probe_command, trace_command
 from stree_autotune.store.gpu_spec import GpuSpec, load_gpu_spec
 from stree_autotune.store.runtime_table import runtime_file_name
 from stree_core.errors import ConfigError, MissingMeasurement, nearest
 from stree_core.families import find_shape_spec
+from stree_core.fp8 import Fp8Kind
 from stree_core.models import (
     MTP,
     ModelSource,
@@ -204,6 +206,16 @@ class Library:
             raise ConfigError(f"{name} is no known shape; {nearest(name, names)}")
         return path
 
+    def find_shape_and_weights(self, name: str) -> tuple[Path, Fp8Kind | None]:
+        """Return a shape spec by its name, or by that with the ending of weights in FP8.
+
+        Raises ConfigError for another name.
+        """
+        for kind in get_args(Fp8Kind):
+            if name.endswith(f"-{kind}") and find_shape_spec(self.roots, name) is None:
+                return self.find_shape(name.removesuffix(f"-{kind}")), kind
+        return self.find_shape(name), None
+
     def model_name(self, name: str) -> str:
         """Return the name that a model's files go by; a folder or id goes by its last part.
 
@@ -270,8 +282,9 @@ def require_same_model(
     first: ModelRef, second: ModelRef, first_file: str, second_file: str, remedy: str
 ) -> None:
     """Raise ConfigError unless two files speak of one model; what both know of it counts."""
+    kind = ("weights in", first.weights or "no FP8", second.weights or "no FP8")
     config = ("config", first.config_sha256[:12], second.config_sha256[:12])
-    for part in (config, ("weights", *first.weights_beside(second))):
+    for part in (kind, config, ("weights", *first.weights_beside(second))):
         _require_equal(first, second, part, f"{first_file} and {second_file}", remedy)
 
 
@@ -282,6 +295,8 @@ def require_same_shape(
 
     Files that know no shape are compared by their configs.
     """
+    weights = ("weights in", first.weights or "no FP8", second.weights or "no FP8")
+    _require_equal(first, second, weights, f"{first_file} and {second_file}", remedy)
     part = ("config", first.config_sha256[:12], second.config_sha256[:12])
     if first.shape_sha256 and second.shape_sha256:
         part = ("shape", first.shape_sha256[:12], second.shape_sha256[:12])

@@ -51,7 +51,7 @@ def open_source(request: PairRequest, name: str) -> ModelSource:
     """Find a model by its folder, its Hugging Face id, its shipped name or its shape's name."""
     library = Library.open(request.data, missing_ok=True)
     if request.shapes:
-        return spec_source(library.find_shape(name))
+        return spec_source(*library.find_shape_and_weights(name))
     if is_hub_id(name) and not Path(name).exists():
         return find_source(name)
     return folder_source(library.find_model(name))

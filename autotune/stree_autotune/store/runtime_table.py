@@ -160,6 +160,7 @@ class ModelCost(ModelRef):
             config_sha256=self.config_sha256,
             tokenizer_sha256=self.tokenizer_sha256,
             shape_sha256=self.shape_sha256,
+            weights=self.weights,
         )
 
 
@@ -247,6 +248,12 @@ class RuntimeTable(Strict):
     def batch_sizes(self) -> tuple[int, ...]:
         """Batch sizes with any whole step, ascending."""
         return tuple(sorted({step.batch_size for step in self.steps}))
+
+    @property
+    def number_types(self) -> str:
+        """The dtype, and which of the models have projections in FP8."""
+        stored = (("target", self.target.weights), ("draft", self.draft.weights))
+        return ", ".join([self.dtype, *(f"{role} in {kind}" for role, kind in stored if kind)])
 
     @property
     def file_name(self) -> str:

@@ -171,7 +171,7 @@ def title(profile: Profile) -> str:
     few = _FEW_PROMPTS.search(profile.sources.trace.note or "")
     if few is not None and profile.sources.trace.status != "estimated":
         dataset += f" (unreliable, {few.group()})"
-    pair = f"{profile.target.name} + {profile.draft.name}"
+    pair = f"{profile.target.label} + {profile.draft.label}"
     return f"{pair} on {gpu} · {dataset} · {profile.sampling.rule}"
 
 
