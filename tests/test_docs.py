@@ -159,6 +159,21 @@ def test_shown_commands_and_their_flags_exist() -> None:
     assert checked > 5
 
 
+def test_the_example_of_embedding_runs(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, ROOT / "examples" / "embed.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    ended = re.findall(r"^  (\w+), (\d+) tokens in (\d+) steps$", run.stdout, re.MULTILINE)
+    assert len(ended) == 4
+    assert all(int(tokens) > int(steps) for _, tokens, steps in ended), "drafts are accepted"
+
+
 @pytest.mark.parametrize("script", sorted(ROOT.glob("examples/*.sh")), ids=name_of)
 def test_examples_are_shell(script: Path) -> None:
     subprocess.run(["bash", "-n", script], check=True)
