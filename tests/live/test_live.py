@@ -269,7 +269,7 @@ def test_validate_follows_a_profiles_sampling(
     few = ("--dataset", "toys", "--prompts", "prompts.jsonl", "--limit", "3", "--batch-size", "1")
     code, out, err = run("validate", "-p", "sampled.yaml", *few, "--max-new-tokens", "12", "--json")
     assert code == 0, err
-    assert "· 3 prompts of toys, mss-t0.7-p0.9 · batch size 1\n" in out
+    assert "· 3 prompts of toys, mss-t0.7-p0.9 · batch size 1 " in " ".join(out.split())
     document = json.loads(out.splitlines()[-1])
     assert (document["sampling"], document["chat"]) == ("mss-t0.7-p0.9", False)
     assert all(row["texts_differing_from_off"] is None for row in document["rows"])

@@ -183,45 +183,46 @@ def _delta_chunk_scan_kernel(
     end = tl.load(offsets_ptr + sequence + 1).to(tl.int64)
     chunk = start // CHUNK + sequence
     slot = tl.load(slots_ptr + sequence).to(tl.int64)
-    # A sequence without tokens reads nothing: its slot may be another one's.
-    goes_on = (tl.load(starts_ptr + sequence) > 0) & (start < end)
-    state_ptr += slot * stride_state_b + v_base * STATE_DIM
-    state_ptrs = state_ptr + dims_P[:, None] * STATE_DIM + dims_N[None, :]
-    state = tl.load(state_ptrs, mask=goes_on, other=0.0).to(tl.float32)
-    q, v = (q_ptr + k_base, stride_q_m), (v_ptr + v_base, stride_v_m)
-    k = (k_ptr + k_base, stride_k_m)
-    g, beta = (g_ptr + head, stride_g_m), (beta_ptr + head, stride_beta_m)
-    out = (out_ptr + v_base, stride_out_m)
-    part = head * (HEAD_DIM // BLOCK_P) + tl.program_id(0)
-    for begin in range(start, end, CHUNK):
-        within = own_T < end - begin
-        path_T, beta_T = _load_gates(g, beta, begin, within, own_T)
-        k_NT = load_columns(_at(k, begin), own_T, within, dims_N)
-        q_NT = load_columns(_at(q, begin), own_T, within, dims_N)
-        k_TN = load_rows(_at(k, begin), own_T, within, dims_N)
-        decay_T = tl.exp(path_T)
-        parts = split_state(state, EXACT)
-        key_PT = dot_state(parts, k_NT)
-        o_PT = dot_state(parts, q_NT) * (decay_T * scale)[None, :]
-        v_PT = load_columns(_at(v, begin), own_T, within, dims_P).to(tl.float32)
-        right_PT = beta_T[None, :] * (v_PT - decay_T[None, :] * key_PT)
-        here_ptr = solved_ptr + (chunk * tl.num_programs(1) + head) * (CHUNK * CHUNK)
-        inverse_JT = tl.load(here_ptr + own_T[:, None] * CHUNK + own_T[None, :])
-        u_PT = _dot_thirds(right_PT, inverse_JT, EXACT)
-        weight_JT = tl.dot(k_TN, q_NT, input_precision="ieee")
-        weight_JT *= pair_decays(path_T, path_T, _causal(CHUNK)) * scale
-        o_PT = dot_parts(u_PT, weight_JT, o_PT, EXACT)
-        if z_ptr is None:
-            gate_and_store(o_PT, _at(out, begin), None, None, own_T, within, dims_P)
-        else:
-            z = _at((z_ptr + v_base, stride_z_m), begin)
-            sums = _at((sums_ptr + part, stride_sums_m), begin)
-            gate_and_store(o_PT, _at(out, begin), z, sums, own_T, within, dims_P)
-        # c of rows that are not there is that of the last one.
-        total = tl.min(path_T, axis=0)
-        state = _add_rows(state * tl.exp(total), u_PT * tl.exp(total - path_T)[None, :], k_TN)
-        chunk += 1
-    tl.store(state_ptrs, state.to(state_ptr.dtype.element_ty), mask=start < end)
+    # A sequence without tokens touches nothing: its slot may be another one's.
+    if start < end:
+        goes_on = tl.load(starts_ptr + sequence) > 0
+        state_ptr += slot * stride_state_b + v_base * STATE_DIM
+        state_ptrs = state_ptr + dims_P[:, None] * STATE_DIM + dims_N[None, :]
+        state = tl.load(state_ptrs, mask=goes_on, other=0.0).to(tl.float32)
+        q, v = (q_ptr + k_base, stride_q_m), (v_ptr + v_base, stride_v_m)
+        k = (k_ptr + k_base, stride_k_m)
+        g, beta = (g_ptr + head, stride_g_m), (beta_ptr + head, stride_beta_m)
+        out = (out_ptr + v_base, stride_out_m)
+        part = head * (HEAD_DIM // BLOCK_P) + tl.program_id(0)
+        for begin in range(start, end, CHUNK):
+            within = own_T < end - begin
+            path_T, beta_T = _load_gates(g, beta, begin, within, own_T)
+            k_NT = load_columns(_at(k, begin), own_T, within, dims_N)
+            q_NT = load_columns(_at(q, begin), own_T, within, dims_N)
+            k_TN = load_rows(_at(k, begin), own_T, within, dims_N)
+            decay_T = tl.exp(path_T)
+            parts = split_state(state, EXACT)
+            key_PT = dot_state(parts, k_NT)
+            o_PT = dot_state(parts, q_NT) * (decay_T * scale)[None, :]
+            v_PT = load_columns(_at(v, begin), own_T, within, dims_P).to(tl.float32)
+            right_PT = beta_T[None, :] * (v_PT - decay_T[None, :] * key_PT)
+            here_ptr = solved_ptr + (chunk * tl.num_programs(1) + head) * (CHUNK * CHUNK)
+            inverse_JT = tl.load(here_ptr + own_T[:, None] * CHUNK + own_T[None, :])
+            u_PT = _dot_thirds(right_PT, inverse_JT, EXACT)
+            weight_JT = tl.dot(k_TN, q_NT, input_precision="ieee")
+            weight_JT *= pair_decays(path_T, path_T, _causal(CHUNK)) * scale
+            o_PT = dot_parts(u_PT, weight_JT, o_PT, EXACT)
+            if z_ptr is None:
+                gate_and_store(o_PT, _at(out, begin), None, None, own_T, within, dims_P)
+            else:
+                z = _at((z_ptr + v_base, stride_z_m), begin)
+                sums = _at((sums_ptr + part, stride_sums_m), begin)
+                gate_and_store(o_PT, _at(out, begin), z, sums, own_T, within, dims_P)
+            # c of rows that are not there is that of the last one.
+            total = tl.min(path_T, axis=0)
+            state = _add_rows(state * tl.exp(total), u_PT * tl.exp(total - path_T)[None, :], k_TN)
+            chunk += 1
+        tl.store(state_ptrs, state.to(state_ptr.dtype.element_ty))
 
 
 def delta_chunk_scan(
