@@ -33,9 +33,9 @@ class Shot:
 
 
 SHOTS = (
-    Shot("report-light", "h200--mamba2-2.7b--mamba2-130m--gsm8k", 1200, 1872, dark=False),
-    Shot("report-dark", "h200--demo-target--demo-draft--demo", 1200, 4620, dark=True),
-    Shot("report-narrow", "h200--mamba2-2.7b--mamba2-130m--gsm8k", 390, 2440, dark=False),
+    Shot("report-light", "h200--mamba2-2.7b--mamba2-130m--gsm8k", 1200, 2570, dark=False),
+    Shot("report-dark", "h200--demo-target--demo-draft--demo", 1200, 4668, dark=True),
+    Shot("report-narrow", "h200--mamba2-2.7b--mamba2-130m--gsm8k", 390, 3728, dark=False),
 )
 
 
