@@ -55,11 +55,11 @@ PARTS = (
     ),
     Part(
         "Read the verdict",
-        "Off for most numbers of sequences: this target is so small that a token costs a tenth of a "
-        "millisecond, and the draft is not right often enough to earn its own time. With `-v` lines "
-        "below the table say what the best alternative would have done; where its interval reaches "
-        "above zero it might be faster, or not. On word problems like those that the draft was "
-        "trained on, the verdict is another:",
+        "Off for most numbers of sequences: this target is so small that a token costs a tenth of "
+        "a millisecond, and the draft is not right often enough to earn its own time. With `-v` "
+        "lines below the table say what the best alternative would have done; where its interval "
+        "reaches above zero it might be faster, or not. On word problems like those that the draft "
+        "was trained on, the verdict is another:",
         ("stree-tune --gpu h200 --dataset demo -o demo.yaml",),
     ),
     Part(

@@ -445,7 +445,7 @@ def test_tables_are_not_cut_on_narrow_output(
     outcome = terminal("show", "stree-profile.yaml")
     row = load_profile(terminal.folder / "stree-profile.yaml").policy[0]
     low = round(100 * (row.predicted.speedup_interval.low - 1))
-    assert f"[{low:+d}, " in outcome.out
+    assert f"[{low}, " in outcome.out
     assert "…" not in outcome.out
     assert "\x1b" not in outcome.out
 

@@ -11,6 +11,7 @@ from itertools import groupby
 from pathlib import PurePosixPath
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -22,7 +23,7 @@ HEADERS = (
     "batch", "verdict", "tokens/step", "step ms", "tokens/s", "ms/token", "gain over off",
 )  # fmt: skip
 DETAILS = ("batch", "nodes", "depth", "tokens/step", "step ms", "tokens/s", "within")
-NARROWEST = 80
+NARROWEST, WIDEST = 80, 200
 USEFUL_GAP = 0.5
 """A bound further above the choice is not shown as a result."""
 
@@ -57,12 +58,12 @@ def print_profile(profile: Profile, console: Console, *, verbose: bool = False) 
     console.print()
     console.print(answer(profile))
     console.print()
-    console.print(_policy_table(profile.policy))
+    _show(console, _policy_table(profile.policy))
     console.print()
     if profile.server is not None:
         _say(console, str(profile.sources.runtime.note))
     if verbose:
-        console.print(_details_table(profile.policy))
+        _show(console, _details_table(profile.policy))
         console.print()
     for reason, rows in groupby(profile.policy, key=lambda row: row.reason):
         if verbose or profile.server is not None:
@@ -70,7 +71,7 @@ def print_profile(profile: Profile, console: Console, *, verbose: bool = False) 
             _say(console, f"batch size {sizes}: {reason}")
     if profile.measured is not None:
         _say(console, f"measured live on {profile.measured.gpu}, {profile.measured.date}:")
-        console.print(_measured_table(profile.measured))
+        _show(console, _measured_table(profile.measured))
     sources = profile.sources
     _say(console, _source_line("times", sources.runtime, noted=verbose))
     _say(console, _source_line("acceptance", sources.trace, noted=True))
@@ -92,6 +93,12 @@ def _say(console: Console, text: str | Text) -> None:
         # wrapping puts a line's end where a space was: places stay
         shown.stylize(span.style, span.start, span.end)
     console.print(shown, soft_wrap=True)
+
+
+def _show(console: Console, table: Table) -> None:
+    """Print a table, beyond the console's width where it would lose digits otherwise."""
+    needed = Measurement.get(console, console.options.update(max_width=WIDEST), table).maximum
+    console.print(table, width=max(console.width, needed), crop=False)
 
 
 def answer(profile: Profile) -> str:
@@ -195,7 +202,7 @@ def _policy_table(rows: tuple[PolicyRow, ...]) -> Table:
             digits(predicted.step_ms / predicted.tokens_per_step),
             "-"
             if row.verdict == "off"
-            else f"{gain} [{_percent(interval.low):+d}, {_percent(interval.high):+d}]",
+            else f"{gain} [{_percent(interval.low)}, {_percent(interval.high)}]",
         )
     return table
 
