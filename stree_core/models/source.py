@@ -122,7 +122,7 @@ def config_source(path: Path) -> ModelSource:
         name = folder.resolve().name
         config, digest = _read_config(folder)
     shape = shape_from_config(config, name)
-    ref = ModelRef(name=name, config_sha256=digest, shape_sha256=shape.digest)
+    ref = ModelRef(name=name, config_sha256=digest, shape_sha256=shape.digest, weights=_kind(shape))
     return ModelSource(ref, shape, None)
 
 

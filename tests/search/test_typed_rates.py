@@ -56,6 +56,25 @@ def test_a_shape_and_rates_are_enough_and_all_is_marked() -> None:
     assert tune(REQUEST).policy == profile.policy
 
 
+def test_weights_in_fp8_make_a_token_cheaper_and_the_band_wider(tmp_path: Path) -> None:
+    """By a shape's name with the ending, and by a config that declares them."""
+    plain = replace(REQUEST, target="qwen3.5-4b", batch_sizes=(1,))
+    shape = load_shape_spec(LIBRARY.find_shape("qwen3.5-4b"))
+    declared = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({**shape.config_dict, "quantization_config": declared}))
+    wide = tune(plain)
+    for target in ("qwen3.5-4b-fp8-block", str(path)):
+        fp8 = tune(replace(plain, target=target))
+        assert (fp8.target.weights, wide.target.weights) == ("fp8-block", None)
+        assert "weights in fp8-block" in str(fp8.sources.runtime.note)
+        before, after = (profile.policy[0].predicted for profile in (wide, fp8))
+        assert after.step_ms < 0.8 * before.step_ms
+        assert after.speedup < before.speedup, "a step has more to earn"
+        ratios = [p.speedup_interval.high / p.speedup_interval.low for p in (before, after)]
+        assert ratios[0] < ratios[1]
+
+
 def test_nothing_pretends_that_files_are_behind_it() -> None:
     profile = tune(REQUEST)
     with pytest.raises(MissingMeasurement, match="its acceptance was typed; record a trace"):

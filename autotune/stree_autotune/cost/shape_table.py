@@ -151,7 +151,9 @@ def _rule(
 def _unmeasured(question: ShapeQuestion, measured: MeasuredGpu) -> list[str]:
     known = frozenset[str]().union(*(layout.kinds for layout in measured.layouts.known.values()))
     asked = layout_of(question.target.shape).kinds | layout_of(question.draft.shape).kinds
-    return sorted(asked - known)
+    stored = {model.weights for table in measured.tables for model in (table.target, table.draft)}
+    in_fp8 = {question.target.ref.weights, question.draft.ref.weights} - stored - {None}
+    return sorted(asked - known) + sorted(f"weights in {kind}" for kind in in_fp8)
 
 
 def table_of_shapes(question: ShapeQuestion, roofline: Fit, measured: MeasuredGpu) -> RuntimeTable:

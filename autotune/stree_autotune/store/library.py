@@ -232,7 +232,8 @@ class Library:
             return check_name(name.split("/")[1], "model")
         if is_path(name) or (name not in self.model_names() and Path(name).is_dir()):
             return check_name(self.find_model(name).resolve().name, "model folder")
-        known(name, self.model_names(), "model", "or give its folder")
+        if not self._is_shape(name):
+            known(name, self.model_names(), "model", "or give its folder")
         return name
 
     def find_source(self, name: str) -> ModelSource | None:
@@ -252,13 +253,18 @@ class Library:
         if Path(name).is_file() or (is_path(name) and (Path(name) / CONFIG).is_file()):
             return config_source(Path(name))
         if not is_path(name):
-            shape = find_shape_spec(self.roots, name)
-            folder = self._first(f"models/{check_name(name, 'model')}/{CONFIG}")
-            if shape is not None and folder is None:
-                return spec_source(shape)
+            known_folder = self._first(f"models/{check_name(name, 'model')}/{CONFIG}")
+            if known_folder is None and self._is_shape(name):
+                return spec_source(*self.find_shape_and_weights(name))
         elif is_hub_id(name):
             return hub_config_source(name)
         return config_source(self.find_model(name))
+
+    def _is_shape(self, name: str) -> bool:
+        """True for a shape spec's name, also with the ending of weights in FP8."""
+        endings = ("", *(f"-{kind}" for kind in get_args(Fp8Kind)))
+        names = (name.removesuffix(ending) for ending in endings)
+        return any(find_shape_spec(self.roots, each) is not None for each in names)
 
     def _first(self, name: str) -> Path | None:
         paths = (root / name for root in self.roots)
