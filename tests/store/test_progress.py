@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from stree_autotune.store import progress
-from stree_autotune.store.progress import ProgressBar
+from stree_autotune.store.progress import ProgressBar, working
 
 
 class Clock:
@@ -67,3 +67,16 @@ def test_a_terminal_has_a_bar(
     assert lines_of(caplog) == []
     assert "prompts" in screen.getvalue()
     assert "40/40" in screen.getvalue()
+
+
+def test_work_is_said_on_a_terminal_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with working("searching"):
+        pass
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    with working("searching"):
+        pass
+    assert "searching" in capsys.readouterr().err

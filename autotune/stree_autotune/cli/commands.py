@@ -117,17 +117,21 @@ def tune_command(
 def _tune(request: TuneRequest, ctx: typer.Context) -> None:
     """Tune, write the profile, print it; only measuring loads torch."""
     from stree_autotune.search import best_draft
-    from stree_autotune.store import print_profile, print_profile_json, result_console
+    from stree_autotune.store import print_profile, print_profile_json, result_console, working
     from stree_core.profile import require_writable, save_profile
 
     given = ctx.params
     output, is_default = given["output"], flags.is_default(ctx, "output")
     require_writable(output, force=given["force"], is_default=is_default)
     if given["measure"]:
-        from stree_autotune.live import tune_live as tune
+        from stree_autotune.live import tune_live
+
+        profile = best_draft(request, tune_live)
     else:
         from stree_autotune.search import tune
-    profile = best_draft(request, tune)
+
+        with working("searching trees for every batch size"):
+            profile = best_draft(request, tune)
     save_profile(profile, output)
     console = result_console()
     print_profile(profile, console, verbose=given["verbose"])

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
         version_of as version_of,
         versions as versions,
     )
-    from stree_autotune.store.progress import ProgressBar as ProgressBar
+    from stree_autotune.store.progress import ProgressBar as ProgressBar, working as working
     from stree_autotune.store.prompts import PromptSet as PromptSet, parse_rows as parse_rows
     from stree_autotune.store.runtime_table import (
         SEVERAL as SEVERAL,
@@ -112,7 +112,7 @@ __getattr__, __dir__ = exports(
             "require_new",
         ],
         "origin": ["command_line", "git_sha", "provenance", "utc_now", "version_of", "versions"],
-        "progress": ["ProgressBar"],
+        "progress": ["ProgressBar", "working"],
         "prompts": ["PromptSet", "parse_rows"],
         "runtime_table": [
             "ModelCost",
