@@ -58,7 +58,7 @@ def decays_kernel(
         raw_TH = tl.load(dt_ptr + offsets, mask=valid, other=0.0)
         d_TH = tl.where(valid, time_steps(raw_TH, (rate_H, bias_H, dt_min, dt_max)), 0.0)
         log_TH = d_TH * rate_H
-        array = num_heads * num_tokens.to(tl.int64)
+        array = num_heads * tl.cast(num_tokens, tl.int64)
         ptrs = decays_ptr + head_H.to(tl.int64)[None, :] * num_tokens + row_T[:, None]
         tl.store(ptrs, d_TH, mask=valid)
         tl.store(ptrs + array, tl.cumsum(log_TH, axis=0), mask=valid)
@@ -150,8 +150,8 @@ def segment_states_kernel(
     _, _, first, end = find_tile(offsets_ptr, num_sequences, tile, SEGMENT, BLOCK_S)
     if first + SEGMENT < end:
         x = (x_ptr + head // HEADS_PER_X * HEAD_DIM, stride_x_m)
-        array = tl.num_programs(1) * num_tokens.to(tl.int64)
-        decays_ptr += head * num_tokens.to(tl.int64)
+        array = tl.num_programs(1) * tl.cast(num_tokens, tl.int64)
+        decays_ptr += head * tl.cast(num_tokens, tl.int64)
         b = (b_ptr + head // HEADS_PER_B * STATE_DIM, stride_b_m)
         state_NP = tl.full((STATE_DIM, BLOCK_P), 0.0, tl.float32)
         decay = 0.0
@@ -239,8 +239,8 @@ def advance_states_kernel(
             state_NP = tl.load(_tile(before_ptr + place * size, dims_P, dims_N, STATE_DIM))
         x = (x_ptr + head // HEADS_PER_X * HEAD_DIM, stride_x_m)
         b = (b_ptr + head // HEADS_PER_B * STATE_DIM, stride_b_m)
-        array = num_heads * num_tokens.to(tl.int64)
-        decays_ptr += head * num_tokens.to(tl.int64)
+        array = num_heads * tl.cast(num_tokens, tl.int64)
+        decays_ptr += head * tl.cast(num_tokens, tl.int64)
         stop = tl.minimum(first + SEGMENT, end)
         # Chunks are counted as tiles of CHUNK tokens are.
         number = start // CHUNK + sequence + (first - start) // CHUNK
@@ -293,8 +293,8 @@ def prompt_scan_kernel(
         place = (number * num_heads + head).to(tl.int64)
         carried_ptr += place * (HEAD_DIM * STATE_DIM)
         carried_NP = tl.load(carried_ptr + dims_N[:, None] * HEAD_DIM + dims_P[None, :])
-        array = num_heads * num_tokens.to(tl.int64)
-        here = decays_ptr + head * num_tokens.to(tl.int64) + first
+        array = num_heads * tl.cast(num_tokens, tl.int64)
+        here = decays_ptr + head * tl.cast(num_tokens, tl.int64) + first
         d_T = tl.load(here + own_T, mask=within, other=0.0)
         path_T = tl.load(here + array + own_T, mask=within, other=0.0)
         y_TP = dot_rounded(c_TN, carried_NP, None, c_TN.dtype) * tl.exp(path_T)[:, None]
