@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stree_kernels.fp8 import tile_kernel
 from stree_kernels.fp8.dequantise import dequantise
-from stree_kernels.fp8.row_kernel import VECTOR, launch_row
+from stree_kernels.fp8.row_kernel import VECTOR, launch_row, takes_row
 from stree_kernels.fp8.rows_kernel import WIDTH, launch_rows
 from stree_kernels.fp8.scaled_weight import (
     InProjection,
@@ -49,11 +49,14 @@ MORE_ROWS_CONFIG = LinearConfig(32, 4, depth=6, rows_depth=2, weight_first=True)
 WIDE_ROWS_CONFIG = LinearConfig(32, 8, depth=6, rows_depth=2, weight_first=True)
 
 
-def pick_config(num_rows: int, weight: ScaledWeight) -> LinearConfig | GemvConfig | None:
+def pick_config(
+    num_rows: int, weight: ScaledWeight, *, gated: bool = False
+) -> LinearConfig | GemvConfig | None:
     """Return the config for some rows and a weight, None where it becomes a tensor first."""
     is_wide = weight.shape[1] > WIDE
-    if num_rows == 1:
-        return WIDE_ROW_CONFIG if is_wide else ROW_CONFIG
+    row_config = WIDE_ROW_CONFIG if is_wide else ROW_CONFIG
+    if num_rows == 1 and takes_row(row_config, weight, gated=gated):
+        return row_config
     if weight.dtype == torch.float32 or num_rows > MAX_ROWS:
         return None
     if is_wide:
@@ -101,7 +104,7 @@ def linear_activated(
     num_rows, num_products = len(rows.values_MK), len(weight_XK)
     num_inner = num_products // 2 if activation in GATED else num_products
     _check(rows, weight_XK, out_MF, (num_rows, num_inner))
-    config = pick_config(num_rows, weight_XK)
+    config = pick_config(num_rows, weight_XK, gated=activation in GATED)
     if config is None:
         product_MX = rows.values_MK.new_empty(num_rows, num_products)
         _matmul(rows, weight_XK, product_MX)

@@ -122,18 +122,6 @@ def _block_scales(
 
 
 @triton.jit
-def _row_block_scales(
-    scale_ptr, groups_RW, step, INNER: tl.constexpr, COLUMN_BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr, THREADS: tl.constexpr,
-):  # fmt: skip
-    """The scales [R, W, T] of the blocks that the threads' columns are in, row by row."""
-    BLOCKS: tl.constexpr = (INNER + COLUMN_BLOCK - 1) // COLUMN_BLOCK
-    block_T = (step * THREADS + tl.arange(0, THREADS)) * VECTOR // COLUMN_BLOCK
-    ptrs = scale_ptr + groups_RW[:, :, None] * BLOCKS + block_T[None, None, :]
-    return tl.load(ptrs, mask=block_T[None, None, :] < BLOCKS, other=0.0)
-
-
-@triton.jit
 def row_kernel(
     # pointers
     values_ptr, sums_ptr, factor_ptr, weight_ptr, scale_ptr, out_ptr, out_values_ptr, out_sums_ptr,
@@ -143,12 +131,12 @@ def row_kernel(
     INNER: tl.constexpr, GROUPS: tl.constexpr, SUMS: tl.constexpr, ROW_GROUP: tl.constexpr,
     COLUMN_BLOCK: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
     PER_SUM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, VECTOR: tl.constexpr,
-    WARPS_N: tl.constexpr, WARPS_K: tl.constexpr, DEPTH: tl.constexpr, ONE_GROUP: tl.constexpr,
-    NATIVE: tl.constexpr, PDL: tl.constexpr,
+    WARPS_N: tl.constexpr, WARPS_K: tl.constexpr, DEPTH: tl.constexpr, NATIVE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One row times BLOCK_N rows of the weight, and what follows the product.
 
-    With ONE_GROUP all rows of a program, or of either half of it, are in one group.
+    With blocks of columns, all rows of a program, or of either half of it, are in one group.
     """
     THREADS: tl.constexpr = WARPS_K * 32
     BLOCK_K: tl.constexpr = THREADS * VECTOR
@@ -188,25 +176,18 @@ def row_kernel(
             )
             part_RWT *= norm_WT[None, :, :]
         if BLOCKED:
-            if ONE_GROUP:
-                scale_WT = _block_scales(
-                    scale_ptr, first_group, step, INNER, COLUMN_BLOCK, VECTOR, THREADS, WARPS_N
+            scale_WT = _block_scales(
+                scale_ptr, first_group, step, INNER, COLUMN_BLOCK, VECTOR, THREADS, WARPS_N
+            )
+            if GATED:
+                second_group = (num_columns + tl.program_id(0) * BLOCK_C) // ROW_GROUP
+                up_WT = _block_scales(
+                    scale_ptr, second_group, step, INNER, COLUMN_BLOCK, VECTOR, THREADS, WARPS_N
                 )
-                if GATED:
-                    second_group = (num_columns + tl.program_id(0) * BLOCK_C) // ROW_GROUP
-                    up_WT = _block_scales(
-                        scale_ptr, second_group, step, INNER, COLUMN_BLOCK, VECTOR, THREADS,
-                        WARPS_N,
-                    )  # fmt: skip
-                    is_gate = (tile_RW < BLOCK_C)[:, :, None]
-                    part_RWT *= tl.where(is_gate, scale_WT[None, :, :], up_WT[None, :, :])
-                else:
-                    part_RWT *= scale_WT[None, :, :]
+                is_gate = (tile_RW < BLOCK_C)[:, :, None]
+                part_RWT *= tl.where(is_gate, scale_WT[None, :, :], up_WT[None, :, :])
             else:
-                rows_RW = weight_rows(tile_RW, tl.program_id(0), num_columns, BLOCK_N, GATED)
-                part_RWT *= _row_block_scales(
-                    scale_ptr, rows_RW // ROW_GROUP, step, INNER, COLUMN_BLOCK, VECTOR, THREADS
-                )
+                part_RWT *= scale_WT[None, :, :]
         acc_RWT += part_RWT
         if step + DEPTH < STEPS:
             weights = weights + (load_step(weight_ptrs, columns_K, step + DEPTH, INNER, BLOCK_K),)
@@ -217,6 +198,15 @@ def row_kernel(
         tl.reshape(acc_N, [1, BLOCK_N]), scale_M, stream_MN, 1, num_columns, 0, out_ptr,
         out_values_ptr, out_sums_ptr, 1, BLOCK_N, GATED, ACTIVATION, PER_SUM,
     )  # fmt: skip
+
+
+def takes_row(config: GemvConfig, weight: ScaledWeight, *, gated: bool) -> bool:
+    """Tell whether the kernel takes a weight: with blocks of columns, no scales row by row.
+
+    With those, triton 3.6 gives the sums of squares a layout that it then adds up wrongly.
+    """
+    blocked = weight.column_block < weight.shape[1]
+    return not blocked or in_one_group(weight, config.block_n, gated=gated)
 
 
 def in_one_group(weight: ScaledWeight, block_n: int, *, gated: bool) -> bool:
@@ -236,6 +226,7 @@ def launch_row(
     num_sums = 0 if sums is None else sums.shape[1]
     out_values, out_sums, per_sum = residual_buffers(residual)
     assert len(values) == 1
+    assert takes_row(config, weight, gated=activation in GATED)
     assert config.block_n % per_sum == 0
     return row_kernel[(triton.cdiv(len(weight), config.block_n),)](
         values, sums, weight.column_factor_K, weight.bytes, weight.scales, out, out_values,
@@ -245,7 +236,6 @@ def launch_row(
         GATED=activation in GATED, ACTIVATION=activation, PER_SUM=per_sum, BLOCK_N=config.block_n,
         BLOCK_Q=triton.next_power_of_2(max(1, num_sums)), VECTOR=VECTOR, WARPS_N=config.warps_n,
         WARPS_K=config.warps_k, DEPTH=config.depth,
-        ONE_GROUP=in_one_group(weight, config.block_n, gated=activation in GATED),
         NATIVE=has_native(values.device) if native is None else native,
         num_warps=config.warps_n * config.warps_k, num_stages=1, **launch_options(values.device),
     )  # fmt: skip
