@@ -100,7 +100,11 @@ def measure(model: Model, batch: int, length: int, piece_tokens: int, peer: Any)
     device, held = model.device, torch.cuda.memory_allocated()
     cache = model.make_cache(CacheSize(batch, 1, 1, length))
     prefill = Prefill(model, cache, use_graph=True)
-    tokens = torch.randint(model.shape.vocab_size, (batch, length)).tolist()
+    vocab_size = model.shape.vocab_size
+    if peer is not None:
+        # The peer's embedding may lack the padding rows of ours.
+        vocab_size = min(vocab_size, peer.backbone.embedding.num_embeddings)
+    tokens = torch.randint(vocab_size, (batch, length)).tolist()
     whole = [PromptPart(slot, own, 0, length) for slot, own in enumerate(tokens)]
     cut = pieces(whole, piece_tokens or batch * length)
 
