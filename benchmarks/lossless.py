@@ -1,6 +1,6 @@
 """Count the texts that chains and trees decode differently from the target alone, and why.
 
-    python benchmarks/lossless.py [--draft mtp] [--device cuda] [--dtype float32] [--output FILE]
+    python benchmarks/lossless.py [--target demo-gdn --draft mtp] [--device cuda] [--dtype float32] [--output FILE]
 
 Every prompt of the demo set is continued (end tokens are ignored) without speculation, one prompt
 at a time, and with a chain and four trees, 1 and 5 at a time. Every text has a length of its own,
@@ -87,6 +87,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Differences from the target's own text")
+    parser.add_argument("--target", default="demo-target")
     parser.add_argument("--draft", default="demo-draft")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", nargs="+", default=["float64", "float32"])
@@ -101,7 +102,7 @@ def parse() -> argparse.Namespace:
 def compare(options: argparse.Namespace, dtype: str, part: int) -> list[Row]:
     """Return a row for each batch size and mode, over one part of the prompts, taken in turns."""
     torch.set_num_threads(1)
-    request = PairRequest("demo-target", options.draft, (), Runtime(options.device, dtype, "auto"))
+    request = PairRequest(options.target, options.draft, (), Runtime(options.device, dtype, "auto"))
     pair = open_pair(request)
     longest, chosen = options.tokens, slice(part, options.prompts, options.processes)
     prompts = pair.encode(open_prompts("demo").texts)[chosen]
@@ -122,6 +123,7 @@ def compare(options: argparse.Namespace, dtype: str, part: int) -> list[Row]:
         ]
         rows.append(
             {
+                "target": options.target,
                 "draft": options.draft,
                 "dtype": dtype,
                 "batch": batch,
