@@ -3,7 +3,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup tune test format lint types imports wheel aot docs newcomer screenshots server-test gpu-test bench sanitize fuzz check
+.PHONY: setup tune test format lint types imports wheel aot docs stale newcomer screenshots server-test gpu-test bench sanitize fuzz check
 
 setup: .venv/stamp
 
@@ -42,6 +42,10 @@ aot: setup
 # The pages of docs that the code says: commands.md and api.md.
 docs: setup
 	$(BIN)/python docs/generate.py
+
+# Results files that are not of this code, and those of the set that are missing.
+stale: setup
+	$(BIN)/python benchmarks/stale.py
 
 # A newcomer's session, run in a fresh environment and recorded; needs a package index.
 newcomer: setup

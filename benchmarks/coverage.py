@@ -26,14 +26,13 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from report import RESULTS, Row, command_line, save, table
+from report import RESULTS, Row, header, save, table
 
 from stree_autotune.cost.step_cost import StepCost
 from stree_autotune.search.study import CostModel, search_batch
 from stree_autotune.search.tree_space import TreeSpace
 from stree_autotune.search.verdict import Decision, decide_policy
 from stree_autotune.store.library import shipped_root
-from stree_autotune.store.origin import git_sha, utc_now, versions
 from stree_autotune.store.runtime_table import load_runtime_table
 from stree_autotune.trace.file import Trace, load_trace
 from stree_core.tree import OFF
@@ -107,7 +106,7 @@ class Outcome:
 
 
 def main() -> None:
-    options = parse()
+    options, run = parse(), header()
     populations = list(shipped()) + list(synthetic())
     end, repeats = time.process_time() + 60 * options.minutes, 0
     while time.process_time() < end:
@@ -116,10 +115,7 @@ def main() -> None:
         repeats += 1
     rows = [row for population in populations for row in rows_of(population)]
     head = {
-        "command": command_line(),
-        "versions": versions(),
-        "git_sha": git_sha(),
-        "date": utc_now(),
+        **run,
         "prompts": options.prompts,
         "max_nodes": MAX_NODES,
     }

@@ -52,7 +52,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("decoding is timed on a CUDA device, there is none; run this on a GPU")
     rows: list[Row] = []
-    head = header({}, "skipped", copy_bandwidth(torch.device("cuda")))
+    head = header(bytes_per_s=copy_bandwidth(torch.device("cuda")))
     for name in options.pairs:
         pair, trace = open_named(name, "cuda")
         temperatures = (0.0, 1.0) if trace is None else (0.0,)

@@ -41,7 +41,7 @@ def main() -> None:
     options = parse()
     device, dtype = torch.device("cuda"), torch.bfloat16
     backend = load_backend("triton", device)
-    head, rows = header({}, "tests of the head", None), []
+    head, rows = header(), []
     with torch.inference_mode():
         for name in options.models:
             target, draft = opened(name, backend, dtype, device)

@@ -13,7 +13,8 @@ experts it counts those of one row.
 Random routers choose about uniformly. A model with experts is also timed with routers of zeros, by
 which all rows choose the same ones; `experts_read` counts the different ones of a pass and layer.
 
-Rows of models that are not timed stay in FILE, with the date and commit of their own run.
+Rows of models that are not timed stay in FILE, with the date of their own run, where they are of
+the same code and machine.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from bench_shapes import (
     shape_names,
 )
 from gate import require_green
-from report import RESULTS, Row, header, print_table, save, table
+from report import RESULTS, Row, header, is_of_this_run, print_table, read, save, table
 from timing import copy_bandwidth, time_calls
 
 from stree_autotune.probe.timing import Effort
@@ -69,10 +69,10 @@ def main() -> None:
         raise SystemExit("passes are timed on a CUDA device, there is none; run this on a GPU")
     gate = require_green(skip=options.skip_gate)
     device = torch.device("cuda", torch.cuda.current_device())
-    rows = rows_to_keep(options.output, options.models)
     with torch.inference_mode():
         bytes_per_s = copy_bandwidth(device)
-        head = header({}, gate, bytes_per_s)
+        head = header(gate=gate, bytes_per_s=bytes_per_s)
+        rows = rows_to_keep(options.output, head, options.models)
         backend = load_backend("triton", device)
         for name in options.models:
             shape = model_shape(name)
@@ -121,16 +121,16 @@ def is_chosen(options: argparse.Namespace, row: Row) -> bool:
     return chosen_model and chosen_pass and row["context"] in (0, *options.contexts)
 
 
-def rows_to_keep(path: Path, models: Sequence[str]) -> list[Row]:
-    """Return a result file's rows of other models, each with what its run was."""
-    if not path.exists():
+def rows_to_keep(path: Path, head: Row, models: Sequence[str]) -> list[Row]:
+    """Return a results file's rows of other models, each with its run's date.
+
+    None when they are of other code or of another machine.
+    """
+    if not is_of_this_run(path, head):
         return []
-    document = json.loads(path.read_text())
-    run = {key: document[key] for key in ("date", "git_sha")}
+    document = read(path)
     return [
-        row | {k: v for k, v in run.items() if k not in row}
-        for row in document["rows"]
-        if row["model"] not in models
+        {"date": document["date"], **row} for row in document["rows"] if row["model"] not in models
     ]
 
 

@@ -54,7 +54,7 @@ def main() -> None:
     rows: list[Row] = []
     with torch.inference_mode():
         bytes_per_s = copy_bandwidth(device)
-        head = header({}, gate, bytes_per_s) | {"errors": errors(device)}
+        head = header(gate=gate, bytes_per_s=bytes_per_s) | {"errors": errors(device)}
         for name in options.models:
             for weights in ("bf16", SCHEME.kind):
                 rows += passes(name, weights, device, bytes_per_s)

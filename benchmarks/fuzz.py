@@ -8,7 +8,6 @@ its input counts as a fault or a timeout.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import resource
@@ -29,12 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import torch
 from fuzz_loaders import LOADERS, Bench, Loader, quiet
 from fuzz_mutations import mutate
+from report import RESULTS, header, save
 
-from stree_autotune.store.origin import git_sha, utc_now, versions
 from stree_core.errors import StreeError
-from stree_core.files import write_atomically
 
-RESULTS = Path(__file__).resolve().parent / "results" / "fuzz.json"
 NUM_INPUTS = 26_000
 CPU_SECONDS = 5.0
 HANG_SECONDS = 60.0
@@ -225,9 +222,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--loader", choices=names, action="append", help="only these")
     parser.add_argument("--only", type=int, help="number of one input of one loader to repeat")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=RESULTS / "fuzz.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    head = header()
     chosen = [loader for loader in LOADERS if loader.name in (options.loader or names)]
     with tempfile.TemporaryDirectory() as place:
         if options.only is not None:
@@ -240,16 +238,8 @@ def main() -> int:
             sys.stderr.write(f"{name} {number}: {failure}\n")
         for number in tally.timeouts:
             sys.stderr.write(f"{name} {number}: timeout\n")
-    document = {
-        "command": " ".join(["python", "benchmarks/fuzz.py", f"--inputs {options.inputs}",
-                             f"--seed {options.seed}"]),
-        "versions": versions(),
-        "git_sha": git_sha(),
-        "date": utc_now(),
-        "limits": {"cpu_seconds": CPU_SECONDS, "memory_bytes": MEMORY_BYTES},
-        "rows": rows,
-    }  # fmt: skip
-    write_atomically(options.output, (json.dumps(document, indent=1) + "\n").encode())
+    limits = {"cpu_seconds": CPU_SECONDS, "memory_bytes": MEMORY_BYTES}
+    save(options.output, head | {"limits": limits}, rows)
     for row in rows:
         sys.stdout.write(" ".join(f"{key} {value}" for key, value in row.items()) + "\n")
     return 1 if any(row["faults"] or row["timeouts"] for row in rows) else 0

@@ -57,7 +57,7 @@ def main() -> None:
         theirs.save_pretrained(folder)
         ours = load_single(folder_source(Path(folder)), Runtime("cuda", "bfloat16"))
     version = importlib.metadata.version("mamba_ssm")
-    head = header({"mamba_ssm": version}, "skipped", copy_bandwidth(torch.device("cuda")))
+    head = header({"mamba_ssm": version}, bytes_per_s=copy_bandwidth(torch.device("cuda")))
     rows: list[Row] = []
     for batch in options.batches:
         prompt = torch.randint(VOCAB, (1, PROMPT_TOKENS), device="cuda").expand(batch, -1)

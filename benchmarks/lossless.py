@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -22,17 +21,14 @@ from pathlib import Path
 
 import torch
 from margin import logit_margin
-from report import Row, command_line
+from report import Row, header, save
 
 from stree_autotune.live.validation import RAGGED
 from stree_autotune.store.open_models import PairRequest, open_pair, open_prompts
-from stree_autotune.store.origin import utc_now, versions
-from stree_core.drafting.pair import Pair, Runtime, device_name
+from stree_core.drafting.pair import Pair, Runtime
 from stree_core.engine.decode import Run, generate
 from stree_core.engine.engine import Engine, EngineConfig, needed_positions
 from stree_core.engine.stop import StopRule
-from stree_core.files import write_atomically
-from stree_core.models.backend import resolve_device
 from stree_core.tree import DEFAULT_TREE, Tree
 
 MODES = {
@@ -57,7 +53,7 @@ MODES = {
 
 def main() -> None:
     options = parse()
-    rows: list[Row] = []
+    head, rows = header(), []
     for dtype in options.dtype:
         work = [(options, dtype, part) for part in range(options.processes)]
         if options.processes == 1:
@@ -74,15 +70,8 @@ def main() -> None:
                 f"{row['texts']} texts differ in {row['compared_tokens']} tokens; largest margin "
                 f"{max(row['margins_at_first_difference'], default=0):.2e}"
             )
-    document = {
-        "command": command_line(),
-        "gpu": device_name(resolve_device(options.device)),
-        "versions": versions(),
-        "date": utc_now(),
-        "rows": rows,
-    }
     if options.output is not None:
-        write_atomically(options.output, (json.dumps(document, indent=1) + "\n").encode())
+        save(options.output, head, rows)
 
 
 def parse() -> argparse.Namespace:

@@ -13,7 +13,7 @@ has one; else a quick probe of the batch sizes at hand writes one there. The liv
 benchmarks/prediction.py: waves of prompts, all slots at work, modes in turns.
 
 A block of rows (pair, draft, batch size, mode) replaces that of the same names in FILE; other rows
-stay. With --seconds, what is not begun by then is left out.
+of the same code and machine stay. With --seconds, what is not begun by then is left out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from report import RESULTS, Row, header, read, save, table
+from report import RESULTS, Row, header, is_of_this_run, read, save, table
 from traced_pair import traced_rules
 
 from stree_autotune.cost.step_cost import StepCost
@@ -90,7 +90,7 @@ class Case:
 def main() -> None:
     options = parse()
     start, rows = time.perf_counter(), []
-    head = header({}, "tests of the head", None)
+    head = header()
     for name, draft in ((name, draft) for name in options.pairs for draft in options.drafts):
         for case in cases(name, draft, options):
             for batch in options.batches:
@@ -128,7 +128,7 @@ def parse() -> argparse.Namespace:
 
 def save_beside(path: Path, head: Row, rows: Sequence[Row]) -> None:
     """Write rows beside those of a result file that are of other names."""
-    known = read(path)["rows"] if path.exists() else []
+    known = read(path)["rows"] if is_of_this_run(path, head) else []
     mine = {tuple(row[key] for key in NAMES) for row in rows}
     # rows of older runs say nothing of a pair
     kept = [row for row in known if tuple(row.get(key) for key in NAMES) not in mine]

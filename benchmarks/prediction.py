@@ -11,8 +11,9 @@ steps with all slots at work (stree_autotune.live.speed), in several rounds of a
 The demo pair decodes its own prompts; the trace is the one that ships, recorded at another time and
 batch size. Pairs of shapes accept what a trace says (traced_pair.py), so that their tokens per step
 check the counting alone. Trees are grown from the shares of the trace's ranks and are none of those
-that the probe times. Rows of other pairs that FILE has are kept. `--again` predicts a file's rows
-with the model as it is now and runs nothing; `--table` prints it and draws it.
+that the probe times. Rows that FILE has of other pairs are kept where they are of the same code and
+machine. `--again` predicts a file's rows with the model as it is now and runs nothing; `--table`
+prints it and draws it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from prediction_table import SHOWN, show, shown, summary
-from report import RESULTS, Row, command_line, header, read, save, table
+from report import RESULTS, Row, command_line, header, is_of_this_run, read, save, table
 from traced_pair import DEMO, DRAFTS, PAIRS, open_named, traced_rules
 
 from stree_autotune.cost.step_cost import StepCost
@@ -38,7 +39,7 @@ from stree_autotune.live.measure import prompt_for
 from stree_autotune.live.speed import LiveSpeed, live_speed, typical_context
 from stree_autotune.store.library import Library
 from stree_autotune.store.open_models import open_prompts
-from stree_autotune.store.origin import git_sha, utc_now
+from stree_autotune.store.origin import utc_now
 from stree_autotune.store.runtime_table import RuntimeTable, load_runtime_table
 from stree_autotune.trace.file import Trace, load_trace
 from stree_autotune.trace.tree_walk import walk
@@ -82,7 +83,7 @@ def main() -> None:
         document = predicted_again(read(options.again), options.data)
         save(options.again, document, document.pop("rows"))
         return
-    head = header({}, "none, speeds only")
+    head = header()
     rows: list[Row] = []
     for name in options.pairs:
         start = time.perf_counter()
@@ -102,7 +103,7 @@ def main() -> None:
 
 def save_beside(path: Path, head: dict[str, Any], rows: Sequence[Row]) -> None:
     """Write rows beside those that a result file has of other pairs, each pair with its source."""
-    known = read(path) if path.exists() else {"sources": {}, "rows": []}
+    known = read(path) if is_of_this_run(path, head) else {"sources": {}, "rows": []}
     mine = {row["pair"] for row in rows}
     both = [row for row in known["rows"] if row["pair"] not in mine] + list(rows)
     both.sort(key=lambda row: PAIRS.index(row["pair"]))
@@ -183,7 +184,7 @@ def predicted_again(document: dict[str, Any], data: Sequence[Path]) -> dict[str,
             tokens_per_step = row["predicted_tokens_per_step"]
             rows.append(row | predicted(cost, row["batch"], tree, tokens_per_step))
     rows.sort(key=lambda row: PAIRS.index(row["pair"]))
-    return document | {"rows": rows, "predicted": {"git_sha": git_sha(), "date": utc_now()}}
+    return document | {"rows": rows, "predicted": {"date": utc_now()}}
 
 
 def predicted(cost: StepCost, batch: int, tree: Tree, tokens_per_step: float) -> Row:

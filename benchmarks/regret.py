@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from report import RESULTS, Row, command_line, save, table
+from report import RESULTS, Row, header, save, table
 
 from stree_autotune.live.measure import measure_steps
 from stree_autotune.live.search import NUM_LIVE_TRIALS
@@ -30,8 +30,7 @@ from stree_autotune.search.request import TuneRequest
 from stree_autotune.search.study import Trial, search_batch
 from stree_autotune.search.tuning import Question, ask
 from stree_autotune.search.verdict import decide_policy
-from stree_autotune.store.origin import git_sha, utc_now, versions
-from stree_core.drafting.pair import Pair, device_name, short_gpu_name
+from stree_core.drafting.pair import Pair, short_gpu_name
 from stree_core.models.backend import resolve_device
 from stree_core.profile import Sampling
 from stree_core.tree import OFF, Tree
@@ -56,14 +55,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = parse()
     device = resolve_device("auto")
-    head = {
-        "command": command_line(),
-        "gpu": device_name(device),
-        "versions": versions(),
-        "git_sha": git_sha(),
-        "date": utc_now(),
-        "context": CONTEXT,
-    }
+    head = header() | {"context": CONTEXT}
     rows: list[Row] = []
     for name in options.pairs:
         question = ask(request_of(name, short_gpu_name(head["gpu"], device), options))

@@ -2,55 +2,111 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import fingerprint
 import torch
+from gate import passed
+from sources import MEASUREMENTS, RESULTS as RESULTS, Measurement, measurement_of
 
-from stree_autotune.store.origin import git_sha, utc_now, versions
+from stree_autotune.store.origin import utc_now, versions
 from stree_core.drafting.pair import device_name
 from stree_core.files import write_atomically
 
-RESULTS = Path(__file__).resolve().parent / "results"
+UNKNOWN = "unknown"
 Row = dict[str, Any]
 
 
 def command_line() -> str:
-    """Return the command as its user typed it, absolute paths cut to their last part."""
-    script = Path(sys.argv[0])
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    """Return the command as its user typed it, but for where its file goes.
+
+    Absolute paths are cut to their last part.
+    """
+    script, words = Path(sys.argv[0]), list(sys.argv[1:])
+    for flag in ("--output", "--out"):
+        if flag in words:
+            at = words.index(flag)
+            del words[at : at + 2]
+    words = [Path(word).name if Path(word).is_absolute() else word for word in words]
     return shlex.join(["python", f"benchmarks/{script.name}", *words])
 
 
-def header(peers: dict[str, str], gate: str, bytes_per_s: float | None = None) -> dict[str, Any]:
-    """Return what all rows of one run share; the memory's bandwidth where it was measured."""
-    known = versions()
+def header(
+    peers: Mapping[str, str] | None = None,
+    gate: str | None = None,
+    bytes_per_s: float | None = None,
+) -> dict[str, Any]:
+    """Return what all rows of one run share; the memory's bandwidth where it was measured.
+
+    On a GPU, `gate` is the summary of the tests that a benchmark ran itself; else those that passed
+    before on these very sources count.
+    """
+    _start()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bandwidth = {}
+    measured: dict[str, Any] = {}
     if bytes_per_s is not None:
-        bandwidth = {"copy_bandwidth_tb_s": round(bytes_per_s / 1e12, 3)}
+        measured["copy_bandwidth_tb_s"] = round(bytes_per_s / 1e12, 3)
+    if device.type == "cuda":
+        measured["gate"] = passed() if gate is None else gate
     return {
         "command": command_line(),
         "gpu": device_name(device),
         "versions": {
-            "python": platform.python_version(),
+            **versions(),
             "torch": torch.__version__,
-            "triton": known["triton"],
             "cuda": str(torch.version.cuda),
             "driver": driver_version(),
-            **peers,
+            **(peers or {}),
         },
-        "git_sha": git_sha(),
         "date": utc_now(),
-        **bandwidth,
-        "gate": gate,
+        **measured,
     }
+
+
+@functools.cache
+def _start() -> float:
+    """Return when the run began; sources are read then, lest they change while it runs."""
+    for measurement in MEASUREMENTS:
+        if measurement.script == Path(sys.argv[0]).stem:
+            _hashes(measurement)
+    return time.monotonic()
+
+
+@functools.cache
+def _hashes(measurement: Measurement) -> fingerprint.Hashes:
+    return measurement.hashes()
+
+
+def origin_of(path: Path) -> dict[str, Any]:
+    """Return what code a results file of this name depends on: none for a name that is not ours."""
+    measurement = measurement_of(path.name)
+    if measurement is None:
+        return {}
+    sources = _hashes(measurement)
+    return {
+        "revision": fingerprint.head_with(sources) or UNKNOWN,
+        "fingerprint": fingerprint.of_all(sources),
+        "source_hashes": sources,
+    }
+
+
+def is_of_this_run(path: Path, head: dict[str, Any]) -> bool:
+    """Say whether rows of a results file may stand beside new ones: same code, same machine."""
+    if not path.exists():
+        return False
+    known, origin = read(path), origin_of(path)
+    same = ("gpu", "versions", "gate")
+    return known.get("fingerprint") == origin.get("fingerprint") and all(
+        known.get(key) == head.get(key) for key in same
+    )
 
 
 def driver_version() -> str:
@@ -64,9 +120,13 @@ def driver_version() -> str:
 
 
 def save(path: Path, head: dict[str, Any], rows: Sequence[Row]) -> None:
-    """Write a result file atomically."""
+    """Write a results file atomically, with the code that it is of."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(head | {"rows": list(rows)}, indent=1) + "\n").encode())
+    origin = origin_of(path)
+    sources = {key: origin.pop(key) for key in ("source_hashes",) if origin}
+    seconds = {"seconds": round(time.monotonic() - _start())} if origin else {}
+    document = head | origin | seconds | {"rows": list(rows)} | sources
+    write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
 
 
 def markdown(document: dict[str, Any], columns: Sequence[str], keep: Callable[[Row], bool]) -> str:
@@ -75,8 +135,9 @@ def markdown(document: dict[str, Any], columns: Sequence[str], keep: Callable[[R
     bandwidth = document.get("copy_bandwidth_tb_s")
     measured = "" if bandwidth is None else f", copy bandwidth {bandwidth} TB/s"
     spreads = _largest_spreads(rows)
+    gate = f"; gate: {document['gate']}" if "gate" in document else ""
     lines = [
-        f"{document['gpu']}, {document['date'][:10]}{measured}; gate: {document['gate']}",
+        f"{document['gpu']}, {document['date'][:10]}{measured}{gate}",
         ", ".join(f"{name} {version}" for name, version in document["versions"].items()),
         f"`{document['command']}`",
         *([f"Note: {document['note']}."] if "note" in document else []),

@@ -11,7 +11,6 @@ tree chosen on all prompts from the certified bound.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from report import RESULTS, Row, header, save
 from search_baselines import METHODS
 
 from stree_autotune.cost.step_cost import StepCost
@@ -27,17 +27,14 @@ from stree_autotune.search.certificate import Certificate, certify, load_certifi
 from stree_autotune.search.study import search_batch
 from stree_autotune.search.tree_space import TreeSpace
 from stree_autotune.store.library import Library, shipped_root
-from stree_autotune.store.origin import git_sha, utc_now, versions
 from stree_autotune.store.runtime_table import load_runtime_table
 from stree_autotune.trace.file import Trace, load_trace
 from stree_autotune.trace.tree_walk import FlatTrace, walk
-from stree_core.files import write_atomically
 from stree_core.tree import Tree
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from synthetic import latent_trace
 
-RESULTS = Path(__file__).resolve().parent / "results" / "search.json"
 SHIPPED = ("demo", "gsm8k", "human_eval", "mt_bench")
 SYNTHETIC: dict[str, dict[str, float]] = {
     "iid": {},
@@ -52,7 +49,6 @@ MAX_NODES = 64
 LENGTH = 126
 TOLERANCE = 0.002
 OURS = "ours"
-Row = dict[str, Any]
 
 
 class Half:
@@ -164,12 +160,12 @@ def key(row: Row) -> tuple[str, str, int]:
 
 
 def main() -> None:
-    """Run, print a small table, write the result file and the table."""
+    """Run, write the results file, print a small table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--traces", default=",".join((*SYNTHETIC, *SHIPPED)))
     parser.add_argument("--positions", type=int, default=6000, help="of each synthetic trace")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    parser.add_argument("--output", type=Path, default=RESULTS / "search.json")
+    options, run = parser.parse_args(), header()
     costs = {
         name: StepCost.from_table(load_runtime_table(shipped_root() / "runtime" / f"{name}.yaml"))
         for name in TABLES
@@ -181,17 +177,11 @@ def main() -> None:
         seconds = time.process_time() - started
         print(f"{name}: {trace.num_positions} positions, {seconds:.0f} s", file=sys.stderr)
     document = {
-        "command": " ".join(["python", "benchmarks/search.py", *sys.argv[1:]]),
-        "versions": versions(),
-        "git_sha": git_sha(),
-        "date": utc_now(),
+        **run,
         "summary": summary(rows),
-        "rows": rows,
     }
-    write_atomically(options.output, (json.dumps(document, indent=1) + "\n").encode())
-    text = table(document)
-    write_atomically(options.output.with_suffix(".md"), text.encode())
-    print(text, end="")
+    save(options.output, document, rows)
+    print(table(document), end="")
 
 
 def table(document: dict[str, Any]) -> str:

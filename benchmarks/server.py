@@ -15,9 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from report import RESULTS, command_line, save
-
-from stree_autotune.store.origin import git_sha, utc_now, versions
+from report import RESULTS, header, save
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -51,7 +49,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--output", type=Path, default=RESULTS / "server.json")
     arguments = parser.parse_args()
-    rows = []
+    run, rows = header(), []
     for seed in range(arguments.first, arguments.first + arguments.cases):
         row = judge(seed)
         rows.append(row)
@@ -64,10 +62,7 @@ def main() -> None:
     print(f"{right} of {len(rows)} cases right at every batch size (aim 95 %: {verdict})")
     print(f"{sizes - missed} of {sizes} verdicts right")
     head = {
-        "command": command_line(),
-        "date": utc_now(),
-        "git_sha": git_sha(),
-        "versions": versions(),
+        **run,
         "rounds": ROUNDS,
         "run_noise": RUN_NOISE,
         "start_noise": START_NOISE,

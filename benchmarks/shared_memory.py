@@ -59,7 +59,7 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         raise SystemExit("the split is a GPU's, there is none; run this on a GPU")
-    head, rows = header({}, "none, speeds only"), []
+    head, rows = header(), []
     for name in options.pairs:
         pair, _ = open_named(name, "cuda")
         settle = prompt_reader(pair.target)

@@ -161,9 +161,9 @@ def test_result_file_becomes_a_table(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_command_keeps_no_folder_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ["/home/me/kernels.py", "--output", "/home/me/out.json", "--sglang", "a/b.py"]
+    arguments = ["/home/me/kernels.py", "--output", "/home/me/out.json", "--sglang", "/a/b.py"]
     monkeypatch.setattr(sys, "argv", arguments)
-    command = "python benchmarks/kernels.py --output out.json --sglang a/b.py"
+    command = "python benchmarks/kernels.py --sglang b.py"
     assert report.command_line() == command
 
 
@@ -173,15 +173,19 @@ def test_gate_finds_the_tests_that_need_a_gpu() -> None:
     assert gate.require_green(skip=True) == "skipped"
 
 
-def test_rows_of_models_that_are_not_timed_stay_with_their_run(tmp_path: Path) -> None:
+def test_rows_of_models_that_are_not_timed_stay_with_their_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     forward = script("forward")
-    path = tmp_path / "forward.json"
-    assert forward.rows_to_keep(path, ["a"]) == []
+    path = tmp_path / "forward-h200.json"
+    assert forward.rows_to_keep(path, {}, ["a"]) == []
     rows = [{"model": "a", "ms": 1}, {"model": "b", "ms": 2}, {"model": "c", "date": "older"}]
-    path.write_text(json.dumps({"date": "today", "git_sha": "f00", "rows": rows}))
-    assert forward.rows_to_keep(path, ["a"]) == [
-        {"model": "b", "ms": 2, "date": "today", "git_sha": "f00"},
-        {"model": "c", "date": "older", "git_sha": "f00"},
+    path.write_text(json.dumps({"date": "today", "rows": rows}))
+    assert forward.rows_to_keep(path, {}, ["a"]) == []
+    monkeypatch.setattr(forward, "is_of_this_run", lambda *_: True)
+    assert forward.rows_to_keep(path, {}, ["a"]) == [
+        {"date": "today", "model": "b", "ms": 2},
+        {"date": "older", "model": "c"},
     ]
 
 

@@ -1,0 +1,282 @@
+"""The set of measurements: each results file, its command, and the sources its numbers depend on.
+
+A source is what changes a number when it changes: kernels, the passes and steps that are timed, the
+benchmark itself, tables and traces that it reads. What only opens models, writes files or prints is
+none. References are sources of runs on a CPU, and of checks of correctness nowhere.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import fingerprint
+
+RESULTS = Path(__file__).resolve().parent / "results"
+MINUTES = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One results file: `NAME-GPU.json`, or `NAME.json` where no GPU is needed.
+
+    `minutes` is an estimate, used until the file itself says how long its run took. `peers` is the
+    flag that takes the folder of other projects' wheels.
+    """
+
+    name: str
+    script: str
+    sources: tuple[str, ...]
+    arguments: tuple[str, ...] = ()
+    minutes: float = MINUTES
+    gpu: bool = True
+    peers: str = ""
+
+    def file(self, gpu: str) -> str:
+        """Return the name of the results file on a GPU."""
+        return f"{self.name}-{gpu}.json" if self.gpu else f"{self.name}.json"
+
+    def makes(self, file: str) -> bool:
+        """Say whether a results file is this measurement's, on any GPU."""
+        pattern = f"{re.escape(self.name)}-[a-z0-9]+" if self.gpu else re.escape(self.name)
+        return re.fullmatch(pattern + r"\.json", file) is not None
+
+    def hashes(self, root: Path = fingerprint.ROOT) -> fingerprint.Hashes:
+        """Return the hashes of the sources in a checkout."""
+        return fingerprint.hashes(self.sources, root)
+
+
+def bench(*names: str) -> tuple[str, ...]:
+    """Return modules beside this one."""
+    return tuple(f"benchmarks/{name}.py" for name in names)
+
+
+def _kernels(*rooms: str) -> tuple[str, ...]:
+    return (*(f"kernels/stree_kernels/{room}/*.py" for room in rooms), "-kernels/**/*_ref.py")
+
+
+def _core(room: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"stree_core/{room}/{name}.py" for name in names)
+
+
+def _tuner(room: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"autotune/stree_autotune/{room}/{name}.py" for name in names)
+
+
+def _tables(*pairs: str) -> tuple[str, ...]:
+    return tuple(f"profiles/runtime/h200--{pair}.yaml" for pair in pairs)
+
+
+TIMING = (*bench("timing"), *_tuner("probe", "timing"))
+SCAN = (
+    *_kernels("launch"),
+    *(
+        f"kernels/stree_kernels/ssm/{name}.py"
+        for name in ("device_functions", "token_scan_kernel", "tree_scan", "tree_scan_kernel")
+    ),
+)
+PASS = (
+    *_kernels("launch", "linear", "ssm", "attention"),
+    "-kernels/stree_kernels/*/prompt_*.py",
+    "kernels/stree_kernels/fp8/projection.py",
+    *_core("models", "cache", "cuda_graph", "model", "row_block", "state_flush", "weights"),
+    *_core("families", "model_shape"),
+)
+"""A forward pass of Mamba2, attention and MLP layers."""
+STEP = (
+    *PASS,
+    *_kernels("sampling"),
+    *_core("drafting", "draft", "mtp_draft", "tree_plan"),
+    *_core("engine", "decode", "engine", "rules", "sampling", "session", "step", "step_result"),
+)
+"""A whole step of an engine."""
+PROMPT = (
+    *(f"kernels/stree_kernels/{path}.py" for path in ("ssm/prompt_*", "attention/prompt_*")),
+    "-kernels/**/*_ref.py",
+    *_core("models", "prompt_pass"),
+    *_core("drafting", "prefill"),
+    *_core("engine", "prompt_queue"),
+)
+DELTA = (*_kernels("launch"), *_kernels("delta"))
+FP8 = _kernels("fp8")
+COST = (
+    *_tuner("cost", "layout", "overhead", "step_cost", "table_cost", "terms", "tree_shape"),
+    *_tuner("store", "step_rule"),
+)
+WALK = _tuner("trace", "tree_walk")
+SEARCH = _tuner("search", "path_counts", "study", "tree_solver", "tree_space")
+VERDICT = _tuner("search", "bootstrap", "cross_fit", "verdict")
+LIVE = _tuner("live", "measure")
+REFERENCES = ("kernels/stree_kernels/**/*_ref.py",)
+DEMO, DEMO_MTP = "demo-target--demo-draft", "demo-target--mtp"
+SMALL, LARGE = "mamba2-2.7b--mamba2-130m", "mamba-in-llama-8b--mamba2-distilled-small"
+GSM8K = f"profiles/traces/{DEMO}--gsm8k--greedy.safetensors"
+DEMO_MODELS = ("profiles/models/demo-*/*.safetensors",)
+FITTING_SHAPES = (
+    "mamba2-130m", "mamba2-1.3b", "mamba2-2.7b", "granite-4-h-1b", "mamba-in-llama-3b",
+    "mamba-in-llama-8b", "nemotron-h-8b", "bamba-9b-v2", "falcon-h1-7b", "zamba2-7b",
+    "qwen3.5-4b", "qwen3.5-27b",
+)  # fmt: skip
+
+# In order of worth: what comes first is run first.
+MEASUREMENTS = (
+    Measurement(
+        "kernels", "kernels", minutes=2.5, peers="--sglang",
+        sources=(
+            *bench("kernels", "candidates", "layer_data", "bench_shapes", "peers"), *TIMING, *SCAN,
+        ),
+    ),
+    Measurement(
+        "forward", "forward", minutes=1.5,
+        arguments=(
+            "--models", "mamba2-2.7b", "mamba2-130m", "mamba-in-llama-8b",
+            "--tokens", "1", "2", "4", "8", "16", "32", "64", "--contexts", "1024",
+        ),
+        sources=(*bench("forward", "bench_shapes"), *TIMING, *PASS),
+    ),
+    Measurement(
+        "prediction", "prediction", minutes=4,
+        arguments=("--rounds", "2"),
+        sources=(
+            *bench("prediction", "traced_pair"), *STEP, *COST, *WALK, *LIVE,
+            *_tuner("live", "speed"), *_tables(DEMO, SMALL, LARGE), GSM8K, *DEMO_MODELS,
+            f"profiles/traces/{DEMO}--demo--greedy.safetensors",
+        ),
+    ),
+    Measurement(
+        "regret", "regret", minutes=4,
+        sources=(
+            *bench("regret"), *STEP, *COST, *WALK, *SEARCH, *VERDICT, *LIVE,
+            *_tuner("live", "corrected_cost", "search", "tuning"), *_tuner("probe", "timing"),
+            *_tables(DEMO, SMALL), GSM8K, *DEMO_MODELS,
+            f"profiles/traces/{DEMO}--demo--greedy.safetensors",
+        ),
+    ),
+    Measurement(
+        "delta", "delta", minutes=2, peers="--peers",
+        sources=(
+            *bench("delta", "delta_candidates", "delta_data", "delta_peers"),
+            *bench("candidates", "layer_data", "bench_shapes"), *TIMING, *DELTA,
+        ),
+    ),
+    Measurement(
+        "mtp", "mtp", minutes=3,
+        arguments=("--pairs", "demo", "--rules", "greedy", "mss"),
+        sources=(
+            *bench("mtp", "traced_pair"), *STEP, *COST, *WALK, *LIVE, *_tuner("live", "speed"),
+            *_tables(DEMO, DEMO_MTP), *DEMO_MODELS,
+        ),
+    ),
+    Measurement(
+        "decode", "decode", minutes=2,
+        sources=(*bench("decode", "traced_pair"), *TIMING, *STEP, *LIVE, GSM8K, *DEMO_MODELS),
+    ),
+    Measurement(
+        "lossless", "lossless", minutes=1.5,
+        arguments=(
+            "--device", "cuda", "--dtype", "bfloat16", "--prompts", "128", "--tokens", "256",
+        ),
+        sources=(*bench("lossless"), *STEP, *PROMPT, *DEMO_MODELS),
+    ),
+    Measurement(
+        "draft", "draft",
+        sources=(
+            *bench("draft"), *_tuner("probe", "timing"), *PASS, *_kernels("sampling"),
+            "kernels/stree_kernels/fp8/experts.py",
+            *_core("drafting", "draft", "mtp_draft", "tree_plan"), *_core("engine", "step"),
+        ),
+    ),
+    Measurement(
+        "prefill", "prefill", minutes=1.5,
+        sources=(*bench("prefill", "bench_shapes"), *TIMING, *PASS, *PROMPT),
+    ),
+    Measurement(
+        "generation", "generation", minutes=1.5,
+        sources=(*bench("generation", "peers"), *TIMING, *STEP, *PROMPT),
+    ),
+    Measurement(
+        "shapes", "forward", minutes=2.5,
+        arguments=(
+            "--models", *FITTING_SHAPES,
+            "--batches", "1", "8", "--tokens", "1", "16", "--contexts", "1024",
+        ),
+        sources=(
+            *bench("forward", "bench_shapes"), *TIMING, *PASS, *DELTA,
+            *(f"profiles/shapes/{name}.yaml" for name in FITTING_SHAPES),
+        ),
+    ),
+    Measurement(
+        "fp8", "fp8", minutes=2,
+        sources=(*bench("fp8", "forward", "bench_shapes"), *TIMING, *PASS, *FP8, *DELTA),
+    ),
+    Measurement(
+        "delta-prompts", "delta_prompts", peers="--peers",
+        sources=(
+            *bench("delta_prompts", "delta_data", "delta_peers", "layer_data", "bench_shapes"),
+            *TIMING, *DELTA,
+        ),
+    ),
+    Measurement(
+        "shared-memory", "shared_memory", minutes=1.5,
+        sources=(*bench("shared_memory", "traced_pair"), *_tuner("probe", "timing"), *STEP),
+    ),
+    Measurement(
+        "lossless-cpu", "lossless", gpu=False, minutes=25,
+        arguments=("--device", "cpu", "--prompts", "128", "--tokens", "140", "--processes", "2"),
+        sources=(*bench("lossless"), *STEP, *PROMPT, *REFERENCES, *DEMO_MODELS),
+    ),
+    Measurement(
+        "lossless-mtp-cpu", "lossless", gpu=False, minutes=4,
+        arguments=(
+            "--draft", "mtp", "--device", "cpu", "--dtype", "float64", "--prompts", "16",
+        ),
+        sources=(*bench("lossless"), *STEP, *PROMPT, *REFERENCES, *DEMO_MODELS),
+    ),
+    Measurement(
+        "sampled-cpu", "sampled", gpu=False, minutes=12,
+        arguments=("--device", "cpu", "--tokens", "200"),
+        sources=(*bench("sampled"), *STEP, *PROMPT, *REFERENCES, *DEMO_MODELS),
+    ),
+    Measurement(
+        "search", "search", gpu=False, minutes=10,
+        sources=(
+            *bench("search", "search_baselines"), "tests/synthetic.py", *WALK, *SEARCH,
+            *_tuner("search", "certificate", "dual_bound"), *COST, *_tables(DEMO, SMALL),
+            f"profiles/traces/{DEMO}--*--greedy.safetensors",
+        ),
+    ),
+    Measurement(
+        "coverage", "coverage", gpu=False, minutes=15,
+        sources=(
+            *bench("coverage"), "tests/synthetic.py", *WALK, *SEARCH, *VERDICT, *COST,
+            *_tables(DEMO, DEMO_MTP, SMALL, LARGE), GSM8K,
+            f"profiles/traces/{DEMO}--mt_bench--greedy.safetensors",
+            f"profiles/traces/{DEMO_MTP}--gsm8k--greedy.safetensors",
+        ),
+    ),
+    Measurement(
+        "server", "server", gpu=False, minutes=3,
+        arguments=("--first", "1000"),
+        sources=(
+            *bench("server"), "tests/synthetic_server.py", "autotune/stree_autotune/server/*.py",
+        ),
+    ),
+    Measurement(
+        "fuzz", "fuzz", gpu=False, minutes=12,
+        sources=(
+            *bench("fuzz", "fuzz_loaders", "fuzz_mutations"), "stree_core/*.py",
+            "stree_core/families/*.py", *_core("models", "source", "text", "weight_*"),
+            "autotune/stree_autotune/store/*.py", "autotune/stree_autotune/share/*.py",
+            "autotune/stree_autotune/export/*.py", *_tuner("trace", "file"),
+            *_tuner("search", "certificate"),
+        ),
+    ),
+)  # fmt: skip
+
+
+def measurement_of(file: str) -> Measurement | None:
+    """Return the measurement that a results file is of; None for a file of no measurement."""
+    # The longest name that fits: `lossless-cpu` is also a `lossless` of a GPU called cpu.
+    fitting = [each for each in MEASUREMENTS if each.makes(file)]
+    return max(fitting, key=lambda each: len(each.name), default=None)

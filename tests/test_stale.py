@@ -1,0 +1,193 @@
+"""Which results files are of this code: hashes of sources, revisions, what docs say of both."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripts import FOLDER, script
+
+fingerprint = script("fingerprint")
+sources = script("sources")
+stale = script("stale")
+report = script("report")
+
+CODE = '''
+"""What it does."""
+
+WIDTH: int = 4  # columns
+
+
+def twice(value: float) -> float:
+    """Return twice the value."""
+    return 2.0 * value
+'''
+NEUTRAL = {"report", "gate", "fingerprint", "sources", "prediction_table", "prediction_figure"}
+"""Modules of benchmarks that print and write, and change no number."""
+
+
+def hash_of(code: str) -> str:
+    digest: str = fingerprint.hash_of("m.py", code.encode())
+    return digest
+
+
+def test_comments_docstrings_and_line_breaks_are_no_change_of_a_source() -> None:
+    said = CODE.replace("  # columns", "").replace("What it does.", "Other words.")
+    said = said.replace("    return 2.0 * value", '    "a text"\n    return (\n 2.0\n * value)')
+    assert said != CODE
+    assert hash_of(said) == hash_of(CODE)
+
+
+@pytest.mark.parametrize(("before", "after"), [("2.0", "2"), ("= 4", "= 5"), ("twice", "once")])
+def test_whatever_else_is_said_is_a_change(before: str, after: str) -> None:
+    assert hash_of(CODE.replace(before, after)) != hash_of(CODE)
+
+
+def test_a_hash_is_the_same_under_every_version_of_python() -> None:
+    code = "def f(a, /, *b: int) -> str:\n    return f'{a!r:>{b}}' 'c' if a else b''\n"
+    assert hash_of(code) == "4dfc6177fef6"
+
+
+def test_files_that_are_not_python_count_by_their_bytes() -> None:
+    assert fingerprint.hash_of("a.yaml", b"a: 1") != fingerprint.hash_of("a.yaml", b"a: 1 # one")
+
+
+def test_a_glob_of_no_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no file matches"):
+        fingerprint.hashes(["*.py"], tmp_path)
+
+
+@pytest.mark.parametrize("measurement", sources.MEASUREMENTS, ids=lambda each: each.name)
+def test_sources_hold_what_the_benchmark_imports(measurement: Any) -> None:
+    known = {Path(path).stem for path in measurement.hashes() if path.startswith("benchmarks/")}
+    assert measurement.script in known
+    for name in known:
+        tree = ast.parse((FOLDER / f"{name}.py").read_text())
+        imported: set[str | None] = set()
+        for node in tree.body:
+            if isinstance(node, ast.ImportFrom):
+                imported.add(node.module)
+            elif isinstance(node, ast.Import):
+                imported |= {each.name for each in node.names}
+        beside = {module for module in imported if (FOLDER / f"{module}.py").exists()}
+        assert beside <= known | NEUTRAL, name
+
+
+def test_every_script_that_saves_a_file_is_in_the_set() -> None:
+    saving = {path.stem for path in FOLDER.glob("*.py") if "default=RESULTS /" in path.read_text()}
+    assert saving <= {measurement.script for measurement in sources.MEASUREMENTS}
+
+
+def test_a_file_is_of_the_measurement_of_its_name() -> None:
+    names = {file: sources.measurement_of(file) for file in ("lossless-h200.json", "server.json")}
+    assert [measurement.name for measurement in names.values()] == ["lossless", "server"]
+    assert sources.measurement_of("lossless-cpu.json").name == "lossless-cpu"
+    assert sources.measurement_of("forward-130m-h200.json") is None
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    command = ["git", "-C", str(folder), *identity, *arguments]
+    run = subprocess.run(command, check=True, capture_output=True, text=True)
+    return run.stdout.strip()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout with one measurement, `timed`, of one source, and its results file's folder."""
+    folder = tmp_path / "checkout"
+    (folder / "benchmarks").mkdir(parents=True)
+    (folder / "benchmarks" / "timed.py").write_text(CODE)
+    (folder / ".gitattributes").write_text(f"{fingerprint.EXPORTED} export-subst\n")
+    (folder / fingerprint.EXPORTED).write_text("$Format:%H$\n")
+    git(folder, "init", "-q")
+    git(folder, "add", ".")
+    git(folder, "commit", "-qm", "first")
+    timed = sources.Measurement("timed", "timed", ("benchmarks/timed.py",), ("--rounds", "2"))
+    monkeypatch.setattr(stale, "measurement_of", {"timed-h200.json": timed}.get)
+    return folder
+
+
+def save(folder: Path, **facts: object) -> Path:
+    path = folder / "timed-h200.json"
+    hashes = fingerprint.hashes(["benchmarks/timed.py"], folder)
+    document = {
+        "command": "python benchmarks/timed.py --rounds 2 --skip-gate",
+        "revision": "unknown",
+        "source_hashes": hashes,
+        **facts,
+    }
+    path.write_text(json.dumps({key: value for key, value in document.items() if value}))
+    return path
+
+
+def test_a_file_is_stale_once_a_source_says_something_else(checkout: Path) -> None:
+    path, source = save(checkout), checkout / "benchmarks" / "timed.py"
+    source.write_text(CODE.replace("What it does.", "Other words."))
+    assert not stale.judge(path, checkout).is_stale
+    source.write_text(CODE.replace("= 4", "= 8"))
+    assert stale.judge(path, checkout).reason == "benchmarks/timed.py"
+
+
+def test_a_file_of_other_options_is_not_the_measurement(checkout: Path) -> None:
+    path = save(checkout, command="python benchmarks/timed.py --rounds 1")
+    assert stale.judge(path, checkout).reason == stale.OTHER_OPTIONS
+
+
+def test_a_file_without_hashes_is_judged_by_a_clean_commit_only(checkout: Path) -> None:
+    head = git(checkout, "rev-parse", "HEAD")
+    path = save(checkout, source_hashes=None, git_sha=head)
+    assert not stale.judge(path, checkout).is_stale
+    (checkout / "benchmarks" / "timed.py").write_text(CODE.replace("= 4", "= 8"))
+    assert stale.judge(path, checkout).reason == "benchmarks/timed.py"
+    for unclear in (f"{head}-dirty", "unknown", "f" * 40):
+        save(checkout, source_hashes=None, git_sha=unclear)
+        assert stale.judge(path, checkout).reason == stale.NO_FINGERPRINT
+
+
+def test_a_file_of_no_measurement_is_named(checkout: Path) -> None:
+    path = checkout / "old.json"
+    path.write_text("{}")
+    assert stale.judge(path, checkout).reason == stale.OF_NO_MEASUREMENT
+
+
+def test_the_commit_of_a_file_is_found_by_its_sources(checkout: Path) -> None:
+    first, source = git(checkout, "rev-parse", "HEAD"), checkout / "benchmarks" / "timed.py"
+    path = save(checkout)
+    source.write_text(CODE.replace("= 4", "= 8"))
+    git(checkout, "commit", "-qam", "second")
+    stale.write_revision(path, checkout)
+    assert json.loads(path.read_text())["revision"] == first
+    source.write_text(CODE.replace("= 4", "= 16"))
+    path = save(checkout)
+    stale.write_revision(path, checkout)
+    assert json.loads(path.read_text())["revision"] == "unknown"
+
+
+def test_an_exported_tree_knows_its_commit(checkout: Path, tmp_path: Path) -> None:
+    exported, hashes = tmp_path / "exported", fingerprint.hashes(["benchmarks/*.py"], checkout)
+    exported.mkdir()
+    head = git(checkout, "rev-parse", "HEAD")
+    git(checkout, "archive", "-o", str(tmp_path / "a.tar"), "HEAD")
+    subprocess.run(["tar", "-xf", str(tmp_path / "a.tar"), "-C", str(exported)], check=True)
+    assert fingerprint.head_with(hashes, exported) == head
+    assert fingerprint.head_with(hashes, checkout) == head
+    (checkout / "benchmarks" / "timed.py").write_text(CODE.replace("= 4", "= 8"))
+    changed = fingerprint.hashes(["benchmarks/*.py"], checkout)
+    assert fingerprint.head_with(changed, checkout) is None
+
+
+def test_rows_are_kept_of_the_same_code_and_machine_only(tmp_path: Path) -> None:
+    path, head = tmp_path / "server.json", report.header()
+    assert not report.is_of_this_run(path, head)
+    report.save(path, head, [{"seed": 1}])
+    assert report.is_of_this_run(path, head)
+    assert not report.is_of_this_run(path, head | {"gpu": "another"})
+    document = report.read(path)
+    assert list(document)[-2:] == ["rows", "source_hashes"]
+    path.write_text(json.dumps(document | {"fingerprint": "other"}))
+    assert not report.is_of_this_run(path, head)
