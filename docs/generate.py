@@ -1,7 +1,9 @@
-"""Write the pages of docs that the code itself says: every command and flag, every public name.
+"""Write the pages of docs that the code itself says, and the tables that results files say.
 
-Run as a script (`make docs`) after changing either; a test compares the pages with the code, so
-that no flag and no signature changes unseen.
+Commands, flags and public names are whole pages; tables and numbers stand between marks in README
+and docs (benchmarks/doc_tables.py says how). Run as a script (`make docs`) after changing code or
+results; a test compares the pages with both, so that no flag, no signature and no number changes
+unseen.
 """
 
 from __future__ import annotations
@@ -17,8 +19,13 @@ import typer
 import stree_core
 from stree_autotune.cli.commands import app
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from doc_tables import filled
+
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
+WHOLE = ("commands.md", "api.md")
 KERNELS, AUTOTUNE, CORE = (
     ROOT / folder for folder in ("kernels/stree_kernels", "autotune/stree_autotune", "stree_core")
 )
@@ -59,15 +66,22 @@ The public names; everything else may change without notice. Written by `make do
 
 
 def main() -> None:
-    """Write both pages."""
-    for name, text in pages().items():
-        (DOCS / name).write_text(text)
-        sys.stdout.write(f"docs/{name}\n")
+    """Write the pages, and print which changed."""
+    for path, text in (pages() | marked_pages()).items():
+        if path.read_text() != text:
+            path.write_text(text)
+            sys.stdout.write(f"{path.relative_to(ROOT)}\n")
 
 
-def pages() -> dict[str, str]:
-    """Return the text of every generated page by file name."""
-    return {"commands.md": commands_page(), "api.md": api_page()}
+def pages() -> dict[Path, str]:
+    """Return the text of every page that is generated as a whole."""
+    return {DOCS / "commands.md": commands_page(), DOCS / "api.md": api_page()}
+
+
+def marked_pages() -> dict[Path, str]:
+    """Return the text of every other page, what stands between marks as results files say it."""
+    pages = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+    return {page: filled(page.read_text()) for page in pages if page.name not in WHOLE}
 
 
 def commands_page() -> str:

@@ -51,8 +51,14 @@ def generator() -> ModuleType:
 
 @pytest.mark.parametrize("name", ["commands.md", "api.md"])
 def test_commands_flags_and_public_names_change_with_their_page_only(name: str) -> None:
-    written = (ROOT / "docs" / name).read_text().splitlines()
-    assert written == generator().pages()[name].splitlines(), "run `make docs`, look at the diff"
+    page = ROOT / "docs" / name
+    written = page.read_text().splitlines()
+    assert written == generator().pages()[page].splitlines(), "run `make docs`, look at the diff"
+
+
+def test_tables_and_marked_numbers_are_those_of_the_results_files() -> None:
+    for page, text in generator().marked_pages().items():
+        assert page.read_text().splitlines() == text.splitlines(), f"{page}: run `make docs`"
 
 
 def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

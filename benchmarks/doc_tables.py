@@ -1,0 +1,262 @@
+"""The tables of README and docs, each made from results files or from what ships.
+
+A page marks where one stands; `make docs` writes what lies between the marks anew:
+
+    <!-- generated: NAME -->
+    <!-- end -->
+
+A number in a sentence is marked in the same way, with the row and the column that it is of:
+
+    <!-- value: FILE model=mamba2-2.7b batch=1 tokens=1 ms -->1.70<!-- end -->
+
+Tables end with a line that says where they come from. It says so first when a source changed since,
+or when it is not known of which code the numbers are.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from prediction_table import BY_BATCH, by_batch
+from report import Row, read, table
+from sources import RESULTS
+from stale import NO_FINGERPRINT, Verdict, judge
+
+OLDER = "*Measured on older code.*"
+UNKNOWN = "*Measured on code that is not known, to be measured again.*"
+END = "<!-- end -->"
+MARKED = re.compile(
+    r"(?P<begin><!-- (?P<kind>generated|value): (?P<what>[^>]+?) -->)(?P<text>.*?)" + END, re.DOTALL
+)
+Maker = Callable[[list[Row]], str]
+
+
+def filled(page: str) -> str:
+    """Return a page with everything between marks written anew."""
+    return MARKED.sub(lambda found: found["begin"] + _text(found) + END, page)
+
+
+def _text(found: re.Match[str]) -> str:
+    if found["kind"] == "value":
+        return value(found["what"])
+    if found["what"] not in TABLES:
+        raise ValueError(f"no table is called {found['what']}; known are {', '.join(TABLES)}")
+    return f"\n{TABLES[found['what']]()}{_origin(*FILES[found['what']])}\n"
+
+
+def value(what: str) -> str:
+    """Return one number of a results file, to three digits: FILE KEY=VALUE ... COLUMN."""
+    file, *keys, column = what.split()
+    wanted = dict(key.split("=", 1) for key in keys)
+    rows = [
+        row
+        for row in read(RESULTS / f"{file}.json")["rows"]
+        if all(str(row.get(key)) == want for key, want in wanted.items())
+    ]
+    if len(rows) != 1:
+        raise ValueError(f"{len(rows)} rows of {file} fit {what}; name one")
+    return number(rows[0][column])
+
+
+def number(measured: float | None) -> str:
+    """Return a number to three digits, or to the whole, with thousands set apart."""
+    if measured is None:
+        return "-"
+    is_whole = isinstance(measured, int) or abs(measured) >= 100
+    return f"{measured:,.0f}" if is_whole else f"{measured:#.3g}"
+
+
+def speed(tokens_per_s: float) -> str:
+    """Return tokens per second."""
+    return f"{tokens_per_s:,.0f}"
+
+
+def _origin(*files: str) -> str:
+    """Return the lines below a table: how old it is, then GPU, date, revision and command."""
+    lines = []
+    for file in files:
+        path = RESULTS / f"{file}.json"
+        document, verdict = read(path), judge(path)
+        revision = document.get("revision", "unknown")[:8]
+        facts = [document.get("gpu", "no GPU"), document["date"][:10], f"revision {revision}"]
+        facts += [f"{name} {document['versions'][name]}" for name in ("torch", "triton")]
+        facts += [f"spread at most {spread:.1%}"] if (spread := _spread(document["rows"])) else []
+        age = f"{_age(verdict)} " if verdict.is_stale else ""
+        command = " ".join(shlex.split(document["command"])[:2])
+        lines.append(f"{age}{', '.join(facts)}; `{command}`, `{path.name}`.")
+    return "\n" + "\n".join(lines)
+
+
+def _age(verdict: Verdict) -> str:
+    return UNKNOWN if verdict.reason == NO_FINGERPRINT else OLDER
+
+
+def _spread(rows: Sequence[Row]) -> float:
+    """Return the largest standard deviation over median of what is ours."""
+    names = ("spread", "ours_spread", "live_spread")
+    return max((row.get(name) or 0.0 for row in rows for name in names), default=0.0)
+
+
+def pivot(rows: Sequence[Row], down: Sequence[str], across: str, cell: Callable[[Row], str]) -> str:
+    """Return a table with a row for each value of `down`, and a column for each of `across`."""
+    columns = list(dict.fromkeys(str(row[across]) for row in rows))
+    found = []
+    for key, group in itertools.groupby(rows, lambda row: [row[name] for name in down]):
+        cells = {str(row[across]): cell(row) for row in group}
+        found.append(
+            dict(zip(down, key, strict=True)) | {name: cells.get(name, "-") for name in columns}
+        )
+    return aligned(found, [*down, *columns])
+
+
+def aligned(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    """Return a table whose columns of numbers stand right, though they are texts."""
+    lines = table(rows, columns).splitlines()
+    is_number = [all(_is_number(row.get(name)) for row in rows) for name in columns]
+    lines[1] = "|" + "|".join(" ---: " if right else " --- " for right in is_number) + "|"
+    return "\n".join(lines) + "\n"
+
+
+def _is_number(cell: Any) -> bool:
+    return not isinstance(cell, str) or re.fullmatch(r"[-+]?[\d,.]* ?[x%]?", cell) is not None
+
+
+def _rows(file: str) -> list[Row]:
+    rows: list[Row] = read(RESULTS / f"{file}.json")["rows"]
+    return rows
+
+
+def kernels() -> str:
+    """The scan of one mamba2-2.7b layer beside its peers, µs."""
+    rows = [
+        {
+            "batch": row["batch"],
+            "tokens": row["tokens"],
+            "ours": number(row["ours_us"]),
+            "ours when it stores the state": number(row["ours_storing_us"]),
+            "one token": number(row["one_token_us"]),
+            "SGLang": number(row["sglang_us"]),
+            "ours / one token": number(row["ours_over_one_token"]),
+            "SGLang / ours": number(row["sglang_over_ours"]),
+        }
+        for row in _rows("kernels-h200")
+        if row["shape"] == "mamba2-2.7b" and row["tokens"] in (1, 16, 64)
+    ]
+    return aligned(rows, list(rows[0]))
+
+
+def forward() -> str:
+    """Whole forward passes of the two models that have no attention, ms."""
+    rows = [row for row in _rows("forward-h200") if row["model"].startswith("mamba2-")]
+    return pivot(rows, ("model", "batch"), "tokens", lambda row: number(row["ms"]))
+
+
+def shapes() -> str:
+    """Every full-size shape that ships, ms of passes."""
+    rows = [
+        {**row, "pass": f"batch {row['batch']}: {row['tokens']} tokens".replace(" 1 tokens", " 1")}
+        for row in _rows("shapes-h200")
+    ]
+    rows = [{**row, "shape": row["model"], "floor": number(row["weight_floor_ms"])} for row in rows]
+    return pivot(rows, ("shape", "floor"), "pass", lambda row: number(row["ms"]))
+
+
+def delta() -> str:
+    """A gated delta layer beside its peers, µs."""
+    peers = {"fla_us": "fla", "sglang_replay_us": "SGLang, replay", "sglang_tree_us": "SGLang"}
+    rows = []
+    for row in _rows("delta-h200"):
+        if row["tokens"] == 32:
+            continue
+        best = min((row[key], name) for key, name in peers.items() if row[key] is not None)
+        rows.append(
+            {
+                "batch": row["batch"],
+                "tokens": row["tokens"],
+                "ours": number(row["ours_us"]),
+                "best other kernel": f"{number(best[0])} ({best[1]})",
+                "SGLang's tree kernel": number(row["sglang_tree_us"]),
+                "others / ours": number(best[0] / row["ours_us"]),
+            }
+        )
+    return aligned(rows, list(rows[0]))
+
+
+def draft() -> str:
+    """Draft passes by inner nodes of a level, ms."""
+    rows = _rows("draft-h200")
+    return pivot(rows, ("model", "batch"), "tokens", lambda row: number(row["ms"]))
+
+
+def prefill() -> str:
+    """Prompts, ms, beside mamba_ssm's where it was measured."""
+    names = {"prompt_tokens": "prompt", "piece_tokens": "piece", "peer_ms": "mamba_ssm ms"}
+    rows = [
+        {names.get(key, key): value for key, value in row.items()} for row in _rows("prefill-h200")
+    ]
+    for row in rows:
+        row |= {"ms": number(row["ms"]), "mamba_ssm ms": number(row["mamba_ssm ms"])}
+        row["tokens/s"] = number(row["tokens_per_s"])
+    return aligned(rows, ["model", "batch", "prompt", "piece", "ms", "tokens/s", "mamba_ssm ms"])
+
+
+def decode() -> str:
+    """Tokens per second of every mode of two pairs."""
+    rows = [{**row, "temperature": f"{row['temperature']:g}"} for row in _rows("decode-h200")]
+    down = ("pair", "batch", "temperature")
+    return pivot(rows, down, "mode", lambda row: speed(row["tokens_per_s"]))
+
+
+def mtp() -> str:
+    """Live tokens per second of a head and of a separate draft, tokens per step in brackets."""
+
+    def cell(row: Row) -> str:
+        return f"{speed(row['live_tokens_per_s'])} ({row['live_tokens_per_step']:.2f})"
+
+    return pivot(_rows("mtp-h200"), ("mode", "batch", "draft"), "tree", cell)
+
+
+def generation() -> str:
+    """One token of mamba_ssm's generation and of ours, ms."""
+    rows = _rows("generation-h200")
+    return pivot(rows, ("batch",), "engine", lambda row: f"{row['token_ms']:.2f}")
+
+
+def prediction() -> str:
+    """Errors of predicted tokens per second by pair and batch size."""
+    return table(by_batch(_rows("prediction-h200")), BY_BATCH)
+
+
+def regret() -> str:
+    """How much slower each pick is than the fastest tree, by second times."""
+    picks = ("offline point", "offline verdict", "measured point", "measured verdict")
+    found = []
+    for row in _rows("regret-h200"):
+        for pick in filter(None, row["chosen_by"].split(", ")):
+            found.append({**row, "pick": pick})
+    found.sort(key=lambda row: (row["pair"], row["batch"], picks.index(row["pick"])))
+    return pivot(found, ("pair", "batch"), "pick", lambda row: f"{row['regret']:.1%}")
+
+
+def lossless() -> str:
+    """Tokens that differ from the target's own, of 100,000, and the largest logit margin."""
+    rows = []
+    for row in _rows("lossless-h200"):
+        margin = max(row["margins_at_first_difference"], default=0.0)
+        flips = number(row["flips_per_100k_tokens"])
+        rows.append({**row, "flips": f"{flips} ({margin:.3f})"})
+    return pivot(rows, ("dtype", "batch"), "mode", lambda row: row["flips"])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    maker.__name__: maker
+    for maker in (
+        kernels, forward, shapes, delta, draft, prefill, decode, mtp, generation, prediction,
+        regret, lossless,
+    )
+}  # fmt: skip
+FILES = {name: (f"{name}-h200",) for name in TABLES}
