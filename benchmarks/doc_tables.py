@@ -130,6 +130,25 @@ def _rows(file: str) -> list[Row]:
     return rows
 
 
+def live() -> str:
+    """Every tree and chain of the shipped profiles, live, beside the best chain and off."""
+    rows = [
+        {
+            "profile": row["profile"].partition("--")[2],
+            "batch": row["batch"],
+            "row": f"{row['verdict']} of {row['nodes']}",
+            "tokens/s": speed(row["tokens_per_s"]),
+            "best chain": f"{speed(row['chain_tokens_per_s'])} ({row['chain']})",
+            "off": speed(row["off_tokens_per_s"]),
+            "over best chain": f"{row['over_chain']:.2f}x",
+            "over off": f"{row['over_off']:.2f}x",
+            "predicted": f"{row['predicted_over_off']:.2f}x",
+        }
+        for row in _rows("live-h200")
+    ]
+    return aligned(rows, list(rows[0]))
+
+
 def kernels() -> str:
     """The scan of one mamba2-2.7b layer beside its peers, µs."""
     rows = [
@@ -255,7 +274,7 @@ def lossless() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     maker.__name__: maker
     for maker in (
-        kernels, forward, shapes, delta, draft, prefill, decode, mtp, generation, prediction,
+        live, kernels, forward, shapes, delta, draft, prefill, decode, mtp, generation, prediction,
         regret, lossless,
     )
 }  # fmt: skip

@@ -21,6 +21,7 @@ EXPORTED = ".git_archival.txt"
 """Holds the commit in a tree that `git archive` exported; `.gitattributes` has it filled in."""
 Hashes = dict[str, str]
 """The hash of each source by its path in the checkout."""
+ORIGIN_BLOCKS = re.compile(rb"^(?:measured|provenance):.*\n(?: .*\n)*", re.MULTILINE)
 IGNORED_FIELDS = frozenset({"kind", "type_comment", "type_params", "type_ignores", "ctx"})
 
 
@@ -52,9 +53,15 @@ def changed(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 
 @functools.cache
 def hash_of(path: str, content: bytes) -> str:
-    """Return the hash of a source: of a Python file of what it says, of others of the bytes."""
-    if PurePosixPath(path).suffix == ".py":
+    """Return the hash of a source: of a Python file of what it says, of others of the bytes.
+
+    Of a table or a profile in YAML, who made it and when it was measured change no number.
+    """
+    suffix = PurePosixPath(path).suffix
+    if suffix == ".py":
         content = "\n".join(_words(ast.parse(content))).encode()
+    elif suffix == ".yaml":
+        content = ORIGIN_BLOCKS.sub(b"", content)
     return hashlib.sha256(content).hexdigest()[:NUM_DIGITS]
 
 

@@ -122,6 +122,14 @@ FITTING_SHAPES = (
 # In order of worth: what comes first is run first.
 MEASUREMENTS = (
     Measurement(
+        "live", "live", minutes=3, arguments=("--write",),
+        sources=(
+            *bench("live", "prediction", "traced_pair"), *STEP, *COST, *WALK, *LIVE,
+            *_tuner("live", "speed"), *_tables("*"), "profiles/tuned/h200--*.yaml",
+            "profiles/traces/*--greedy.safetensors", *DEMO_MODELS,
+        ),
+    ),
+    Measurement(
         "kernels", "kernels", minutes=2.5, peers="--sglang",
         sources=(
             *bench("kernels", "candidates", "layer_data", "bench_shapes", "peers"), *TIMING, *SCAN,

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scripts import script
 from synthetic import trace_of
-from synthetic_data import make_trace
+from synthetic_data import make_profile, make_trace, policy_row
 
 from stree_autotune.probe.timing import Effort
 from stree_autotune.trace.file import NO_RANK, Trace
+from stree_autotune.trace.tree_walk import walk
 from stree_core.drafting.checkpoint import random_model
 from stree_core.drafting.pair import Pair
 from stree_core.families.model_shape import Block, Mamba2Shape, ModelShape
@@ -22,7 +25,8 @@ from stree_core.families.weight_map import mamba2_part, matrix, vector
 from stree_core.models.backend import load_backend
 from stree_core.models.model import Model
 from stree_core.models.source import ModelSource
-from stree_core.profile import ModelRef
+from stree_core.profile import ModelRef, PolicyRow
+from stree_core.tree import Tree
 from stree_kernels.ssm import tree_scan_ref
 
 CPU = torch.device("cpu")
@@ -213,7 +217,7 @@ def tiny_model(vocab_size: int) -> Model:
     return random_model(shape, load_backend("torch", CPU), torch.float32, CPU)
 
 
-def traced_case(trace: Trace) -> object:
+def traced_case(trace: Trace) -> Any:
     """A pair of random weights that accepts what a trace says, and a cost of 2 ms a step."""
     model = tiny_model(2000)
     source = ModelSource(ModelRef(name="tiny", config_sha256="0" * 64), model.shape, None)
@@ -281,3 +285,51 @@ def test_rows_of_other_pairs_are_kept(tmp_path: Path) -> None:
     ]
     assert document["sources"]["demo"]["speed"] == 2.0
     assert document["sources"]["mamba2-2.7b"]["speed"] == 3.0
+
+
+def live_case(trace: Trace, live: ModuleType, *rows: PolicyRow) -> Any:
+    case = traced_case(trace)
+    profile = make_profile(*rows)
+    return live.Case("tiny", profile, case.pair, trace, False, case.cost)
+
+
+def test_a_profile_s_row_is_decoded_beside_chains_and_off_on_the_same_prompts() -> None:
+    live = script("live")
+    trace = make_trace(num_prompts=6, length=30)
+    tree = Tree.from_paths([[0], [1], [0, 0]])
+    policy = policy_row(2, tree)
+    case = live_case(trace, live, policy)
+    row = live.measure(case, policy, 6)
+    assert row["tokens_per_step"] == row["traced_tokens_per_step"] > 1
+    assert row["verdict"] == "tree"
+    assert row["prompts"] == 6
+    assert row["over_off"] == pytest.approx(row["tokens_per_s"] / row["off_tokens_per_s"], rel=1e-2)
+    chains = live.chains(case, 2, tree)
+    assert row["chain"] in [chain.num_nodes for chain in chains]
+    # every step of this case takes as long, so the best chain is that of most tokens per step
+    longest = max(map(Tree.chain, range(1, 13)), key=lambda each: walk(trace, each).tokens_per_step)
+    assert chains[0] == longest
+    assert longest not in live.chains(case, 2, longest)
+    speeds = [row[f"{prefix}tokens_per_step"] for prefix in ("", "chain_")]
+    prompts = np.arange(6)
+    chain = Tree.chain(row["chain"])
+    walked = [walk(trace, each, prompts).tokens_per_step for each in (tree, chain)]
+    assert speeds == pytest.approx(walked, rel=1e-3)
+    block = live.with_measured(case.profile, report.header(), [row]).measured
+    assert [each.mode for each in block.rows] == [
+        "off",
+        f"best chain ({row['chain']})",
+        "tuned tree",
+    ]
+    assert block.rows[2].tokens_per_s == row["tokens_per_s"]
+
+
+def test_shipped_profiles_are_taken_by_gpu_full_size_pairs_first() -> None:
+    live = script("live")
+    names = [name for name, _ in live.profiles_of("h200", [])]
+    assert all(name.startswith("h200--") for name in names)
+    shapes = [live.is_shape(name.split("--")[1]) for name in names]
+    assert shapes == sorted(shapes, reverse=True)
+    assert [name for name, _ in live.profiles_of("h200", names[:1])] == names[:1]
+    with pytest.raises(SystemExit, match="no shipped profile of b200"):
+        live.profiles_of("b200", [])

@@ -56,6 +56,16 @@ def test_files_that_are_not_python_count_by_their_bytes() -> None:
     assert fingerprint.hash_of("a.yaml", b"a: 1") != fingerprint.hash_of("a.yaml", b"a: 1 # one")
 
 
+def test_who_made_a_table_and_when_is_no_change_of_it() -> None:
+    def profile(step_ms: int, date: int) -> bytes:
+        block = f"measured:\n  date: {date}\n  rows:\n  - {{a: {date}}}\n"
+        return f"step_ms: {step_ms}\n{block}provenance: {{date: {date}}}\n".encode()
+
+    same, other = profile(1, 2), profile(2, 1)
+    assert fingerprint.hash_of("a.yaml", profile(1, 1)) == fingerprint.hash_of("a.yaml", same)
+    assert fingerprint.hash_of("a.yaml", profile(1, 1)) != fingerprint.hash_of("a.yaml", other)
+
+
 def test_a_glob_of_no_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no file matches"):
         fingerprint.hashes(["*.py"], tmp_path)

@@ -1,0 +1,269 @@
+"""Decode as the shipped profiles say, beside the best chain and no speculation.
+
+    python benchmarks/live.py [--profiles NAME ...] [--batches B ...] [--write] [--output FILE]
+    python benchmarks/live.py --table FILE
+
+Every row of a profile of this GPU that says tree or chain is decoded live, in one run with off and
+two chains, all on the same prompts, in turns over parts of them; the best chain is the faster of
+the two. They are those that the profile's table and trace predict fastest, the row's own left out.
+The demo pair on the demo set decodes by itself, sampled where the profile samples. Of other
+profiles the prompts do not ship or the weights are random: their steps compute every pass and
+accept what the profile's trace says (traced_pair.py), prompt by prompt. tokens/s is live
+(live_speed): all slots at work, prefill left out. `--write` puts the rows into the profiles, as
+their measured block.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from prediction import give_back, requests_of
+from report import RESULTS, Row, header, print_table, save, table
+from traced_pair import traced_rules
+
+from stree_autotune.cost.step_cost import StepCost
+from stree_autotune.live.measure import prompt_for
+from stree_autotune.live.speed import LiveSpeed, joined, live_speed, typical_context
+from stree_autotune.store.library import Library, shipped_root
+from stree_autotune.store.open_models import DEMO_DATASET, PairRequest, open_pair, open_prompts
+from stree_autotune.store.origin import versions
+from stree_autotune.store.runtime_table import load_runtime_table
+from stree_autotune.store.step_rule import StepRule
+from stree_autotune.trace.file import Trace, load_trace
+from stree_autotune.trace.tree_walk import walk
+from stree_core.drafting.pair import Pair, Runtime, device_name, short_gpu_name
+from stree_core.engine.decode import generate
+from stree_core.engine.engine import Engine, EngineConfig, needed_positions
+from stree_core.engine.request import Request
+from stree_core.engine.rules import SamplingSupport
+from stree_core.engine.sampling import SamplingParams
+from stree_core.engine.stop import StopRule
+from stree_core.models.backend import resolve_device
+from stree_core.profile import (
+    Measured,
+    MeasuredBlock,
+    PolicyRow,
+    Profile,
+    load_profile,
+    save_profile,
+)
+from stree_core.tree import OFF, Tree
+
+PROMPTS, PARTS = 16, 2
+LONGEST_CHAIN, CHAINS = 12, 2
+WARM_UP_TOKENS = 16
+SHOWN = (
+    "profile", "batch", "verdict", "nodes", "tokens_per_s", "chain", "chain_tokens_per_s",
+    "off_tokens_per_s", "over_chain", "over_off", "predicted_over_off",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A profile with its pair, what its trace says and what its table predicts.
+
+    It has what prediction.py asks of a case to make requests.
+    """
+
+    name: str
+    profile: Profile
+    pair: Pair
+    trace: Trace
+    accepts_by_itself: bool
+    cost: StepCost
+
+
+def main() -> None:
+    options = parse()
+    if options.table is not None:
+        print_table(options.table, SHOWN, lambda row: True)
+        return
+    head, rows = header(), []
+    device = resolve_device(options.device)
+    gpu = short_gpu_name(device_name(device), device)
+    pair: Pair | None = None
+    for name, profile in profiles_of(options.gpu or gpu, options.profiles):
+        names = (profile.target.name, profile.draft.name)
+        if pair is None or (pair.target_ref.name, pair.draft_ref.name) != names:
+            del pair
+            give_back()
+            pair = opened(*names, options.device)
+        case, before = case_of(name, profile, pair), len(rows)
+        for policy in profile.policy:
+            asked_for = not options.batches or policy.batch_size in options.batches
+            if policy.verdict == "off" or not asked_for:
+                continue
+            rows.append(measure(case, policy, options.prompts))
+            print(table(rows[-1:], SHOWN).splitlines()[-1], flush=True)
+            save(options.output, head, rows)
+            give_back()
+        del case
+        if options.write and len(rows) > before:
+            path = shipped_root() / "tuned" / f"{name}.yaml"
+            save_profile(with_measured(profile, head, rows[before:]), path)
+    print(table(rows, SHOWN), end="")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="The rows of shipped profiles, live")
+    parser.add_argument("--profiles", nargs="+", default=[], help="names; all of this GPU's")
+    parser.add_argument("--batches", nargs="+", type=int, default=[], help="all of a profile's")
+    parser.add_argument("--prompts", type=int, default=PROMPTS, help="of each row, or a slot each")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--gpu", default="", help="take the profiles of this GPU")
+    parser.add_argument("--write", action="store_true", help="put the rows into the profiles")
+    parser.add_argument("--output", type=Path, default=RESULTS / "live-h200.json")
+    parser.add_argument("--table", type=Path, help="print this result file as Markdown and stop")
+    return parser.parse_args()
+
+
+def profiles_of(gpu: str, wanted: Sequence[str]) -> list[tuple[str, Profile]]:
+    """Return the shipped profiles of a GPU, full-size pairs first, those of one pair together."""
+    paths = sorted((shipped_root() / "tuned").glob(f"{gpu}--*.yaml"))
+    chosen = [path for path in paths if not wanted or path.stem in wanted]
+    found = [(path.stem, load_profile(path)) for path in chosen]
+    if not found:
+        raise SystemExit(f"no shipped profile of {gpu} has such a name; see stree-tune list")
+    found.sort(key=lambda item: (not is_shape(item[1].target.name), item[1].draft.name, item[0]))
+    return found
+
+
+def is_shape(name: str) -> bool:
+    """Say whether a model ships as a shape alone, without weights."""
+    return not (shipped_root() / "models" / name).is_dir()
+
+
+def opened(target: str, draft: str, device: str) -> Pair:
+    """Return a profile's pair, with random weights where none ship."""
+    return open_pair(PairRequest(target, draft, (), Runtime(device), shapes=is_shape(target)))
+
+
+def case_of(name: str, profile: Profile, pair: Pair) -> Case:
+    """Return what a profile's rows are decoded with."""
+    library = Library.open(())
+    trace = load_trace(library.find_trace_file(Path(profile.sources.trace.name).stem))
+    by_itself = profile.dataset == DEMO_DATASET and not is_shape(profile.target.name)
+    prompts = pair.encode(open_prompts(DEMO_DATASET).texts) if by_itself else [prompt_for(0)]
+    runtime = load_runtime_table(shipped_root() / profile.sources.runtime.name)
+    rule, context = StepRule.of(profile.sampling), typical_context(prompts, trace)
+    return Case(name, profile, pair, trace, by_itself, StepCost.from_table(runtime, rule, context))
+
+
+def measure(case: Case, policy: PolicyRow, num_prompts: int) -> Row:
+    """Decode the same prompts by a row of the profile, by chains and without speculation."""
+    batch, tree = policy.batch_size, policy.tree.build()
+    # Prompts with a step, and as many as fill waves.
+    with_steps = np.flatnonzero(np.diff(case.trace.offsets) > 0)
+    chosen = with_steps[: max(num_prompts // batch, 1) * batch].tolist()
+    requests = sampled(case, requests_of(case, chosen))
+    trees = [tree, OFF, *chains(case, batch, tree)]
+    needed = max(
+        needed_positions(len(each.prompt), each.stop.max_new_tokens, trees) for each in requests
+    )
+    config = EngineConfig(
+        batch,
+        max(case.profile.context, needed),
+        sampling=SamplingSupport.of(case.profile.sampling),
+    )
+    rules = None
+    if not case.accepts_by_itself:
+        # One script for all engines: they decode in turns.
+        rules = traced_rules(case.pair, case.trace, batch)
+    engines = {
+        each: Engine(case.pair.target, case.pair.draft, each, config, rules=rules) for each in trees
+    }
+    for engine in engines.values():
+        generate(engine, [each.prompt for each in requests[:batch]], StopRule(WARM_UP_TOKENS))
+    # Whole waves in each part, so that slots are at work.
+    waves = max(1, len(requests) // batch)
+    size = batch * -(-waves // min(PARTS, waves))
+    parts = [requests[at : at + size] for at in range(0, len(requests), size)]
+    runs = [{each: live_speed(engine, part) for each, engine in engines.items()} for part in parts]
+    return row_of(case, policy, {each: [run[each] for run in runs] for each in trees}, chosen)
+
+
+def chains(case: Case, batch: int, tree: Tree) -> list[Tree]:
+    """Return the chains that are predicted fastest, but for the row's own."""
+    longest = min(LONGEST_CHAIN, case.trace.meta.max_depth)
+    speeds = {}
+    for chain in map(Tree.chain, range(1, longest + 1)):
+        tokens_per_step = walk(case.trace, chain).tokens_per_step
+        speeds[chain] = tokens_per_step / case.cost.step_ms(batch, chain, tokens_per_step)
+    speeds.pop(tree, None)
+    return sorted(speeds, key=lambda chain: -speeds[chain])[:CHAINS]
+
+
+def sampled(case: Case, requests: Sequence[Request]) -> list[Request]:
+    """Return the requests with the profile's sampling, where they decode by themselves."""
+    if not case.accepts_by_itself:
+        return list(requests)
+    return [
+        Request(each.prompt, each.stop, SamplingParams.of(case.profile.sampling, seed))
+        for seed, each in enumerate(requests)
+    ]
+
+
+def row_of(
+    case: Case, policy: PolicyRow, runs: dict[Tree, list[LiveSpeed]], chosen: Sequence[int]
+) -> Row:
+    """Return a row: the tree beside the faster chain and off."""
+    tree = policy.tree.build()
+    whole = {each: joined(parts) for each, parts in runs.items()}
+    best = max(set(whole) - {tree, OFF}, key=lambda each: whole[each].tokens_per_s)
+    rates = [a.tokens_per_s / b.tokens_per_s for a, b in zip(runs[tree], runs[OFF], strict=True)]
+    own, chain, off = whole[tree], whole[best], whole[OFF]
+    predicted = walk(case.trace, tree, np.array(chosen)).tokens_per_step
+    return {
+        "profile": case.name,
+        "batch": policy.batch_size,
+        "verdict": policy.verdict,
+        "nodes": tree.num_nodes,
+        "depth": tree.depth,
+        "acceptance": "its own" if case.accepts_by_itself else "of its trace",
+        "prompts": len(chosen),
+        "tokens_per_s": round(own.tokens_per_s, 1),
+        "tokens_per_step": round(own.tokens_per_step, 4),
+        "traced_tokens_per_step": round(predicted, 4),
+        "step_ms": round(own.step_ms, 4),
+        "chain": best.num_nodes,
+        "chain_tokens_per_s": round(chain.tokens_per_s, 1),
+        "chain_step_ms": round(chain.step_ms, 4),
+        "chain_tokens_per_step": round(chain.tokens_per_step, 4),
+        "off_tokens_per_s": round(off.tokens_per_s, 1),
+        "off_step_ms": round(off.step_ms, 4),
+        "over_chain": round(own.tokens_per_s / chain.tokens_per_s, 3),
+        "over_off": round(own.tokens_per_s / off.tokens_per_s, 3),
+        "predicted_over_off": round(policy.predicted.speedup, 3),
+        "parts_over_off": [round(rate, 3) for rate in rates],
+    }
+
+
+def with_measured(profile: Profile, head: Row, rows: Sequence[Row]) -> Profile:
+    """Return a profile with its rows, their chains and off as its measured block."""
+    measured = []
+    for row in rows:
+        for mode, prefix in (
+            ("off", "off_"),
+            (f"best chain ({row['chain']})", "chain_"),
+            (f"tuned {row['verdict']}", ""),
+        ):
+            measured.append(
+                Measured(
+                    batch_size=row["batch"],
+                    mode=mode,
+                    tokens_per_step=row.get(f"{prefix}tokens_per_step", 1.0),
+                    step_ms=row[f"{prefix}step_ms"],
+                    tokens_per_s=row[f"{prefix}tokens_per_s"],
+                )
+            )
+    known = {name: head["versions"][name] for name in versions()}
+    block = MeasuredBlock(gpu=head["gpu"], date=head["date"], versions=known, rows=tuple(measured))
+    return profile.model_copy(update={"measured": block})
+
+
+if __name__ == "__main__":
+    main()
