@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import fingerprint
 import numpy as np
 from prediction import give_back, requests_of
 from report import RESULTS, Row, header, print_table, save, table
@@ -103,7 +104,7 @@ def main() -> None:
             give_back()
         del case
         if options.write and len(rows) > before:
-            path = shipped_root() / "tuned" / f"{name}.yaml"
+            path = fingerprint.ROOT / "profiles" / "tuned" / f"{name}.yaml"
             save_profile(with_measured(profile, head, rows[before:]), path)
     print(table(rows, SHOWN), end="")
 

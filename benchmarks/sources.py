@@ -21,8 +21,9 @@ MINUTES = 1.0
 class Measurement:
     """One results file: `NAME-GPU.json`, or `NAME.json` where no GPU is needed.
 
-    `minutes` is an estimate, used until the file itself says how long its run took. `peers` is the
-    flag that takes the folder of other projects' wheels.
+    `minutes` is an estimate, used until the file itself says how long its run took. `peers` are
+    flags that take a file or folder of other projects, each with its glob in a folder of unpacked
+    wheels.
     """
 
     name: str
@@ -31,7 +32,7 @@ class Measurement:
     arguments: tuple[str, ...] = ()
     minutes: float = MINUTES
     gpu: bool = True
-    peers: str = ""
+    peers: tuple[tuple[str, str], ...] = ()
 
     def file(self, gpu: str) -> str:
         """Return the name of the results file on a GPU."""
@@ -113,6 +114,7 @@ DEMO, DEMO_MTP = "demo-target--demo-draft", "demo-target--mtp"
 SMALL, LARGE = "mamba2-2.7b--mamba2-130m", "mamba-in-llama-8b--mamba2-distilled-small"
 GSM8K = f"profiles/traces/{DEMO}--gsm8k--greedy.safetensors"
 DEMO_MODELS = ("profiles/models/demo-*/*.safetensors",)
+SHIPPED_SHAPES = (*SMALL.split("--"), *LARGE.split("--"))
 FITTING_SHAPES = (
     "mamba2-130m", "mamba2-1.3b", "mamba2-2.7b", "granite-4-h-1b", "mamba-in-llama-3b",
     "mamba-in-llama-8b", "nemotron-h-8b", "bamba-9b-v2", "falcon-h1-7b", "zamba2-7b",
@@ -122,6 +124,13 @@ FITTING_SHAPES = (
 # In order of worth: what comes first is run first.
 MEASUREMENTS = (
     Measurement(
+        "tables", "shipped", minutes=4, arguments=("tables",),
+        sources=(
+            *bench("shipped"), "autotune/stree_autotune/probe/*.py", *STEP, *DEMO_MODELS,
+            *(f"profiles/shapes/{name}.yaml" for name in SHIPPED_SHAPES),
+        ),
+    ),
+    Measurement(
         "live", "live", minutes=3, arguments=("--write",),
         sources=(
             *bench("live", "prediction", "traced_pair"), *STEP, *COST, *WALK, *LIVE,
@@ -130,7 +139,7 @@ MEASUREMENTS = (
         ),
     ),
     Measurement(
-        "kernels", "kernels", minutes=2.5, peers="--sglang",
+        "kernels", "kernels", minutes=2.5, peers=(("--sglang", "**/mamba_ssm.py"),),
         sources=(
             *bench("kernels", "candidates", "layer_data", "bench_shapes", "peers"), *TIMING, *SCAN,
         ),
@@ -162,7 +171,7 @@ MEASUREMENTS = (
         ),
     ),
     Measurement(
-        "delta", "delta", minutes=2, peers="--peers",
+        "delta", "delta", minutes=2, peers=(("--peers", "."),),
         sources=(
             *bench("delta", "delta_candidates", "delta_data", "delta_peers"),
             *bench("candidates", "layer_data", "bench_shapes"), *TIMING, *DELTA,
@@ -219,7 +228,7 @@ MEASUREMENTS = (
         sources=(*bench("fp8", "forward", "bench_shapes"), *TIMING, *PASS, *FP8, *DELTA),
     ),
     Measurement(
-        "delta-prompts", "delta_prompts", peers="--peers",
+        "delta-prompts", "delta_prompts", peers=(("--peers", "."),),
         sources=(
             *bench("delta_prompts", "delta_data", "delta_peers", "layer_data", "bench_shapes"),
             *TIMING, *DELTA,
@@ -228,6 +237,20 @@ MEASUREMENTS = (
     Measurement(
         "shared-memory", "shared_memory", minutes=1.5,
         sources=(*bench("shared_memory", "traced_pair"), *_tuner("probe", "timing"), *STEP),
+    ),
+    Measurement(
+        "profiles", "shipped", gpu=False, minutes=2, arguments=("profiles",),
+        sources=(
+            *bench("shipped"), "autotune/stree_autotune/search/*.py",
+            "autotune/stree_autotune/cost/*.py", *WALK, *_tables("*"), "profiles/traces/*",
+        ),
+    ),
+    Measurement(
+        "tables-cpu", "shipped", gpu=False, minutes=6, arguments=("tables", "--device", "cpu"),
+        sources=(
+            *bench("shipped"), "autotune/stree_autotune/probe/*.py", *STEP, *REFERENCES,
+            *DEMO_MODELS,
+        ),
     ),
     Measurement(
         "lossless-cpu", "lossless", gpu=False, minutes=25,

@@ -53,17 +53,30 @@ def judge(path: Path, root: Path = fingerprint.ROOT) -> Verdict:
     if then is None:
         return Verdict(path.name, NO_FINGERPRINT)
     changed = fingerprint.changed(then, measurement.hashes(root))
+    changed += rewritten(document["rows"], root)
     if not changed and options_of(document["command"], measurement) != measurement.arguments:
         return Verdict(path.name, OTHER_OPTIONS)
     return Verdict(path.name, names_of(changed))
 
 
+def rewritten(rows: list[dict[str, Any]], root: Path) -> list[str]:
+    """Return the files that a run wrote beside its results, and that are others now."""
+    made = {row["file"]: row["hash"] for row in rows if "hash" in row}
+    return [
+        file
+        for file, value in made.items()
+        if not (root / file).exists()
+        or fingerprint.hash_of(file, (root / file).read_bytes()) != value
+    ]
+
+
 def options_of(command: str, measurement: Measurement) -> tuple[str, ...]:
     """Return the options of a command that decide what is measured."""
     words = shlex.split(command)[2:]
-    if measurement.peers in words:
-        at = words.index(measurement.peers)
-        del words[at : at + 2]
+    for flag, _ in measurement.peers:
+        if flag in words:
+            at = words.index(flag)
+            del words[at : at + 2]
     return tuple(word for word in words if word != "--skip-gate")
 
 

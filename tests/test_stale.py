@@ -129,6 +129,7 @@ def save(folder: Path, **facts: object) -> Path:
         "command": "python benchmarks/timed.py --rounds 2 --skip-gate",
         "revision": "unknown",
         "source_hashes": hashes,
+        "rows": [{}],
         **facts,
     }
     path.write_text(json.dumps({key: value for key, value in document.items() if value}))
@@ -141,6 +142,19 @@ def test_a_file_is_stale_once_a_source_says_something_else(checkout: Path) -> No
     assert not stale.judge(path, checkout).is_stale
     source.write_text(CODE.replace("= 4", "= 8"))
     assert stale.judge(path, checkout).reason == "benchmarks/timed.py"
+
+
+def test_a_file_is_stale_once_what_it_wrote_is_rewritten(checkout: Path) -> None:
+    table = checkout / "table.yaml"
+    table.write_text("points: [1]\nmeasured:\n  date: today\n")
+    value = fingerprint.hash_of("table.yaml", table.read_bytes())
+    path = save(checkout, rows=[{"file": "table.yaml", "hash": value}])
+    table.write_text("points: [1]\nmeasured:\n  date: tomorrow\n")
+    assert not stale.judge(path, checkout).is_stale
+    table.write_text("points: [2]\n")
+    assert stale.judge(path, checkout).reason == "table.yaml"
+    table.unlink()
+    assert stale.judge(path, checkout).reason == "table.yaml"
 
 
 def test_a_file_of_other_options_is_not_the_measurement(checkout: Path) -> None:

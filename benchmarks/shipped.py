@@ -1,0 +1,126 @@
+"""Make the runtime tables and the tuned profiles that ship anew, by the commands that made them.
+
+    python benchmarks/shipped.py tables [--device cpu] [--only NAME ...]    on the GPU of the tables
+    python benchmarks/shipped.py profiles [--only NAME ...]                 anywhere
+
+Tables are probed (`stree-tune probe --effort quick`) and written into profiles/runtime. Profiles
+run the command that each has in its provenance and are written into profiles/tuned; one that comes
+out as it was stays with what was measured live of it. The results file says which files were made;
+it is stale when one of them is another now.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import fingerprint
+import torch
+from report import RESULTS, Row, header, save, table
+
+from stree_autotune.store.runtime_table import runtime_file_name
+from stree_core.drafting.pair import device_name, short_gpu_name
+from stree_core.models.backend import resolve_device
+from stree_core.profile import load_profile
+
+PAIRS = (
+    ("mamba2-2.7b", "mamba2-130m", True),
+    ("mamba-in-llama-8b", "mamba2-distilled-small", True),
+    ("demo-target", "demo-draft", False),
+    ("demo-target", "mtp", False),
+)
+"""Targets, drafts, and whether they are shapes with random weights."""
+PROFILES = fingerprint.ROOT / "profiles"
+ON_CPU = PAIRS[2:3]
+SHOWN = ("file", "hash", "seconds", "command")
+
+
+def main() -> None:
+    options = parse()
+    head, rows = header(), []
+    for path, command in commands(options):
+        if options.only and path.stem not in options.only:
+            continue
+        start, before = time.monotonic(), path.read_bytes() if path.exists() else b""
+        run(command)
+        if options.what == "profiles" and hash_of(path) == hash_of(path, before):
+            path.write_bytes(before)
+        rows.append(row_of(path, command, time.monotonic() - start))
+        print(table(rows[-1:], SHOWN).splitlines()[-1], flush=True)
+        save(options.output, head, rows)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Tables and profiles that ship, made anew")
+    parser.add_argument("what", choices=("tables", "profiles"))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--only", nargs="+", default=[], help="names of files, without suffix")
+    parser.add_argument("--output", type=Path, help="the results file")
+    options = parser.parse_args()
+    options.output = options.output or RESULTS / f"{options.what}.json"
+    return options
+
+
+def commands(options: argparse.Namespace) -> Iterator[tuple[Path, list[str]]]:
+    """Yield every file with the words of the command that makes it."""
+    if options.what == "tables":
+        device = resolve_device(options.device)
+        yield from table_commands(short_gpu_name(device_name(device), device), device)
+    else:
+        for path in sorted((PROFILES / "tuned").glob("*.yaml")):
+            yield path, profile_command(path)
+
+
+def table_commands(gpu: str, device: torch.device) -> Iterator[tuple[Path, list[str]]]:
+    """Yield the tables of a device; of a processor that of the demo pair alone."""
+    for target, draft, is_shape in PAIRS if device.type == "cuda" else ON_CPU:
+        pair = ["--shapes", f"{target},{draft}"]
+        if not is_shape:
+            pair = ["--target", target, "--draft", draft]
+        words = ["probe", "--gpu", gpu, *pair, "--effort", "quick", "--data", "profiles", "--force"]
+        path = PROFILES / "runtime" / runtime_file_name(gpu, target, draft)
+        yield path, [*words, "--device", device.type]
+
+
+def profile_command(path: Path) -> list[str]:
+    """Return the words of the command that made a profile, to write where it lies."""
+    words = shlex.split(load_profile(path).provenance.command)[1:]
+    for flag in ("-o", "--output"):
+        if flag in words:
+            at = words.index(flag)
+            del words[at : at + 2]
+    words = [word for word in words if word != "--force"]
+    place = path.relative_to(fingerprint.ROOT).as_posix()
+    return [*words, "-o", place, "--force"]
+
+
+def run(words: Sequence[str]) -> None:
+    """Run a command of stree-tune in the checkout."""
+    command = [sys.executable, "-m", "stree_autotune", *words]
+    done = subprocess.run(command, cwd=fingerprint.ROOT, check=False, stdout=subprocess.DEVNULL)
+    if done.returncode:
+        raise SystemExit(f"stree-tune {shlex.join(words)} ended with {done.returncode}; mend it")
+
+
+def hash_of(path: Path, content: bytes | None = None) -> str:
+    """Return the hash of a file, or of what it held before."""
+    return fingerprint.hash_of(path.name, path.read_bytes() if content is None else content)
+
+
+def row_of(path: Path, words: Sequence[str], seconds: float) -> Row:
+    place = path.relative_to(fingerprint.ROOT).as_posix()
+    return {
+        "file": place,
+        "hash": hash_of(path),
+        "seconds": round(seconds, 1),
+        "command": shlex.join(["stree-tune", *words]),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""The set of measurements as a run: what is left out, what is replaced, what is packed."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tarfile
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripts import script
+
+runner = script("all")
+shipped = script("shipped")
+sources = script("sources")
+
+OPTIONS = Namespace(peers=None, pack=None, skip_gate=False, only=[], gpu=False)
+WRITES = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text(sys.argv[2])"
+DOCUMENT = json.dumps({"command": "python x.py", "rows": [{"a": 1}]})
+
+
+def task(folder: Path, name: str = "timed", **facts: Any) -> Any:
+    measurement = sources.Measurement(name, name, (), gpu=False, **facts)
+    return runner.Task(measurement, folder / f"{name}.json", "not measured", 1.0)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout of nothing, where every file that was written is fresh."""
+    monkeypatch.setattr(runner.fingerprint, "ROOT", tmp_path)
+    monkeypatch.setattr(runner, "WORK", tmp_path / "build")
+    monkeypatch.setattr(runner, "judge", lambda path: runner.Verdict(path.name))
+    return tmp_path
+
+
+def run_with(monkeypatch: pytest.MonkeyPatch, code: str, *words: str) -> None:
+    def command(_: Any, options: Namespace, output: Path) -> list[str]:
+        return [sys.executable, "-c", code, str(output), *words]
+
+    monkeypatch.setattr(runner, "command_of", command)
+
+
+def test_a_benchmark_that_ends_well_replaces_its_file_and_is_packed(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_with(monkeypatch, WRITES, DOCUMENT)
+    (place / "timed.json").write_text("older")
+    options = Namespace(**{**vars(OPTIONS), "pack": place / "made.tar"})
+    assert runner.run_all([task(place)], options, time.monotonic() + 600) == []
+    assert (place / "timed.json").read_text() == DOCUMENT
+    with tarfile.open(options.pack) as file:
+        assert file.getnames() == ["timed.json"]
+
+
+@pytest.mark.parametrize(
+    ("code", "why"), [("raise SystemExit(3)", "ended with 3"), ("pass", "wrote no file")]
+)
+def test_one_that_fails_leaves_the_file_there_is(
+    place: Path, monkeypatch: pytest.MonkeyPatch, code: str, why: str
+) -> None:
+    run_with(monkeypatch, code)
+    (place / "timed.json").write_text("older")
+    ((_, told),) = runner.run_all([task(place)], OPTIONS, time.monotonic() + 600)
+    assert told.startswith(why)
+    assert (place / "timed.json").read_text() == "older"
+
+
+def test_one_that_takes_too_long_is_stopped(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_with(monkeypatch, "import time; time.sleep(60)")
+    assert runner.run(task(place), OPTIONS, 0.2) == "stopped after 0 s"
+
+
+def test_what_does_not_fit_or_lacks_its_peers_is_told(place: Path) -> None:
+    tasks = [task(place, "long"), task(place, "beside", peers=(("--peers", "."),))]
+    left = runner.run_all(tasks, OPTIONS, time.monotonic() + 30)
+    assert [why for _, why in left] == ["no time left", runner.NO_PEERS]
+
+
+def test_a_fresh_file_is_not_run_again_and_tells_how_long_it_took(place: Path) -> None:
+    measurement = sources.Measurement("timed", "timed", (), minutes=7.0)
+    assert runner.task_of(measurement, "h200", place).reason == "not measured"
+    (place / "timed-h200.json").write_text(json.dumps({"seconds": 90}))
+    found = runner.task_of(measurement, "h200", place)
+    assert (found.reason, found.minutes) == ("", 1.5)
+
+
+def test_commands_name_the_peers_files(place: Path) -> None:
+    (place / "sglang").mkdir()
+    (place / "sglang" / "mamba_ssm.py").touch()
+    (place / "benchmarks").mkdir()
+    (place / "benchmarks" / "kernels.py").write_text("--skip-gate")
+    options = Namespace(**{**vars(OPTIONS), "peers": place, "skip_gate": True})
+    peers = (("--sglang", "**/mamba_ssm.py"),)
+    measurement = sources.Measurement("kernels", "kernels", (), ("--quick",), peers=peers)
+    words = runner.command_of(measurement, options, Path("kernels-h200.json"))
+    expected = ["--quick", "--output", "kernels-h200.json"]
+    expected += ["--sglang", str(place / "sglang" / "mamba_ssm.py"), "--skip-gate"]
+    assert words[2:] == expected
+
+
+def test_both_halves_are_the_whole_set_in_its_order() -> None:
+    halves = [runner.chosen(Namespace(gpu=gpu, only=[])) for gpu in (True, False)]
+    names = [each.name for half in halves for each in half]
+    assert sorted(names) == sorted(each.name for each in sources.MEASUREMENTS)
+    assert names[:3] == ["tables", "live", "kernels"]
+    only = runner.chosen(Namespace(gpu=True, only=["live"]))
+    assert [each.name for each in only] == ["live"]
+
+
+def test_tables_and_profiles_are_made_by_commands_of_their_own() -> None:
+    tables = dict(shipped.table_commands("h200", shipped.torch.device("cuda")))
+    shipping = (shipped.PROFILES / "runtime").glob("h200--*.yaml")
+    assert {path.name for path in tables} == {path.name for path in shipping}
+    path = next((shipped.PROFILES / "tuned").glob("h200--*--mtp--demo.yaml"))
+    words = shipped.profile_command(path)
+    assert words[words.index("-o") + 1] == path.relative_to(shipped.PROFILES.parent).as_posix()
+    assert words.count("--force") == 1
