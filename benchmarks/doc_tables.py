@@ -21,13 +21,21 @@ import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from prediction_table import BY_BATCH, by_batch
 from report import Row, read, table
 from sources import RESULTS
 from stale import NO_FINGERPRINT, Verdict, judge
 
+from stree_autotune.trace.file import load_trace
+from stree_core.profile import load_profile
+
+PROFILES = RESULTS.parents[1] / "profiles"
+
 OLDER = "*Measured on older code.*"
 UNKNOWN = "*Measured on code that is not known, to be measured again.*"
+OF_OLDER_TIMES = "*Predicted from times of older code.*"
+OVER_CHAIN = re.compile(r"gains ([\d.]+ % \[[^]]+\]) over chain")
 END = "<!-- end -->"
 MARKED = re.compile(
     r"(?P<begin><!-- (?P<kind>generated|value): (?P<what>[^>]+?) -->)(?P<text>.*?)" + END, re.DOTALL
@@ -45,7 +53,9 @@ def _text(found: re.Match[str]) -> str:
         return value(found["what"])
     if found["what"] not in TABLES:
         raise ValueError(f"no table is called {found['what']}; known are {', '.join(TABLES)}")
-    return f"\n{TABLES[found['what']]()}{_origin(*FILES[found['what']])}\n"
+    name = found["what"]
+    origin = "" if name in OF_PROFILES else f"\n{_origin(f'{name}-h200')}\n"
+    return f"\n{TABLES[name]()}{origin}"
 
 
 def value(what: str) -> str:
@@ -75,20 +85,17 @@ def speed(tokens_per_s: float) -> str:
     return f"{tokens_per_s:,.0f}"
 
 
-def _origin(*files: str) -> str:
+def _origin(file: str) -> str:
     """Return the lines below a table: how old it is, then GPU, date, revision and command."""
-    lines = []
-    for file in files:
-        path = RESULTS / f"{file}.json"
-        document, verdict = read(path), judge(path)
-        revision = document.get("revision", "unknown")[:8]
-        facts = [document.get("gpu", "no GPU"), document["date"][:10], f"revision {revision}"]
-        facts += [f"{name} {document['versions'][name]}" for name in ("torch", "triton")]
-        facts += [f"spread at most {spread:.1%}"] if (spread := _spread(document["rows"])) else []
-        age = f"{_age(verdict)} " if verdict.is_stale else ""
-        command = " ".join(shlex.split(document["command"])[:2])
-        lines.append(f"{age}{', '.join(facts)}; `{command}`, `{path.name}`.")
-    return "\n" + "\n".join(lines)
+    path = RESULTS / f"{file}.json"
+    document, verdict = read(path), judge(path)
+    revision = document.get("revision", "unknown")[:8]
+    facts = [document["gpu"], document["date"][:10], f"revision {revision}"]
+    facts += [f"{name} {document['versions'][name]}" for name in ("torch", "triton")]
+    facts += [f"spread at most {spread:.1%}"] if (spread := _spread(document["rows"])) else []
+    command = " ".join(shlex.split(document["command"])[:2])
+    age = [_age(verdict)] if verdict.is_stale else []
+    return "\n".join([*age, f"{', '.join(facts)}:", f"`{command}`, `{path.name}`."])
 
 
 def _age(verdict: Verdict) -> str:
@@ -271,11 +278,62 @@ def lossless() -> str:
     return pivot(rows, ("dtype", "batch"), "mode", lambda row: row["flips"])
 
 
+def verdicts() -> str:
+    """What the profiles of full-size pairs say, predicted."""
+    rows = []
+    for path in sorted((PROFILES / "tuned").glob("h200--*.yaml")):
+        profile = load_profile(path)
+        if (PROFILES / "models" / profile.target.name).exists():
+            continue
+        for row in profile.policy:
+            told = row.predicted
+            interval = told.speedup_interval
+            rows.append(
+                {
+                    "pair": f"{profile.target.name} + {profile.draft.name}",
+                    "batch": row.batch_size,
+                    "verdict": row.tree.build().full_label.removeprefix("a "),
+                    "tokens/s": speed(told.tokens_per_s),
+                    "over off": f"{told.speedup:.2f}x [{interval.low:.2f}, {interval.high:.2f}]",
+                    "over the best chain": gain[1]
+                    if (gain := OVER_CHAIN.search(row.reason))
+                    else "-",
+                }
+            )
+    return aligned(rows, list(rows[0])) + _age_of_profiles()
+
+
+def _age_of_profiles() -> str:
+    """Return a line below what profiles predict, where their tables or they are of older code."""
+    paths = [RESULTS / name for name in ("tables-h200.json", "profiles.json")]
+    is_new = all(path.exists() and not judge(path).is_stale for path in paths)
+    return "" if is_new else f"\n{OF_OLDER_TIMES}\n"
+
+
+def traces() -> str:
+    """How often the demo pair's choices are taken, by the greedy traces that ship."""
+    rows = []
+    for path in sorted((PROFILES / "traces").glob("demo-target--*--greedy.safetensors")):
+        trace = load_trace(path)
+        counts = np.bincount(trace.ranks_ND[:, 0], minlength=4) / trace.num_positions
+        rows.append(
+            {
+                "draft": trace.meta.draft.name,
+                "dataset": trace.meta.dataset,
+                "prompts": trace.num_prompts,
+                "first choice": f"{counts[0]:.3f}",
+                "second to fourth": f"{counts[1:4].sum():.3f}",
+            }
+        )
+    return aligned(rows, list(rows[0]))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     maker.__name__: maker
     for maker in (
         live, kernels, forward, shapes, delta, draft, prefill, decode, mtp, generation, prediction,
-        regret, lossless,
+        regret, lossless, verdicts, traces,
     )
 }  # fmt: skip
-FILES = {name: (f"{name}-h200",) for name in TABLES}
+"""Each but those of OF_PROFILES is of the results file of its name."""
+OF_PROFILES = ("verdicts", "traces")

@@ -22,6 +22,8 @@ from stree_autotune.cli.commands import app
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from doc_tables import filled
+from prediction_figure import draw, rows_of_figure
+from report import RESULTS, read
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
@@ -71,6 +73,19 @@ def main() -> None:
         if path.read_text() != text:
             path.write_text(text)
             sys.stdout.write(f"{path.relative_to(ROOT)}\n")
+    for path in outdated_figures():
+        document = read(path.with_suffix(".json"))
+        draw(document["rows"], document["gpu"], path)
+        sys.stdout.write(f"{path.relative_to(ROOT)}\n")
+
+
+def outdated_figures() -> list[Path]:
+    """Return the figures in benchmarks/results that show other rows than their results file has."""
+    return [
+        path
+        for path in sorted(RESULTS.glob("*.svg"))
+        if rows_of_figure(read(path.with_suffix(".json"))["rows"]) not in path.read_text()
+    ]
 
 
 def pages() -> dict[Path, str]:

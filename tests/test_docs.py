@@ -61,6 +61,10 @@ def test_tables_and_marked_numbers_are_those_of_the_results_files() -> None:
         assert page.read_text().splitlines() == text.splitlines(), f"{page}: run `make docs`"
 
 
+def test_figures_show_the_rows_of_their_results_files() -> None:
+    assert generator().outdated_figures() == [], "run `make docs`"
+
+
 def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Return the dotted name of every key that a file of this schema may have."""
     for name, field in model.model_fields.items():
