@@ -3,7 +3,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup tune test format lint types imports wheel aot docs stale newcomer screenshots server-test gpu-test bench sanitize fuzz check
+.PHONY: setup tune test format lint types imports wheel aot docs stale newcomer screenshots server-test gpu-test bench sanitize fuzz release-check check
 
 setup: .venv/stamp
 
@@ -76,5 +76,9 @@ sanitize: setup
 	for tool in memcheck racecheck; do \
 	  compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest -q -m gpu -k sanitized || exit 1; \
 	done
+
+# Everything that a release needs, on a clean clone; needs a package index and some twenty minutes.
+release-check: setup
+	$(BIN)/python tests/release_check.py $(STEPS)
 
 check: lint types imports test wheel

@@ -1,6 +1,7 @@
 """Build sdist and wheel, install in a clean environment without torch, tune and report there.
 
-Run as a script (`make wheel`); needs a package index for the dependencies of the tuning path.
+Run as a script (`make wheel`); needs a package index for the dependencies of the tuning path. With
+`--sdist` the sdist is installed and tried as well.
 """
 
 from __future__ import annotations
@@ -43,7 +44,12 @@ def main() -> None:
         check_sdist(sdist)
         check_contents(wheel)
         binaries = install(wheel, scratch)
-        try_out(binaries, scratch)
+        try_out(binaries, scratch / "of-wheel")
+        if "--sdist" in sys.argv[1:]:
+            # pip builds it in an environment of its own, as a user's pip does
+            reinstall = ("--no-deps", "--force-reinstall", "--no-cache-dir", sdist)
+            run(binaries / "python", "-m", "pip", "install", "--quiet", *reinstall)
+            try_out(binaries, scratch / "of-sdist")
     sys.stdout.write("wheel ok\n")
 
 
@@ -94,9 +100,8 @@ def install(wheel: Path, scratch: Path) -> Path:
     return binaries
 
 
-def try_out(binaries: Path, scratch: Path) -> None:
-    """Show every shipped profile and tune, in an empty folder and without torch."""
-    folder = scratch / "elsewhere"
+def try_out(binaries: Path, folder: Path) -> None:
+    """Show every shipped profile and tune, in a new folder and without torch."""
     folder.mkdir()
     absent = "import importlib.util as u; assert u.find_spec('torch') is None, 'torch is there'"
     run(binaries / "python", "-c", absent, folder=folder)
