@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TAIL_LINES = 15
+TAIL_LINES = 40
 
 
 class StepFailedError(Exception):
@@ -96,17 +96,19 @@ def archives(clone: Path) -> None:
 
 def stale(clone: Path) -> None:
     """Every results file is of this code, and none is missing."""
-    run("make", "stale", folder=clone)
+    run("make", "setup", folder=clone)
+    run(".venv/bin/python", "benchmarks/stale.py", folder=clone)
 
 
 def run(*command: str, folder: Path) -> str:
     """Run a command without this environment on its path; return stdout, raise what it printed."""
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, check=False,
+    )  # fmt: skip
     if done.returncode:
-        lines = (done.stdout + done.stderr).splitlines()
+        lines = done.stdout.splitlines()
         raise StepFailedError("\n".join([" ".join(command), *lines[-TAIL_LINES:]]))
     return done.stdout
 
