@@ -68,8 +68,7 @@ gpu-test: setup
 	$(BIN)/pytest -m gpu
 
 bench: setup
-	$(BIN)/python benchmarks/kernels.py
-	$(BIN)/python benchmarks/forward.py
+	$(BIN)/python benchmarks/all.py --gpu
 
 # One case of each kernel and path: the tool runs a program some fifty times slower.
 sanitize: setup

@@ -54,7 +54,7 @@ from stree_core.profile import (
 )
 from stree_core.tree import OFF, Tree
 
-PROMPTS, PARTS = 16, 2
+PROMPTS, PARTS = 12, 2
 LONGEST_CHAIN, CHAINS = 12, 2
 WARM_UP_TOKENS = 16
 SHOWN = (

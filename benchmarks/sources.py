@@ -109,6 +109,7 @@ WALK = _tuner("trace", "tree_walk")
 SEARCH = _tuner("search", "path_counts", "study", "tree_solver", "tree_space")
 VERDICT = _tuner("search", "bootstrap", "cross_fit", "verdict")
 LIVE = _tuner("live", "measure")
+PROBE = ("autotune/stree_autotune/probe/*.py", "-autotune/stree_autotune/probe/report.py")
 REFERENCES = ("kernels/stree_kernels/**/*_ref.py",)
 DEMO, DEMO_MTP = "demo-target--demo-draft", "demo-target--mtp"
 SMALL, LARGE = "mamba2-2.7b--mamba2-130m", "mamba-in-llama-8b--mamba2-distilled-small"
@@ -126,7 +127,7 @@ MEASUREMENTS = (
     Measurement(
         "tables", "shipped", minutes=4, arguments=("tables",),
         sources=(
-            *bench("shipped"), "autotune/stree_autotune/probe/*.py", *STEP, *DEMO_MODELS,
+            *bench("shipped"), *PROBE, *STEP, *DEMO_MODELS,
             *(f"profiles/shapes/{name}.yaml" for name in SHIPPED_SHAPES),
         ),
     ),
@@ -241,15 +242,14 @@ MEASUREMENTS = (
     Measurement(
         "profiles", "shipped", gpu=False, minutes=2, arguments=("profiles",),
         sources=(
-            *bench("shipped"), "autotune/stree_autotune/search/*.py",
+            *bench("shipped"), "profiles/gpus/*.yaml", "autotune/stree_autotune/search/*.py",
             "autotune/stree_autotune/cost/*.py", *WALK, *_tables("*"), "profiles/traces/*",
         ),
     ),
     Measurement(
         "tables-cpu", "shipped", gpu=False, minutes=6, arguments=("tables", "--device", "cpu"),
         sources=(
-            *bench("shipped"), "autotune/stree_autotune/probe/*.py", *STEP, *REFERENCES,
-            *DEMO_MODELS,
+            *bench("shipped"), *PROBE, *STEP, *REFERENCES, *DEMO_MODELS,
         ),
     ),
     Measurement(
@@ -296,10 +296,11 @@ MEASUREMENTS = (
     Measurement(
         "fuzz", "fuzz", gpu=False, minutes=12,
         sources=(
-            *bench("fuzz", "fuzz_loaders", "fuzz_mutations"), "stree_core/*.py",
-            "stree_core/families/*.py", *_core("models", "source", "text", "weight_*"),
-            "autotune/stree_autotune/store/*.py", "autotune/stree_autotune/share/*.py",
-            "autotune/stree_autotune/export/*.py", *_tuner("trace", "file"),
+            *bench("fuzz", "fuzz_loaders", "fuzz_mutations"), "stree_core/families/*.py",
+            *(f"stree_core/{name}.py" for name in ("files", "limits", "profile", "strict_yaml")),
+            *_core("models", "source", "text", "scaled_files", "weight_*"),
+            *_tuner("store", "gpu_spec", "library", "prompts", "prompt_rows", "runtime_table"),
+            *_tuner("share", "files", "index", "remote"), *_tuner("trace", "file"),
             *_tuner("search", "certificate"),
         ),
     ),

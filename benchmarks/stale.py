@@ -5,7 +5,8 @@
 A file is stale when a source of its measurement (sources.py) says something else than it said when
 the file was measured; comments, docstrings and line breaks say nothing. A file without fingerprints
 is judged by its commit where that was clean, and otherwise has to be measured again. `--write` puts
-the commit into files that were measured before theirs was made. Exit status 1 when a file is stale
+the commit into files whose own is not known here: they were measured without git, or before it was
+made. Exit status 1 when a file is stale
 or one of the set is missing.
 """
 
@@ -25,6 +26,7 @@ from sources import MEASUREMENTS, RESULTS, Measurement, measurement_of
 from stree_core.files import write_atomically
 
 OTHER_OPTIONS = "measured with other options than those of sources.py"
+NO_COMMIT = "no commit here has its sources: commit them, then run stale.py --write"
 NO_FINGERPRINT = "no fingerprint: measure again"
 OF_NO_MEASUREMENT = "no measurement of sources.py makes it: delete it"
 SHOWN_SOURCES = 4
@@ -107,13 +109,22 @@ def missing(folder: Path, gpu: str) -> list[str]:
     return [name for name in names if not (folder / name).exists()]
 
 
+def lacks_commit(path: Path, root: Path = fingerprint.ROOT) -> bool:
+    """Say whether a file of this code names a commit of other sources, or none."""
+    document = json.loads(path.read_text())
+    sources: fingerprint.Hashes | None = document.get("source_hashes")
+    if sources is None or not (root / ".git").exists():
+        return False
+    return fingerprint.hashes_at(document["revision"], list(sources), root) != sources
+
+
 def write_revision(path: Path, root: Path = fingerprint.ROOT) -> None:
     """Put a commit that has a file's sources into it, unless the one in it has them."""
     document = json.loads(path.read_text())
     sources: fingerprint.Hashes | None = document.get("source_hashes")
     if sources is None:
         return
-    if fingerprint.hashes_at(document["revision"], list(sources), root) == sources:
+    if not lacks_commit(path, root):
         return
     revision = fingerprint.head_with(sources, root) or fingerprint.revision_with(sources, root)
     if revision is not None:
@@ -133,6 +144,9 @@ def main() -> None:
         for path in paths:
             write_revision(path)
     verdicts = [verdict for verdict in map(judge, paths) if verdict.is_stale]
+    stale = {verdict.file for verdict in verdicts}
+    fresh = [path for path in paths if path.name not in stale]
+    verdicts += [Verdict(path.name, NO_COMMIT) for path in fresh if lacks_commit(path)]
     absent = [] if options.files else missing(RESULTS, options.gpu)
     for verdict in verdicts:
         print(f"{verdict.file}: {verdict.reason}")

@@ -184,12 +184,15 @@ def test_the_commit_of_a_file_is_found_by_its_sources(checkout: Path) -> None:
     path = save(checkout)
     source.write_text(CODE.replace("= 4", "= 8"))
     git(checkout, "commit", "-qam", "second")
+    assert stale.lacks_commit(path, checkout)
     stale.write_revision(path, checkout)
     assert json.loads(path.read_text())["revision"] == first
+    assert not stale.lacks_commit(path, checkout)
     source.write_text(CODE.replace("= 4", "= 16"))
     path = save(checkout)
     stale.write_revision(path, checkout)
     assert json.loads(path.read_text())["revision"] == "unknown"
+    assert stale.lacks_commit(path, checkout)
 
 
 def test_an_exported_tree_knows_its_commit(checkout: Path, tmp_path: Path) -> None:
