@@ -1,6 +1,6 @@
 """Time whole forward passes with weights in bf16 and in FP8, side by side.
 
-    python benchmarks/fp8.py [--models NAME ...] [--output FILE]
+    python benchmarks/fp8.py [--models NAME ...] [--batches B ...] [--output FILE]
     python benchmarks/fp8.py --table FILE
 
 Weights are random, in FP8 by blocks of 128 x 128; a pass is as in `forward.py`. `weight_floor_ms`
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -69,25 +70,26 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time forward passes in bf16 and FP8")
     parser.add_argument("--models", nargs="+", choices=shape_names(), default=list(MODELS))
+    parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--skip-gate", action="store_true", help="for development; is recorded")
     parser.add_argument("--output", "--out", type=Path, default=RESULTS / "fp8-h200.json")
     parser.add_argument("--table", type=Path, help="print this result file as Markdown and stop")
     return parser.parse_args()
 
 
-def passes(name: str, weights: str, device: torch.device, bytes_per_s: float) -> list[Row]:
-    """Return the rows of one model with weights of one type."""
+def passes(
+    name: str, weights: str, batches: Sequence[int], device: torch.device, bytes_per_s: float
+) -> Iterator[list[Row]]:
+    """Yield the rows of one model with weights of one type, by batch size."""
     shape = model_shape(name)
     if weights != "bf16":
         shape = in_fp8(shape, SCHEME)
     model = random_model(shape, load_backend("triton", device), torch.bfloat16, device)
     floor_ms = 1e3 * shape.weight_bytes(2) / bytes_per_s
-    rows = []
-    for batch in BATCHES:
+    for batch in batches:
         timed = measure(model, batch, CONTEXT, TOKENS, floor_ms, EFFORT)
-        rows += [{"model": name, "weights": weights, "batch": batch, **row} for row in timed]
+        yield [{"model": name, "weights": weights, "batch": batch, **row} for row in timed]
         torch.cuda.empty_cache()
-    return rows
 
 
 def beside_bf16(rows: list[Row]) -> list[Row]:

@@ -1,6 +1,7 @@
 """Count the texts that chains and trees decode differently from the target alone, and why.
 
-    python benchmarks/lossless.py [--target demo-gdn --draft mtp] [--device cuda] [--dtype float32] [--output FILE]
+    python benchmarks/lossless.py [--target demo-gdn --draft mtp] [--device cuda]
+                                  [--dtype float32] [--output FILE]
 
 Every prompt of the demo set is continued (end tokens are ignored) without speculation, one prompt
 at a time, and with a chain and four trees, 1 and 5 at a time. Every text has a length of its own,
