@@ -1,4 +1,4 @@
-"""The demo target's own head on captured graphs, against the torch backend and the target alone."""
+"""The demo targets' own heads on captured graphs, against torch and the target alone."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ from stree_core.models.source import find_source
 from stree_core.tree import DEFAULT_TREE, Tree
 from stree_kernels.testing import assert_close
 
-TARGET = Path(next(iter(stree_profiles.__path__))) / "models" / "demo-target"
+MODELS = Path(next(iter(stree_profiles.__path__))) / "models"
+TARGETS = ("demo-target", "demo-gdn")
 RAGGED = Tree.from_paths([[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0]])
 TREES = (Tree.chain(0), Tree.chain(3), DEFAULT_TREE, RAGGED)
 NEAR_TIE = 1e-3
 """Between logits: a hundred times their error in fp32."""
 
 
-def opened(device: str) -> Pair:
-    return load_with_head(find_source(TARGET), Runtime(device, "float32"))
+def opened(name: str, device: str) -> Pair:
+    return load_with_head(find_source(MODELS / name), Runtime(device, "float32"))
 
 
-@pytest.fixture(scope="module")
-def pair() -> Pair:
-    return opened("cuda")
+@pytest.fixture(scope="module", params=TARGETS)
+def pair(request: pytest.FixtureRequest) -> Pair:
+    return opened(request.param, "cuda")
 
 
 def prompts_of(pair: Pair) -> list[list[int]]:
@@ -63,7 +64,7 @@ def test_sessions_on_graphs_emit_the_targets_own_text(pair: Pair) -> None:
 @torch.inference_mode()
 def test_graphs_draft_what_torch_drafts(pair: Pair) -> None:
     """The same text step by step on both, a prompt of several chains among them."""
-    plain = opened("cpu")
+    plain = opened(pair.target_ref.name, "cpu")
     prompts = [prompts_of(pair)[i] for i in (0, 1, -1)]
     engines = []
     for each in (pair, plain):

@@ -23,7 +23,7 @@ from stree_autotune.store.prompts import load_prompts
 from stree_autotune.trace.file import load_trace
 from stree_autotune.trace.record import RecordConfig, record_trace
 from stree_autotune.trace.tree_walk import walk
-from stree_core.drafting.draft import ModelDraft
+from stree_core.drafting.pair import load_single
 from stree_core.models.source import MTP, head_source
 from stree_core.tree import DEFAULT_TREE, Tree
 from stree_kernels.testing import assert_close
@@ -99,6 +99,18 @@ def test_the_targets_own_head_drafts_its_text(
     assert run.tokens_per_step > 2
 
 
+def test_the_delta_target_decodes_its_own_text_with_its_head() -> None:
+    """As the head of demo-target; texts are long enough for states to be flushed many times."""
+    source = stree_core.find_source(MODELS / "demo-gdn")
+    pair = stree_core.load_with_head(source, stree_core.Runtime("cpu", "float64", "torch"))
+    prompts = pair.encode(["def add(a, b):\n", "Tom has 3 boxes with 5 apples each. How many?"])
+    expected = _run(pair, prompts, Tree.chain(0))
+    for name in ("chain4", "ragged"):
+        run = _run(pair, prompts, TREES[name])
+        assert [g.tokens for g in run.generations] == [g.tokens for g in expected.generations]
+        assert run.tokens_per_step > 1.5, name
+
+
 def test_walking_a_trace_equals_live_decoding() -> None:
     pair = _pair("float64")
     texts = load_prompts("demo", str(MODELS / "demo-target" / "prompts.jsonl"), limit=4).texts
@@ -115,13 +127,12 @@ def test_walking_a_trace_equals_live_decoding() -> None:
         assert walk(trace, tree).starts_P.tolist() == steps, name
 
 
-@pytest.mark.parametrize("name", ["demo-target", "demo-draft"])
+@pytest.mark.parametrize("name", ["demo-target", "demo-draft", "demo-gdn"])
 def test_logits_equal_transformers(name: str, prompts: list[list[int]]) -> None:
     folder = MODELS / name
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    pair = _pair("float32")
-    assert isinstance(pair.draft, ModelDraft)
-    model = pair.target if name == "demo-target" else pair.draft.model
+    runtime = stree_core.Runtime("cpu", "float32", "torch")
+    model = load_single(stree_core.find_source(folder), runtime)
     for prompt in prompts:
         with torch.inference_mode():
             expected = theirs(torch.tensor(prompt)[None]).logits[0, -1]
@@ -135,11 +146,11 @@ def test_there_is_a_trace_of_every_known_dataset() -> None:
 
 
 @pytest.mark.parametrize("path", TRACES, ids=lambda path: path.stem)
-def test_shipped_traces_belong_to_the_shipped_pair(path: Path) -> None:
+def test_shipped_traces_belong_to_the_shipped_models(path: Path) -> None:
     trace = load_trace(path)
     names = (trace.meta.target.name, trace.meta.draft.name, trace.meta.dataset)
     assert path.name == trace_file_name(*names, trace.meta.sampling.label)
-    target = stree_core.find_source(MODELS / "demo-target")
+    target = stree_core.find_source(MODELS / trace.meta.target.name)
     own_head = trace.meta.draft.name == MTP
     draft = head_source(target) if own_head else stree_core.find_source(MODELS / "demo-draft")
     for traced, source in ((trace.meta.target, target), (trace.meta.draft, draft)):
