@@ -121,19 +121,25 @@ def test_same_seed_same_result(trace: Trace) -> None:
 def test_batch_sizes_share_solved_cells(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
     from stree_autotune.search import tree_space as module
 
-    solved: list[object] = []
-    original: Callable[..., object] = module.solve
+    solved: list[str] = []
 
-    def counting(*args: object, **cell: object) -> object:
-        solved.append(tuple(cell.items()))
-        return original(*args, **cell)
+    def count(name: str) -> None:
+        original: Callable[..., object] = getattr(module, name)
 
-    monkeypatch.setattr(module, "solve", counting)
+        def counting(*args: object, **cell: object) -> object:
+            solved.append(name)
+            return original(*args, **cell)
+
+        monkeypatch.setattr(module, name, counting)
+
+    count("solve")
+    count("solve_depths")
     space = TreeSpace.of(trace, 24)
     search_batch(space, FakeCost(), 1, seed=0)
     num_first = len(solved)
     search_batch(space, FakeCost(), 2, seed=0)
-    assert num_first > MAX_DEPTH
+    assert solved.count("solve_depths") == 1
+    assert "solve" in solved
     assert len(solved) == num_first
 
 

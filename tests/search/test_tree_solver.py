@@ -19,15 +19,13 @@ from stree_autotune.search.path_counts import (
     path_worths,
     rank_distribution,
 )
-from stree_autotune.search.tree_solver import grow, refine, solve
+from stree_autotune.search.tree_solver import grow, refine, solve, solve_depths
 from stree_autotune.trace.file import NO_RANK, Trace
 from stree_autotune.trace.tree_walk import (
     FlatTrace,
     advance_table,
     level_slices,
     longest_paths,
-    start_places,
-    starts_to_go,
     walk,
 )
 from stree_core.errors import TreeError
@@ -60,13 +58,15 @@ def paths_of(index: PathIndex) -> list[tuple[int, ...]]:
     return paths
 
 
-def walked_starts(index: PathIndex, tree: Tree) -> tuple[np.ndarray, np.ndarray]:
-    """Return the start places of a tree, and the starts to go from every place."""
+def walked_worths(index: PathIndex, tree: Tree) -> tuple[np.ndarray, np.ndarray]:
+    """Return the start places of a tree, and what every path is worth then."""
     parents = np.array(tree.parents)
     everything = np.ones((1, tree.num_tokens), np.bool_)
     advance_N = advance_table(parents, level_slices(parents), everything)[0]
-    advance_S = advance_N[longest_paths(index.flat, parents)]
-    return start_places(index.flat, advance_S), starts_to_go(index.flat, advance_S)
+    places = index.lockstep.place_E
+    advance_EC = advance_N[longest_paths(index.flat, parents)][places][:, None]
+    starts_K, to_go_EC = index.lockstep.walk(advance_EC)
+    return places[starts_K], path_worths(index, starts_K, to_go_EC)[0]
 
 
 def tokens_per_step(tree: Tree, value: float) -> float:
@@ -115,8 +115,7 @@ def test_shares_at_some_starts() -> None:
 @settings(max_examples=50)
 def test_shares_and_worths_never_rise(trace: Trace, order: list[tuple[int, ...]]) -> None:
     index = index_of(trace, max_nodes=5, max_depth=6)
-    starts_S, to_go_S = walked_starts(index, Tree.from_paths(order))
-    worths = path_worths(index, starts_S, to_go_S)
+    starts_S, worths = walked_worths(index, Tree.from_paths(order))
     for values in (path_shares(index), path_shares(index, starts_S), worths):
         named = dict(zip(paths_of(index), values.tolist(), strict=True))
         for path, value in named.items():
@@ -143,8 +142,7 @@ def test_worth_predicts_the_starts_that_a_node_saves(kind: str) -> None:
     index = index_of(latent_trace(3, num_prompts=200, length=80, **KINDS[kind]))
     paths = paths_of(index)
     tree = DEFAULT_TREE
-    starts_S, to_go_S = walked_starts(index, tree)
-    worths = path_worths(index, starts_S, to_go_S)
+    starts_S, worths = walked_worths(index, tree)
     inside = {(), *tree.paths}
     predicted, actual = [], []
     for path, worth in zip(paths[1:], worths[1:].tolist(), strict=True):
@@ -252,3 +250,16 @@ def test_refine_returns_what_it_was_given_when_nothing_helps() -> None:
     found = refine(flat, Tree.chain(1), tokens_per_step, max_nodes=9)
     assert found.tree == Tree.chain(1)
     assert found.score == found.tokens_per_step == 2.0
+
+
+@pytest.mark.parametrize("kind", ["phi 0.6", "depths"])
+def test_depths_are_solved_side_by_side_as_one_by_one(kind: str) -> None:
+    trace, caps = small_latent(kind), range(1, 7)
+    together = solve_depths(index_of(trace, max_nodes=12), caps, width=4, num_nodes=12)
+    for depth, solved in zip(caps, together, strict=True):
+        # an index of its own, which knows no tree of another cap
+        alone = solve(index_of(trace, max_nodes=12), depth=depth, width=4, num_nodes=12)
+        assert alone.grown.tree == solved.grown.tree
+        assert alone.grown.added == solved.grown.added
+        assert alone.tokens_per_step == solved.tokens_per_step
+        assert walk(trace, solved.grown.tree).tokens_per_step == solved.tokens_per_step

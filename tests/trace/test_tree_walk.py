@@ -18,10 +18,7 @@ from synthetic import (
 from stree_autotune.trace.file import NO_RANK, Trace
 from stree_autotune.trace.tree_walk import (
     FlatTrace,
-    advance_table,
-    level_slices,
     longest_paths,
-    starts_to_go,
     walk,
     walk_nested,
 )
@@ -68,23 +65,6 @@ def test_nested_walk_equals_single_walks(trace: Trace, order: Order) -> None:
     nested = walk_nested(trace, tree, added, sizes)
     single = [walk(trace, Tree.from_paths(order[:size])).tokens_per_step for size in sizes]
     assert nested.tolist() == single
-
-
-@given(small_traces(), growth_orders())
-def test_starts_to_go_counts_the_walk_from_every_position(trace: Trace, order: Order) -> None:
-    tree = Tree.from_paths(order)
-    flat = FlatTrace.of(trace)
-    parents = np.array(tree.parents)
-    everything = np.ones((1, tree.num_tokens), np.bool_)
-    advance_N = advance_table(parents, level_slices(parents), everything)[0]
-    to_go_S = starts_to_go(flat, advance_N[longest_paths(flat, parents)])
-    for place, position in enumerate(flat.positions_S.tolist()):
-        if position < 0:
-            assert to_go_S[place] == 0
-            continue
-        end = int(trace.offsets[np.searchsorted(trace.offsets, position, side="right")])
-        rest = trace_of([trace.ranks[position:end].tolist()], 4)
-        assert to_go_S[place] == brute_walk(rest, tree)[0][0]
 
 
 def test_by_hand() -> None:

@@ -7,13 +7,21 @@ are a tree, for every n and under every cap on depth and children.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
-from stree_autotune.trace import FlatTrace, Ints, level_slices, longest_paths, sibling_ranks
+from stree_autotune.trace import (
+    FlatTrace,
+    Ints,
+    Lockstep,
+    level_slices,
+    longest_paths,
+    sibling_ranks,
+)
 
 PRIOR_WEIGHT = 32.0
 """Starts that the rank distribution counts for against what was seen behind one path."""
@@ -25,7 +33,7 @@ PATHS_PER_DEPTH_CAP = 2
 Shares = NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class PathIndex:
     """The most frequent paths of a trace, as one large breadth-first tree.
 
@@ -33,6 +41,7 @@ class PathIndex:
     widths: the children per node that a tree needs to contain the path.
     node_S: per place the longest indexed path from there, one past the last path at end marks.
     priors: per path the share of positions with its rank at its depth; 1 for the root.
+    walked: of trees that were walked, by their paths: the tokens per step, and the worths then.
     """
 
     flat: FlatTrace
@@ -43,6 +52,17 @@ class PathIndex:
     levels: tuple[slice, ...]
     node_S: Ints
     priors: Shares
+    walked: dict[bytes, tuple[float, Shares]] = field(default_factory=dict)
+
+    @cached_property
+    def shares(self) -> Shares:
+        """The share of every path among all places."""
+        return path_shares(self)
+
+    @cached_property
+    def lockstep(self) -> Lockstep:
+        """What walks many trees of the index side by side."""
+        return Lockstep.of(self.flat)
 
 
 def index_paths(flat: FlatTrace, *, max_nodes: int, max_depth: int) -> PathIndex:
@@ -85,55 +105,82 @@ def path_shares(index: PathIndex, starts_S: Ints | None = None) -> Shares:
     """
     nodes = index.node_S if starts_S is None else index.node_S[starts_S]
     num_paths = len(index.parents)
-    counts = np.bincount(nodes, minlength=num_paths)[:num_paths].astype(np.float64)
-    for level in reversed(index.levels[1:]):
-        parents = index.parents[level]
-        counts[: level.start] += np.bincount(parents, weights=counts[level], minlength=level.start)
-    parents = index.parents[1:]
-    conditional = np.ones(num_paths)
-    conditional[1:] = (counts[1:] + PRIOR_WEIGHT * index.priors[1:]) / (
-        counts[parents] + PRIOR_WEIGHT
-    )
-    conditional[1:] = _falling(conditional[1:], parents)
-    shares = conditional
-    for level in index.levels[1:]:
-        shares[level] *= shares[index.parents[level]]
+    ends_N = np.bincount(nodes, minlength=num_paths)[:num_paths].astype(np.float64)
+    shares: Shares = _shares(index, _reached(index, ends_N[None, :]))[0]
     return shares
 
 
-def path_worths(index: PathIndex, starts_S: Ints, to_go_S: Ints) -> Shares:
-    """Return the estimated starts that every indexed path saves per start.
+def path_worths(index: PathIndex, starts_K: Ints, to_go_EC: Ints) -> Shares:
+    """Return the estimated starts that every indexed path saves per start, for every tree [C, N].
 
     A start s whose step accepts one token more, at depth d, goes on from s + d + 1 instead of
     s + d, and saves to_go[s + d] - to_go[s + d + 1] starts, where to_go counts the starts from a
     place to its prompt's end under the present tree. The worth of a path is its share times the
     mean saving of the starts that reach it, shrunk towards the mean over all positions: one step of
     policy improvement, where the share alone would take every token for equally hard to come by.
+    Starts are spots, see stree_autotune.trace.lockstep.
     """
-    num_paths = len(index.parents)
-    num_starts, savings = np.zeros(num_paths), np.zeros(num_paths)
-    saving_S = (to_go_S[:-1] - to_go_S[1:]).astype(np.float64)
-    place, path = starts_S, index.node_S.take(starts_S)
+    num_trees, num_paths = to_go_EC.shape[1], len(index.parents)
+    to_go_SC = to_go_EC[index.lockstep.entry_S]
+    saving_SC = np.zeros(to_go_SC.shape)
+    np.subtract(to_go_SC[:-1], to_go_SC[1:], out=saving_SC[:-1])
+    entry = starts_K // num_trees
+    tree = starts_K - num_trees * entry
+    place = index.lockstep.place_E.take(entry)
+    # a path of one tree is tree * N + path, a place of one tree is place * C + tree
+    path, at = index.node_S.take(place) + num_paths * tree, num_trees * place + tree
+    size = num_trees * num_paths
+    depths = np.tile(index.depths, num_trees)
+    parents = (index.parents + num_paths * np.arange(num_trees)[:, None]).ravel()
+    ends_CN = np.bincount(path, minlength=size).astype(np.float64).reshape(num_trees, num_paths)
+    savings_CN = np.zeros(size)
     while len(path):
-        below = np.flatnonzero(path)
-        place, path = place.take(below), path.take(below)
-        saving = saving_S.take(place + index.depths.take(path))
-        num_starts += np.bincount(path, minlength=num_paths)
-        savings += np.bincount(path, weights=saving, minlength=num_paths)
-        path = index.parents.take(path)
-    mean = len(starts_S) / max(index.flat.num_positions, 1)
-    mean_saving = (savings + PRIOR_WEIGHT * mean) / (num_starts + PRIOR_WEIGHT)
-    worths = path_shares(index, starts_S) * np.clip(mean_saving, 0.0, 1.0)
-    worths[0] = 1.0
-    _cap_by_parent(index, worths)
-    worths[1:] = _falling(worths[1:], index.parents[1:])
-    _cap_by_parent(index, worths)
-    return worths
+        depth = depths.take(path)
+        below = np.flatnonzero(depth > 0)
+        path, at = path.take(below), at.take(below)
+        saving = saving_SC.take(at + num_trees * depth.take(below))
+        savings_CN += np.bincount(path, weights=saving, minlength=size)
+        path = parents.take(path)
+    savings_CN = savings_CN.reshape(num_trees, num_paths)
+    reached_CN = _reached(index, ends_CN)
+    mean_CN = ends_CN.sum(axis=1, keepdims=True) / max(index.flat.num_positions, 1)
+    mean_saving_CN = (savings_CN + PRIOR_WEIGHT * mean_CN) / (reached_CN + PRIOR_WEIGHT)
+    worths_CN: Shares = _shares(index, reached_CN) * np.clip(mean_saving_CN, 0.0, 1.0)
+    worths_CN[:, 0] = 1.0
+    _cap_by_parent(index, worths_CN)
+    for worths in worths_CN:
+        worths[1:] = _falling(worths[1:], index.parents[1:])
+    _cap_by_parent(index, worths_CN)
+    return worths_CN
 
 
-def _cap_by_parent(index: PathIndex, worths: Shares) -> None:
+def _reached(index: PathIndex, ends_CN: Shares) -> Shares:
+    """Return how many starts reach every path, from how many end there."""
+    reached_CN = ends_CN.copy()
+    for level in reversed(index.levels[1:]):
+        # children of one path stand together
+        first = np.flatnonzero(np.diff(index.parents[level], prepend=-1))
+        above = index.parents[level][first]
+        reached_CN[:, above] += np.add.reduceat(reached_CN[:, level], first, axis=1)
+    return reached_CN
+
+
+def _shares(index: PathIndex, reached_CN: Shares) -> Shares:
+    parents = index.parents[1:]
+    shares_CN = np.ones_like(reached_CN)
+    shares_CN[:, 1:] = (reached_CN[:, 1:] + PRIOR_WEIGHT * index.priors[1:]) / (
+        reached_CN[:, parents] + PRIOR_WEIGHT
+    )
+    for shares in shares_CN:
+        shares[1:] = _falling(shares[1:], parents)
     for level in index.levels[1:]:
-        worths[level] = np.minimum(worths[level], worths[index.parents[level]])
+        shares_CN[:, level] *= shares_CN[:, index.parents[level]]
+    return shares_CN
+
+
+def _cap_by_parent(index: PathIndex, worths_CN: Shares) -> None:
+    for level in index.levels[1:]:
+        worths_CN[:, level] = np.minimum(worths_CN[:, level], worths_CN[:, index.parents[level]])
 
 
 def rank_distribution(flat: FlatTrace, depth: int = 0) -> Shares:

@@ -9,13 +9,13 @@ improves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stree_autotune.search.path_counts import PathIndex, Shares, path_shares, path_worths
+from stree_autotune.search.path_counts import PathIndex, Shares, path_worths
 from stree_autotune.trace import (
     FlatTrace,
     Ints,
@@ -27,7 +27,6 @@ from stree_autotune.trace import (
     longest_paths,
     pooled_tokens_per_step,
     start_places,
-    starts_to_go,
     walk,
 )
 from stree_core.tree import Tree
@@ -38,6 +37,9 @@ MAX_DEPTH = 16
 ROUNDS = 7
 """Rounds of the solver; most cells settle after three or four, and a tree seen before costs
 nothing."""
+
+SIDE_BY_SIDE = 4
+"""Trees that one walk takes: more of them need arrays that leave the cache."""
 
 MAX_ADDS = 12
 MAX_DROPS = 8
@@ -61,6 +63,11 @@ class GrownTree:
     tree: Tree
     added: tuple[int, ...]
     paths: Ints
+
+    @property
+    def key(self) -> bytes:
+        """What the paths are called among those of one index."""
+        return self.paths.tobytes()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,26 +108,51 @@ def solve(index: PathIndex, *, depth: int, width: int, num_nodes: int) -> Solved
     New worths are averaged with those before, or two trees that each look best from the other's
     starts would take turns for ever.
     """
-    shares = path_shares(index)
-    found: dict[Tree, tuple[Solved, Shares]] = {}
+    return solve_depths(index, [depth], width=width, num_nodes=num_nodes)[0]
+
+
+def solve_depths(
+    index: PathIndex, depths: Sequence[int], *, width: int, num_nodes: int
+) -> list[Solved]:
+    """Solve the cells of several depth caps side by side; see `solve`."""
+    shares = [index.shares] * len(depths)
+    found: list[dict[bytes, Solved]] = [{} for _ in depths]
     for number in range(ROUNDS):
-        grown = grow(index, shares, depth=depth, width=width, num_nodes=num_nodes)
-        if grown.tree not in found:
-            found[grown.tree] = _evaluate(index, grown)
-        worths = found[grown.tree][1]
-        shares = worths if number == 0 else (shares + worths) / 2
-    return max((solved for solved, _ in found.values()), key=lambda solved: solved.tokens_per_step)
+        grown = [
+            grow(index, each, depth=depth, width=width, num_nodes=num_nodes)
+            for depth, each in zip(depths, shares, strict=True)
+        ]
+        evaluated = _evaluate(index, grown)
+        for place, (tree, (value, worths)) in enumerate(zip(grown, evaluated, strict=True)):
+            found[place].setdefault(tree.key, Solved(tree, value))
+            shares[place] = worths if number == 0 else (shares[place] + worths) / 2
+    return [max(each.values(), key=lambda solved: solved.tokens_per_step) for each in found]
 
 
-def _evaluate(index: PathIndex, grown: GrownTree) -> tuple[Solved, Shares]:
-    """Walk a grown tree; return it with its tokens per step, and the worths that follow."""
-    member = np.zeros((1, len(index.parents)), np.bool_)
-    member[0, grown.paths] = True
-    advance_S = advance_table(index.parents, index.levels, member)[0].take(index.node_S)
-    starts_S = start_places(index.flat, advance_S)
-    value = pooled_tokens_per_step(index.flat.num_positions, len(starts_S))
-    worths = path_worths(index, starts_S, starts_to_go(index.flat, advance_S))
-    return Solved(grown, value), worths
+def _evaluate(index: PathIndex, grown: Sequence[GrownTree]) -> list[tuple[float, Shares]]:
+    """Walk grown trees; return each one's tokens per step, and the worths that follow.
+
+    The index keeps what was walked: most caps lead to the same trees in the end.
+    """
+    new = list({each.key: each for each in grown if each.key not in index.walked}.values())
+    for first in range(0, len(new), SIDE_BY_SIDE):
+        _walk(index, new[first : first + SIDE_BY_SIDE])
+    return [index.walked[each.key] for each in grown]
+
+
+def _walk(index: PathIndex, grown: Sequence[GrownTree]) -> None:
+    """Walk a few grown trees side by side, and keep what comes of it."""
+    members_CN = np.zeros((len(grown), len(index.parents)), np.bool_)
+    for member_N, each in zip(members_CN, grown, strict=True):
+        member_N[each.paths] = True
+    advance_CN = advance_table(index.parents, index.levels, members_CN)
+    node_E = index.node_S[index.lockstep.place_E]
+    starts_K, to_go_EC = index.lockstep.walk(np.ascontiguousarray(advance_CN.T)[node_E])
+    worths_CN = path_worths(index, starts_K, to_go_EC)
+    num_starts = np.bincount(starts_K % len(grown), minlength=len(grown)).tolist()
+    for each, starts, worths in zip(grown, num_starts, worths_CN, strict=True):
+        value = pooled_tokens_per_step(index.flat.num_positions, starts)
+        index.walked[each.key] = value, worths
 
 
 def refine(

@@ -8,7 +8,13 @@ from functools import cached_property
 import numpy as np
 
 from stree_autotune.search.path_counts import PathIndex, index_paths
-from stree_autotune.search.tree_solver import MAX_DEPTH, solve, sub_tree
+from stree_autotune.search.tree_solver import (
+    MAX_DEPTH,
+    GrownTree,
+    solve,
+    solve_depths,
+    sub_tree,
+)
 from stree_autotune.trace import FlatTrace, Ints, Trace, walk, walk_nested
 from stree_core.errors import ConfigError
 from stree_core.tree import MAX_NODES, Tree
@@ -85,16 +91,27 @@ class TreeSpace:
     @cached_property
     def survey(self) -> tuple[tuple[Cell, Tree], ...]:
         """Every size of one grown tree per depth cap, walked: the picks that trials start from."""
+        depths, width = range(1, self.max_depth + 1), self.widths[-1]
+        found = solve_depths(self.index, depths, width=width, num_nodes=self.max_nodes)
+        trees: dict[bytes, Tree] = {}
         picks = []
-        width = self.widths[-1]
-        for depth in range(1, self.max_depth + 1):
-            found = solve(self.index, depth=depth, width=width, num_nodes=self.max_nodes)
-            grown = found.grown
-            sizes = range(1, len(grown.added))
-            values = walk_nested(self.flat, grown.tree, grown.added, sizes)
-            parents, added = np.array(grown.tree.parents), np.array(grown.added)
-            for size, value in zip(sizes, values.tolist(), strict=True):
-                tree = sub_tree(parents, np.flatnonzero(added <= size))
-                self.walked[tree] = value
-                picks.append((Cell(depth, width, size), tree))
+        for depth, solved in zip(depths, found, strict=True):
+            nested = self._nested(solved.grown, trees)
+            new = {size: tree for size, tree in nested.items() if tree not in self.walked}
+            grown = solved.grown
+            values = walk_nested(self.flat, grown.tree, grown.added, list(new))
+            self.walked.update(zip(new.values(), values.tolist(), strict=True))
+            picks += [(Cell(depth, width, size), tree) for size, tree in nested.items()]
         return tuple(picks)
+
+    def _nested(self, grown: GrownTree, trees: dict[bytes, Tree]) -> dict[int, Tree]:
+        """Return the trees that a grown one passed through, by size; `trees` are those made yet."""
+        nested = {}
+        added = np.array(grown.added)
+        for size in range(1, len(added)):
+            paths = grown.paths[added <= size]
+            key = paths.tobytes()
+            if key not in trees:
+                trees[key] = sub_tree(self.index.parents, paths)
+            nested[size] = trees[key]
+        return nested

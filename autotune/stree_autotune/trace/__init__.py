@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         save_trace as save_trace,
         trace_meta as trace_meta,
     )
+    from stree_autotune.trace.lockstep import Lockstep as Lockstep
     from stree_autotune.trace.record import (
         RecordConfig as RecordConfig,
         Recording as Recording,
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
         pooled_tokens_per_step as pooled_tokens_per_step,
         sibling_ranks as sibling_ranks,
         start_places as start_places,
-        starts_to_go as starts_to_go,
         walk as walk,
         walk_nested as walk_nested,
     )
@@ -74,6 +74,7 @@ __getattr__, __dir__ = exports(
             "save_trace",
             "trace_meta",
         ],
+        "lockstep": ["Lockstep"],
         "record": [
             "RecordConfig",
             "Recording",
@@ -97,7 +98,6 @@ __getattr__, __dir__ = exports(
             "pooled_tokens_per_step",
             "sibling_ranks",
             "start_places",
-            "starts_to_go",
             "walk",
             "walk_nested",
         ],

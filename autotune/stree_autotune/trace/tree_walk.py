@@ -27,6 +27,9 @@ NUM_END_MARKS = 2
 BURST_STEPS = 8
 """Steps between two looks at which prompts are through: a look costs as much as a step."""
 
+COUNTED = 1 << 32
+"""One start in a number that holds the place where a walk stands as well."""
+
 Ints = NDArray[np.intp]
 
 
@@ -208,22 +211,6 @@ def start_places(flat: FlatTrace, advance_S: Ints) -> Ints:
     return starts[advance_S[starts] > 0]
 
 
-def starts_to_go(flat: FlatTrace, advance_S: Ints) -> Ints:
-    """Return per place [S] how many steps lead from there past the prompt's end, itself included.
-
-    All prompts are filled in side by side, from their ends.
-    """
-    to_go_S = np.zeros(len(advance_S) + 1, np.intp)
-    order = np.argsort(-flat.positions_P, kind="stable")
-    lengths, first = flat.positions_P[order], flat.first_P[order]
-    longest = int(lengths[0]) if len(lengths) else 0
-    num_longer = np.searchsorted(-lengths, -np.arange(longest), side="left")
-    for position in range(longest - 1, -1, -1):
-        place = first[: num_longer[position]] + position
-        to_go_S[place] = to_go_S.take(place + advance_S.take(place)) + 1
-    return to_go_S
-
-
 def count_starts(flat: FlatTrace, node_S: Ints, advance_CN: Ints) -> NDArray[np.int64]:
     """Count the starts [C, P] of several trees at once.
 
@@ -233,23 +220,25 @@ def count_starts(flat: FlatTrace, node_S: Ints, advance_CN: Ints) -> NDArray[np.
     num_trees, num_columns = advance_CN.shape
     # Long prompts first, so that the prompts still walking stay a leading block.
     order = np.argsort(-flat.positions_P, kind="stable")
-    table = advance_CN.ravel()
+    # A step moves the place in the lower bits, and counts itself in the upper ones.
+    table = (advance_CN + (advance_CN > 0) * COUNTED).ravel()
     row_C = np.arange(num_trees) * num_columns
-    place_PC = np.repeat(flat.first_P[order][:, None], num_trees, axis=1)
-    counts_PC = np.zeros(place_PC.shape, np.int64)
+    walked_PC = np.repeat(flat.first_P[order][:, None], num_trees, axis=1)
+    place_PC, ends_PC = np.empty_like(walked_PC), np.empty_like(walked_PC)
     live = len(order) if num_trees else 0
     while live:
-        place_PC, counted_PC = place_PC[:live], counts_PC[:live]
+        walked, place, ends = walked_PC[:live], place_PC[:live], ends_PC[:live]
         for _ in range(BURST_STEPS):
-            ends_PC = node_S.take(place_PC)
-            ends_PC += row_C
-            step_PC = table.take(ends_PC)
-            counted_PC += step_PC != 0
-            place_PC += step_PC
-        walking = np.flatnonzero(step_PC.any(axis=1))
+            np.bitwise_and(walked, COUNTED - 1, out=place)
+            # without clip numpy writes to a buffer first
+            node_S.take(place, out=ends, mode="clip")
+            ends += row_C
+            step = table.take(ends, out=place, mode="clip")
+            walked += step
+        walking = np.flatnonzero(step.any(axis=1))
         live = int(walking[-1]) + 1 if len(walking) else 0
-    result_PC = np.empty_like(counts_PC)
-    result_PC[order] = counts_PC
+    result_PC = np.empty_like(walked_PC)
+    result_PC[order] = walked_PC // COUNTED
     return result_PC.T
 
 
