@@ -27,7 +27,8 @@ from stree_autotune.search.request import TuneRequest
 from stree_autotune.search.tuning import ask, tune
 from stree_autotune.store.library import Library, shipped_root
 from stree_autotune.store.runtime_table import load_runtime_table
-from stree_autotune.store.show import print_profile, result_console
+from stree_autotune.store.show import print_profile
+from stree_autotune.store.terminal import result_console
 from stree_autotune.trace.file import NO_RANK, Trace, load_trace, save_trace
 from stree_autotune.trace.tree_walk import FlatTrace, walk
 from stree_core.errors import ConfigError

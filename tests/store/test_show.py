@@ -6,7 +6,8 @@ import pytest
 from synthetic_data import make_profile, policy_row
 
 from stree_autotune.store.library import Library
-from stree_autotune.store.show import answer, digits, print_profile, result_console
+from stree_autotune.store.show import answer, print_profile
+from stree_autotune.store.terminal import digits, result_console
 from stree_core.profile import PolicyRow, load_profile
 from stree_core.tree import DEFAULT_TREE, OFF, Tree
 

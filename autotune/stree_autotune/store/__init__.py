@@ -71,14 +71,21 @@ if TYPE_CHECKING:
     )
     from stree_autotune.store.show import (
         answer as answer,
-        print_json as print_json,
         print_profile as print_profile,
         print_profile_json as print_profile_json,
-        report as report,
-        result_console as result_console,
         title as title,
     )
     from stree_autotune.store.step_rule import StepRule as StepRule
+    from stree_autotune.store.terminal import (
+        digits as digits,
+        make_table as make_table,
+        percent as percent,
+        print_json as print_json,
+        report as report,
+        result_console as result_console,
+        say as say,
+        show_table as show_table,
+    )
 
 __getattr__, __dir__ = exports(
     __name__,
@@ -134,13 +141,20 @@ __getattr__, __dir__ = exports(
         ],
         "show": [
             "answer",
-            "print_json",
             "print_profile",
             "print_profile_json",
-            "report",
-            "result_console",
             "title",
         ],
         "step_rule": ["StepRule"],
+        "terminal": [
+            "digits",
+            "make_table",
+            "percent",
+            "print_json",
+            "report",
+            "result_console",
+            "say",
+            "show_table",
+        ],
     },
 )

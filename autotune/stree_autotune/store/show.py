@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
-import sys
-import textwrap
 from itertools import groupby
 from pathlib import PurePosixPath
 
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from stree_autotune.store.advice import command
+from stree_autotune.store.terminal import digits, make_table, print_json, say, show_table
 from stree_core.profile import MeasuredBlock, PolicyRow, Profile, Source
 from stree_core.tree import Verdict
 
@@ -23,7 +19,6 @@ HEADERS = (
     "batch", "verdict", "tokens/step", "step ms", "tokens/s", "ms/token", "gain over off",
 )  # fmt: skip
 DETAILS = ("batch", "nodes", "depth", "tokens/step", "step ms", "tokens/s", "within")
-NARROWEST, WIDEST = 80, 200
 USEFUL_GAP = 0.5
 """A bound further above the choice is not shown as a result."""
 
@@ -36,13 +31,6 @@ DEMO_PAIR = "demo-target"
 """The model that ships, to show the tool."""
 
 
-def result_console() -> Console:
-    """Return the console for results: stdout, at least 80 columns wide."""
-    console = Console(highlight=False, markup=False, emoji=False)
-    console.width = max(NARROWEST, console.width)
-    return console
-
-
 def print_profile(profile: Profile, console: Console, *, verbose: bool = False) -> None:
     """Print a profile: the answer in a sentence, predictions by batch size, where they come from.
 
@@ -51,54 +39,39 @@ def print_profile(profile: Profile, console: Console, *, verbose: bool = False) 
     """
     console.print(title(profile), style="bold")
     if profile.target.name == DEMO_PAIR:
-        console.print(
+        say(
+            console,
             "This is the demo pair of 7 million parameters: it shows the tool, not your model; "
-            "give yours by --target DIR --draft DIR."
+            "give yours by --target DIR --draft DIR.",
         )
     console.print()
-    console.print(answer(profile))
+    say(console, answer(profile))
     console.print()
-    _show(console, _policy_table(profile.policy))
+    show_table(console, _policy_table(profile.policy))
     console.print()
     if profile.server is not None:
-        _say(console, str(profile.sources.runtime.note))
+        say(console, str(profile.sources.runtime.note))
     if verbose:
-        _show(console, _details_table(profile.policy))
+        show_table(console, _details_table(profile.policy))
         console.print()
     for reason, rows in groupby(profile.policy, key=lambda row: row.reason):
         if verbose or profile.server is not None:
             sizes = ", ".join(str(row.batch_size) for row in rows)
-            _say(console, f"batch size {sizes}: {reason}")
+            say(console, f"batch size {sizes}: {reason}")
     if profile.measured is not None:
-        _say(console, f"measured live on {profile.measured.gpu}, {profile.measured.date}:")
-        _show(console, _measured_table(profile.measured))
+        say(console, f"measured live on {profile.measured.gpu}, {profile.measured.date}:")
+        show_table(console, _measured_table(profile.measured))
     sources = profile.sources
-    _say(console, _source_line("times", sources.runtime, noted=verbose))
-    _say(console, _source_line("acceptance", sources.trace, noted=True))
+    say(console, _source_line("times", sources.runtime, noted=verbose))
+    say(console, _source_line("acceptance", sources.trace, noted=True))
     if verbose and sources.certificate is not None:
-        _say(console, _source_line("certificate", sources.certificate, noted=True))
+        say(console, _source_line("certificate", sources.certificate, noted=True))
     from_trace = profile.server is None and sources.trace.name != TYPED_RATES
     if verbose and from_trace and sources.certificate is None:
         made = command("certify", PurePosixPath(profile.sources.trace.name).stem)
-        _say(console, f"certificate: none; make one with `{made}` and tune again")
+        say(console, f"certificate: none; make one with `{made}` and tune again")
     if not verbose:
         console.print("-v shows the trees, the reasons and how estimates are made")
-
-
-def _say(console: Console, text: str | Text) -> None:
-    """Print text that wraps between words alone: a path of many columns stays whole."""
-    plain = textwrap.fill(str(text), console.width, break_long_words=False, break_on_hyphens=False)
-    shown = Text(plain)
-    for span in () if isinstance(text, str) else text.spans:
-        # wrapping puts a line's end where a space was: places stay
-        shown.stylize(span.style, span.start, span.end)
-    console.print(shown, soft_wrap=True)
-
-
-def _show(console: Console, table: Table) -> None:
-    """Print a table, beyond the console's width where it would lose digits otherwise."""
-    needed = Measurement.get(console, console.options.update(max_width=WIDEST), table).maximum
-    console.print(table, width=max(console.width, needed), crop=False)
 
 
 def answer(profile: Profile) -> str:
@@ -152,20 +125,7 @@ def _percent(ratio: float) -> int:
 def print_profile_json(*profiles: Profile) -> None:
     """Print one line of JSON: a profile, or a list when there are several."""
     documents = [profile.model_dump(mode="json", exclude_none=True) for profile in profiles]
-    content = documents[0] if len(documents) == 1 else documents
-    sys.stdout.write(json.dumps(content) + "\n")
-
-
-def print_json(content: object) -> None:
-    """Print one JSON document as one line."""
-    sys.stdout.write(json.dumps(content) + "\n")
-
-
-def report(text: str, summary: dict[str, object], as_json: bool) -> None:
-    """Print lines for a reader, then, when asked, one line of JSON."""
-    sys.stdout.write(text + "\n")
-    if as_json:
-        print_json(summary)
+    print_json(documents[0] if len(documents) == 1 else documents)
 
 
 def title(profile: Profile) -> str:
@@ -188,7 +148,7 @@ def measured_gpu(runtime: Source) -> str:
 
 
 def _policy_table(rows: tuple[PolicyRow, ...]) -> Table:
-    table = _table(HEADERS)
+    table = make_table(HEADERS)
     for row in rows:
         predicted, interval = row.predicted, row.predicted.speedup_interval
         size = "" if row.verdict == "off" else f" of {row.tree.build().num_nodes}"
@@ -209,7 +169,7 @@ def _policy_table(rows: tuple[PolicyRow, ...]) -> Table:
 
 def _details_table(rows: tuple[PolicyRow, ...]) -> Table:
     """All digits, the tree's size, and how far at most any static tree could be ahead."""
-    table = _table(DETAILS)
+    table = make_table(DETAILS)
     for row in rows:
         tree, predicted = row.tree.build(), row.predicted
         table.add_row(
@@ -231,17 +191,8 @@ def _within(gap: float | None) -> str:
     return f"{100 * gap:.1f} %" if gap <= USEFUL_GAP else "no useful bound"
 
 
-def digits(value: float) -> str:
-    """Return a number to three digits, whole ones from 100 on, with commas between thousands."""
-    if value == 0:
-        return "0"
-    rounded = float(f"{value:.3g}")
-    places = max(0, 2 - math.floor(math.log10(abs(rounded))))
-    return f"{rounded:,.{places}f}"
-
-
 def _measured_table(block: MeasuredBlock) -> Table:
-    table = _table(("batch", "mode", "tokens/step", "step ms", "tokens/s"))
+    table = make_table(("batch", "mode", "tokens/step", "step ms", "tokens/s"))
     for row in block.rows:
         table.add_row(
             str(row.batch_size),
@@ -250,14 +201,6 @@ def _measured_table(block: MeasuredBlock) -> Table:
             digits(row.step_ms),
             digits(row.tokens_per_s),
         )
-    return table
-
-
-def _table(headers: tuple[str, ...]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for header in headers:
-        words = header in ("verdict", "mode")
-        table.add_column(header, justify="left" if words else "right", no_wrap=True)
     return table
 
 
