@@ -21,8 +21,7 @@ from types import SimpleNamespace
 from typing import Any, Literal
 from unittest import mock
 
-import matplotlib.figure  # noqa: F401 - loaded before processes are forked, as what follows
-import optuna.storages.journal  # noqa: F401
+import optuna.storages.journal  # noqa: F401 - loaded before processes are forked
 import torch
 from synthetic_data import make_table, make_trace
 from synthetic_profile import PAIR, PROFILE, TRACE, write_profile

@@ -39,6 +39,6 @@ def test_messages_name_extras_that_exist() -> None:
     folders = (ROOT / "stree_core", ROOT / "autotune" / "stree_autotune")
     texts = [path.read_text() for folder in folders for path in folder.rglob("*.py")]
     named = {name for text in texts for name in re.findall(r"install_command\(['\"](\w+)", text)}
-    assert {"hf", "data", "share", "plot", "postgres"} == named
+    assert {"hf", "data", "share", "postgres"} == named
     assert named <= set(optional)
     assert not any("pip install 'stree" in text for text in texts), "one place says how"

@@ -12,7 +12,7 @@ from stree_autotune.cli import flags
 
 def register_analyze(app: typer.Typer) -> None:
     """Add the verb to `app`."""
-    app.command(epilog="Example: stree-tune analyze --gpu h200 --dataset gsm8k --plot tree.png")(
+    app.command(epilog="Example: stree-tune analyze --gpu h200 --dataset gsm8k --plot tree.html")(
         analyze
     )
 
@@ -30,7 +30,8 @@ def analyze(
     library: flags.Libraries = flags.NO_LIBRARIES,
     acceptance_from: flags.AcceptanceFrom = "",
     plot: Annotated[
-        str, typer.Option("--plot", metavar="FILE", help="Also draw it: a .png or .svg file.")
+        str,
+        typer.Option("--plot", metavar="FILE", help="Also draw it: .html or .svg."),
     ] = "",
     as_json: flags.AsJson = False,
 ) -> None:

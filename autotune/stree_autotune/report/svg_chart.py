@@ -17,6 +17,7 @@ from markupsafe import Markup
 WIDTH, HEIGHT = 340, 216
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 20, 36
 TICKS = 5
+NEAR_LABELS = 32
 
 XY = tuple[float, float]
 
@@ -78,6 +79,7 @@ class Chart:
 
     def __init__(self, x: Axis, y: Axis, description: str, height: int = HEIGHT) -> None:
         self._x, self._y, self._height = x, y, height
+        self._ray_ends: list[XY] = []
         self._root = svg_root(WIDTH, height, description)
         self._draw_axes()
 
@@ -112,6 +114,20 @@ class Chart:
         caps = f"M{across - 4:.1f} {bottom:.1f}h8M{across - 4:.1f} {top:.1f}h8"
         self._path(f"M{across:.1f} {bottom:.1f}V{top:.1f}{caps}", style)
 
+    def ray(self, slope: float, style: str, text: str) -> None:
+        """Draw y = slope * x from the origin to the edge of the chart, with its name there.
+
+        Where that stands too near to a ray drawn before, the name is left out.
+        """
+        x = min(self._x.high, self._y.high / slope)
+        self._path(self._polyline([(0.0, 0.0), (x, slope * x)]), style)
+        across, down = self._at((x, slope * x))
+        at_top = down < TOP + 12
+        near = any(math.dist((across, down), other) < NEAR_LABELS for other in self._ray_ends)
+        if not near:
+            self._ray_ends.append((across, down))
+            self._text(across - 3, down - 3 if at_top else down + 11, text, "tick", "end")
+
     def level(self, y: float, style: str) -> None:
         """Draw a horizontal rule."""
         _, down = self._at((self._x.low, y))
@@ -123,7 +139,7 @@ class Chart:
         self._path(f"M{across:.1f} {TOP}V{self._height - BOTTOM}", style)
         right = across > WIDTH / 2
         anchor, shift = ("end", -4) if right else ("start", 4)
-        add_text(self._root, across + shift, TOP + 8, text, "tick", anchor)
+        self._text(across + shift, TOP + 8, text, "tick", anchor)
 
     def svg(self) -> Markup:
         """Return the chart as markup."""
@@ -140,6 +156,9 @@ class Chart:
         for x, y in places[1:]:
             words.append(f"H{x:.1f}V{y:.1f}" if stairs else f"L{x:.1f} {y:.1f}")
         return "".join(words)
+
+    def _text(self, x: float, y: float, text: str, style: str, anchor: str) -> None:
+        add_text(self._root, x, y, text, style, anchor)
 
     def _path(self, path: str, style: str) -> None:
         ElementTree.SubElement(self._root, "path", {"d": path, "class": style})
