@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from stree_autotune.store import progress
-from stree_autotune.store.progress import ProgressBar, working
+from stree_autotune.store.progress import ProgressBar, Working, time_left
 
 
 class Clock:
@@ -72,11 +72,16 @@ def test_a_terminal_has_a_bar(
 def test_work_is_said_on_a_terminal_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with working("searching"):
+    with Working("searching"):
         pass
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
-    with working("searching"):
-        pass
-    assert "searching" in capsys.readouterr().err
+    with Working("searching") as spinner:
+        spinner.say("walking")
+    assert "walking" in capsys.readouterr().err
+
+
+def test_long_times_are_in_minutes() -> None:
+    assert time_left(119.4) == "about 119 s left"
+    assert time_left(200) == "about 3 min left"

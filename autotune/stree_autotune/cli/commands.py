@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 
 import typer
 
@@ -117,7 +117,7 @@ def tune_command(
 def _tune(request: TuneRequest, ctx: typer.Context) -> None:
     """Tune, write the profile, print it; only measuring loads torch."""
     from stree_autotune.search import best_draft
-    from stree_autotune.store import print_profile, print_profile_json, result_console, working
+    from stree_autotune.store import Working, print_profile, print_profile_json, result_console
     from stree_core.profile import require_writable, save_profile
 
     given = ctx.params
@@ -130,7 +130,7 @@ def _tune(request: TuneRequest, ctx: typer.Context) -> None:
     else:
         from stree_autotune.search import tune
 
-        with working("searching trees for every batch size"):
+        with Working("searching trees for every batch size"):
             profile = best_draft(request, tune)
     save_profile(profile, output)
     console = result_console()
@@ -181,7 +181,7 @@ def certify(
 ) -> None:
     """Bound what any static tree can reach on traces; `trace` does it for those it records."""
     from stree_autotune.search import certificate_path, certify_file, describe
-    from stree_autotune.store import Library
+    from stree_autotune.store import Library, Working
     from stree_core.files import require_place
 
     library = Library.open(data)
@@ -190,7 +190,8 @@ def certify(
     for path in paths:
         require_place(certificate_path(path))
     for path in paths:
-        certificate = certify_file(path, logger.info)
+        with Working(f"bounding every tree on {printable(path.name)}"):
+            certificate = certify_file(path, logger.info)
         sys.stdout.write(f"wrote {printable(str(certificate_path(path)))}\n")
         sys.stdout.write(f"{describe(certificate)}\n")
         found[str(certificate_path(path))] = list(certificate.most_tokens_per_step)
@@ -209,7 +210,7 @@ list_verbs(app)
 
 def main() -> None:
     """Run the command line: expected failures are one line on stderr, exit code 1 or 2."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Stderr()
     handler.setFormatter(_ShownLines("%(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.INFO)
     sys.exit(_run())
@@ -235,6 +236,15 @@ def _run() -> int:
     except (typer.Abort, KeyboardInterrupt):
         return _fail("stopped; what was finished is kept", EXIT_STOPPED)
     return code if isinstance(code, int) else 0
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    """The stderr of the moment: while a spinner turns it is one that prints above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 class _ShownLines(logging.Formatter):

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from stree_autotune.store import PairRequest, chat_warning, open_profile_pair, print_json
+from stree_autotune.store import (
+    PairRequest,
+    Working,
+    chat_warning,
+    open_profile_pair,
+    print_json,
+)
 from stree_core.drafting import (
     Pair,
     gpu_warning,
@@ -51,7 +57,8 @@ class DecodeRequest:
 def run_decode(models: PairRequest, request: DecodeRequest, *, as_json: bool) -> None:
     """Continue a prompt as a profile says, printing text as it comes."""
     profile = load_own_profile(request.profile_path)
-    pair = open_profile_pair(models, profile)
+    with Working("loading the models"):
+        pair = open_profile_pair(models, profile)
     for warning in (gpu_warning(profile, pair.device), chat_warning(profile, chat=request.chat)):
         if warning:
             logger.warning(warning)
@@ -61,7 +68,8 @@ def run_decode(models: PairRequest, request: DecodeRequest, *, as_json: bool) ->
     params = request.sampling
     support = SamplingSupport(request.rule, params.truncates, params.penalises)
     config = EngineConfig(1, num_positions, sampling=support)
-    engine = Engine(pair.target, pair.draft, tree, config)
+    with Working("preparing the models' graphs"):
+        engine = Engine(pair.target, pair.draft, tree, config)
     stop = StopRule(request.max_new_tokens, pair.target.shape.eos_token_ids)
     if as_json:
         run = generate(engine, [tokens], stop, sampling=params)

@@ -82,12 +82,13 @@ def push(
 ) -> None:
     """Copy results to a shared library; a profile takes its table and its trace along."""
     from stree_autotune.share import named_files, own_files, push as push_files
-    from stree_autotune.store import Library, data_folder
+    from stree_autotune.store import Library, Working, data_folder
 
     library = Library.open(data)
     folders = data or [data_folder(data)]
-    files = named_files(names, library) if names else own_files(folders, library)
-    new = push_files(url, files, force=force)
+    with Working(f"copying to {clean_url(url)}"):
+        files = named_files(names, library) if names else own_files(folders, library)
+        new = push_files(url, files, force=force)
     lines = [*(f"pushed {path}" for path in new), f"{len(new)} of {len(files)} files were new"]
     _report(lines, {"url": clean_url(url), "pushed": new, "files": sorted(files)}, as_json=as_json)
 
@@ -106,10 +107,11 @@ def pull(
 ) -> None:
     """Copy files of a shared library to the data folder; a profile brings its sources along."""
     from stree_autotune.share import pull as pull_files
-    from stree_autotune.store import data_folder
+    from stree_autotune.store import Working, data_folder
 
     folder = data_folder(data)
-    paths = pull_files(url, folder, names, force=force)
+    with Working(f"copying from {clean_url(url)}"):
+        paths = pull_files(url, folder, names, force=force)
     lines = [printable(str(folder / path)) for path in paths]
     _report(lines, {"url": clean_url(url), "folder": str(folder), "files": paths}, as_json=as_json)
 
@@ -126,10 +128,11 @@ def list_files(
     from dataclasses import asdict
 
     from stree_autotune.cli.listing import list_rows, print_rows, print_shapes, shape_rows
-    from stree_autotune.store import Library, result_console
+    from stree_autotune.store import Library, Working, result_console
 
-    found = Library.open(flags.search_path(data, library))
-    rows: list[Any] = shape_rows(found) if shapes else list_rows(found)
+    with Working("reading what is there"):
+        found = Library.open(flags.search_path(data, library))
+        rows: list[Any] = shape_rows(found) if shapes else list_rows(found)
     if shapes:
         print_shapes(rows, result_console())
     else:

@@ -10,6 +10,8 @@ import typer
 from stree_autotune.cli import flags
 from stree_core.errors import ConfigError
 
+LOADING = "loading torch"
+
 
 def register_live_verbs(app: typer.Typer) -> None:
     """Add the verbs of this module to `app`."""
@@ -66,10 +68,11 @@ def probe(
     names = _probed_names(target, draft, shapes)
     if weights != "bf16":
         names = (_in_fp8(names[0], weights, shapes), names[1])
-    from stree_autotune.probe import ProbeConfig, run_model_probe, run_probe
-    from stree_autotune.store import PairRequest
-    from stree_core.drafting import Runtime
+    from stree_autotune.store import PairRequest, Working
 
+    with Working(LOADING):
+        from stree_autotune.probe import ProbeConfig, run_model_probe, run_probe
+        from stree_core.drafting import Runtime
     config = ProbeConfig(
         gpu=gpu,
         context=context,
@@ -150,11 +153,12 @@ def trace(
     force: flags.Force = False,
 ) -> None:
     """Record which of the draft's children the target takes, position by position."""
-    from stree_autotune.cli.trace import run_trace
-    from stree_autotune.store import PairRequest, open_prompts, parse_rows
-    from stree_autotune.trace import RecordConfig
-    from stree_core.drafting import Runtime
+    from stree_autotune.store import PairRequest, Working, open_prompts, parse_rows
 
+    with Working(LOADING):
+        from stree_autotune.cli.trace import run_trace
+        from stree_autotune.trace import RecordConfig
+        from stree_core.drafting import Runtime
     target, draft = flags.pair_names(target, draft)
     which = parse_rows(rows) if rows else slice(None)
     chosen = open_prompts(dataset, prompts, tuple(data), rows=which, limit=limit or None)
@@ -196,10 +200,11 @@ def validate(
     ] = False,
 ) -> None:
     """Run off, chains and trees live and print predicted against measured."""
-    from stree_autotune.live import ValidateRequest, run_validate
-    from stree_autotune.store import Library, PairRequest
-    from stree_core.drafting import Runtime
+    from stree_autotune.store import Library, PairRequest, Working
 
+    with Working(LOADING):
+        from stree_autotune.live import ValidateRequest, run_validate
+        from stree_core.drafting import Runtime
     if write and not profile.is_file():
         raise ConfigError(
             f"--write changes a profile's file, got the name {profile}; pass its path"
@@ -248,11 +253,12 @@ def decode(
     as_json: flags.AsJson = False,
 ) -> None:
     """Continue a prompt the way a profile says."""
-    from stree_autotune.cli.decode import DecodeRequest, run_decode
-    from stree_autotune.store import Library, PairRequest
-    from stree_core.drafting import Runtime
-    from stree_core.engine import SamplingParams
+    from stree_autotune.store import Library, PairRequest, Working
 
+    with Working(LOADING):
+        from stree_autotune.cli.decode import DecodeRequest, run_decode
+        from stree_core.drafting import Runtime
+        from stree_core.engine import SamplingParams
     # top-p means nothing to a greedy request, so the flag alone is no contradiction
     setting = flags.sampling(rule, temperature, top_p if temperature else 1.0)
     params = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)

@@ -41,14 +41,16 @@ def report(
 ) -> None:
     """Write one HTML page of profiles: verdict, figures, sources; it needs no network."""
     from stree_autotune.report import is_report, write_report
-    from stree_autotune.store import Library
+    from stree_autotune.store import Library, Working
     from stree_core.files import require_place
 
     require_place(output)
     if output.exists() and not force and not is_report(output):
         raise ConfigError(f"{output} exists and is no stree report; pass --force or another -o")
     searched = Library.open(flags.search_path(data, library))
-    sections = write_report([searched.find_profile(name) for name in profiles], searched, output)
+    paths = [searched.find_profile(name) for name in profiles]
+    with Working("searching again and drawing"):
+        sections = write_report(paths, searched, output)
     for section in sections:
         sys.stdout.write(f"{printable(section.file_name)}: {section.verdicts.headline}\n")
         for sentence in section.missing:

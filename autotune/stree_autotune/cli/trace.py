@@ -22,6 +22,7 @@ from stree_autotune.store import (
     PairRequest,
     ProgressBar,
     PromptSet,
+    Working,
     check_name,
     data_folder,
     encode_prompts,
@@ -72,7 +73,8 @@ def run_trace(
         trace = _record(request, config, prompts, path, shard, force=force)
     if trace is None:
         return
-    certificate = certify_file(path, logger.info)
+    with Working("bounding what any tree can reach"):
+        certificate = certify_file(path, logger.info)
     lines = [*_summary(trace, path), describe(certificate)]
     report("\n".join(lines), {"path": str(path), **trace.meta.statistics}, as_json)
 
@@ -103,8 +105,9 @@ def _record(
 ) -> Trace | None:
     """Record this process's share; write and return the trace when all of it is there by then."""
     take_own_gpu(shard)
-    pair = open_pair(request)
-    tokens = encode_prompts(pair, prompts, chat=config.chat)
+    with Working("loading the models"):
+        pair = open_pair(request)
+        tokens = encode_prompts(pair, prompts, chat=config.chat)
     parts = TraceCheckpoint(path, settings_of(pair, tokens, config))
     recordings = record_share(pair, tokens, config, parts, shard, force=force)
     if len(recordings) < len(tokens):

@@ -19,6 +19,7 @@ from stree_autotune.store import (
     ProgressBar,
     RuntimeTable,
     StepRule,
+    Working,
     chat_warning,
     command_line,
     encode_prompts,
@@ -98,7 +99,8 @@ def run_validate(request: ValidateRequest, models: PairRequest, *, as_json: bool
         if path is not None:
             require_place(path)
     profile = load_own_profile(request.profile_path)
-    pair = open_profile_pair(models, profile)
+    with Working("loading the models"):
+        pair = open_profile_pair(models, profile)
     warning = chat_warning(profile, chat=request.chat)
     if warning:
         logger.warning(warning)
@@ -107,7 +109,11 @@ def run_validate(request: ValidateRequest, models: PairRequest, *, as_json: bool
     tokens = encode_prompts(pair, prompts, chat=request.chat)
     setting = _record(pair, tokens, profile, request)
     table = _known_table(setting, profile, models)
-    stages = [_stage(setting, profile, part, table) for part in _parts(setting, table)]
+    parts = _parts(setting, table)
+    with ProgressBar(len(parts) * len(_trees(profile, setting)), "runs") as progress:
+        stages: list[_Stage] = []
+        for part in parts:
+            stages.append(_stage(setting, profile, part, table, len(stages), progress))
     rows = _rows(setting, profile, stages)
     print_rows(rows, Heading.of(pair, setting.trace.meta, stages[0].table))
     document = {
@@ -186,9 +192,14 @@ def _parts(setting: _Setting, table: RuntimeTable | None) -> list[list[Request]]
 
 
 def _stage(
-    setting: _Setting, profile: Profile, requests: list[Request], table: RuntimeTable | None
+    setting: _Setting,
+    profile: Profile,
+    requests: list[Request],
+    table: RuntimeTable | None,
+    number: int,
+    progress: ProgressBar,
 ) -> _Stage:
-    """Probe when there is no table, then decode `requests` in every mode."""
+    """Probe when there is no table, then decode `requests` in every mode, as stage `number`."""
     if table is None:
         name = device_name(setting.pair.device)
         logger.info("probing %s at batch size %d to predict with", name, setting.batch_size)
@@ -197,12 +208,10 @@ def _stage(
         sampled = setting.trace.meta.sampling.rule != "greedy"
         config = ProbeConfig(gpu, profile.context, (setting.batch_size,), nodes, sampled=sampled)
         *_, table = probe(setting.pair, config)
-    trees = [*_fixed_modes(profile, setting).values(), *map(Tree.chain, _CHAINS)]
-    with ProgressBar(len(set(trees)), "modes") as progress:
-        runs = {}
-        for tree in dict.fromkeys(trees):
-            runs[tree] = _decode(setting, requests, tree)
-            progress(len(runs))
+    trees, runs = _trees(profile, setting), {}
+    for tree in trees:
+        runs[tree] = _decode(setting, requests, tree)
+        progress(number * len(trees) + len(runs))
     rule = StepRule.of(setting.trace.meta.sampling)
     prompts = [request.prompt for request in setting.requests]
     cost = StepCost.from_table(table, rule, typical_context(prompts, setting.trace))
@@ -215,6 +224,12 @@ def _fixed_modes(profile: Profile, setting: _Setting) -> dict[str, Tree]:
     modes = {OFF.kind: OFF, "chain 2": Tree.chain(2), "chain 4": Tree.chain(4)}
     modes[f"tuned {row.verdict}"] = row.tree.build()
     return modes | {"published tree": DEFAULT_TREE, "ragged tree": RAGGED}
+
+
+def _trees(profile: Profile, setting: _Setting) -> list[Tree]:
+    """Return every tree that a stage decodes with, once each."""
+    trees = [*_fixed_modes(profile, setting).values(), *map(Tree.chain, _CHAINS)]
+    return list(dict.fromkeys(trees))
 
 
 def _decode(setting: _Setting, requests: list[Request], tree: Tree) -> LiveSpeed:

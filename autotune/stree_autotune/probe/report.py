@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rich.table import Table
@@ -14,6 +15,7 @@ from stree_autotune.probe.single import PassTime, probe_model
 from stree_autotune.store import (
     PairRequest,
     RuntimeTable,
+    Working,
     check_name,
     data_folder,
     load_runtime_table,
@@ -30,12 +32,15 @@ from stree_core.files import require_place
 
 logger = logging.getLogger(__name__)
 
+MEASURING = "measuring"
+
 
 def run_probe(request: PairRequest, config: ProbeConfig, *, as_json: bool, force: bool) -> None:
     """Measure a runtime table and write it where tuning looks first."""
     folder = data_folder(request.data) / "runtime"
     require_place(folder / "table.yaml")
-    pair = open_pair(request)
+    with Working("loading the models"):
+        pair = open_pair(request)
     if not config.gpu:
         gpu = short_gpu_name(device_name(pair.device), pair.device)
         config = replace(config, gpu=gpu)
@@ -45,8 +50,9 @@ def run_probe(request: PairRequest, config: ProbeConfig, *, as_json: bool, force
     known = _known_table(path, pair, config, force=force)
     logger.info("probing %s + %s on %s", *names, device_name(pair.device))
     # Saved after every stage: a probe that is stopped keeps what it has measured.
-    for table in probe(pair, config, logger.info, known):
-        save_runtime_table(table, path)
+    with Working(MEASURING) as spinner:
+        for table in probe(pair, config, partial(_stage_line, spinner), known):
+            save_runtime_table(table, path)
     summary = {
         "path": str(path),
         "gpu": table.gpu,
@@ -61,11 +67,14 @@ def run_probe(request: PairRequest, config: ProbeConfig, *, as_json: bool, force
 def run_model_probe(request: PairRequest, config: ProbeConfig, *, as_json: bool) -> None:
     """Measure the passes of one model and print them; a table for tuning needs a draft."""
     source = open_source(request, request.target)
-    model = load_single(source, request.runtime)
+    with Working("loading the model"):
+        model = load_single(source, request.runtime)
     weights = "random weights" if source.folder is None else "its own weights"
     gpu_name = device_name(model.device)
     logger.info("probing %s, %s, on %s", source.name, weights, gpu_name)
-    rows = [row for rows in probe_model(model, config, logger.info) for row in rows]
+    with Working(MEASURING) as spinner:
+        said = partial(_stage_line, spinner)
+        rows = [row for rows in probe_model(model, config, said) for row in rows]
     console = result_console()
     console.print(f"{source.ref.label}, {weights}, context {config.context}: ms on {gpu_name}")
     console.print(_pass_table(rows))
@@ -81,6 +90,13 @@ def run_model_probe(request: PairRequest, config: ProbeConfig, *, as_json: bool)
     }
     text = "a runtime table, which tuning reads, needs a draft as well: pass --draft"
     report(text, summary, as_json)
+
+
+def _stage_line(spinner: Working, line: str) -> None:
+    """Log what was measured; what it says of the time left stays on a terminal."""
+    logger.info(line)
+    _, _, left = line.partition("; ")
+    spinner.say(f"{MEASURING}; {left}" if left else MEASURING)
 
 
 def _pass_table(rows: list[PassTime]) -> Table:

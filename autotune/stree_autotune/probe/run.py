@@ -37,6 +37,7 @@ from stree_autotune.store import (
     TableMeasured,
     command_line,
     git_sha,
+    time_left,
     utc_now,
     versions,
 )
@@ -210,7 +211,7 @@ def _until(stages: Sequence[ProbeStage], end: float) -> float:
 def _progress_line(stages: Sequence[ProbeStage], number: int, seconds: float) -> str:
     done = sum(stage.weight for stage in stages[: number + 1])
     left = seconds * sum(stage.weight for stage in stages[number + 1 :]) / done
-    return f"{stages[number]} measured; about {left:.0f} s left"
+    return f"{stages[number]} measured; {time_left(left)}"
 
 
 def _is_lost(err: RuntimeError) -> bool:

@@ -25,6 +25,7 @@ from stree_autotune.store import (
     SEPARATOR,
     Library,
     StepRule,
+    Working,
     digits,
     make_table,
     percent,
@@ -57,13 +58,14 @@ def run_analyze(request: TuneRequest, picture: Path | None, *, as_json: bool) ->
     """Print, and draw where asked, how speed grows with the tree."""
     if picture is not None:
         _require_picture(picture)
-    question = ask(request)
-    request = question.request
-    space = TreeSpace.of(question.trace, request.max_nodes)
-    asked = _case(question, space, request.sampling.label)
-    cases = [asked, *_other_samplings(question), *_other_gpus(question, space)]
-    if picture is not None:
-        write_atomically(picture, written(_page(question, space, cases), picture).encode())
+    with Working("walking trees of every size"):
+        question = ask(request)
+        request = question.request
+        space = TreeSpace.of(question.trace, request.max_nodes)
+        asked = _case(question, space, request.sampling.label)
+        cases = [asked, *_other_samplings(question), *_other_gpus(question, space)]
+        if picture is not None:
+            write_atomically(picture, written(_page(question, space, cases), picture).encode())
     console = result_console()
     console.print(_title(question), style="bold")
     for note in _notes(question):

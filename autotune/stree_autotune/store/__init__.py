@@ -49,7 +49,11 @@ if TYPE_CHECKING:
         version_of as version_of,
         versions as versions,
     )
-    from stree_autotune.store.progress import ProgressBar as ProgressBar, working as working
+    from stree_autotune.store.progress import (
+        ProgressBar as ProgressBar,
+        Working as Working,
+        time_left as time_left,
+    )
     from stree_autotune.store.prompts import PromptSet as PromptSet, parse_rows as parse_rows
     from stree_autotune.store.runtime_table import (
         SEVERAL as SEVERAL,
@@ -119,7 +123,7 @@ __getattr__, __dir__ = exports(
             "require_new",
         ],
         "origin": ["command_line", "git_sha", "provenance", "utc_now", "version_of", "versions"],
-        "progress": ["ProgressBar", "working"],
+        "progress": ["ProgressBar", "Working", "time_left"],
         "prompts": ["PromptSet", "parse_rows"],
         "runtime_table": [
             "ModelCost",

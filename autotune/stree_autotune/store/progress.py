@@ -5,21 +5,56 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
 
 
-def working(what: str) -> AbstractContextManager[object]:
-    """Return a context that says on a terminal's stderr what takes some seconds."""
-    console = Console(stderr=True)
-    return console.status(what) if console.is_terminal else nullcontext()
+class Working:
+    """A context that says on a terminal's stderr what takes some seconds; elsewhere nothing."""
+
+    def __init__(self, what: str) -> None:
+        console = Console(stderr=True)
+        self._status = console.status(what) if console.is_terminal else None
+
+    def __enter__(self) -> Working:
+        if self._status is not None:
+            self._status.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def say(self, what: str) -> None:
+        """Say something else from now on."""
+        if self._status is not None:
+            self._status.update(what)
+
+
+def time_left(seconds: float) -> str:
+    """Return an estimate of the time left, in minutes from two on."""
+    if seconds < 120:
+        return f"about {seconds:.0f} s left"
+    return f"about {seconds / 60:.0f} min left"
 
 
 class ProgressBar:
@@ -42,7 +77,8 @@ class ProgressBar:
         self._has_bar = console.is_terminal and not quiet
         self._has_lines = not console.is_terminal and not quiet
         self._bar = Progress(
-            TextColumn(unit), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            SpinnerColumn(), TextColumn(unit), BarColumn(), MofNCompleteColumn(),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
             console=console, disable=not self._has_bar,
         )  # fmt: skip
         self._task = self._bar.add_task(unit, total=total, completed=done)
@@ -77,6 +113,6 @@ class ProgressBar:
         seconds = now - self._start
         left = seconds / (done - self._first) * (self._total - done)
         logger.info(
-            "%s: %d of %d after %.0f s, about %.0f s left",
-            self._unit, done, self._total, seconds, left,
+            "%s: %d of %d after %.0f s, %s",
+            self._unit, done, self._total, seconds, time_left(left),
         )  # fmt: skip
