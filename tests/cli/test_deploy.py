@@ -53,19 +53,20 @@ def terminal(
     return call
 
 
-def test_export_to_stdout_and_to_a_file(
-    terminal: Terminal, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_export_to_stdout_and_to_a_file(terminal: Terminal) -> None:
     outcome = terminal("export", PROFILE, "--to", "vllm", "--draft", "org/draft")
     assert outcome.code == 0
     config = json.loads(outcome.out)
     rules.check_vllm(config)
     assert config["model"] == "org/draft"
-    assert "note: vLLM drafts chains" in caplog.text
-    assert "name of the draft" not in caplog.text
-    assert terminal("export", NAME, "--to", "vllm", "-o", "v.json").out == ""
+    assert "note: vLLM drafts chains" in outcome.err
+    assert "name of the draft" not in outcome.err
+    assert max(map(len, outcome.err.splitlines())) <= 80
+    named = terminal("export", NAME, "--to", "vllm", "-o", "v.json")
+    assert named.out == ""
     assert json.loads(Path("v.json").read_text()) == {**config, "model": "toy-draft"}
-    assert "toy-draft is the profile's name of the draft; pass --draft" in caplog.text
+    said = " ".join(named.err.split())
+    assert "toy-draft is the profile's name of the draft; pass --draft" in said
     again = terminal("export", NAME, "--to", "vllm", "-o", "v.json")
     assert (again.code, again.err.count("\n")) == (2, 1)
     assert "v.json exists already; pass --force" in again.err
@@ -144,7 +145,9 @@ def test_from_one_machine_to_another(terminal: Terminal, monkeypatch: pytest.Mon
     assert terminal("export", PROFILE, "--to", "sglang").out == expected
 
 
-def test_list_shows_local_library_and_shipped(terminal: Terminal) -> None:
+def test_list_shows_local_library_and_shipped(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
     terminal("push", "../shelf", NAME)
     outcome = terminal("list", "--library", "../shelf", "--json")
     assert outcome.code == 0
@@ -159,16 +162,13 @@ def test_list_shows_local_library_and_shipped(terminal: Terminal) -> None:
     assert "h100--demo-target--demo-draft--gsm8k" in estimated
     assert NAME not in estimated
     lines = outcome.out.splitlines()
-    assert lines[0].split() == [
-        "kind",
-        "where",
-        "gpu",
-        "pair",
-        "dataset",
-        "sampling",
-        "status",
-        "age",
-        "name",
+    # names say the rest
+    assert lines[0].split() == ["kind", "status", "age", "name"]
+    assert max(map(len, lines[:-1])) <= 82
+    monkeypatch.setenv("COLUMNS", "200")
+    wide = terminal("list").out.splitlines()[0]
+    assert wide.split() == [
+        *("kind", "where", "gpu", "pair", "dataset", "sampling", "status", "age", "name")
     ]
     assert len(lines) == len(rows) + 2
     first = next(row for row in rows if row["where"] == "library")

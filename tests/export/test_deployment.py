@@ -81,8 +81,8 @@ def test_changes_say_what_they_cost(deployment: Deployment) -> None:
     assert "stree's own decoder" in caveat
     before, after = (deployment.tokens_per_s(1, tree) for tree in (RAGGED, Tree.chain(1)))
     assert line == (
-        f"batch size 1: chain 1 in place of a tree of 3 nodes, {after:.1f} instead of "
-        f"{before:.1f} tokens/s ({100 * (after / before - 1):+.1f} %)"
+        f"batch size 1: chain 1 in place of a tree of 3 nodes, {after:.0f} instead of "
+        f"{before:.0f} tokens/s ({100 * (after / before - 1):+.0f} %)"
     )
 
 

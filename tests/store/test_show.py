@@ -8,7 +8,7 @@ from synthetic_data import make_profile, policy_row
 from stree_autotune.store.library import Library
 from stree_autotune.store.show import answer, print_profile
 from stree_autotune.store.terminal import digits, result_console
-from stree_core.profile import PolicyRow, load_profile
+from stree_core.profile import PolicyRow, Profile, load_profile
 from stree_core.tree import DEFAULT_TREE, OFF, Tree
 
 WIDTH = 80
@@ -102,3 +102,21 @@ def test_estimated_gains_say_so() -> None:
         if profile.estimated and any(row.verdict != "off" for row in profile.policy)
     )
     assert "(about +" in answer(estimated)
+
+
+def _with_gaps(*gaps: float | None) -> Profile:
+    rows = []
+    for number, gap in enumerate(gaps):
+        row = _row(2**number, CHAIN)
+        predicted = row.predicted.model_copy(update={"gap": gap})
+        rows.append(row.model_copy(update={"predicted": predicted}))
+    return make_profile().model_copy(update={"policy": tuple(rows)})
+
+
+def test_bounds_that_say_nothing_are_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    print_profile(_with_gaps(0.9, None), result_console(), verbose=True)
+    assert "within" not in capsys.readouterr().out
+    print_profile(_with_gaps(0.9, 0.0123), result_console(), verbose=True)
+    out = capsys.readouterr().out
+    table = out[out.index("within") :].splitlines()
+    assert [line.split()[3:] for line in table[1:3]] == [["-"], ["1.2", "%"]]

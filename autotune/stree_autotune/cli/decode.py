@@ -13,6 +13,7 @@ from stree_autotune.store import (
     PairRequest,
     Working,
     chat_warning,
+    digits,
     open_profile_pair,
     print_json,
 )
@@ -105,10 +106,10 @@ def _print_stream(pair: Pair, steps: Iterator[list[Update]]) -> None:
         printed = text
     sys.stdout.write(pair.decode(kept)[len(printed) :] + "\n")
     logger.info(
-        "%d tokens in %d steps after the first, which took %.0f ms; %d prompt tokens at %.0f per s",
+        "%d tokens in %d steps after the first, which took %s ms; %d prompt tokens at %s per s",
         len(kept),
         generation.num_steps,
-        1e3 * (generation.first_token_seconds or 0.0),
+        digits(1e3 * (generation.first_token_seconds or 0.0)),
         generation.prompt_tokens,
-        generation.prefill_tokens_per_s,
+        digits(generation.prefill_tokens_per_s),
     )

@@ -5,16 +5,17 @@ from __future__ import annotations
 import datetime
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
 
 from stree_autotune.cost import kind_of, quiet_families
 from stree_autotune.share import cache_root
-from stree_autotune.store import Library, load_runtime_table, shipped_root
+from stree_autotune.store import Library, digits, load_runtime_table, shipped_root, show_table
 from stree_autotune.trace import load_trace
 from stree_core.errors import StreeError
 from stree_core.families import load_shape_spec, shape_from_config
@@ -23,8 +24,11 @@ from stree_core.shown_text import printable
 
 logger = logging.getLogger(__name__)
 
-WIDEST = 1000
 HEADERS = ("kind", "where", "gpu", "pair", "dataset", "sampling", "status", "age", "name")
+NAMED = ("pair", "dataset", "sampling", "gpu", "where")
+SHAPE_HEADERS = ("name", "where", "billions", "hidden", "layers", "head", "source")
+NUMBERS = ("age", "billions", "hidden")
+COLUMN_GAP = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,18 +77,18 @@ def list_rows(library: Library) -> list[Row]:
 
 
 def print_rows(rows: list[Row], console: Console) -> None:
-    """Print the rows as a table, as wide as it takes: a cut name is of no use."""
-    console.width = max(console.width, WIDEST)
+    """Print the rows as a table.
+
+    Where the screen is too narrow for all columns, those are left out that a name says as well; a
+    cut name is of no use.
+    """
     now = datetime.datetime.now(datetime.UTC)
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for header in HEADERS:
-        table.add_column(header, justify="right" if header == "age" else "left", no_wrap=True)
+    texts = []
     for row in rows:
-        pair = f"{row.target} + {row.draft}"
-        age = describe_age(row.date, now)
-        texts = (row.kind, row.where, row.gpu, pair, row.dataset, row.sampling, row.status)
-        table.add_row(*texts, age, printable(row.name))
-    console.print(table)
+        pair, age = f"{row.target} + {row.draft}", describe_age(row.date, now)
+        said = (row.gpu, pair, row.dataset, row.sampling)
+        texts.append((row.kind, row.where, *said, row.status, age, printable(row.name)))
+    _print_texts(console, HEADERS, texts, NAMED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,15 +121,37 @@ def shape_rows(library: Library) -> list[ShapeRow]:
 
 def print_shapes(rows: list[ShapeRow], console: Console) -> None:
     """Print the shapes as a table, as wide as it takes."""
-    console.width = max(console.width, WIDEST)
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for header in ("name", "where", "billions", "hidden", "layers", "head", "source"):
-        right = header in ("billions", "hidden")
-        table.add_column(header, justify="right" if right else "left", no_wrap=True)
+    texts = [
+        (
+            printable(row.name),
+            row.where,
+            digits(row.billions),
+            f"{row.hidden:,}",
+            row.layers,
+            "mtp" if row.mtp else "",
+            printable(row.source),
+        )
+        for row in rows
+    ]
+    _print_texts(console, SHAPE_HEADERS, texts, ("source", "where", "hidden"))
+
+
+def _print_texts(
+    console: Console, headers: Sequence[str], rows: Sequence[Sequence[str]], optional: Sequence[str]
+) -> None:
+    """Print a table; while it is wider than the screen the next optional column is left out."""
+    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
+    kept = list(range(len(headers)))
+    for header in optional:
+        if sum(widths[place] + COLUMN_GAP for place in kept) - COLUMN_GAP > console.width:
+            kept.remove(headers.index(header))
+    table = Table(box=None, pad_edge=False, padding=(0, COLUMN_GAP, 0, 0))
+    for place in kept:
+        justify: Literal["left", "right"] = "right" if headers[place] in NUMBERS else "left"
+        table.add_column(headers[place], justify=justify, no_wrap=True)
     for row in rows:
-        texts = (f"{row.billions:.2f}", str(row.hidden), row.layers, "mtp" if row.mtp else "")
-        table.add_row(printable(row.name), row.where, *texts, printable(row.source))
-    console.print(table)
+        table.add_row(*(row[place] for place in kept))
+    show_table(console, table)
 
 
 def _shape_row(path: Path, where: str) -> ShapeRow:

@@ -25,6 +25,7 @@ from stree_autotune.store import (
     Working,
     check_name,
     data_folder,
+    digits,
     encode_prompts,
     open_pair,
     open_sources,
@@ -174,8 +175,8 @@ def settings_of(pair: Pair, prompts: list[list[int]], config: RecordConfig) -> S
 
 
 def _summary(trace: Trace, path: Path) -> list[str]:
-    lines = [f"wrote {path}: {trace.num_positions} positions of {trace.num_prompts} prompts"]
-    lines += [f"  {key.replace('_', ' ')}: {n:g}" for key, n in trace.meta.statistics.items()]
+    lines = [f"wrote {path}: {trace.num_positions:,} positions of {trace.num_prompts} prompts"]
+    lines += [f"  {key.replace('_', ' ')}: {digits(n)}" for key, n in trace.meta.statistics.items()]
     if not trace.reliable:
         lines.append(f"  unreliable: a trace needs at least {RELIABLE_PROMPTS} prompts")
     return lines

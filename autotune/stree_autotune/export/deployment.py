@@ -15,7 +15,7 @@ from functools import cached_property
 
 from stree_autotune.cost import StepCost
 from stree_autotune.search import profile_cost, profile_trace
-from stree_autotune.store import Library, title
+from stree_autotune.store import Library, digits, percent, title
 from stree_autotune.trace import Trace, walk
 from stree_core.errors import MissingMeasurement, NoFeasibleTree
 from stree_core.models import MTP
@@ -159,10 +159,10 @@ class Deployment:
             if other == own:
                 continue
             before, after = (self.tokens_per_s(row.batch_size, tree) for tree in (own, other))
-            change = 100 * (after / before - 1)
             notes.append(
                 f"batch size {row.batch_size}: {other.label} in place of {own.label}, "
-                f"{after:.1f} instead of {before:.1f} tokens/s ({change:+.1f} %)"
+                f"{digits(after)} instead of {digits(before)} tokens/s "
+                f"({percent(after / before - 1, signed=True)})"
             )
         return (reason, RATES_NOTE, *notes) if notes else ()
 

@@ -20,7 +20,7 @@ from stree_autotune.export.sglang import export_sglang, export_sglang_adaptive
 from stree_autotune.export.tensorrt_llm import export_tensorrt_llm
 from stree_autotune.export.trees import export_choices, export_sequoia
 from stree_autotune.export.vllm import export_vllm, export_vllm_synthetic
-from stree_autotune.store import is_path
+from stree_autotune.store import is_path, say_note
 from stree_core.errors import ConfigError, nearest
 from stree_core.files import require_place, write_atomically
 
@@ -67,14 +67,14 @@ def run_export(deployment: Deployment, name: str, output: Path | None, *, force:
             raise ConfigError(f"{output} exists already; pass --force to replace it")
     exported = chosen.export(deployment)
     if deployment.profile.estimated:
-        logger.warning("note: estimated: %s", deployment.title)
+        say_note(f"estimated: {deployment.title}")
     notes = (
         *_server_notes(deployment, chosen),
         *exported.notes,
         *_name_notes(deployment, chosen),
     )
     for note in notes:
-        logger.warning("note: %s", note)
+        say_note(note)
     if output is None:
         sys.stdout.write(exported.content.decode())
     else:

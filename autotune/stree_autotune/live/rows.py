@@ -6,9 +6,17 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich.table import Table
-
-from stree_autotune.store import RuntimeTable, result_console, utc_now, versions
+from stree_autotune.store import (
+    RuntimeTable,
+    digits,
+    make_table,
+    percent,
+    result_console,
+    say,
+    show_table,
+    utc_now,
+    versions,
+)
 from stree_autotune.trace import TraceMeta
 from stree_core.drafting import Pair, device_name
 from stree_core.profile import Measured, MeasuredBlock, Profile
@@ -62,27 +70,26 @@ class Heading:
 def print_rows(rows: Sequence[ValidationRow], heading: Heading) -> None:
     """Print a table of rows, predicted beside live, and how far they are apart."""
     console = result_console()
-    console.print(f"{heading.pair} · {heading.prompts} · batch size {rows[0].batch_size}")
-    console.print(f"predicted from {heading.predicted_from}")
-    grid = Table(box=None, pad_edge=False)
-    for title in (
-        "mode", "nodes", "tokens/step", "live", "step ms", "live", "tokens/s", "live", "error",
-    ):  # fmt: skip
-        grid.add_column(title, justify="left" if title == "mode" else "right")
+    say(console, f"{heading.pair} · {heading.prompts} · batch size {rows[0].batch_size}")
+    say(console, f"predicted from {heading.predicted_from}")
+    grid = make_table(
+        ("mode", "nodes", "tokens/step", "live", "step ms", "live", "tokens/s", "live", "error")
+    )
     for row in rows:
         grid.add_row(
             row.mode, str(row.nodes),
-            f"{row.predicted_tokens_per_step:.3f}", f"{row.live_tokens_per_step:.3f}",
-            f"{row.predicted_step_ms:.3f}", f"{row.live_step_ms:.3f}",
-            f"{row.predicted_tokens_per_s:.0f}", f"{row.live_tokens_per_s:.0f}",
-            f"{row.speed_error:+.1%}",
+            digits(row.predicted_tokens_per_step), digits(row.live_tokens_per_step),
+            digits(row.predicted_step_ms), digits(row.live_step_ms),
+            digits(row.predicted_tokens_per_s), digits(row.live_tokens_per_s),
+            percent(row.speed_error, signed=True),
         )  # fmt: skip
-    console.print(grid)
+    show_table(console, grid)
     console.print(f"tokens/s: {error_summary([row.speed_error for row in rows])}")
     console.print(f"tokens/step: {error_summary([row.length_error for row in rows])}")
     differing = max(row.texts_differing_from_off or 0 for row in rows)
     if differing:
-        console.print(
+        say(
+            console,
             f"up to {differing} texts differ from decoding without speculation: rounding at "
             "near-ties, see docs/numerics.md",
         )
@@ -91,7 +98,7 @@ def print_rows(rows: Sequence[ValidationRow], heading: Heading) -> None:
 def error_summary(errors: Sequence[float]) -> str:
     """Return the median and the worst of relative errors, without their signs."""
     sizes = [abs(error) for error in errors]
-    return f"median error {statistics.median(sizes):.1%}, worst {max(sizes):.1%}"
+    return f"median error {percent(statistics.median(sizes))}, worst {percent(max(sizes))}"
 
 
 def with_measured(profile: Profile, rows: Sequence[ValidationRow], pair: Pair) -> Profile:

@@ -30,6 +30,7 @@ from stree_autotune.search import (
     search_batch,
     search_result,
 )
+from stree_autotune.store import digits
 from stree_core.tree import OFF, Tree
 
 NUM_LIVE_TRIALS = 40
@@ -124,8 +125,8 @@ class LiveSearch:
             worker.tell(claim, found)
             self.progress(
                 f"batch size {batch_size}, trial {claim.trial.number}: {claim.tree.num_nodes} "
-                f"nodes, depth {claim.tree.depth}, {step.ms:.3f} ms, {trial.tokens_per_s:.0f} "
-                "tokens/s"
+                f"nodes, depth {claim.tree.depth}, {digits(step.ms)} ms, "
+                f"{digits(trial.tokens_per_s)} tokens/s"
             )
 
     def _corrected(self, batch_size: int, found: list[Evaluated]) -> CorrectedCost:

@@ -18,13 +18,17 @@ from stree_autotune.store import (
     Working,
     check_name,
     data_folder,
+    digits,
     load_runtime_table,
+    make_table,
     open_pair,
     open_source,
     report,
     result_console,
     runtime_file_name,
     save_runtime_table,
+    say,
+    show_table,
 )
 from stree_core.drafting import Pair, device_name, load_single, short_gpu_name
 from stree_core.errors import ConfigError
@@ -76,8 +80,8 @@ def run_model_probe(request: PairRequest, config: ProbeConfig, *, as_json: bool)
         said = partial(_stage_line, spinner)
         rows = [row for rows in probe_model(model, config, said) for row in rows]
     console = result_console()
-    console.print(f"{source.ref.label}, {weights}, context {config.context}: ms on {gpu_name}")
-    console.print(_pass_table(rows))
+    say(console, f"{source.ref.label}, {weights}, context {config.context}: ms on {gpu_name}")
+    show_table(console, _pass_table(rows))
     summary: dict[str, object] = {
         "model": source.name,
         "weights": "random" if source.folder is None else "real",
@@ -102,14 +106,12 @@ def _stage_line(spinner: Working, line: str) -> None:
 def _pass_table(rows: list[PassTime]) -> Table:
     """Return a table with a row for each batch size and a column for each number of tokens."""
     sizes = sorted({row.num_tokens for row in rows})
-    table = Table(box=None, pad_edge=False)
-    for header in ("batch size", "one-token step", *(f"pass of {size}" for size in sizes)):
-        table.add_column(header, justify="right")
+    table = make_table(("batch", "one-token step", *(f"pass of {size}" for size in sizes)))
     for batch_size in sorted({row.batch_size for row in rows}):
         times = {row.num_tokens: row for row in rows if row.batch_size == batch_size}
         steps = [row.step_ms for row in times.values() if row.step_ms is not None]
-        cells = [f"{times[size].ms:.3f}" for size in sizes]
-        table.add_row(str(batch_size), f"{steps[0]:.3f}", *cells)
+        cells = [digits(times[size].ms) for size in sizes]
+        table.add_row(str(batch_size), digits(steps[0]), *cells)
     return table
 
 

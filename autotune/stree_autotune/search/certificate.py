@@ -21,7 +21,7 @@ from stree_autotune.search.dual_bound import (
 )
 from stree_autotune.search.path_counts import index_paths
 from stree_autotune.search.tree_solver import solve
-from stree_autotune.store import command, provenance
+from stree_autotune.store import command, digits, provenance
 from stree_autotune.trace import FlatTrace, Trace, load_trace, walk_nested
 from stree_core.errors import ConfigError
 from stree_core.files import dump_yaml, read_yaml, sha256_of, write_atomically
@@ -249,7 +249,7 @@ def certify_file(path: Path, progress: Callable[[str], None] | None = None) -> C
 def describe(certificate: Certificate) -> str:
     """Return one line: the most tokens per step with up to some numbers of nodes."""
     most = certificate.most_tokens_per_step
-    values = ", ".join(f"{most[size - 1]:.2f} ({size})" for size in DESCRIBED_SIZES)
+    values = ", ".join(f"{digits(most[size - 1])} ({size})" for size in DESCRIBED_SIZES)
     return f"  most tokens per step of any static tree (with up to so many nodes): {values}"
 
 

@@ -19,6 +19,7 @@ from optuna.trial import TrialState
 from stree_autotune.cost import MemoryModel
 from stree_autotune.search.tree_solver import MAX_DEPTH, refine
 from stree_autotune.search.tree_space import Cell, TreeSpace
+from stree_autotune.store import digits
 from stree_core.errors import (
     ConfigError,
     NoFeasibleTree,
@@ -386,9 +387,10 @@ def binding_limit(result: SearchResult, space: TreeSpace, setting: SearchSetting
     missed, best = result.too_large, result.best.tree
     if missed is not None:
         assert setting.memory is not None
+        needed = setting.memory.describe(result.batch_size, missed.tree)
         return (
-            f"memory binds: {missed.tree.num_nodes} nodes would reach {missed.tokens_per_s:.0f} "
-            f"tokens/s but need {setting.memory.describe(result.batch_size, missed.tree)}"
+            f"memory binds: {missed.tree.num_nodes} nodes would reach "
+            f"{digits(missed.tokens_per_s)} tokens/s but need {needed}"
         )
     if best.num_nodes == space.max_nodes:
         return f"--max-nodes {space.max_nodes} binds"

@@ -25,6 +25,7 @@ from stree_autotune.search.study import (
     search_batch,
 )
 from stree_autotune.search.tree_space import TreeSpace
+from stree_autotune.store import digits
 from stree_autotune.trace import Trace
 from stree_core.profile import Interval, PolicyRow, Predicted, TreeText
 from stree_core.tree import OFF, Tree, Verdict
@@ -232,5 +233,6 @@ def _because(chosen: Trial, rival: Trial) -> str:
         return ""
     if step_ms < 0:
         fewer = "more" if tokens >= 0 else "fewer"
-        return f": a step {-step_ms:.3f} ms shorter, with {abs(tokens):.2f} {fewer} tokens"
-    return f": {tokens:+.2f} tokens per step for {step_ms:+.3f} ms"
+        return f": a step {digits(-step_ms)} ms shorter, with {digits(abs(tokens))} {fewer} tokens"
+    sign = "+" * (tokens >= 0)
+    return f": {sign}{digits(tokens)} tokens per step for +{digits(step_ms)} ms"

@@ -88,6 +88,7 @@ if TYPE_CHECKING:
         report as report,
         result_console as result_console,
         say as say,
+        say_note as say_note,
         show_table as show_table,
     )
 
@@ -158,6 +159,7 @@ __getattr__, __dir__ = exports(
             "report",
             "result_console",
             "say",
+            "say_note",
             "show_table",
         ],
     },

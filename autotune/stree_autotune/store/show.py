@@ -11,14 +11,15 @@ from rich.table import Table
 from rich.text import Text
 
 from stree_autotune.store.advice import command
-from stree_autotune.store.terminal import digits, make_table, print_json, say, show_table
+from stree_autotune.store.terminal import digits, make_table, percent, print_json, say, show_table
 from stree_core.profile import MeasuredBlock, PolicyRow, Profile, Source
 from stree_core.tree import Verdict
 
 HEADERS = (
     "batch", "verdict", "tokens/step", "step ms", "tokens/s", "ms/token", "gain over off",
 )  # fmt: skip
-DETAILS = ("batch", "nodes", "depth", "tokens/step", "step ms", "tokens/s", "within")
+DETAILS = ("batch", "nodes", "depth")
+NO_BOUND = "-"
 USEFUL_GAP = 0.5
 """A bound further above the choice is not shown as a result."""
 
@@ -64,7 +65,7 @@ def print_profile(profile: Profile, console: Console, *, verbose: bool = False) 
     sources = profile.sources
     say(console, _source_line("times", sources.runtime, noted=verbose))
     say(console, _source_line("acceptance", sources.trace, noted=True))
-    if verbose and sources.certificate is not None:
+    if verbose and sources.certificate is not None and _is_bounded(profile.policy):
         say(console, _source_line("certificate", sources.certificate, noted=True))
     from_trace = profile.server is None and sources.trace.name != TYPED_RATES
     if verbose and from_trace and sources.certificate is None:
@@ -168,27 +169,24 @@ def _policy_table(rows: tuple[PolicyRow, ...]) -> Table:
 
 
 def _details_table(rows: tuple[PolicyRow, ...]) -> Table:
-    """All digits, the tree's size, and how far at most any static tree could be ahead."""
-    table = make_table(DETAILS)
+    """The tree's size, and how far at most any static tree could be ahead, where that is known."""
+    bounded = _is_bounded(rows)
+    table = make_table((*DETAILS, *(("within",) if bounded else ())))
     for row in rows:
-        tree, predicted = row.tree.build(), row.predicted
-        table.add_row(
-            str(row.batch_size),
-            str(tree.num_nodes),
-            str(tree.depth),
-            f"{predicted.tokens_per_step:.3f}",
-            f"{predicted.step_ms:.4f}",
-            f"{predicted.tokens_per_s:,.1f}",
-            _within(predicted.gap),
-        )
+        tree = row.tree.build()
+        within = (_within(row.predicted.gap),) if bounded else ()
+        table.add_row(str(row.batch_size), str(tree.num_nodes), str(tree.depth), *within)
     return table
+
+
+def _is_bounded(rows: tuple[PolicyRow, ...]) -> bool:
+    """True when the certificate says something of a row."""
+    return any(_within(row.predicted.gap) != NO_BOUND for row in rows)
 
 
 def _within(gap: float | None) -> str:
     """Return a certified gap; a bound that far above says nothing."""
-    if gap is None:
-        return "unknown"
-    return f"{100 * gap:.1f} %" if gap <= USEFUL_GAP else "no useful bound"
+    return NO_BOUND if gap is None or gap > USEFUL_GAP else percent(gap)
 
 
 def _measured_table(block: MeasuredBlock) -> Table:

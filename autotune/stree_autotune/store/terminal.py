@@ -17,7 +17,9 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-NARROWEST, WIDEST = 80, 200
+from stree_core.shown_text import shown
+
+NARROWEST, WIDEST = 80, 1000
 WORDY = ("verdict", "mode")
 """Headers of columns that hold words, which are not set to the right."""
 
@@ -34,13 +36,25 @@ def result_console() -> Console:
 
 def say(console: Console, text: str | Text) -> None:
     """Print text that wraps between words alone: a path or a number with its unit stays whole."""
-    joined = _NUMBER_AND_UNIT.sub("\u00a0", str(text))
-    plain = textwrap.fill(joined, console.width, break_long_words=False, break_on_hyphens=False)
-    shown = Text(plain.replace("\u00a0", " "))
+    wrapped = Text(_wrapped(str(text), console.width))
     for span in () if isinstance(text, str) else text.spans:
         # wrapping puts a line's end where a space was: places stay
-        shown.stylize(span.style, span.start, span.end)
-    console.print(shown, soft_wrap=True)
+        wrapped.stylize(span.style, span.start, span.end)
+    console.print(wrapped, soft_wrap=True)
+
+
+def say_note(text: str) -> None:
+    """Print a note to stderr, further lines indented."""
+    width = max(NARROWEST, Console(stderr=True).width)
+    sys.stderr.write(_wrapped(shown(f"note: {text}"), width, indent="  ") + "\n")
+
+
+def _wrapped(text: str, width: int, indent: str = "") -> str:
+    joined = _NUMBER_AND_UNIT.sub("\u00a0", text)
+    lines = textwrap.fill(
+        joined, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+    return lines.replace("\u00a0", " ")
 
 
 def show_table(console: Console, table: Table) -> None:
