@@ -50,9 +50,9 @@ QUESTION = TuneRequest(
     seed=0,
 )
 SHOTS = (
-    Shot("report-light", "h200--mamba2-2.7b--mamba2-130m--gsm8k", 1200, 2570, dark=False),
-    Shot("report-dark", "h200--demo-target--demo-draft--demo", 1200, 4668, dark=True),
-    Shot("report-narrow", "h200--mamba2-2.7b--mamba2-130m--gsm8k", 390, 3728, dark=False),
+    Shot("report-light", "h200--mamba2-2.7b--mamba2-130m--gsm8k", 1200, 2590, dark=False),
+    Shot("report-dark", "h200--demo-target--demo-draft--demo", 1200, 4710, dark=True),
+    Shot("report-narrow", "h200--mamba2-2.7b--mamba2-130m--gsm8k", 390, 3240, dark=False),
     Shot(ANALYSIS, "", 1200, 1450, dark=False),
 )
 

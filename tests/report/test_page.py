@@ -17,7 +17,7 @@ from stree_autotune.report.data import find_evidence, rank_shares, reach_shares,
 from stree_autotune.report.live import live_rows
 from stree_autotune.report.page import Section, make_section, render
 from stree_autotune.report.svg_chart import linear_axis, log_axis, nodes_axis
-from stree_autotune.report.verdict import Verdicts
+from stree_autotune.report.verdict import Alternative, Verdicts
 from stree_autotune.store.library import Library, shipped_root
 from stree_autotune.trace.file import Trace
 from stree_autotune.trace.tree_walk import walk
@@ -89,7 +89,8 @@ def test_every_figure_is_drawn_described_and_backed_by_numbers(
     page = Page(render(list(sections.values())))
     figures = [figure for section in sections.values() for figure in section.figures]
     drawn = sum(len(figure.panels) for figure in figures)
-    bars = sum(row.row.verdict != "off" for s in sections.values() for row in s.verdicts.rows)
+    # off has the interval of the best alternative
+    bars = sum(len(section.verdicts.rows) for section in sections.values())
     pictures = [svg for svg in page.of("svg") if svg.get("role") == "img"]
     assert len(pictures) == drawn + bars
     assert all(len(svg["aria-label"] or "") > 20 for svg in pictures)
@@ -97,7 +98,9 @@ def test_every_figure_is_drawn_described_and_backed_by_numbers(
     for figure in figures:
         assert figure.rows, figure.key
         assert {len(row) for row in figure.rows} == {len(figure.headers)}, figure.key
-    assert len(page.of("details")) == len(figures) + len(sections)
+    folded = [figure for figure in figures if figure.folded]
+    assert {figure.key for figure in folded} == {"history"}
+    assert len(page.of("details")) == len(figures) + len(folded) + len(sections)
 
 
 def test_the_page_asks_for_nothing(sections: dict[str, Section]) -> None:
@@ -127,6 +130,45 @@ def test_estimates_are_marked_and_measurements_are_not(sections: dict[str, Secti
     assert {f.key for f in sections[BORROWED].figures if f.estimated} == {
         "speed", "trees", "ranks", "history",
     }  # fmt: skip
+
+
+def test_a_row_that_is_off_names_the_best_alternative(sections: dict[str, Section]) -> None:
+    off = [
+        line
+        for section in sections.values()
+        for line in section.verdicts.rows
+        if line.row.verdict == "off"
+    ]
+    assert off
+    for line in off:
+        other = line.other
+        assert other is not None, line.row.reason
+        assert other.low <= other.speedup <= other.high
+        assert f"{100 * (other.speedup - 1):.1f} % [" in line.row.reason
+        assert other.tree in render([s for s in sections.values() if line in s.verdicts.rows])
+    row = off[0].row.model_copy(update={"reason": "off: no speculation fits"})
+    assert Alternative.of(row) is None
+
+
+def test_headlines_of_estimates_say_so(sections: dict[str, Section]) -> None:
+    for name, section in sections.items():
+        heading = render([section]).split("<h1")[1].split("</h1>")[0]
+        assert ("estimated" in heading) == (name != MEASURED)
+
+
+def test_a_certificate_is_told_where_it_says_something() -> None:
+    library, profile = Library((Path("nowhere"),)), shipped(MEASURED)
+
+    def told(gap: float | None) -> str:
+        rows = tuple(
+            row.model_copy(update={"predicted": row.predicted.model_copy(update={"gap": gap})})
+            for row in profile.policy
+        )
+        changed = profile.model_copy(update={"policy": rows})
+        return render([make_section(changed, "p.yaml", "p", library)])
+
+    assert "1.2 % at batch size 1" in told(0.0123)
+    assert "Certificate" not in told(0.9) + told(None)
 
 
 def test_the_search_is_the_profile_s_own(sections: dict[str, Section]) -> None:
@@ -270,6 +312,12 @@ def test_a_browser_shows_every_figure(sections: dict[str, Section], tmp_path: Pa
         "[...document.querySelectorAll('svg')].filter(svg => {const box = "
         "svg.getBoundingClientRect(); return box.width < 8 || box.height < 8;}).length"
     )
+    # on a phone nothing is pushed aside to be seen, but for tables and files that were unfolded
+    sideways = (
+        "[...document.querySelectorAll('main *')].filter(e => e.scrollWidth > e.clientWidth + 1 && "
+        "e.clientWidth > 0 && getComputedStyle(e).overflowX !== 'visible' && "
+        "!e.closest('.scroll, pre')).length"
+    )
     with chromium(tmp_path / "browser") as browser:
         for width, dark in ((1200, False), (1200, True), (390, True)):
             browser.open(page, width=width, dark=dark)
@@ -277,6 +325,7 @@ def test_a_browser_shows_every_figure(sections: dict[str, Section], tmp_path: Pa
             assert browser.requests() == [page.resolve().as_uri()]
             assert browser.value("document.documentElement.scrollWidth") <= width
             assert browser.value(hidden) == 0
+            assert width > 390 or browser.value(sideways) == 0
             ground = browser.value("getComputedStyle(document.body).backgroundColor")
             assert (int(re.findall(r"\d+", ground)[0]) < 64) == dark
         # every link, fold and scrolling region is reached by Tab, in the order of the page

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from stree_autotune.report.figure import Figure, Marks, Panel, about, ms
+from stree_autotune.report.figure import Figure, Marks, Panel, about
 from stree_autotune.report.sizes import Banded, Scaling
 from stree_autotune.report.svg_chart import (
     HEIGHT,
@@ -81,8 +81,8 @@ def field_figure(field: Field, marks: Marks) -> Figure:
                 str(size.depth),
                 about(digits(size.tokens_per_step), estimated=marks.tokens and size.nodes > 0),
                 f"{digits(banded.tokens[0])} to {digits(banded.tokens[1])}",
-                about(ms(size.step_ms), estimated=marks.times),
-                f"{ms(banded.step_ms[0])} to {ms(banded.step_ms[1])}",
+                about(digits(size.step_ms), estimated=marks.times),
+                f"{digits(banded.step_ms[0])} to {digits(banded.step_ms[1])}",
                 about(f"{size.speedup:.2f}×", estimated=marks.speed and size.nodes > 0),
                 "" if size.gain is None else percent(size.gain, signed=True),
                 "" if size.cost is None else percent(size.cost, signed=True),
@@ -132,15 +132,17 @@ def _time_panel(field: Field, marks: Marks) -> Panel:
     )
     off_ms = field.trees[0].trial.step_ms
     description = (
-        f"{'Estimated. ' * marks.times}Milliseconds of a step against nodes, from {ms(off_ms)} "
-        f"without speculation to {ms(field.trees[-1].trial.step_ms)}."
+        f"{'Estimated. ' * marks.times}Milliseconds of a step against nodes, from {digits(off_ms)} "
+        f"without speculation to {digits(field.trees[-1].trial.step_ms)}."
     )
     tops = [*(banded.step_ms[1] for banded in both), *(y for _, y in field.measured)]
     chart = Chart(nodes_axis("nodes", most), linear_axis("step ms", tops), description)
     chart.level(off_ms, "off-line")
     _draw(chart, field, lambda trial: trial.step_ms, lambda each: each.step_ms)
     for nodes, value in field.measured:
-        chart.dot((nodes, value), "measured", f"measured with {nodes:.0f} nodes: {ms(value)} ms")
+        chart.dot(
+            (nodes, value), "measured", f"measured with {nodes:.0f} nodes: {digits(value)} ms"
+        )
     return Panel("What it costs", _mark(marks.times, "estimated"), chart.svg())
 
 

@@ -25,7 +25,7 @@ class Figure:
     """Panels with a lead, a legend of (style, words), and a table of the same numbers.
 
     estimated: True when what is drawn is not measured for this very pair and GPU. narrow: True when
-    it may stand beside another.
+    it may stand beside another. folded: True when it is shown on demand alone.
     """
 
     key: str
@@ -37,6 +37,7 @@ class Figure:
     legend: tuple[tuple[str, str], ...] = ()
     estimated: bool = False
     narrow: bool = False
+    folded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,21 +73,6 @@ def panel_rows(rows: tuple[PolicyRow, ...]) -> tuple[PolicyRow, ...]:
     return tuple(rows[i] for i in sorted(chosen))
 
 
-def rate(value: float) -> str:
-    """Return tokens per second, without decimals from 100 on."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def ms(value: float) -> str:
-    """Return milliseconds with three digits."""
-    return f"{value:.3f}" if value < 10 else f"{value:.4g}"
-
-
 def about(text: str, *, estimated: bool) -> str:
     """Return a number's text, marked when it is an estimate."""
     return f"≈ {text}" if estimated else text
-
-
-def percent(share: float) -> str:
-    """Return a share as per cent, with a decimal only where it says something."""
-    return f"{100 * share:.0f} %" if share >= 0.0995 or share == 0 else f"{100 * share:.1f} %"

@@ -8,8 +8,9 @@ from itertools import groupby
 from xml.etree import ElementTree
 
 from stree_autotune.report.data import Evidence, trial_of
-from stree_autotune.report.figure import Figure, Panel, rate
+from stree_autotune.report.figure import Figure, Panel
 from stree_autotune.report.svg_chart import WIDTH, add_text, svg_root, to_markup
+from stree_autotune.store import digits, percent
 from stree_core.errors import StreeError
 from stree_core.profile import Measured, MeasuredBlock, Profile
 from stree_core.tree import DEFAULT_TREE, OFF, Tree
@@ -103,8 +104,12 @@ def _panel(batch_size: int, rows: tuple[LiveRow, ...]) -> Panel:
     known = [(row, error) for row in rows if (error := row.error) is not None]
     worst = max((abs(error) for _, error in known), default=0.0)
     spoken = "; ".join(
-        f"{row.measured.mode} {rate(row.measured.tokens_per_s)}"
-        + (f", predicted {rate(row.predicted_tokens_per_s)}" if row.predicted_tokens_per_s else "")
+        f"{row.measured.mode} {digits(row.measured.tokens_per_s)}"
+        + (
+            f", predicted {digits(row.predicted_tokens_per_s)}"
+            if row.predicted_tokens_per_s
+            else ""
+        )
         for row in rows
     )
     root = svg_root(
@@ -113,7 +118,7 @@ def _panel(batch_size: int, rows: tuple[LiveRow, ...]) -> Panel:
     scale = (WIDTH - 16) / max(values)
     for index, row in enumerate(rows):
         _draw(root, row, ROW_HEIGHT * index, scale)
-    note = f"largest difference {100 * worst:.1f} %" if known else "no prediction at hand"
+    note = f"largest difference {percent(worst)}" if known else "no prediction at hand"
     return Panel(f"Batch size {batch_size}", note, to_markup(root))
 
 
@@ -121,8 +126,8 @@ def _draw(root: ElementTree.Element, row: LiveRow, top: float, scale: float) -> 
     live, predicted = row.measured.tokens_per_s, row.predicted_tokens_per_s
     tuned = row.measured.mode.startswith("tuned")
     add_text(root, 4, top + 13, row.measured.mode, "strong" if tuned else "label", "start")
-    error = f", predicted {100 * row.error:+.1f} %" if row.error is not None else ""
-    add_text(root, WIDTH - 4, top + 13, f"{rate(live)}{error}", "tick", "end")
+    error = f", predicted {percent(row.error, signed=True)}" if row.error is not None else ""
+    add_text(root, WIDTH - 4, top + 13, f"{digits(live)}{error}", "tick", "end")
     bar = {"x": "4", "y": f"{top + 19:.1f}", "height": "8", "rx": "2"}
     style = "bar bar-tuned" if tuned else "bar"
     ElementTree.SubElement(root, "rect", {**bar, "width": f"{scale * live:.1f}", "class": style})
@@ -145,6 +150,6 @@ def _table_row(row: LiveRow) -> tuple[str, ...]:
         text(row.predicted_step_ms, ".3f"),
         f"{live.step_ms:.3f}",
         text(row.predicted_tokens_per_s, ",.0f"),
-        f"{live.tokens_per_s:,.0f}",
+        digits(live.tokens_per_s),
         text(row.error, "+.1%"),
     )

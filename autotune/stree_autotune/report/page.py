@@ -18,13 +18,13 @@ from stree_autotune.report.data import (
     reach_shares,
     scan,
 )
-from stree_autotune.report.figure import Figure, Marks, ms, panel_rows, rate
+from stree_autotune.report.figure import Figure, Marks, panel_rows
 from stree_autotune.report.live import LiveRow, live_figure, live_rows
 from stree_autotune.report.runtime import staircase_figure, steps_figure
 from stree_autotune.report.speed import history_figure, speed_figure
 from stree_autotune.report.tree import ranks_figure, trees_figure
 from stree_autotune.report.verdict import Verdicts
-from stree_autotune.store import Library, command, version_of
+from stree_autotune.store import USEFUL_GAP, Library, command, digits, percent, version_of
 from stree_core.errors import StreeError
 from stree_core.extras import DISTRIBUTION
 from stree_core.files import dump_yaml, open_regular, write_atomically
@@ -48,6 +48,7 @@ class Section:
     figures: tuple[Figure, ...]
     missing: tuple[str, ...]
     deploy: tuple[tuple[str, str], ...]
+    certified: str
     yaml: str
 
 
@@ -88,6 +89,7 @@ def make_section(profile: Profile, file_name: str, anchor: str, library: Library
         figures=_figures(profile, evidence, scans, live),
         missing=evidence.missing + problem,
         deploy=tuple(_deploy(profile, file_name)),
+        certified=_certified(profile),
         yaml=dump_yaml(profile).decode(),
     )
 
@@ -101,7 +103,7 @@ def render(sections: Sequence[Section]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"rate": rate, "ms": ms}
+    environment.filters |= {"digits": digits, "percent": percent}
     words = {
         "sections": sections,
         "version": version_of(DISTRIBUTION),
@@ -120,6 +122,13 @@ def _deploy(profile: Profile, file_name: str) -> Iterator[tuple[str, str]]:
     yield "Check it on this machine", command("validate", "--profile", file_name)
     for name in ("vllm", "sglang"):
         yield f"Settings of {name}", command("export", file_name, "--to", name)
+
+
+def _certified(profile: Profile) -> str:
+    """Say how far any static tree may at most be ahead, where the certificate says something."""
+    gaps = {row.batch_size: row.predicted.gap for row in profile.policy}
+    useful = {size: gap for size, gap in gaps.items() if gap is not None and gap <= USEFUL_GAP}
+    return ", ".join(f"{percent(gap)} at batch size {size}" for size, gap in useful.items())
 
 
 def _scans(profile: Profile, evidence: Evidence) -> tuple[tuple[Scan, ...], tuple[str, ...]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 from stree_autotune.cost import StepCost
-from stree_autotune.report.figure import Figure, Marks, Panel, about, ms, panel_rows
+from stree_autotune.report.figure import Figure, Marks, Panel, about, panel_rows
 from stree_autotune.report.svg_chart import XY, Chart, linear_axis, log_axis
-from stree_autotune.store import RuntimeTable, StepRule
+from stree_autotune.store import RuntimeTable, StepRule, digits, percent
 from stree_core.profile import PolicyRow, Profile
 from stree_core.tree import OFF
 
@@ -30,9 +30,9 @@ def staircase_figure(
         (
             str(point.batch_size),
             str(point.size),
-            f"{point.ms:.4g}",
+            digits(point.ms),
             f"{point.spread_ms:.2g}",
-            f"{used[point.batch_size][point.size]:.4g}",
+            digits(used[point.batch_size][point.size]),
         )
         for point in table.points
         if point.term == "verify" and point.batch_size in used
@@ -74,9 +74,9 @@ def _staircase_panel(row: PolicyRow, table: RuntimeTable, cost: StepCost, marks:
     tops += [value for _, value in band[1]]
     spoken = "Estimated. " if marks.times else ""
     description = (
-        f"{spoken}Batch size {batch_size}: the target’s pass takes {ms(curve[0][1])} ms for "
-        f"{curve[0][0]:.0f} tokens and {ms(curve[-1][1])} ms for {curve[-1][0]:.0f}; a step of one "
-        f"token without speculation {ms(one_token)} ms."
+        f"{spoken}Batch size {batch_size}: the target’s pass takes {digits(curve[0][1])} ms for "
+        f"{curve[0][0]:.0f} tokens and {digits(curve[-1][1])} ms for {curve[-1][0]:.0f}; a step of "
+        f"one token without speculation {digits(one_token)} ms."
     )
     sizes_axis = linear_axis(
         "tokens in the pass (draft tokens + root)", [curve[-1][0]], ends_round=False
@@ -89,11 +89,11 @@ def _staircase_panel(row: PolicyRow, table: RuntimeTable, cost: StepCost, marks:
         chart.upright(chosen.num_tokens, "mark", f"chosen: {chosen.num_tokens}")
     chart.line(curve, "curve")
     for point in points:
-        words = f"{point.size} tokens: {point.ms:.4g} ms, spread {point.spread_ms:.2g} ms"
+        words = f"{point.size} tokens: {digits(point.ms)} ms, spread {point.spread_ms:.2g} ms"
         chart.dot((point.size, point.ms), "point", words)
     return Panel(
         f"Batch size {batch_size}",
-        f"one token: {about(ms(one_token), estimated=marks.times)} ms",
+        f"one token: {about(digits(one_token), estimated=marks.times)} ms",
         chart.svg(),
     )
 
@@ -135,7 +135,7 @@ def steps_figure(table: RuntimeTable) -> Figure | None:
     chart.line([(axis_x.low, axis_x.low), (axis_x.high, axis_x.high)], "off-line")
     for step, predicted in pairs:
         which = f"batch size {step.batch_size}, {step.tree}"
-        words = f"{which}: {step.ms:.4g} ms, predicted {predicted:.4g}"
+        words = f"{which}: {digits(step.ms)} ms, predicted {digits(predicted)}"
         chart.dot((step.ms, predicted), "point", words)
     return Figure(
         key="steps",
@@ -143,18 +143,16 @@ def steps_figure(table: RuntimeTable) -> Figure | None:
         lead=f"{len(pairs)} speculative steps that the probe timed as a whole on {table.gpu_name}, "
         "against the sum of their separately measured parts. On the dashed line both agree. Steps "
         "that were left out of the fit are predicted with an error of "
-        f"{100 * measured_cost.fit_error:.1f} %.",
-        panels=(
-            Panel(f"{len(pairs)} steps", f"largest difference {100 * worst:.1f} %", chart.svg()),
-        ),
+        f"{percent(measured_cost.fit_error)}.",
+        panels=(Panel(f"{len(pairs)} steps", f"largest difference {percent(worst)}", chart.svg()),),
         headers=("batch size", "tree", "measured ms", "predicted ms", "difference"),
         rows=tuple(
             (
                 str(step.batch_size),
                 step.tree,
-                f"{step.ms:.4g}",
-                f"{predicted:.4g}",
-                f"{100 * (predicted / step.ms - 1):+.1f} %",
+                digits(step.ms),
+                digits(predicted),
+                percent(predicted / step.ms - 1, signed=True),
             )
             for step, predicted in pairs
         ),

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from stree_autotune.report.data import Scan
-from stree_autotune.report.figure import Figure, Marks, Panel, about, rate
+from stree_autotune.report.figure import Figure, Marks, Panel, about
 from stree_autotune.report.svg_chart import Chart, linear_axis, nodes_axis
 from stree_autotune.search import Trial
+from stree_autotune.store import digits
 
 HISTORY_HEIGHT = 170
 SPEED_LEAD = (
@@ -25,10 +26,10 @@ def speed_figure(scans: Sequence[Scan], marks: Marks) -> Figure:
         (
             str(scan.row.batch_size),
             point.trial.tree.full_label,
-            f"{point.trial.tokens_per_step:.3f}",
-            f"{point.trial.step_ms:.3f}",
-            rate(point.trial.tokens_per_s),
-            f"{rate(point.low)} to {rate(point.high)}",
+            digits(point.trial.tokens_per_step),
+            digits(point.trial.step_ms),
+            digits(point.trial.tokens_per_s),
+            f"{digits(point.low)} to {digits(point.high)}",
         )
         for scan in scans
         for point in scan.best
@@ -74,10 +75,10 @@ def _speed_panel(scan: Scan, marks: Marks) -> Panel:
     size = float(chosen.num_nodes)
     if chosen.num_nodes:
         chart.whisker(size, low, high, "whisker")
-    title = f"Chosen: {words}, {rate(row.predicted.tokens_per_s)} tokens/s"
+    title = f"Chosen: {words}, {digits(row.predicted.tokens_per_s)} tokens/s"
     chart.dot((size, row.predicted.tokens_per_s), "chosen", title, radius=5)
-    gain = about(f"{row.predicted.speedup:.2f}× off", estimated=marks.speed)
-    note = f"{words}, {gain}" if chosen.num_nodes else "off"
+    gain = about(f"{row.predicted.speedup:.2f}× off’s speed", estimated=marks.speed)
+    note = f"{row.verdict} of {chosen.num_nodes}: {gain}" if chosen.num_nodes else "off"
     return Panel(f"Batch size {row.batch_size}", note, chart.svg())
 
 
@@ -87,9 +88,10 @@ def _spoken(scan: Scan, words: str) -> str:
     name = fastest.tree.full_label
     return (
         f"Batch size {scan.row.batch_size}: tokens per second against draft tokens, from 0 to "
-        f"{scan.best[-1].trial.tree.num_nodes}. Without speculation {rate(scan.off.tokens_per_s)}; "
-        f"the fastest with speculation, {name}, {rate(fastest.tokens_per_s)}. Chosen: {words}, "
-        f"{rate(scan.row.predicted.tokens_per_s)}."
+        f"{scan.best[-1].trial.tree.num_nodes}. Without speculation "
+        f"{digits(scan.off.tokens_per_s)}; the fastest with speculation, {name}, "
+        f"{digits(fastest.tokens_per_s)}. Chosen: {words}, "
+        f"{digits(scan.row.predicted.tokens_per_s)}."
     )
 
 
@@ -109,15 +111,16 @@ def history_figure(scans: Sequence[Scan], marks: Marks) -> Figure:
                 str(scan.row.batch_size),
                 str(number),
                 trial.tree.full_label,
-                f"{trial.tokens_per_step:.3f}",
-                f"{trial.step_ms:.3f}",
-                rate(trial.tokens_per_s),
+                digits(trial.tokens_per_step),
+                digits(trial.step_ms),
+                digits(trial.tokens_per_s),
             )
             for scan in scans
             for number, trial in _improvements(scan.trials)
         ),
         legend=(("cloud", "a trial"), ("best-line", "best so far"), ("off", "off")),
         estimated=marks.speed,
+        folded=True,
     )
 
 
@@ -128,7 +131,7 @@ def _history_panel(scan: Scan, marks: Marks) -> Panel:
     name = best.tree.full_label
     description = (
         f"{marks.spoken}Batch size {scan.row.batch_size}: {len(trials)} trees evaluated; the "
-        f"fastest, {name} with {rate(best.tokens_per_s)} tokens per second, was number {number}."
+        f"fastest, {name} with {digits(best.tokens_per_s)} tokens per second, was number {number}."
     )
     chart = Chart(
         linear_axis("trial", [len(trials)], ends_round=False),
@@ -158,6 +161,6 @@ def _improvements(trials: Sequence[Trial]) -> list[tuple[int, Trial]]:
 def _title(trial: Trial) -> str:
     words = trial.tree.full_label
     return (
-        f"{words}: {rate(trial.tokens_per_s)} tokens/s, {trial.tokens_per_step:.2f} tokens per "
-        f"step, {trial.step_ms:.3f} ms"
+        f"{words}: {digits(trial.tokens_per_s)} tokens/s, {digits(trial.tokens_per_step)} "
+        f"tokens per step, {digits(trial.step_ms)} ms"
     )

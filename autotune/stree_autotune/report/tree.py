@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from xml.etree import ElementTree
 
 from stree_autotune.report.data import MOST_RANKS, Ranks
-from stree_autotune.report.figure import Figure, Panel, percent
+from stree_autotune.report.figure import Figure, Panel
 from stree_autotune.report.svg_chart import WIDTH, add_text, svg_root, to_markup
+from stree_autotune.store import percent
 from stree_core.profile import PolicyRow
 from stree_core.tree import Tree
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -12,18 +13,45 @@ from markupsafe import Markup
 from stree_autotune.report.figure import Marks
 from stree_autotune.report.svg_chart import svg_root, to_markup
 from stree_autotune.store import answer
-from stree_core.profile import PolicyRow, Profile
+from stree_core.profile import Interval, PolicyRow, Profile
 
 BAR_WIDTH, BAR_HEIGHT = 120, 18
 
 
+ALTERNATIVE = re.compile(
+    r"off: (?P<tree>.+?) would change speed by (?P<value>-?[\d.]+) % "
+    r"\[(?P<low>-?[\d.]+), (?P<high>-?[\d.]+)\]"
+)
+"""What the reason of a row that is off begins with, see stree_autotune.search.verdict."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """The best that was not chosen where off was: its speed over off with the interval."""
+
+    tree: str
+    speedup: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, row: PolicyRow) -> Alternative | None:
+        """Read it from the reason of a row; None where that names none."""
+        told = ALTERNATIVE.match(row.reason)
+        if row.verdict != "off" or told is None:
+            return None
+        value, low, high = (1 + float(told[key]) / 100 for key in ("value", "low", "high"))
+        return cls(told["tree"], value, low, high)
+
+
 @dataclass(frozen=True, slots=True)
 class VerdictRow:
-    """One row of the policy with its interval drawn, where there is one."""
+    """One row of the policy with its interval drawn, off's with that of the best alternative."""
 
     row: PolicyRow
     tree: str
     bar: Markup
+    other: Alternative | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +76,16 @@ class Verdicts:
         for row in rows:
             tree = row.tree.build()
             words = tree.full_label
-            bar = _bar(row, limits) if row.verdict != "off" else Markup("")
-            lines.append(VerdictRow(row, words, bar))
+            other = Alternative.of(row)
+            if row.verdict != "off":
+                bar = _bar(
+                    row.predicted.speedup, row.predicted.speedup_interval, row.verdict, limits
+                )
+            elif other is not None:
+                bar = _bar(other.speedup, other, "off", limits)
+            else:
+                bar = Markup("")
+            lines.append(VerdictRow(row, words, bar, other))
         reasons = tuple(
             (_sizes([row.batch_size for row in group]), reason)
             for reason, group in groupby(rows, key=lambda row: row.reason)
@@ -100,30 +136,31 @@ def _sizes(sizes: Sequence[int]) -> str:
 
 
 def _limits(rows: Sequence[PolicyRow]) -> tuple[float, float]:
-    intervals = [row.predicted.speedup_interval for row in rows]
+    intervals = [Alternative.of(row) or row.predicted.speedup_interval for row in rows]
     low = min([0.9, *(interval.low for interval in intervals)])
     high = max([1.1, *(interval.high for interval in intervals)])
     return low, high
 
 
-def _bar(row: PolicyRow, limits: tuple[float, float]) -> Markup:
+def _bar(
+    speedup: float, interval: Interval | Alternative, style: str, limits: tuple[float, float]
+) -> Markup:
     """Draw a speedup with its interval on the scale that all rows share; the rule is 1."""
     low, high = limits
-    told, middle = row.predicted, BAR_HEIGHT / 2
+    middle = BAR_HEIGHT / 2
 
     def at(value: float) -> float:
         return 5 + (BAR_WIDTH - 10) * (value - low) / (high - low)
 
-    interval = told.speedup_interval
     root = svg_root(
         BAR_WIDTH,
         BAR_HEIGHT,
-        f"Speedup {told.speedup:.2f}, between {interval.low:.2f} and {interval.high:.2f}",
+        f"Speedup {speedup:.2f}, between {interval.low:.2f} and {interval.high:.2f}",
     )
     one = {"d": f"M{at(1):.1f} 1V{BAR_HEIGHT - 1}", "class": "one"}
     ElementTree.SubElement(root, "path", one)
     span = {"d": f"M{at(interval.low):.1f} {middle}H{at(interval.high):.1f}", "class": "span"}
-    ElementTree.SubElement(root, "path", {**span, "class": f"span {row.verdict}-line"})
-    dot = {"cx": f"{at(told.speedup):.1f}", "cy": f"{middle}", "r": "4", "class": row.verdict}
+    ElementTree.SubElement(root, "path", {**span, "class": f"span {style}-line"})
+    dot = {"cx": f"{at(speedup):.1f}", "cy": f"{middle}", "r": "4", "class": style}
     ElementTree.SubElement(root, "circle", dot)
     return to_markup(root)

@@ -74,6 +74,7 @@ if TYPE_CHECKING:
         save_runtime_table as save_runtime_table,
     )
     from stree_autotune.store.show import (
+        USEFUL_GAP as USEFUL_GAP,
         answer as answer,
         print_profile as print_profile,
         print_profile_json as print_profile_json,
@@ -145,6 +146,7 @@ __getattr__, __dir__ = exports(
             "save_runtime_table",
         ],
         "show": [
+            "USEFUL_GAP",
             "answer",
             "print_profile",
             "print_profile_json",
