@@ -1,6 +1,7 @@
 """How often the intervals of verdicts hold what they are about, where the truth is known.
 
-    python benchmarks/coverage.py [--minutes 15] [--prompts 64] [--output coverage.json]
+    python benchmarks/coverage.py [--workers 14] [--seconds 400] [--repeats 2000] [--prompts 64]
+                                  [--pair 2.7b]... [--output coverage.json]
 
 A population of prompts (a shipped trace, or a synthetic one) is the truth. A repeat draws prompts
 from it with replacement, decides by them, and compares the row with the population: the speedup
@@ -10,19 +11,24 @@ are a draw of their uncertainty. Synthetic prompts are drawn anew, so that none 
 Rows that are not off count for `coverage`: the true speedup lies in the interval. `optimistic` is
 the share of them whose truth lies below it, `pessimistic` above it. `wrong` is the share of them
 that are truly slower than off. `regret` is how much slower than the population's best tree the
-chosen one is, on average over all rows. Needs no GPU; the number of repeats is what fits into the
-minutes.
+chosen one is, on average over all rows. Needs no GPU. Repeats 0, 1, 2, ... are handed out to the
+worker processes until the seconds are over or all repeats are done; each is its own seed, so the
+rows depend on the number of repeats alone, not on the workers.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import multiprocessing
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +54,10 @@ SHIPPED = (
     ("demo", "demo-target--demo-draft", "demo-target--demo-draft--mt_bench--greedy"),
     ("demo mtp", "demo-target--mtp", "demo-target--mtp--gsm8k--greedy"),
 )
+SYNTHETIC = (
+    ("synthetic", "mamba2-2.7b--mamba2-130m", 1),
+    ("synthetic depths", "demo-target--mtp", 5),
+)
 SHOWN = (
     "pair", "batch", "repeats", "decided", "coverage", "optimistic", "pessimistic", "wrong",
     "regret",
@@ -57,7 +67,7 @@ POOLED = "all"
 
 @dataclass
 class Population:
-    """Prompts whose truth is known, a cost, and what was found at each batch size."""
+    """Prompts whose truth is known, a cost, and the best speed at each batch size once asked."""
 
     name: str
     whole: TreeSpace
@@ -65,18 +75,15 @@ class Population:
     max_nodes: int
     sample: Callable[[np.random.Generator, int], Trace]
     best: dict[int, float] = field(default_factory=dict)
-    found: dict[int, list[Outcome]] = field(default_factory=dict)
 
-    def repeat(self, seed: int, num_prompts: int) -> None:
-        """Decide by drawn prompts, and note how that compares with the truth."""
+    def repeat(self, seed: int, num_prompts: int) -> list[Outcome]:
+        """Decide by drawn prompts, and return how that compares with the truth."""
         rng = np.random.default_rng(seed)
         trace, truth = self.sample(rng, num_prompts), self.cost.draw(rng)
         decisions = decide_policy(
             trace, self.cost, BATCH_SIZES, max_nodes=self.max_nodes, seed=seed
         )
-        for decision in decisions:
-            outcome = self._outcome(decision, truth)
-            self.found.setdefault(decision.batch_size, []).append(outcome)
+        return [self._outcome(decision, truth) for decision in decisions]
 
     def _outcome(self, decision: Decision, truth: CostModel) -> Outcome:
         size = decision.batch_size
@@ -88,6 +95,8 @@ class Population:
             self.best[size] = best.tokens_per_step / best.step_ms
         chosen = rate / self.cost.step_ms(size, decision.tree, rate)
         return Outcome(
+            pair=self.name,
+            batch_size=size,
             is_off=decision.tree == OFF,
             true_speedup=speed / off,
             interval=decision.speedup_interval,
@@ -99,6 +108,8 @@ class Population:
 class Outcome:
     """One row of one repeat beside the truth."""
 
+    pair: str
+    batch_size: int
     is_off: bool
     true_speedup: float
     interval: tuple[float, float]
@@ -106,18 +117,15 @@ class Outcome:
 
 
 def main() -> None:
-    options, run = parse(), header()
-    populations = list(shipped()) + list(synthetic())
-    end, repeats = time.process_time() + 60 * options.minutes, 0
-    while time.process_time() < end:
-        for population in populations:
-            population.repeat(repeats, options.prompts)
-        repeats += 1
-    rows = [row for population in populations for row in rows_of(population)]
+    options, this_run = parse(), header()
+    names = options.pair or list(known())
+    repeats, outcomes = run(options, names)
+    rows = [row for name in names for row in rows_of(name, outcomes)]
     head = {
-        **run,
+        **this_run,
         "prompts": options.prompts,
         "max_nodes": MAX_NODES,
+        "repeats": repeats,
     }
     save(options.output, head, rows)
     print(table(rows, SHOWN), end="")
@@ -125,31 +133,71 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Coverage of the verdicts' intervals")
-    parser.add_argument("--minutes", type=float, default=15.0, help="of processor time")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--seconds", type=float, default=900.0, help="after which none starts")
+    parser.add_argument("--repeats", type=int, default=2000, help="of each population, at most")
     parser.add_argument("--prompts", type=int, default=64, help="drawn for each repeat")
+    parser.add_argument("--pair", action="append", choices=list(known()), help="default: all")
     parser.add_argument("--output", type=Path, default=RESULTS / "coverage.json")
     return parser.parse_args()
 
 
-def shipped() -> Iterator[Population]:
-    """Yield the shipped traces with tables of an H200."""
-    for name, pair, trace_name in SHIPPED:
-        trace = load_trace(shipped_root() / "traces" / f"{trace_name}.safetensors")
-        yield population(name, pair, trace, resampler(trace))
+def run(options: argparse.Namespace, names: Sequence[str]) -> tuple[int, list[Outcome]]:
+    """Return the number of repeats done and all outcomes, in the order of the repeats."""
+    end, found = time.monotonic() + options.seconds, {}
+    # One thread each: the workers share the cores already. Libraries read this as they load.
+    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    context = multiprocessing.get_context("spawn")
+    seeds = iter(range(options.repeats))
+    with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
+        running = {
+            pool.submit(repeat, names, seed, options.prompts)
+            for seed in islice(seeds, options.workers)
+        }
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for each in done:
+                seed, outcomes = each.result()
+                found[seed] = outcomes
+                following = next(seeds, None) if time.monotonic() < end else None
+                if following is not None:
+                    running.add(pool.submit(repeat, names, following, options.prompts))
+    return len(found), [outcome for seed in sorted(found) for outcome in found[seed]]
 
 
-def synthetic() -> Iterator[Population]:
-    """Yield populations of prompts of very different difficulty, without and with a depth axis."""
-    for name, pair, depths in (
-        ("synthetic", "mamba2-2.7b--mamba2-130m", 1),
-        ("synthetic depths", "demo-target--mtp", 5),
-    ):
+def repeat(names: Sequence[str], seed: int, num_prompts: int) -> tuple[int, list[Outcome]]:
+    """Run one repeat of each population in a worker; return the seed and the outcomes."""
+    outcomes = [loaded(name).repeat(seed, num_prompts) for name in names]
+    return seed, [outcome for each in outcomes for outcome in each]
 
-        def fresh(rng: np.random.Generator, count: int, depths: int = depths) -> Trace:
-            seed = int(rng.integers(1 << 40))
-            return latent_trace(seed, num_prompts=count, phi=0.3, prompt_sd=0.7, depths=depths)
 
-        yield population(name, pair, fresh(np.random.default_rng(1 << 41), 1500), fresh)
+@functools.cache
+def loaded(name: str) -> Population:
+    """Return a population, loaded once in each process."""
+    return known()[name]()
+
+
+def known() -> dict[str, Callable[[], Population]]:
+    """Return how each population is loaded, by name."""
+    made = [(row[0], functools.partial(shipped, *row)) for row in SHIPPED]
+    made += [(row[0], functools.partial(synthetic, *row)) for row in SYNTHETIC]
+    return dict(made)
+
+
+def shipped(name: str, pair: str, trace_name: str) -> Population:
+    """Load the population of a shipped trace, with a table of an H200."""
+    trace = load_trace(shipped_root() / "traces" / f"{trace_name}.safetensors")
+    return population(name, pair, trace, resampler(trace))
+
+
+def synthetic(name: str, pair: str, depths: int) -> Population:
+    """Make a population of prompts of very different difficulty, of so many recorded depths."""
+
+    def fresh(rng: np.random.Generator, count: int) -> Trace:
+        seed = int(rng.integers(1 << 40))
+        return latent_trace(seed, num_prompts=count, phi=0.3, prompt_sd=0.7, depths=depths)
+
+    return population(name, pair, fresh(np.random.default_rng(1 << 41), 1500), fresh)
 
 
 def population(
@@ -175,11 +223,12 @@ def resampler(trace: Trace) -> Callable[[np.random.Generator, int], Trace]:
     return sample
 
 
-def rows_of(population: Population) -> list[Row]:
-    """Return a row for each batch size and one for all of them."""
-    found = population.found
-    rows = [row_of(population.name, size, found[size]) for size in sorted(found)]
-    return [*rows, row_of(population.name, POOLED, list(chain(*found.values())))]
+def rows_of(pair: str, outcomes: Sequence[Outcome]) -> list[Row]:
+    """Return a pair's row for each batch size and one for all of them."""
+    own = [each for each in outcomes if each.pair == pair]
+    sizes = {size: [each for each in own if each.batch_size == size] for size in BATCH_SIZES}
+    rows = [row_of(pair, size, some) for size, some in sizes.items() if some]
+    return [*rows, row_of(pair, POOLED, own)]
 
 
 def row_of(pair: str, batch: int | str, outcomes: Sequence[Outcome]) -> Row:
