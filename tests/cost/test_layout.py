@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from synthetic_data import model_cost
 
 from stree_autotune.cost import work
 from stree_autotune.cost.layout import ExpertLayer, Layouts, Product, layout_of, rough_layout
 from stree_autotune.cost.work import PassModel, PassSize, in_library, pass_work
 from stree_autotune.store.library import Library
+from stree_kernels.linear.stream_plan import make_plan
 
 LIBRARY = Library.open()
 KERNELS = Path(__file__).parents[2] / "kernels" / "stree_kernels"
@@ -57,6 +61,32 @@ def test_the_limits_are_those_of_the_kernels() -> None:
     assert f"NARROW, NARROW_ROWS = {work.NARROW}, {work.MORE_ROWS}\n" in shared
     tiles = re.findall(r"ScanConfig\(\d+, 128, (\d+)", (KERNELS / "ssm/tree_scan.py").read_text())
     assert tuple(sorted(set(map(int, tiles)))) == work.SCAN_TILES
+
+
+def test_rows_at_which_kernels_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = importlib.import_module("stree_kernels.linear.linear")
+    found = set()
+    for can_stream in (True, False):
+        monkeypatch.setattr(linear, "_can_stream", lambda _, can=can_stream: can)
+        for columns in (1024, 4096):
+            weight = torch.empty(4096, columns, dtype=torch.bfloat16, device="meta")
+            kernels = [_kernel(linear, rows, weight) for rows in range(1, 201)]
+            found |= {rows for rows in range(1, 200) if kernels[rows - 1] != kernels[rows]}
+    assert tuple(sorted(found)) == work.ROW_EDGES[:-1]
+    assert work.ROW_EDGES[-1] == work.PRODUCT_TILE
+
+
+def _kernel(linear: Any, num_rows: int, weight: torch.Tensor) -> tuple[object, ...]:
+    """Return what decides how rows are multiplied, of several tokens a slot and of one."""
+    decided = []
+    for one_token in (False, True):
+        config = linear.pick_config(num_rows, weight, one_token=one_token)
+        tile = None
+        if config is linear.STREAM_CONFIG:
+            plan = make_plan(config, num_rows, *weight.shape, 132, gated=False, shares=False)
+            tile = plan.block_m
+        decided.append((config, tile))
+    return tuple(decided)
 
 
 def test_where_cublas_multiplies() -> None:

@@ -284,8 +284,10 @@ def test_the_hosts_work_decides_nothing() -> None:
 def test_between_batch_sizes_with_a_cliff_times_are_bounded() -> None:
     cost = StepCost.from_table(make_table())
     assert [has_cliff(*gap, None) for gap in ((4, 8), (8, 16), (16, 32), (32, 64))] == [
-        False, True, True, False,
+        False, True, True, True,
     ]  # fmt: skip
+    assert not has_cliff(17, 32, None)
+    assert has_cliff(17, 32, shape_of(Tree.chain(2)))
     below, between, above = 16, 20, 32
     ends = [cost.step_ms(size, OFF) for size in (below, above)]
     rng = np.random.default_rng(0)
@@ -294,6 +296,42 @@ def test_between_batch_sizes_with_a_cliff_times_are_bounded() -> None:
     assert ends[0] <= min(drawn) < max(drawn) <= ends[1]
     assert "is bounded by both; measure with" in cost.note(between)
     assert cost.note(below) == ""
+
+
+def with_off(table: RuntimeTable, ms: dict[int, float]) -> RuntimeTable:
+    """Add steps of off at batch sizes where nothing else is measured."""
+    more = [Step(size, "off", time, 0.0) for size, time in ms.items()]
+    return table.model_copy(update={"steps": (*table.steps, *more)})
+
+
+def test_off_beside_a_cliff_makes_its_own_points() -> None:
+    table = with_off(make_table(), {9: 3.3, 17: 4.0, 33: 4.5})
+    assert (table.batch_sizes, table.off_sizes) == ((1, 2, 4, 8, 16, 32, 64), (9, 17, 33))
+    cost = StepCost.from_table(table)
+    assert cost.batch_sizes == table.batch_sizes
+    assert cost.step_ms(17, OFF) == 4.0
+    ends = 4.0, cost.step_ms(32, OFF)
+    assert cost.step_ms(20, OFF) == pytest.approx(ends[0] + 3 / 15 * (ends[1] - ends[0]))
+    drawn = {cost.draw(np.random.default_rng(seed)).step_ms(20, OFF) for seed in range(20)}
+    assert drawn == {cost.step_ms(20, OFF)}, "no cliff between 17 and 32 rows"
+    assert cost.note(20) == ""
+    assert "chain 1 was measured at 16 and 32" in cost.note(20, Tree.chain(1))
+    # a tree is between the batch sizes where trees were measured
+    for tree in (Tree.chain(2), DEFAULT_TREE):
+        assert cost.step_ms(17, tree) == COST.step_ms(17, tree)
+    cost.require([9, 17, 20], 64)
+
+
+def test_off_beside_a_cliff_grows_with_the_context() -> None:
+    table = make_table()
+    for size in (16, 32):
+        table = with_points(table, "context", size, {1: 0.01 * size, 65: 0.02 * size})
+    costs = [
+        StepCost.from_table(with_off(table, {17: 4.0}), context=context)
+        for context in (table.context, table.context + 2048)
+    ]
+    before, after = (cost.step_ms(17, OFF) for cost in costs)
+    assert after - before == pytest.approx(0.01 * 17)
 
 
 @given(tree=trees(max_nodes=40, min_nodes=1))

@@ -13,6 +13,7 @@ import torch
 from mtp_models import bamba_with_head
 from tiny_models import save_pair
 
+from stree_autotune.cost import ROW_EDGES
 from stree_autotune.cost.step_cost import StepCost
 from stree_autotune.cost.traffic import MAX_BUFFERED, model_cost
 from stree_autotune.probe import (
@@ -26,6 +27,7 @@ from stree_autotune.probe.plan import (
     ProbeConfig,
     measured_keys,
     missing_stages,
+    off_sizes,
     step_trees,
 )
 from stree_autotune.probe.run import BUDGETS, Budget, attending, extends, probe
@@ -326,7 +328,36 @@ def test_the_plan_covers_both_sides_of_every_padding_step() -> None:
         assert {edge, edge + 1} <= sizes
     assert max(sizes) == 256
     steps = [stage for stage in stages if stage.kind == "steps"]
-    assert {stage.batch_size for stage in steps} == set(config.batch_sizes)
+    between = off_sizes(config.batch_sizes)
+    assert {stage.batch_size for stage in steps} == {*config.batch_sizes, *between}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8, 12, 32, 100, 128, 256])
+def test_passes_are_on_both_sides_of_every_change_of_kernels(batch_size: int) -> None:
+    config = ProbeConfig("h200", batch_sizes=(batch_size,))
+    stages = missing_stages(config, attending=NEITHER, known=None)
+    sizes = {key[2] for stage in stages for key in stage.keys if key[0] == "verify"}
+    for edge in ROW_EDGES:
+        below = edge // batch_size
+        assert {size for size in (below, below + 1) if 2 <= size <= 65} <= sizes, edge
+    assert len(sizes) < 55
+
+
+def test_whole_steps_are_on_both_sides_too() -> None:
+    tokens = {tree.num_tokens for tree in step_trees(64).values()}
+    for edge in ROW_EDGES[1:-1]:
+        for batch_size in (1, 2, 4, 8, 16, 32):
+            below = edge // batch_size
+            assert {size for size in (below, below + 1) if size > 1} <= tokens, (edge, batch_size)
+
+
+def test_off_is_timed_on_both_sides_of_every_change_of_kernels() -> None:
+    assert off_sizes(ProbeConfig("h200").batch_sizes) == [9, 17, 33]
+    assert off_sizes((1, 256)) == [2, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129]
+    assert off_sizes((8,)) == off_sizes((1, 2, 4, 8)) == []
+    config = ProbeConfig("h200", batch_sizes=(16, 64))
+    *_, last = missing_stages(config, attending=NEITHER, known=None)
+    assert last == ("steps", 33, ((33, "off", "greedy"),))
 
 
 def test_the_shape_says_what_a_cache_holds(pair: Pair) -> None:

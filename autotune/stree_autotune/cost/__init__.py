@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from stree_autotune.cost.terms import PER_TOKENS as PER_TOKENS
     from stree_autotune.cost.traffic import model_cost as model_cost
     from stree_autotune.cost.tree_shape import FEWEST_ROWS as FEWEST_ROWS
+    from stree_autotune.cost.work import (
+        PRODUCT_TILE as PRODUCT_TILE,
+        ROW_EDGES as ROW_EDGES,
+    )
 
 __getattr__, __dir__ = exports(
     __name__,
@@ -40,5 +44,6 @@ __getattr__, __dir__ = exports(
         "terms": ["PER_TOKENS"],
         "traffic": ["model_cost"],
         "tree_shape": ["FEWEST_ROWS"],
+        "work": ["PRODUCT_TILE", "ROW_EDGES"],
     },
 )

@@ -24,21 +24,18 @@ import numpy as np
 from stree_autotune.cost.estimate import TWO_SIDED, Estimate
 from stree_autotune.cost.terms import PLAIN, Factors, Load, TermTimes, spreads, term_times
 from stree_autotune.cost.tree_shape import FEWEST_ROWS, TreeShape, shape_of
-from stree_autotune.cost.work import FEW_ROWS, MORE_ROWS
+from stree_autotune.cost.work import ROW_EDGES
 from stree_autotune.store import PairWords, RuntimeTable, StepRule
 from stree_core.errors import MissingMeasurement
-from stree_core.tree import Tree
+from stree_core.tree import OFF, Tree
 
 TILTED = 64
 
 
 def has_cliff(below: int, above: int, shape: TreeShape | None) -> bool:
-    """True when kernels change between two batch sizes, by the rows of a step's target pass.
-
-    Products have other kernels beyond FEW_ROWS and MORE_ROWS rows of all slots.
-    """
+    """True when kernels change between two batch sizes, by the rows of a step's target pass."""
     tokens = 1 if shape is None else shape.num_tokens
-    return any(below * tokens <= rows < above * tokens for rows in (FEW_ROWS, MORE_ROWS))
+    return any(below * tokens <= rows < above * tokens for rows in ROW_EDGES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +121,8 @@ class StepCost:
         """Return the time of one step with `tree`; a tree without nodes means verdict off.
 
         With more tokens per step states are stored more often; not given, half of the tree's depth
-        is taken to be accepted. Straight between neighbouring measured batch sizes. Raises
+        is taken to be accepted. Straight between neighbouring measured batch sizes; off has further
+        ones, on both sides of a change of its kernels. Raises
         MissingMeasurement outside the measured batch sizes and tree sizes, naming the command that
         records more.
         """
@@ -154,10 +152,10 @@ class StepCost:
 
     def _shape_ms(self, batch_size: int, shape: TreeShape | None, tokens_per_step: float) -> float:
         load = Load(self.load.rule, self.load.more_context, tokens_per_step)
-        measured = self.times.get(batch_size)
-        if measured is not None:
-            return self._ms(measured, shape, load)
-        below, above = self._neighbours(batch_size)
+        sizes = self.batch_sizes if shape is not None else self._off_sizes
+        if batch_size in sizes:
+            return self._ms(self.times[batch_size], shape, load)
+        below, above = _neighbours(batch_size, sizes, self.command)
         share = (batch_size - below) / (above - below)
         ends = [self._ms(self.times[size], shape, load) for size in (below, above)]
         straight = (1 - share) * ends[0] + share * ends[1]
@@ -168,17 +166,21 @@ class StepCost:
         moved = straight * math.exp(spread * self.noise.between)
         return min(max(moved, min(ends)), max(ends))
 
-    def note(self, batch_size: int) -> str:
-        """Say that times of a batch size are bounded rather than measured; empty where they are."""
-        if batch_size in self.times:
-            return ""
-        below, above = self._neighbours(batch_size)
-        if not has_cliff(below, above, None):
-            return ""
-        return (
-            f"off was measured at {below} and {above}, its kernels change in between, so its time "
-            f"here is bounded by both; measure with `{self.command} --batch-size {batch_size}`"
-        )
+    def note(self, batch_size: int, tree: Tree = OFF) -> str:
+        """Say that the time of off or of a tree is bounded rather than measured, else nothing."""
+        for each in dict.fromkeys((OFF, tree)):
+            sizes = self.batch_sizes if each.num_nodes else self._off_sizes
+            if batch_size in sizes:
+                continue
+            below, above = _neighbours(batch_size, sizes, self.command)
+            if not has_cliff(below, above, shape_of(each) if each.num_nodes else None):
+                continue
+            return (
+                f"{each.label} was measured at {below} and {above}, its kernels change in between, "
+                "so its time here is bounded by both; measure with "
+                f"`{self.command} --batch-size {batch_size}`"
+            )
+        return ""
 
     def draw(self, rng: np.random.Generator) -> StepCost:
         """Return the cost as another measurement might have found it.
@@ -197,7 +199,10 @@ class StepCost:
     def require(self, batch_sizes: Iterable[int], max_nodes: int) -> None:
         """Raise MissingMeasurement unless every tree of up to `max_nodes` has a time."""
         for batch_size in batch_sizes:
-            measured = (batch_size,) if batch_size in self.times else self._neighbours(batch_size)
+            sizes = self.batch_sizes
+            measured: tuple[int, ...] = (batch_size,)
+            if batch_size not in sizes:
+                measured = _neighbours(batch_size, sizes, self.command)
             for size in measured:
                 self.times[size].require(max_nodes, self.load.rule)
 
@@ -216,20 +221,27 @@ class StepCost:
         sizes = self.batch_sizes
         return bool(sizes) and sizes[-1] - sizes[0] >= len(sizes)
 
-    def _neighbours(self, batch_size: int) -> tuple[int, int]:
-        index = bisect.bisect(self.batch_sizes, batch_size)
-        if not 0 < index < len(self.batch_sizes):
-            covered = "no batch size is"
-            if self.batch_sizes:
-                covered = f"batch sizes {self.batch_sizes[0]} to {self.batch_sizes[-1]} are"
-            raise MissingMeasurement(
-                f"{covered} measured, got {batch_size}; record it with "
-                f"`{self.command} --batch-size {batch_size}`"
-            )
-        return self.batch_sizes[index - 1], self.batch_sizes[index]
+    @property
+    def _off_sizes(self) -> tuple[int, ...]:
+        """Batch sizes where off was measured, ascending, trees or not."""
+        return tuple(self.times)
 
     def _ms(self, times: TermTimes, shape: TreeShape | None, load: Load) -> float:
         if shape is None:
             return times.off_ms(load, self.noise.factors)
         factors = self.noise.at(shape.num_tokens)
         return times.speculative_ms(shape, load, factors, self.noise.steps_off)
+
+
+def _neighbours(batch_size: int, sizes: Sequence[int], command: str) -> tuple[int, int]:
+    """Return the measured sizes around one; raise MissingMeasurement beyond them."""
+    index = bisect.bisect(sizes, batch_size)
+    if not 0 < index < len(sizes):
+        covered = "no batch size is"
+        if sizes:
+            covered = f"batch sizes {sizes[0]} to {sizes[-1]} are"
+        raise MissingMeasurement(
+            f"{covered} measured, got {batch_size}; record it with "
+            f"`{command} --batch-size {batch_size}`"
+        )
+    return sizes[index - 1], sizes[index]

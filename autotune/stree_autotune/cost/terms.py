@@ -338,12 +338,26 @@ class TermTimes:
 
 
 def term_times(table: RuntimeTable, rule: StepRule, command: str) -> dict[int, TermTimes]:
-    """Return the terms of every measured batch size, ascending, overheads fitted for one rule.
+    """Return the terms of every batch size with a step, ascending, overheads fitted for one rule.
 
-    `command` is what errors propose to record what is missing.
+    Where off alone was measured only its time is there. `command` is what errors propose to record.
     """
     rules = RuleTimes.of(table.rules, command)
-    return {size: _at_batch_size(table, size, rules, rule, command) for size in table.batch_sizes}
+    sizes = sorted({*table.batch_sizes, *table.off_sizes})
+    times = {size: _at_batch_size(table, size, rules, rule, command) for size in sizes}
+    for size in table.off_sizes:
+        times[size] = _with_context(times[size], times, table.batch_sizes)
+    return times
+
+
+def _with_context(off: TermTimes, times: Mapping[int, TermTimes], full: Sequence[int]) -> TermTimes:
+    """Return where off alone was measured, with what context costs straight between neighbours."""
+    known = [size for size in full if times[size].curves["context"].ms]
+    if not known:
+        return off
+    ms = np.interp(off.batch_size, known, [times[size].curves["context"].at(1) for size in known])
+    curve = replace(off.curves["context"], ms=(float(ms),))
+    return replace(off, curves={**off.curves, "context": curve})
 
 
 def spreads(table: RuntimeTable) -> Factors:

@@ -25,6 +25,11 @@ SCAN_TILES = (16, 32, 64)
 PRODUCT_TILE, TILE_SHARE = 128, 0.3
 """Rows of a large product's tile, and how much of its empty rows a product is charged."""
 
+ROW_EDGES = (1, FEW_ROWS, MORE_ROWS, 32, 64, PRODUCT_TILE)
+"""Rows of all slots beyond which a product runs another kernel, or the same with wider tiles. A
+test derives all but the last, cuBLAS's first tile, from pick_config and the streamed kernel's plan.
+"""
+
 EDGE_COLUMNS = 300
 """A product of K columns works at K / (K + this) of its rate: what begins and ends it."""
 

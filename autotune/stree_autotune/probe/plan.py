@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
+from stree_autotune.cost import PRODUCT_TILE, ROW_EDGES
 from stree_autotune.store import STORES, RuntimeTable, StepRule, Work
 from stree_core.tree import DEFAULT_TREE, MAX_NODES, OFF, Tree
 
@@ -15,14 +16,21 @@ _VERIFY_SIZES = (
 )
 """Both sides of every size at which a slot's tiles are filled up, and some in between."""
 
-_PRODUCT_ROWS, _CLOSEST = 128, 4
-"""Rows of all slots in a tile of a matrix product, and tokens between sizes timed for its sake."""
+_CLOSEST = 4
+"""Tokens between sizes that are timed because all slots' rows fill a matrix product's tiles."""
 
 _WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _DRAFT_ROWS = (3, 8, 16, 17, 32, 33, 64, 65, 96, 128, 129, 192, 193, 256)
 _CONTEXT_SIZES = (1, 2, 5, 9, 17, 33, 65, 129, 256)
 _SLOTS_PER_FLUSH = 8
 """With two accepted tokens about one slot in so many stores its state in a step."""
+
+_EVEN = (
+    *((7, 4), (8, 3), (15, 4), (16, 4), (24, 3), (31, 8), (32, 8), (48, 6), (63, 16), (64, 16)),
+    *((128, 16), (255, 32)),
+)
+"""Nodes and width of even trees. With the root they are on both sides of the edges in rows at every
+batch size that is a power of two."""
 
 _COMBS = ((5, 3), (8, 2), (8, 7))
 _FEW = {
@@ -77,7 +85,8 @@ class ProbeStage(NamedTuple):
     @property
     def weight(self) -> float:
         """About how long it takes beside the others: host time, and device time by batch size."""
-        return {"passes": 1.0, "steps": 0.5, "rules": 1.0}[self.kind] * (1 + self.batch_size / 12)
+        steps = 0.5 if len(self.keys) > 1 else 0.1
+        return {"passes": 1.0, "steps": steps, "rules": 1.0}[self.kind] * (1 + self.batch_size / 12)
 
     def __str__(self) -> str:
         if self.kind == "rules":
@@ -114,8 +123,7 @@ def step_trees(max_nodes: int) -> dict[str, Tree]:
     trees: dict[str, Tree] = {OFF.kind: OFF}
     trees |= {f"chain-{k}": Tree.chain(k) for k in (1, 2, 3, 4, 6, 8)}
     trees["default-12"] = DEFAULT_TREE
-    shapes = ((7, 4), (8, 3), (16, 4), (24, 3), (32, 8), (48, 6), (64, 16), (128, 16), (255, 32))
-    trees |= {f"even-{n}x{width}": even_tree(n, width) for n, width in shapes}
+    trees |= {f"even-{n}x{width}": even_tree(n, width) for n, width in _EVEN}
     trees |= {f"comb-{depth}x{width}": comb_tree(depth, width) for depth, width in _COMBS}
     return {name: tree for name, tree in trees.items() if tree.num_nodes <= max_nodes}
 
@@ -138,7 +146,10 @@ def sampled_trees(max_nodes: int) -> list[str]:
 
 
 def _stages(config: ProbeConfig, attending: Attending) -> Iterator[ProbeStage]:
-    """Yield every stage of a probe, small batch sizes first; rules serve all of them."""
+    """Yield every stage of a probe, small batch sizes first; rules serve all of them.
+
+    Off at the batch sizes in between comes last: a table is of use without it.
+    """
     sizes = sorted(set(config.batch_sizes))
     yield ProbeStage("rules", 0, tuple(_rule_keys(config)))
     for batch_size in sizes:
@@ -152,6 +163,8 @@ def _stages(config: ProbeConfig, attending: Attending) -> Iterator[ProbeStage]:
         for rule in SAMPLED if config.sampled and not few else ():
             names = sampled_trees(config.max_nodes)
             yield ProbeStage("steps", batch_size, tuple((batch_size, name, rule) for name in names))
+    for batch_size in off_sizes(sizes):
+        yield ProbeStage("steps", batch_size, ((batch_size, OFF.kind, StepRule.GREEDY),))
 
 
 def _pass_keys(config: ProbeConfig, batch_size: int, attending: Attending) -> Iterator[Key]:
@@ -178,10 +191,27 @@ def _pass_keys(config: ProbeConfig, batch_size: int, attending: Attending) -> It
 
 
 def _product_edges(batch_size: int) -> Iterator[int]:
-    """Yield both sides of sizes at which all slots' rows together fill a product's tiles."""
-    period = max(_CLOSEST, _PRODUCT_ROWS // batch_size)
+    """Yield both sides of sizes at which products of all slots' rows change their kernel or tiles.
+
+    From PRODUCT_TILE slots on every size fills whole tiles.
+    """
+    for edge in ROW_EDGES:
+        yield from (size for size in (edge // batch_size, edge // batch_size + 1) if size > 1)
+    if batch_size >= PRODUCT_TILE:
+        return
+    period = max(_CLOSEST, PRODUCT_TILE // batch_size)
     for full in range(period, MAX_NODES + 1, period):
         yield from (full, full + 1)
+
+
+def off_sizes(batch_sizes: Sequence[int]) -> list[int]:
+    """Return further batch sizes at which off is timed: both sides of every edge between the asked.
+
+    A step of off has a row a slot, so that its kernels change with the batch size alone.
+    """
+    first, last = min(batch_sizes), max(batch_sizes)
+    sides = {side for edge in ROW_EDGES for side in (edge, edge + 1)}
+    return sorted(size for size in sides - {*batch_sizes} if first < size < last)
 
 
 def _rule_keys(config: ProbeConfig) -> Iterator[Key]:

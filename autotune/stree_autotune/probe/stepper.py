@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
 
+from stree_autotune.probe.timing import Timing
 from stree_autotune.store import TIMED_PATH
 from stree_core.drafting import Draft, Prefill, PromptPart
 from stree_core.engine import (
@@ -29,7 +31,7 @@ from stree_core.tree import Tree
 from stree_kernels.launch.rows import MAX_BUFFERED
 
 _ENDLESS = StopRule(1 << 40)
-_HOST_STEPS = 15
+_HOST_WARM_UP, _HOST_STEPS = 5, 45
 _PROMPT = (1,) * 65
 _REACH = 128
 """Positions that a slot goes on before and behind the middle."""
@@ -191,13 +193,14 @@ class Stepper:
         self._which = which
         next(self._steps)
 
-    def host_ms(self) -> float:
-        """Return the median of what the host works for a step, the device's work left out."""
+    def host_timing(self) -> Timing:
+        """Return what the host works for a step, the device's work left out."""
         times = []
-        for _ in range(_HOST_STEPS):
+        for _ in range(_HOST_WARM_UP + _HOST_STEPS):
             torch.cuda.synchronize()
             # What is under way has arrived, and the queue is empty: nothing is waited for.
             start = time.perf_counter()
             self.step(self._which)
             times.append(1e3 * (time.perf_counter() - start))
-        return sorted(times)[_HOST_STEPS // 2]
+        timed = times[_HOST_WARM_UP:]
+        return Timing(statistics.median(timed), statistics.stdev(timed))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from stree_autotune.probe.stepper import SteadyEngine, Stepper
-from stree_autotune.probe.timing import Effort, Work, time_interleaved
+from stree_autotune.probe.timing import Effort, Timing, Work, time_interleaved
 from stree_autotune.store import Point, Step, StepNoRoom, StepRule
 from stree_core.drafting import Draft
 from stree_core.engine import EngineConfig, SamplingParams, SamplingSupport
@@ -56,7 +56,7 @@ def time_steps(
     for group in (off, speculating):
         while group:
             try:
-                rows, host_ms = _time_group(target, draft, group, rule, setting)
+                rows, worked = _time_group(target, draft, group, rule, setting)
             except NotEnoughMemory:
                 largest = max(group, key=lambda name: group[name].num_tokens)
                 del group[largest]
@@ -65,8 +65,8 @@ def time_steps(
             finally:
                 free(target.device)
             steps += rows
-            if host_ms and rule == StepRule.GREEDY:
-                host = Point("host", setting.batch_size, 1, host_ms, 0.0)
+            if worked is not None and rule == StepRule.GREEDY:
+                host = Point("host", setting.batch_size, 1, worked.ms, worked.spread_ms)
             break
     return StepTimes(steps, no_room, host)
 
@@ -74,7 +74,7 @@ def time_steps(
 def _time_group(
     target: Model, draft: Draft | None, trees: Mapping[str, Tree], rule: StepRule,
     setting: StepSetting,
-) -> tuple[list[Step], float]:  # fmt: skip
+) -> tuple[list[Step], Timing | None]:  # fmt: skip
     """Return the steps of one engine, and what the host works for one."""
     params, support = SamplingParams.of(rule.sampling), SamplingSupport.of(rule.sampling)
     config = EngineConfig(setting.batch_size, setting.context, sampling=support)
@@ -84,7 +84,7 @@ def _time_group(
     }
     setting.settle()
     timings = time_interleaved(works, target.device, setting.effort, wall=True, until=setting.until)
-    host_ms = stepper.host_ms() if target.device.type == "cuda" else 0.0
+    host = stepper.host_timing() if target.device.type == "cuda" else None
     rows = [
         Step(
             setting.batch_size, tree, timings[tree].ms, timings[tree].spread_ms,
@@ -92,7 +92,7 @@ def _time_group(
         )
         for which, tree in enumerate(trees)
     ]  # fmt: skip
-    return rows, host_ms
+    return rows, host
 
 
 def free(device: torch.device) -> None:

@@ -197,7 +197,7 @@ def tune(request: TuneRequest) -> Profile:
         prefer=request.prefer,
     )
     cost = question.runtime.cost
-    noted = [d.noted(cost.note(d.batch_size)) for d in decisions]
+    noted = [d.noted(cost.note(d.batch_size, d.tree)) for d in decisions]
     return question.profile(noted)
 
 

@@ -46,7 +46,9 @@ def tune_typed(request: TuneRequest) -> Profile:
         dataset=TYPED,
         sampling=asked.sampling,
         context=asked.context,
-        policy=tuple(d.noted(times.cost.note(d.batch_size)).policy_row() for d in decisions),
+        policy=tuple(
+            d.noted(times.cost.note(d.batch_size, d.tree)).policy_row() for d in decisions
+        ),
         sources=Sources(
             runtime=times.source, trace=rates_source(asked.rates, "; chains only, rates as exact")
         ),

@@ -19,7 +19,8 @@
 
 `rules` is what choosing costs more than picking the likeliest token, by rows of logits (nodes times
 slots), whatever the batch size; see Work. `steps` holds whole steps of named trees, off being the
-tree without nodes. The deepest level of a tree has no children, so it costs no draft pass.
+tree without nodes, which is measured on both sides of batch sizes at which its kernels change as
+well. The deepest level of a tree has no children, so it costs no draft pass.
 """
 
 from __future__ import annotations
@@ -246,8 +247,17 @@ class RuntimeTable(Strict):
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
-        """Batch sizes with any whole step, ascending."""
-        return tuple(sorted({step.batch_size for step in self.steps}))
+        """Batch sizes with whole steps, ascending; not those where off alone was measured."""
+        passes = {point.batch_size for point in self.points}
+        sizes = {step.batch_size for step in self.steps}
+        drafted = {step.batch_size for step in self.steps if not step.is_off}
+        return tuple(sorted(sizes & (passes | drafted)))
+
+    @property
+    def off_sizes(self) -> tuple[int, ...]:
+        """Batch sizes where off alone was measured, ascending: beside a change of kernels."""
+        off = {step.batch_size for step in self.steps if step.is_off}
+        return tuple(sorted(off - {*self.batch_sizes}))
 
     @property
     def number_types(self) -> str:
