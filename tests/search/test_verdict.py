@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from synthetic import FakeCost, brute_walk, latent_trace, trace_of
 
-from stree_autotune.search.bootstrap import studentized
+from stree_autotune.search.bootstrap import Option, studentized, worst_again
 from stree_autotune.search.cross_fit import NUM_FOLDS, CrossFit
 from stree_autotune.search.study import Trial
 from stree_autotune.search.verdict import Decision, Preference, decide_policy
@@ -228,6 +228,36 @@ def test_intervals_hold_the_truth_of_few_skewed_prompts() -> None:
         error = np.log(top.sum() / bottom.sum())
         covered.append(low <= error <= high)
     assert 0.9 < np.mean(covered) < 0.99
+
+
+def test_rare_dreadful_prompts_are_allowed_for() -> None:
+    # 3 of 320 prompts are the longest there are, and drafts are useless on them
+    rng, count, drawn = np.random.default_rng(11), 64, 300
+    off = rng.uniform(30, 200, 320)
+    tree = off / rng.normal(1.2, 0.15, 320)
+    off[:3], tree[:3] = 255, 255 * 1.6
+    truth = off.sum() / tree.sum()
+    weights_RP = rng.multinomial(count, np.full(count, 1 / count), size=500).astype(float)
+    below, plain = 0, 0
+    for _ in range(drawn):
+        chosen = rng.integers(0, len(off), count)
+        slow, fast = (
+            Option(Trial.at(1, OFF, 1.0, 1.0), ms[chosen], np.zeros(1), weights_RP)
+            for ms in (off, tree)
+        )
+        ratio = fast.ratio_to(slow)
+        missed_R = studentized(slow.ms_P, fast.ms_P, weights_RP)
+        plain += ratio.value * np.exp(-np.quantile(missed_R, 0.975)) > truth
+        below += ratio.low > truth
+        assert ratio.low <= ratio.value <= ratio.high
+        assert not ratio.is_gain or ratio.low >= 1.0
+    assert below < 0.75 * plain
+
+
+def test_one_more_prompt_like_the_worst() -> None:
+    top, bottom = np.array([4.0, 2.0, 6.0]), np.array([2.0, 2.0, 2.0])
+    assert worst_again(top, bottom) == pytest.approx((14 / 8) / (12 / 6))
+    assert worst_again(bottom, bottom) == 1.0
 
 
 def test_the_faster_option_can_be_preferred(trace: Trace) -> None:

@@ -2,8 +2,9 @@
 
 Options are compared by *paired* ratios of the time that the same prompts take, with the runtime's
 uncertainty drawn once per resample. Every option is timed on prompts that had no part in choosing
-it (see cross_fit). The simplest option wins whose 95 % interval of best/option includes 1, or the
-fastest where that is preferred.
+it (see cross_fit). The simplest option wins over which the best is no sure gain: whose 95 %
+interval of best/option over resamples includes 1. Or the fastest, where that is preferred. The
+interval that is shown reaches lower, though never below 1 for a sure gain (see bootstrap).
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ def choose(
     best = front[-1]
     good = [best]
     if prefer == "simple":
-        good = [option for option in front if option is best or best.ratio_to(option).low <= 1.0]
+        good = [option for option in front if option is best or not best.ratio_to(option).is_gain]
     chosen = next((option for option in good if _token_ms(option) <= max_token_ms), best)
     trial, to_off = chosen.trial, chosen.ratio_to(options[0])
     return Decision(
@@ -218,7 +219,7 @@ def _reason(chosen: Option, best: Option, options: Sequence[Option]) -> str:
     if gain.value <= 1:
         text = f"{chosen.trial.tree.label} changes speed by {gain} over {rival.trial.tree.label}"
     text += _because(chosen.trial, rival.trial)
-    if gain.low <= 1 and chosen is best:
+    if not gain.is_gain and chosen is best:
         text += "; maybe it gains nothing, --prefer simple would say so"
     if best is not chosen:
         text += f"; {best.trial.tree.label} would gain {best.ratio_to(chosen)}, so maybe nothing"
