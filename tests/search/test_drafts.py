@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import optuna
 import pytest
 from synthetic_data import make_profile, make_table, make_trace, write_library
 
 from stree_autotune.cli.commands import main
 from stree_autotune.search.draft_choice import TunedDraft, choose
-from stree_autotune.trace.file import NO_RANK
-from stree_core.profile import Interval, load_profile
+from stree_autotune.search.study import open_storage
+from stree_autotune.store.library import trace_file_name
+from stree_autotune.store.runtime_table import load_runtime_table, save_runtime_table
+from stree_autotune.trace.file import NO_RANK, save_trace
+from stree_core.profile import Interval, Sampling, load_profile
 
 ASKED = ("--gpu", "h200", "--dataset", "gsm8k", "--target", "toy-target", "--max-nodes", "8")
 SIZES = ("--batch-size", "1", "--batch-size", "8")
@@ -59,6 +64,43 @@ def test_the_best_draft_is_kept(
     assert load_profile(folder / "stree-profile.yaml").draft.name == "poor-draft"
 
 
+def test_a_draft_without_room_loses(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "stree-data" / "runtime" / "h200--toy-target--good-draft.yaml"
+    table = load_runtime_table(path)
+    huge = table.draft.model_copy(update={"held_bytes": 200 * 10**9})
+    save_runtime_table(table.model_copy(update={"draft": huge}), path)
+    assert tune(monkeypatch, capsys, "--draft", "good-draft,poor-draft")[0] == 0
+    profile = load_profile(folder / "stree-profile.yaml")
+    assert profile.draft.name == "poor-draft"
+    assert "beside good-draft 1.000x off" in (profile.sources.trace.note or "")
+    assert {row.verdict for row in profile.policy} <= {"chain", "tree"}
+
+
+def test_drafts_and_rules_are_categories_of_a_study(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rule, misses in (("naive", 4), ("mss", 9)):
+        trace = make_trace("toy-target", "good-draft")
+        trace.ranks[::misses] = NO_RANK
+        sampling = Sampling(rule=rule, temperature=1.0)  # type: ignore[arg-type]
+        meta = trace.meta.model_copy(update={"sampling": sampling})
+        name = trace_file_name("toy-target", "good-draft", "gsm8k", sampling.label)
+        save_trace(replace(trace, meta=meta), folder / "stree-data" / "traces" / name)
+    asked = ("--draft", "good-draft", "--temperature", "1", "--storage", "studies.log")
+    assert tune(monkeypatch, capsys, *asked, "--rule", "naive,mss")[0] == 0
+    profile = load_profile(folder / "stree-profile.yaml")
+    assert profile.sampling.rule == "mss"
+    assert (profile.sources.trace.note or "").startswith("good-draft mss 1.")
+    storage = open_storage("studies.log")
+    study = optuna.load_study(study_name="drafts of toy-target on h200, gsm8k", storage=storage)
+    assert [trial.params["rule"] for trial in study.trials] == ["naive", "mss"]
+    assert study.best_trial.params == {"draft": "good-draft", "rule": "mss"}
+    code, err = tune(monkeypatch, capsys, "--draft", "good-draft", "--rule", "naive,naive")
+    assert (code, "list each once" in err) == (2, True)
+
+
 @pytest.mark.parametrize("names", ["good-draft,", "good-draft,good-draft"])
 def test_drafts_are_listed_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], names: str
@@ -94,6 +136,17 @@ def test_the_head_wins_a_tie(head: float, sibling: float, expected: str) -> None
     drafts = [tuned("sibling", sibling, 0.05), tuned("mtp", head, 0.05)]
     for order in (drafts, drafts[::-1]):
         assert choose(order).name == expected
+
+
+def test_naive_sampling_wins_a_tie_with_mss() -> None:
+    rules = []
+    for name, rule, speedup in (("mtp", "mss", 1.5), ("mtp", "naive", 1.48), ("a", "naive", 1.51)):
+        draft = tuned(name, speedup, 0.05)
+        sampling = Sampling(rule=rule, temperature=1.0)  # type: ignore[arg-type]
+        profile = draft.profile.model_copy(update={"sampling": sampling})
+        rules.append(TunedDraft(name, profile, rule))
+    assert choose(rules) is rules[1]
+    assert rules[1].words == "mtp naive 1.480x off"
 
 
 def test_among_siblings_the_fastest_wins() -> None:

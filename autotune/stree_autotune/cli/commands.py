@@ -50,7 +50,7 @@ def tune_command(
     dataset: flags.Dataset = "",
     target: flags.Target = "",
     draft: flags.Drafts = "",
-    rule: flags.Rule = "",
+    rule: flags.Rules = "",
     temperature: flags.Temperature = 0.0,
     top_k: flags.TopK = 0,
     top_p: flags.TopP = 1.0,
@@ -90,12 +90,14 @@ def tune_command(
     from stree_autotune.search import TuneRequest  # loads optuna and scipy
     from stree_autotune.store import data_folder
 
+    samplings = flags.samplings(rule, temperature, top_p, top_k, min_p, repetition_penalty)
     request = TuneRequest(
         gpu=gpu,
         dataset=dataset,
         target=target,
         draft=draft,
-        sampling=flags.sampling(rule, temperature, top_p, top_k, min_p, repetition_penalty),
+        sampling=samplings[0],
+        more_rules=samplings[1:],
         context=context,
         batch_sizes=tuple(sorted(set(batch_size))),
         max_nodes=max_nodes,

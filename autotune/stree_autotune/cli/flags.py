@@ -78,6 +78,15 @@ Drafts = Annotated[
         "taken, which stand between commas.",
     ),
 ]
+Rules = Annotated[
+    str,
+    typer.Option(
+        "--rule",
+        metavar="RULE[,RULE]",
+        show_default="greedy, mss at a temperature",
+        help="greedy, naive or mss; the best of naive,mss is taken.",
+    ),
+]
 Rule = Annotated[
     str,
     typer.Option(
@@ -345,6 +354,27 @@ def search_path(data: list[Path], libraries: list[str]) -> tuple[Path, ...]:
 
     own = data or ([DEFAULT_DATA] if DEFAULT_DATA.is_dir() else [])
     return (*own, *map(sync, libraries))
+
+
+def samplings(
+    rules: str,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    min_p: float,
+    repetition_penalty: float,
+) -> tuple[Sampling, ...]:
+    """Return the setting of these flags for each rule between commas, one for none; see `sampling`.
+
+    Raises ConfigError for a rule that is named twice.
+    """
+    names = rules.split(",")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--rule names different rules, got {rules!r}; list each once")
+    others = (temperature, top_p, top_k, min_p, repetition_penalty)
+    if len(names) > 1 and not all(names):
+        raise ConfigError(f"--rule is greedy, naive or mss, got {rules!r}; pass one of them")
+    return tuple(sampling(name, *others) for name in names)
 
 
 def sampling(

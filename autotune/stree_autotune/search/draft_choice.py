@@ -1,33 +1,43 @@
-"""Which of several drafts a profile is for: each is tuned, and the simplest of the fastest kept.
+"""Which of several drafts and rules a profile is for: each is tuned, the simplest of the best kept.
 
-A draft that needs no second model is simpler than one that does. Drafts are compared by the
-geometric mean over batch sizes of their speed over off, which is the same for all. Intervals of two
-drafts are combined as if independent, and those of one draft's rows as if they erred together. Both
-make a tie likelier than it is.
+A draft that needs no second model is simpler than one that does, and naive sampling than MSS.
+Options are compared by the geometric mean over batch sizes of their speed over off, which is the
+same for all. Intervals of two are combined as if independent, and those of one option's rows as if
+they erred together. Both make a tie likelier than it is.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import optuna
+
 from stree_autotune.search.request import TuneRequest
+from stree_autotune.search.study import StudyPlace, open_storage, optimize
 from stree_core.errors import ConfigError, NoFeasibleTree
 from stree_core.models import MTP
-from stree_core.profile import Profile
+from stree_core.profile import Profile, Sampling
 
 logger = logging.getLogger(__name__)
+
+_SIMPLEST_RULES = ("greedy", "naive", "mss")
 
 
 @dataclass(frozen=True, slots=True)
 class TunedDraft:
-    """A draft with its profile: logarithm of its mean speed over off, and that of its interval."""
+    """A draft with its profile: logarithm of its mean speed over off, and that of its interval.
+
+    `rule` is named where there are several.
+    """
 
     name: str
     profile: Profile
+    rule: str = ""
 
     @property
     def log_speed(self) -> float:
@@ -46,7 +56,13 @@ class TunedDraft:
     @property
     def words(self) -> str:
         """The draft and its speed, as a note says it."""
-        return f"{self.name} {math.exp(self.log_speed):.3f}x off"
+        name = f"{self.name} {self.rule}" if self.rule else self.name
+        return f"{name} {math.exp(self.log_speed):.3f}x off"
+
+    @property
+    def complexity(self) -> tuple[bool, int]:
+        """What it needs: a second model, and a rule that comes later in the list."""
+        return self.name != MTP, _SIMPLEST_RULES.index(self.profile.sampling.rule)
 
     def ties_with(self, best: TunedDraft) -> bool:
         """True when the interval of how much faster `best` is includes not at all."""
@@ -55,34 +71,55 @@ class TunedDraft:
 
 
 def best_draft(request: TuneRequest, tune: Callable[[TuneRequest], Profile]) -> Profile:
-    """Tune every draft of a request, whose names stand between commas; return the profile to use.
+    """Tune every draft and rule of a request; return the profile to use.
 
-    Of several, a draft that no batch size has room for is left out. Raises ConfigError for an empty
-    or repeated name, and whatever `tune` raises.
+    Names of drafts stand between commas; the rules are those of `sampling` and `more_rules`. Both
+    are categorical choices of an Optuna study, whose trials take each pair of them once. Of several
+    drafts, one that no batch size has room for is left out. Raises ConfigError for an empty or
+    repeated name, and whatever `tune` raises.
     """
     names = request.draft.split(",")
     if not all(names) or len(set(names)) < len(names):
         raise ConfigError(f"--draft names different drafts, got {request.draft!r}; list each once")
-    if len(names) == 1:
+    samplings: dict[str, Sampling] = {
+        each.rule: each for each in (request.sampling, *request.more_rules)
+    }
+    if len(names) == len(samplings) == 1:
         return tune(request)
-    tuned = []
-    for name in names:
+    pairs = list(itertools.product(names, samplings))
+    tuned: list[TunedDraft] = []
+
+    def objective(trial: optuna.Trial) -> float:
+        name = str(trial.suggest_categorical("draft", names))
+        rule = str(trial.suggest_categorical("rule", list(samplings)))
+        asked = replace(request, draft=name, sampling=samplings[rule], more_rules=())
         try:
-            tuned.append(TunedDraft(name, tune(replace(request, draft=name))))
+            profile = tune(asked)
         except NoFeasibleTree as err:
-            if name == names[-1] and not tuned:
+            if trial.number - first == len(pairs) - 1 and not tuned:
                 raise
             logger.info("draft %s is left out: %s", name, err)
-            continue
+            raise optuna.TrialPruned from err
+        tuned.append(TunedDraft(name, profile, rule if len(samplings) > 1 else ""))
         logger.info("draft %s, mean of batch sizes", tuned[-1].words)
+        return tuned[-1].log_speed
+
+    question = f"drafts of {request.target} on {request.gpu}, {request.dataset}"
+    study = StudyPlace(open_storage(request.storage), question, request.seed).open()
+    first = len(study.get_trials(deepcopy=False))
+    for name, rule in pairs:
+        study.enqueue_trial({"draft": name, "rule": rule})
+    optimize(study, objective, len(pairs))
     return _noted(choose(tuned), tuned)
 
 
 def choose(tuned: Sequence[TunedDraft]) -> TunedDraft:
-    """Return the simplest draft that is as fast as the fastest, for all that is known."""
+    """Return the simplest draft and rule that are as fast as the fastest, for all that is known."""
     best = max(tuned, key=lambda draft: draft.log_speed)
-    own_head = [draft for draft in tuned if draft.name == MTP and draft.ties_with(best)]
-    return own_head[0] if own_head else best
+    tied = [draft for draft in tuned if draft.ties_with(best)]
+    simplest = min(draft.complexity for draft in tied)
+    alike = [draft for draft in tied if draft.complexity == simplest]
+    return max(alike, key=lambda draft: draft.log_speed)
 
 
 def _noted(chosen: TunedDraft, tuned: Sequence[TunedDraft]) -> Profile:

@@ -35,6 +35,7 @@ class TuneRequest:
     `max_token_ms` limits the time per output token of one sequence.
     `rates` are typed shares of steps that keep at least 1, 2, ... draft tokens, in place of a
     trace; `prefer` says whether the simplest of the fastest options is taken or the fastest.
+    `more_rules` are settings like `sampling` with other rules, of which the best is taken.
     `own_data` are the folders of `data` that are no library's copies.
     """
 
@@ -53,6 +54,7 @@ class TuneRequest:
     studies: Path = DEFAULT_DATA / "studies"
     num_trials: int = 0
     max_token_ms: float = math.inf
+    more_rules: tuple[Sampling, ...] = ()
     own_data: tuple[Path, ...] = ()
     left_open: frozenset[str] = frozenset()
     rates: tuple[float, ...] = ()

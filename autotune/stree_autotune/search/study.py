@@ -51,13 +51,14 @@ class StudyPlace:
     question: str = ""
     seed: int = 0
 
-    def open(self, batch_size: int) -> optuna.Study:
-        """Return the study of one batch size, with the trials that it has already."""
+    def open(self, batch_size: int | None = None) -> optuna.Study:
+        """Return the study of one batch size or of all, with the trials that it has already."""
         # Optuna reports trials, and errors that are raised anyway, on stderr by its own handler.
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         name = None
         if self.storage is not None:
-            name = f"{self.question} batch {batch_size}"
+            name = self.question
+            name += f" batch {batch_size}" if batch_size is not None else ""
         return optuna.create_study(
             storage=self.storage,
             study_name=name,
