@@ -166,7 +166,11 @@ def command_of(measurement: Measurement, options: argparse.Namespace, output: Pa
     script = fingerprint.ROOT / "benchmarks" / f"{measurement.script}.py"
     words = [sys.executable, str(script), *measurement.arguments, "--output", str(output)]
     for flag, glob in measurement.peers:
-        words += [flag, str(next(options.peers.glob(glob), options.peers))]
+        path = options.peers if glob == "." else next(options.peers.glob(glob), None)
+        if path is None:
+            print(f"{measurement.name} runs without {flag}: no {glob} in the folder", flush=True)
+        else:
+            words += [flag, str(path)]
     if options.skip_gate and "--skip-gate" in script.read_text():
         words.append("--skip-gate")
     return words

@@ -93,12 +93,12 @@ def test_commands_name_the_peers_files(place: Path) -> None:
     (place / "benchmarks").mkdir()
     (place / "benchmarks" / "kernels.py").write_text("--skip-gate")
     options = Namespace(**{**vars(OPTIONS), "peers": place, "skip_gate": True})
-    peers = (("--sglang", "**/mamba_ssm.py"),)
+    peers = (("--sglang", "**/mamba_ssm.py"), ("--wheels", "."), ("--absent", "fla"))
     measurement = sources.Measurement("kernels", "kernels", (), ("--quick",), peers=peers)
     words = runner.command_of(measurement, options, Path("kernels-h200.json"))
     expected = ["--quick", "--output", "kernels-h200.json"]
-    expected += ["--sglang", str(place / "sglang" / "mamba_ssm.py"), "--skip-gate"]
-    assert words[2:] == expected
+    expected += ["--sglang", str(place / "sglang" / "mamba_ssm.py"), "--wheels", str(place)]
+    assert words[2:] == [*expected, "--skip-gate"]
 
 
 def test_both_halves_are_the_whole_set_in_its_order() -> None:
