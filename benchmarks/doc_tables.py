@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from prediction_table import BY_BATCH, by_batch
 from report import Row, read, table
-from sources import RESULTS
+from sources import MEASUREMENTS, RESULTS
 from stale import NO_FINGERPRINT, Verdict, judge
 
 from stree_autotune.trace.file import load_trace
@@ -54,7 +54,7 @@ def _text(found: re.Match[str]) -> str:
     if found["what"] not in TABLES:
         raise ValueError(f"no table is called {found['what']}; known are {', '.join(TABLES)}")
     name = found["what"]
-    origin = "" if name in OF_PROFILES else f"\n{_origin(f'{name}-h200')}\n"
+    origin = "" if name in OF_PROFILES else f"\n{_origin(name)}\n"
     return f"\n{TABLES[name]()}{origin}"
 
 
@@ -85,12 +85,13 @@ def speed(tokens_per_s: float) -> str:
     return f"{tokens_per_s:,.0f}"
 
 
-def _origin(file: str) -> str:
+def _origin(name: str) -> str:
     """Return the lines below a table: how old it is, then GPU, date, revision and command."""
-    path = RESULTS / f"{file}.json"
+    (file,) = (each.file("h200") for each in MEASUREMENTS if each.name == name)
+    path = RESULTS / file
     document, verdict = read(path), judge(path)
     revision = document.get("revision", "unknown")[:8]
-    facts = [document["gpu"], document["date"][:10], f"revision {revision}"]
+    facts = [document.get("gpu", "a CPU"), document["date"][:10], f"revision {revision}"]
     facts += [f"{name} {document['versions'][name]}" for name in ("torch", "triton")]
     facts += [f"spread at most {spread:.1%}"] if (spread := _spread(document["rows"])) else []
     command = " ".join(shlex.split(document["command"])[:2])
@@ -341,11 +342,46 @@ def traces() -> str:
     return aligned(rows, list(rows[0]))
 
 
+def coverage() -> str:
+    """How often intervals of verdicts hold the truth, by population."""
+    names = {"pair": "population", "repeats": "rows", "decided": "not off", "wrong": "slower"}
+    shares = ("coverage", "optimistic", "pessimistic", "wrong")
+    rows = []
+    for row in read(RESULTS / "coverage.json")["rows"]:
+        if row["batch"] != "all":
+            continue
+        shown = {names.get(key, key): row[key] for key in ("pair", "repeats", "decided")}
+        told = {names.get(key, key): row[key] for key in shares}
+        shown |= {name: "-" if share is None else f"{share:.3f}" for name, share in told.items()}
+        rows.append(shown | {"regret": f"{100 * row['regret']:.1f} %"})
+    return aligned(rows, list(rows[0]))
+
+
+def search() -> str:
+    """Our search over others, in tokens/s on prompts that were not looked at."""
+    found = read(RESULTS / "search.json")["summary"]
+    rows = [
+        {
+            "method": method,
+            "ours over it, worst": f"{100 * (both['worst'] - 1):+.1f} %",
+            "median": f"{100 * (both['median'] - 1):+.1f} %",
+        }
+        for method, both in found["ours_over"].items()
+    ]
+    return aligned(rows, list(rows[0]))
+
+
+def shared_memory() -> str:
+    """A step's time with the carveout that kernels state over that with the driver's."""
+    rows = _rows("shared-memory-h200")
+    return pivot(rows, ("pair", "batch"), "tree", lambda row: f"{row['ratio']:.3f}")
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    maker.__name__: maker
+    maker.__name__.replace("_", "-"): maker
     for maker in (
         live, kernels, forward, shapes, delta, draft, prefill, decode, mtp, generation, prediction,
-        regret, lossless, verdicts, traces,
+        regret, lossless, coverage, search, shared_memory, verdicts, traces,
     )
 }  # fmt: skip
 """Each but those of OF_PROFILES is of the results file of its name."""

@@ -11,6 +11,7 @@ from scripts import script
 
 doc_tables = script("doc_tables")
 report = script("report")
+sources = script("sources")
 
 
 def test_a_table_says_itself_that_its_code_is_older(
@@ -48,3 +49,15 @@ def test_a_marked_number_is_one_row_s(tmp_path: Path, monkeypatch: pytest.Monkey
         doc_tables.value("a ms")
     with pytest.raises(ValueError, match="no table is called"):
         doc_tables.filled("<!-- generated: nothing --><!-- end -->")
+
+
+@pytest.mark.parametrize("name", doc_tables.TABLES)
+def test_every_table_is_made_of_a_results_file_of_the_set_or_of_profiles(name: str) -> None:
+    if name not in doc_tables.OF_PROFILES:
+        (measurement,) = (each for each in sources.MEASUREMENTS if each.name == name)
+        if not (sources.RESULTS / measurement.file("h200")).exists():
+            pytest.skip("not measured yet")
+    text = doc_tables.filled(f"<!-- generated: {name} --><!-- end -->")
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(lines) > 2
+    assert len({line.count("|") for line in lines}) == 1
