@@ -226,6 +226,26 @@ def delta() -> str:
     return aligned(rows, list(rows[0]))
 
 
+def delta_prompts() -> str:
+    """The scan of prompts of a gated delta layer beside fla's, µs."""
+    rows = [
+        {
+            "prompts": row["batch"],
+            "tokens of each": row["tokens"],
+            "ours": number(row["ours_us"]),
+            "fla": number(row["fla_us"]),
+        }
+        for row in _rows("delta-prompts-h200")
+    ]
+    return aligned(rows, list(rows[0]))
+
+
+def fp8() -> str:
+    """Forward passes with weights in bf16 and in FP8, ms."""
+    rows = _rows("fp8-h200")
+    return pivot(rows, ("model", "batch", "weights"), "tokens", lambda row: number(row["ms"]))
+
+
 def draft() -> str:
     """Draft passes by inner nodes of a level, ms."""
     rows = _rows("draft-h200")
@@ -380,8 +400,8 @@ def shared_memory() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     maker.__name__.replace("_", "-"): maker
     for maker in (
-        live, kernels, forward, shapes, delta, draft, prefill, decode, mtp, generation, prediction,
-        regret, lossless, coverage, search, shared_memory, verdicts, traces,
+        live, kernels, forward, shapes, delta, delta_prompts, fp8, draft, prefill, decode, mtp,
+        generation, prediction, regret, lossless, coverage, search, shared_memory, verdicts, traces,
     )
 }  # fmt: skip
 """Each but those of OF_PROFILES is of the results file of its name."""

@@ -2,7 +2,7 @@
 
 A source is what changes a number when it changes: kernels, the passes and steps that are timed, the
 benchmark itself, tables and traces that it reads. What only opens models, writes files or prints is
-none. References are sources of runs on a CPU, and of checks of correctness nowhere.
+none. References are sources of what runs on a CPU alone.
 """
 
 from __future__ import annotations
@@ -77,27 +77,33 @@ SCAN = (
         for name in ("device_functions", "token_scan_kernel", "tree_scan", "tree_scan_kernel")
     ),
 )
+CORE_PASS = (
+    *_core("models", "cache", "cuda_graph", "model", "row_block", "state_flush", "weights"),
+    *_core("families", "model_shape"),
+)
 PASS = (
     *_kernels("launch", "linear", "ssm", "attention"),
     "-kernels/stree_kernels/*/prompt_*.py",
     "kernels/stree_kernels/fp8/projection.py",
-    *_core("models", "cache", "cuda_graph", "model", "row_block", "state_flush", "weights"),
-    *_core("families", "model_shape"),
+    *CORE_PASS,
 )
 """A forward pass of Mamba2, attention and MLP layers."""
-STEP = (
-    *PASS,
-    *_kernels("sampling"),
+CORE_STEP = (
+    *CORE_PASS,
     *_core("drafting", "draft", "mtp_draft", "tree_plan"),
     *_core("engine", "decode", "engine", "rules", "sampling", "session", "step", "step_result"),
 )
+STEP = (*PASS, *_kernels("sampling"), *CORE_STEP)
 """A whole step of an engine."""
-PROMPT = (
-    *(f"kernels/stree_kernels/{path}.py" for path in ("ssm/prompt_*", "attention/prompt_*")),
-    "-kernels/**/*_ref.py",
+CORE_PROMPT = (
     *_core("models", "prompt_pass"),
     *_core("drafting", "prefill"),
     *_core("engine", "prompt_queue"),
+)
+PROMPT = (
+    *(f"kernels/stree_kernels/{path}.py" for path in ("ssm/prompt_*", "attention/prompt_*")),
+    "-kernels/**/*_ref.py",
+    *CORE_PROMPT,
 )
 DELTA = (*_kernels("launch"), *_kernels("delta"))
 FP8 = _kernels("fp8")
@@ -110,7 +116,11 @@ SEARCH = _tuner("search", "path_counts", "study", "tree_solver", "tree_space")
 VERDICT = _tuner("search", "bootstrap", "cross_fit", "verdict")
 LIVE = _tuner("live", "measure")
 PROBE = ("autotune/stree_autotune/probe/*.py", "-autotune/stree_autotune/probe/report.py")
-REFERENCES = ("kernels/stree_kernels/**/*_ref.py",)
+ON_CPU = (
+    "kernels/stree_kernels/**/*_ref.py", "kernels/stree_kernels/**/rows.py",
+    "kernels/stree_kernels/linear/deferred_norm.py", *CORE_STEP, *CORE_PROMPT,
+)  # fmt: skip
+"""Decoding by the references: no kernel takes part."""
 DEMO, DEMO_MTP = "demo-target--demo-draft", "demo-target--mtp"
 SMALL, LARGE = "mamba2-2.7b--mamba2-130m", "mamba-in-llama-8b--mamba2-distilled-small"
 GSM8K = f"profiles/traces/{DEMO}--gsm8k--greedy.safetensors"
@@ -249,25 +259,25 @@ MEASUREMENTS = (
     Measurement(
         "tables-cpu", "shipped", gpu=False, minutes=6, arguments=("tables", "--device", "cpu"),
         sources=(
-            *bench("shipped"), *PROBE, *STEP, *REFERENCES, *DEMO_MODELS,
+            *bench("shipped"), *PROBE, *ON_CPU, *DEMO_MODELS,
         ),
     ),
     Measurement(
         "lossless-cpu", "lossless", gpu=False, minutes=25,
         arguments=("--device", "cpu", "--prompts", "128", "--tokens", "140", "--processes", "2"),
-        sources=(*bench("lossless"), *STEP, *PROMPT, *REFERENCES, *DEMO_MODELS),
+        sources=(*bench("lossless"), *ON_CPU, *DEMO_MODELS),
     ),
     Measurement(
         "lossless-mtp-cpu", "lossless", gpu=False, minutes=4,
         arguments=(
             "--draft", "mtp", "--device", "cpu", "--dtype", "float64", "--prompts", "16",
         ),
-        sources=(*bench("lossless"), *STEP, *PROMPT, *REFERENCES, *DEMO_MODELS),
+        sources=(*bench("lossless"), *ON_CPU, *DEMO_MODELS),
     ),
     Measurement(
         "sampled-cpu", "sampled", gpu=False, minutes=12,
         arguments=("--device", "cpu", "--tokens", "200"),
-        sources=(*bench("sampled"), *STEP, *PROMPT, *REFERENCES, *DEMO_MODELS),
+        sources=(*bench("sampled"), *ON_CPU, *DEMO_MODELS),
     ),
     Measurement(
         "search", "search", gpu=False, minutes=10,
