@@ -83,7 +83,7 @@ def main() -> None:
     if options.table is not None:
         print_table(options.table, SHOWN, lambda row: True)
         return
-    head, rows = header(), []
+    head, rows = header(device=options.device), []
     device = resolve_device(options.device)
     gpu = short_gpu_name(device_name(device), device)
     pair: Pair | None = None

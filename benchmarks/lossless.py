@@ -54,7 +54,7 @@ MODES = {
 
 def main() -> None:
     options = parse()
-    head, rows = header(), []
+    head, rows = header(device=options.device), []
     for dtype in options.dtype:
         work = [(options, dtype, part) for part in range(options.processes)]
         if options.processes == 1:

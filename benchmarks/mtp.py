@@ -90,7 +90,7 @@ class Case:
 def main() -> None:
     options = parse()
     start, rows = time.perf_counter(), []
-    head = header()
+    head = header(device=options.device)
     for name, draft in ((name, draft) for name in options.pairs for draft in options.drafts):
         for case in cases(name, draft, options):
             for batch in options.batches:

@@ -83,7 +83,7 @@ def main() -> None:
         document = predicted_again(read(options.again), options.data)
         save(options.again, document, document.pop("rows"))
         return
-    head = header()
+    head = header(device=options.device)
     rows: list[Row] = []
     for name in options.pairs:
         start = time.perf_counter()

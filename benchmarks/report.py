@@ -20,6 +20,7 @@ from sources import MEASUREMENTS, RESULTS as RESULTS, Measurement, measurement_o
 from stree_autotune.store.origin import utc_now, versions
 from stree_core.drafting.pair import device_name
 from stree_core.files import write_atomically
+from stree_core.models.backend import resolve_device
 
 UNKNOWN = "unknown"
 Row = dict[str, Any]
@@ -43,6 +44,7 @@ def header(
     peers: Mapping[str, str] | None = None,
     gate: str | None = None,
     bytes_per_s: float | None = None,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Return what all rows of one run share; the memory's bandwidth where it was measured.
 
@@ -50,15 +52,15 @@ def header(
     before on these very sources count.
     """
     _start()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = resolve_device(device)
     measured: dict[str, Any] = {}
     if bytes_per_s is not None:
         measured["copy_bandwidth_tb_s"] = round(bytes_per_s / 1e12, 3)
-    if device.type == "cuda":
+    if where.type == "cuda":
         measured["gate"] = passed() if gate is None else gate
     return {
         "command": command_line(),
-        "gpu": device_name(device),
+        "gpu": device_name(where),
         "versions": {
             **versions(),
             "torch": torch.__version__,

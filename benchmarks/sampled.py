@@ -41,7 +41,7 @@ def main() -> None:
     request = PairRequest("demo-target", options.draft, (), Runtime(options.device, "float32"))
     pair = open_pair(request)
     prompts = pair.encode(open_prompts("demo", "", (), limit=options.prompts))
-    head, rows = header(), []
+    head, rows = header(device=options.device), []
     for rule in options.rules:
         rows.append(judged(pair, options, rule, prompts))
         if options.output is not None:

@@ -42,7 +42,7 @@ SHOWN = ("file", "hash", "seconds", "command")
 
 def main() -> None:
     options = parse()
-    head, rows = header(), []
+    head, rows = header(device=options.device), []
     for path, command in commands(options):
         if options.only and path.stem not in options.only:
             continue
