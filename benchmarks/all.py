@@ -9,8 +9,9 @@ where the first one ended, on another machine of the same kind as well once the 
 file is replaced when its benchmark has ended well; the output is in build/measured/NAME.log. The
 tests that need a GPU run once, before the first benchmark. `--peers` is a folder of unpacked wheels
 of other projects, without which benchmarks beside them are left out. `--pack` gathers all files
-that were written into one archive with their paths in the checkout. Exit status 1 when something
-that was asked for is missing.
+that were written into one archive with their paths in the checkout, and build/gate-passed, by which
+the next machine of the kind knows that the tests passed. Exit status 1 when something that was
+asked for is missing.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from pathlib import Path
 
 import fingerprint
 import torch
-from gate import require_green
+from gate import STAMP, require_green
 from sources import MEASUREMENTS, RESULTS, Measurement
 from stale import Verdict, judge, write_revision
 
@@ -114,7 +115,8 @@ def run_all(
     tasks: Sequence[Task], options: argparse.Namespace, end: float
 ) -> list[tuple[Task, str]]:
     """Run what fits into the time; return what is missing after it, and why."""
-    left, written = [], []
+    left, written = [], [STAMP] if options.gpu and STAMP.exists() else []
+    pack(options.pack, written)
     for task in tasks:
         remaining = end - time.monotonic()
         if task.measurement.peers and options.peers is None:
