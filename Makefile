@@ -39,9 +39,10 @@ wheel: setup
 aot: setup
 	$(BIN)/python benchmarks/aot.py
 
-# The pages of docs that the code says: commands.md and api.md.
+# The pages of docs that the code says, commands.md and api.md, and what snippets print.
 docs: setup
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/snippets.py
 
 # Results files that are not of this code, and those of the set that are missing.
 stale: setup

@@ -1,7 +1,6 @@
 """The docs: pages that the code says, every key of a profile, links, and snippets that run.
 
-A fenced block of `sh` or `python` is run, in a folder that all blocks of a page share, unless the
-line above it is `<!-- not run: why -->`.
+docs/snippets.py says which blocks run, and which output is compared.
 """
 
 from __future__ import annotations
@@ -28,20 +27,11 @@ from stree_autotune.cli.commands import app
 from stree_core.profile import Profile, load_profile, save_profile
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("examples/*.md")])
-FENCE = re.compile(
-    r"(?:<!-- not run: (?P<why>[^\n]+) -->\n)?^```(?P<kind>sh|python)\n(?P<text>.*?)^```$",
-    re.MULTILINE | re.DOTALL,
-)
 
 
-def name_of(page: Path) -> str:
-    return page.relative_to(ROOT).as_posix()
-
-
-def generator() -> ModuleType:
-    """Return docs/generate.py, which is a script and no package's module."""
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+def docs_script(name: str) -> ModuleType:
+    """Return a script of docs, which is no package's module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -49,20 +39,33 @@ def generator() -> ModuleType:
     return module
 
 
+SNIPPETS = docs_script("snippets")
+PAGES: list[Path] = SNIPPETS.PAGES
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def is_run(page: Path) -> bool:
+    return any(not block["why"] for block in SNIPPETS.BLOCK.finditer(page.read_text()))
+
+
 @pytest.mark.parametrize("name", ["commands.md", "api.md"])
 def test_commands_flags_and_public_names_change_with_their_page_only(name: str) -> None:
     page = ROOT / "docs" / name
     written = page.read_text().splitlines()
-    assert written == generator().pages()[page].splitlines(), "run `make docs`, look at the diff"
+    generated = docs_script("generate").pages()[page].splitlines()
+    assert written == generated, "run `make docs`, look at the diff"
 
 
 def test_tables_and_marked_numbers_are_those_of_the_results_files() -> None:
-    for page, text in generator().marked_pages().items():
+    for page, text in docs_script("generate").marked_pages().items():
         assert page.read_text().splitlines() == text.splitlines(), f"{page}: run `make docs`"
 
 
 def test_figures_show_the_rows_of_their_results_files() -> None:
-    assert generator().outdated_figures() == [], "run `make docs`"
+    assert docs_script("generate").outdated_figures() == [], "run `make docs`"
 
 
 def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -115,39 +118,31 @@ def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if not target.startswith(("http://", "https://", "mailto:")):
-            assert (page.parent / target.partition("#")[0]).exists(), target
+            name, _, anchor = target.partition("#")
+            file = page.parent / name if name else page
+            assert file.exists(), target
+            assert not anchor or anchor in anchors(file), target
 
 
-@pytest.mark.parametrize(
-    "page",
-    [page for page in PAGES if any(not f["why"] for f in FENCE.finditer(page.read_text()))],
-    ids=name_of,
-)
-def test_snippets_run(page: Path, tmp_path: Path) -> None:
-    tools = Path(sys.executable).parent
-    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "COLUMNS": "100"}
-    for fence in FENCE.finditer(page.read_text()):
-        if fence["why"]:
-            continue
-        shell = ["bash", "-euo", "pipefail", "-c"]
-        command = [*shell, fence["text"]] if fence["kind"] == "sh" else [sys.executable, "-"]
-        run = subprocess.run(
-            command,
-            input=None if fence["kind"] == "sh" else fence["text"],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert run.returncode == 0, f"{fence['text']}\n{run.stdout}{run.stderr}"
+def anchors(page: Path) -> set[str]:
+    """Return the fragments of a page's headings, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if is_run(page)], ids=name_of)
+def test_snippets_run_and_print_what_the_page_shows(page: Path, tmp_path: Path) -> None:
+    assert SNIPPETS.filled(page.read_text(), tmp_path) == page.read_text(), "run `make docs`"
 
 
 def calls() -> Iterator[tuple[str, list[str]]]:
     """Yield every call of stree-tune that is shown but not run, with where it stands."""
     shown = [
-        (page, f["text"]) for page in PAGES for f in FENCE.finditer(page.read_text()) if f["why"]
+        (page, block["text"])
+        for page in PAGES
+        for block in SNIPPETS.BLOCK.finditer(page.read_text())
+        if block["why"]
     ]
     shown += [(script, script.read_text()) for script in sorted(ROOT.glob("examples/*.sh"))]
     for page, text in shown:
