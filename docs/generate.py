@@ -63,7 +63,7 @@ shell the verbs, the flags and the names that the library knows.
 API_HEAD = """# Python interface
 
 The public names; everything else may change without notice. Written by `make docs`.
-[decoding.md](decoding.md) shows how they work together.
+[Serve it](serve-it.md#embed-the-engine) shows how they work together.
 """
 
 

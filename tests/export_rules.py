@@ -1,4 +1,4 @@
-"""What servers accept, and what they would do: written from the sources that docs/exports.md names.
+"""What servers accept, and what they would do: from the sources that docs/serve-it.md names.
 
 Each `check_` raises AssertionError where its server would refuse; each `_at` returns the draft
 tokens that its server would use for a number of active sequences.

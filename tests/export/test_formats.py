@@ -314,7 +314,7 @@ def test_exporting_needs_no_torch(tmp_path: Path) -> None:
 
 
 def test_the_docs_have_the_compatibility_table() -> None:
-    page = Path(__file__).resolve().parents[2] / "docs" / "exports.md"
+    page = Path(__file__).resolve().parents[2] / "docs" / "serve-it.md"
     assert markdown_table() in page.read_text()
 
 

@@ -1,7 +1,6 @@
 """Which servers run which pairs, as far as it is known, each with its source.
 
-`docs/generate.py` writes the table into docs/exports.md; an export prints the rows that its profile
-may meet.
+docs/serve-it.md holds the table, and an export prints the rows that its profile may meet.
 """
 
 from __future__ import annotations
@@ -164,7 +163,7 @@ def limit_notes(server: str, largest: int) -> Iterator[str]:
 
 
 def markdown_table() -> str:
-    """Return the table for docs/exports.md."""
+    """Return the table for docs/serve-it.md."""
     lines = [
         "| server | version | target | draft | result | what happens | source |",
         "| --- | --- | --- | --- | --- | --- | --- |",

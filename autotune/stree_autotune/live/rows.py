@@ -91,7 +91,7 @@ def print_rows(rows: Sequence[ValidationRow], heading: Heading) -> None:
         say(
             console,
             f"up to {differing} texts differ from decoding without speculation: rounding at "
-            "near-ties, see docs/numerics.md",
+            "near-ties, see docs/kernels-and-numerics.md",
         )
 
 
