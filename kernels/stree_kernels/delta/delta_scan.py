@@ -46,7 +46,7 @@ class DeltaConfig:
 
 
 # Never autotuned: the kernel updates the state in place, and one choice per size keeps decoding
-# reproducible. Each row is (few programs, many), measured on an H200 (docs/kernels.md).
+# reproducible. Each row is (few programs, many), measured on an H200.
 CONFIGS = (
     (DeltaConfig(16, 4, None, None, 32), DeltaConfig(16, 4, 128, None, 32)),
     (DeltaConfig(32, 4), DeltaConfig(32, 4, 168, 4)),

@@ -40,7 +40,7 @@ MAX_WEIGHT_ROWS = 16384
 """The largest weight that the tensor cores' kernel takes: beyond it cuBLAS is as fast."""
 
 # Never autotuned: the order of additions, and with it the tokens, depends on the config. Chosen
-# from times on an H200 (docs/kernels.md).
+# from times on an H200 (docs/kernels-and-numerics.md).
 GEMV_CONFIGS = {
     1024: GemvConfig(8, 4, 1, depth=8),
     2048: GemvConfig(8, 4, 2, depth=8),

@@ -51,7 +51,7 @@ class ScanConfig:
 
 # Never autotuned: the kernel updates the state in place, and one choice per size keeps decoding
 # reproducible. Each row is (few programs, many): with many, one more program on a multiprocessor is
-# worth the few values that then go through its cache (measured on an H200, docs/kernels.md).
+# worth the few values that then go through its cache (measured on an H200).
 CONFIGS = (
     (ScanConfig(16, 128, 16, 4, None), ScanConfig(16, 128, 16, 4, 128)),
     (ScanConfig(32, 128, 32, 4, None), ScanConfig(32, 128, 32, 4, 128)),
