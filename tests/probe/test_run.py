@@ -18,6 +18,7 @@ from stree_autotune.cost.step_cost import StepCost
 from stree_autotune.cost.traffic import MAX_BUFFERED, model_cost
 from stree_autotune.probe import (
     passes as probe_passes,
+    prompts as probe_prompts,
     rules as probe_rules,
     run as probe_module,
     steps as probe_steps,
@@ -67,7 +68,7 @@ def invented(works: Mapping[Any, Work], *_: object, **__: object) -> dict[Any, T
 @pytest.fixture
 def clockless(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Invent], None]]:
     def put(invent: Invent) -> None:
-        for module in (probe_passes, probe_rules, probe_steps):
+        for module in (probe_passes, probe_rules, probe_steps, probe_prompts):
             monkeypatch.setattr(module, "time_interleaved", invent)
 
     put(invented)
@@ -77,7 +78,7 @@ def clockless(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Invent], No
 @pytest.fixture(scope="module")
 def whole(pair: Pair) -> RuntimeTable:
     with pytest.MonkeyPatch.context() as patch:
-        for module in (probe_passes, probe_rules, probe_steps):
+        for module in (probe_passes, probe_rules, probe_steps, probe_prompts):
             patch.setattr(module, "time_interleaved", invented)
         *_, table = probe(pair, CONFIG)
     return table
@@ -103,6 +104,31 @@ def test_passes_of_a_head_run(tmp_path: Path) -> None:
     trees = {"off": Tree.chain(0), "chain-2": Tree.chain(2)}
     times = probe_steps.time_steps(headed.target, headed.draft, trees, StepRule.GREEDY, setting)
     assert [step.tree for step in times.steps] == list(trees)
+
+
+def test_prompts_are_read_by_the_target_and_by_both(
+    pair: Pair, clockless: Callable[[Invent], None]
+) -> None:
+    """Every work runs once: what it reads is released again, so that it can be read again."""
+
+    def run(works: Mapping[Any, Work], *_: object, **__: object) -> dict[Any, Timing]:
+        for work in (*works.values(), *works.values()):
+            work()
+        return invented(works)
+
+    clockless(run)
+    keys = [("target", 2, 5), ("pair", 2, 5), ("pair", 1, 9)]
+    setting = StepSetting(2, 64, Effort(1, 1, 0.0), 0.0, lambda: None)
+    points = probe_prompts.time_prompts(pair, keys, setting)
+    assert sorted(point[:3] for point in points) == sorted(keys)
+
+
+def test_prompts_stay_within_the_context_and_the_rows(whole: RuntimeTable) -> None:
+    stages = missing_stages(replace(CONFIG, context=1024, batch_sizes=(8, 256)), BOTH, None)
+    lengths = {stage.keys for stage in stages if stage.kind == "prompts"}
+    assert {key[1:] for keys in lengths for key in keys} == {(8, 64), (8, 256), (8, 1000)}
+    # A context of 64 has no room for the shortest prompt and a token more.
+    assert not whole.prompts
 
 
 def test_a_prompt_is_read_right_before_models_are_timed(

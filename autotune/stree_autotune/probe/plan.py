@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 from stree_autotune.cost import PRODUCT_TILE, ROW_EDGES
-from stree_autotune.store import STORES, RuntimeTable, StepRule, Work
+from stree_autotune.store import STORES, Reader, RuntimeTable, StepRule, Work
 from stree_core.tree import DEFAULT_TREE, MAX_NODES, OFF, Tree
 
 _VERIFY_SIZES = (
@@ -38,6 +38,9 @@ _FEW = {
     "even-128x16", "even-255x32", "comb-5x3",
 }  # fmt: skip
 """Trees that a few whole steps are of."""
+
+_PROMPT_TOKENS, _MOST_PROMPT_ROWS = (64, 256, 1000, 4000), 8192
+"""Lengths of prompts, a little less than a piece and than four; tokens side by side at most."""
 
 _MOST_RULE_ROWS = 4096
 _TRIES_AT_MOST = 1024
@@ -78,7 +81,7 @@ class ProbeStage(NamedTuple):
     Keys are what makes a point of a table unique; `batch_size` is 0 for rules, which know none.
     """
 
-    kind: Literal["passes", "steps", "rules"]
+    kind: Literal["passes", "steps", "rules", "prompts"]
     batch_size: int
     keys: tuple[Key, ...]
 
@@ -86,11 +89,14 @@ class ProbeStage(NamedTuple):
     def weight(self) -> float:
         """About how long it takes beside the others: host time, and device time by batch size."""
         steps = 0.5 if len(self.keys) > 1 else 0.1
-        return {"passes": 1.0, "steps": steps, "rules": 1.0}[self.kind] * (1 + self.batch_size / 12)
+        each = {"passes": 1.0, "steps": steps, "rules": 1.0, "prompts": 0.3}[self.kind]
+        return each * (1 + self.batch_size / 12)
 
     def __str__(self) -> str:
         if self.kind == "rules":
             return "rules"
+        if self.kind == "prompts":
+            return f"{self.batch_size} prompts side by side"
         what = "passes" if self.kind == "passes" else f"whole {self.keys[0][2]} steps"
         return f"{what} at batch size {self.batch_size}"
 
@@ -115,6 +121,7 @@ def measured_keys(table: RuntimeTable) -> set[Key]:
     keys |= {("steps", step.batch_size, step.tree, step.rule) for step in table.steps}
     keys |= {("passes", *row) for row in table.no_room}
     keys |= {("steps", *row) for row in table.steps_no_room}
+    keys |= {("prompts", *prompt[:3]) for prompt in table.prompts}
     return keys
 
 
@@ -148,7 +155,7 @@ def sampled_trees(max_nodes: int) -> list[str]:
 def _stages(config: ProbeConfig, attending: Attending) -> Iterator[ProbeStage]:
     """Yield every stage of a probe, small batch sizes first; rules serve all of them.
 
-    Off at the batch sizes in between comes last: a table is of use without it.
+    Prompts, and off at the batch sizes in between, come last: a table is of use without them.
     """
     sizes = sorted(set(config.batch_sizes))
     yield ProbeStage("rules", 0, tuple(_rule_keys(config)))
@@ -163,6 +170,9 @@ def _stages(config: ProbeConfig, attending: Attending) -> Iterator[ProbeStage]:
         for rule in SAMPLED if config.sampled and not few else ():
             names = sampled_trees(config.max_nodes)
             yield ProbeStage("steps", batch_size, tuple((batch_size, name, rule) for name in names))
+    for batch_size in sizes:
+        if keys := tuple(_prompt_keys(config, batch_size)):
+            yield ProbeStage("prompts", batch_size, keys)
     for batch_size in off_sizes(sizes):
         yield ProbeStage("steps", batch_size, ((batch_size, OFF.kind, StepRule.GREEDY),))
 
@@ -188,6 +198,14 @@ def _pass_keys(config: ProbeConfig, batch_size: int, attending: Attending) -> It
             yield "context", batch_size, size
     if attending.draft:
         yield "draft_context", batch_size, 1
+
+
+def _prompt_keys(config: ProbeConfig, batch_size: int) -> Iterator[Key]:
+    for reader in get_args(Reader):
+        for length in _PROMPT_TOKENS:
+            # One position is left for the first token.
+            if length < config.context and batch_size * length <= _MOST_PROMPT_ROWS:
+                yield reader, batch_size, length
 
 
 def _product_edges(batch_size: int) -> Iterator[int]:

@@ -23,6 +23,7 @@ from stree_autotune.probe.plan import (
     missing_stages,
     step_trees,
 )
+from stree_autotune.probe.prompts import time_prompts
 from stree_autotune.probe.rules import time_rules
 from stree_autotune.probe.stepper import prompt_reader
 from stree_autotune.probe.steps import StepSetting, time_steps
@@ -30,6 +31,7 @@ from stree_autotune.probe.timing import Effort
 from stree_autotune.store import (
     NoRoom,
     Point,
+    PromptPoint,
     RulePoint,
     RuntimeTable,
     Step,
@@ -71,6 +73,7 @@ class _Found:
     points: list[Point] = field(default_factory=list)
     rules: list[RulePoint] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
+    prompts: list[PromptPoint] = field(default_factory=list)
     no_room: list[NoRoom] = field(default_factory=list)
     steps_no_room: list[StepNoRoom] = field(default_factory=list)
     trees: dict[str, TreeText] = field(default_factory=dict)
@@ -95,6 +98,7 @@ def probe(
             [*known.points],
             [*known.rules],
             [*known.steps],
+            [*known.prompts],
             [*known.no_room],
             [*known.steps_no_room],
             {**known.trees},
@@ -130,8 +134,9 @@ def attending(pair: Pair) -> Attending:
 def extends(known: RuntimeTable, pair: Pair, config: ProbeConfig) -> bool:
     """True when `known` has this pair, device and setting, so that rows may join it."""
     same = make_table(pair, config, _Found(), "")
-    open_keys = ("measured", "points", "rules", "trees", "steps", "no_room", "steps_no_room")
-    return known.model_dump(exclude=set(open_keys)) == same.model_dump(exclude=set(open_keys))
+    measured = {"measured", "points", "rules", "trees", "steps", "prompts"}
+    measured |= {"no_room", "steps_no_room"}
+    return known.model_dump(exclude=measured) == same.model_dump(exclude=measured)
 
 
 def make_table(pair: Pair, config: ProbeConfig, found: _Found, clocks: str) -> RuntimeTable:
@@ -160,6 +165,8 @@ def make_table(pair: Pair, config: ProbeConfig, found: _Found, clocks: str) -> R
             )
             for s in found.steps
         ),
+        prompts=tuple(p._replace(ms=rounded(p.ms), spread_ms=rounded(p.spread_ms))
+                      for p in found.prompts),
         no_room=tuple(found.no_room),
         steps_no_room=tuple(found.steps_no_room),
     )  # fmt: skip
@@ -185,6 +192,8 @@ def _measure(
         points, no_room = time_passes(pair, stage.keys, setting)
         found.points += points
         found.no_room += no_room
+    elif stage.kind == "prompts":
+        found.prompts += time_prompts(pair, stage.keys, setting)
     else:
         _measure_steps(pair, config, stage.keys, setting, found)
 

@@ -20,6 +20,7 @@ from stree_autotune.report.data import (
 )
 from stree_autotune.report.figure import Figure, Marks, panel_rows
 from stree_autotune.report.live import LiveRow, live_figure, live_rows
+from stree_autotune.report.prompts import prompts_figure, requests_figure
 from stree_autotune.report.runtime import staircase_figure, steps_figure
 from stree_autotune.report.speed import history_figure, speed_figure
 from stree_autotune.report.tree import ranks_figure, trees_figure
@@ -159,6 +160,9 @@ def _figures(
     if evidence.table is not None and evidence.cost is not None:
         figures.append(staircase_figure(profile, evidence.table, evidence.cost, marks))
         figures.append(steps_figure(evidence.table))
+        if not marks.times:
+            figures.append(prompts_figure(evidence.table))
+            figures.append(requests_figure(profile, evidence.table, evidence.trace))
     if profile.measured is not None:
         figures.append(live_figure(profile.measured, live))
     if scans:

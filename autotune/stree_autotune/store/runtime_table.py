@@ -20,7 +20,8 @@
 `rules` is what choosing costs more than picking the likeliest token, by rows of logits (nodes times
 slots), whatever the batch size; see Work. `steps` holds whole steps of named trees, off being the
 tree without nodes, which is measured on both sides of batch sizes at which its kernels change as
-well. The deepest level of a tree has no children, so it costs no draft pass.
+well. The deepest level of a tree has no children, so it costs no draft pass. `prompts` says how
+long prompts take that are read side by side, from their ids to their first tokens.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ Work = Literal["branch", "sample", "sample_truncated", "draw", "draw_truncated",
 distribution. draw: a child by the draft's distribution (MSS). try: trying one child at the target's
 side (MSS), tries: SEVERAL.
 """
+
+Reader = Literal["target", "pair"]
 
 SEVERAL = 4
 """Children of a node where more than one are timed."""
@@ -118,6 +121,19 @@ class Step(NamedTuple):
     def is_off(self) -> bool:
         """True for a step without speculation."""
         return self.tree == OFF.kind
+
+
+class PromptPoint(NamedTuple):
+    """The median time of reading prompts of one length side by side, and its spread.
+
+    The reader is the target alone, or the pair, as an engine that speculates does.
+    """
+
+    reader: Reader
+    batch_size: BatchSize
+    prompt_tokens: Context
+    ms: PositiveMs
+    spread_ms: NonNegativeMs
 
 
 class NoRoom(NamedTuple):
@@ -195,6 +211,7 @@ class RuntimeTable(Strict):
     rules: Annotated[tuple[RulePoint, ...], Field(max_length=1_000)] = ()
     trees: Annotated[dict[Name, TreeText], Field(max_length=64)]
     steps: Annotated[tuple[Step, ...], Field(max_length=4_000)]
+    prompts: Annotated[tuple[PromptPoint, ...], Field(max_length=1_000)] = ()
     no_room: Annotated[tuple[NoRoom, ...], Field(max_length=20_000)] = ()
     steps_no_room: Annotated[tuple[StepNoRoom, ...], Field(max_length=4_000)] = ()
 
@@ -231,6 +248,8 @@ class RuntimeTable(Strict):
                 )
         for rule in self.rules:
             _once(seen, "point of a rule", rule[:2])
+        for prompt in self.prompts:
+            _once(seen, "time of prompts", prompt[:3])
         return self
 
     @model_validator(mode="after")
