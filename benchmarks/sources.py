@@ -70,6 +70,7 @@ def _tables(*pairs: str) -> tuple[str, ...]:
 
 
 TIMING = (*bench("timing"), *_tuner("probe", "timing"))
+STEPPER = _tuner("probe", "plan", "stepper", "timing")
 SCAN = (
     *_kernels("launch"),
     *(
@@ -176,7 +177,8 @@ MEASUREMENTS = (
         "regret", "regret", minutes=4,
         sources=(
             *bench("regret"), *STEP, *COST, *WALK, *SEARCH, *VERDICT, *LIVE,
-            *_tuner("live", "corrected_cost", "search", "tuning"), *_tuner("probe", "timing"),
+            *_tuner("live", "corrected_cost", "search", "tuning"), *STEPPER,
+            *_tuner("search", "tuning"),
             *_tables(DEMO, SMALL), GSM8K, *DEMO_MODELS,
             f"profiles/traces/{DEMO}--demo--greedy.safetensors",
         ),
@@ -193,12 +195,15 @@ MEASUREMENTS = (
         arguments=("--pairs", "demo", "--rules", "greedy", "mss"),
         sources=(
             *bench("mtp", "traced_pair"), *STEP, *COST, *WALK, *LIVE, *_tuner("live", "speed"),
+            *_tuner("trace", "record", "depth_ranks"), *_tuner("probe", "plan", "run"),
             *_tables(DEMO, DEMO_MTP), *DEMO_MODELS,
         ),
     ),
     Measurement(
         "decode", "decode", minutes=2,
-        sources=(*bench("decode", "traced_pair"), *TIMING, *STEP, *LIVE, GSM8K, *DEMO_MODELS),
+        sources=(
+            *bench("decode", "traced_pair"), *TIMING, *STEPPER, *STEP, *LIVE, GSM8K, *DEMO_MODELS,
+        ),
     ),
     Measurement(
         "lossless", "lossless", minutes=1.5,
@@ -210,7 +215,7 @@ MEASUREMENTS = (
     Measurement(
         "draft", "draft",
         sources=(
-            *bench("draft"), *_tuner("probe", "timing"), *PASS, *_kernels("sampling"),
+            *bench("draft"), *STEPPER, *PASS, *_kernels("sampling"),
             "kernels/stree_kernels/fp8/experts.py",
             *_core("drafting", "draft", "mtp_draft", "tree_plan"), *_core("engine", "step"),
         ),
@@ -247,7 +252,7 @@ MEASUREMENTS = (
     ),
     Measurement(
         "shared-memory", "shared_memory", minutes=1.5,
-        sources=(*bench("shared_memory", "traced_pair"), *_tuner("probe", "timing"), *STEP),
+        sources=(*bench("shared_memory", "traced_pair"), *STEPPER, *STEP, *LIVE),
     ),
     Measurement(
         "profiles", "shipped", gpu=False, minutes=2, arguments=("profiles",),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import subprocess
+from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,25 @@ def twice(value: float) -> float:
 '''
 NEUTRAL = {"report", "gate", "fingerprint", "sources", "prediction_table", "prediction_figure"}
 """Modules of benchmarks that print and write, and change no number."""
+
+NEUTRAL_MODULES = (
+    # what finds, opens, reads and names things, and types
+    "autotune/stree_autotune/store/*", "autotune/stree_autotune/trace/file.py",
+    "autotune/stree_autotune/search/request.py", "autotune/stree_autotune/live/rows.py",
+    "stree_core/errors.py", "stree_core/profile.py", "stree_core/tree.py",
+    "stree_core/drafting/pair.py", "stree_core/drafting/checkpoint.py",
+    "stree_core/models/source.py", "stree_core/models/backend.py",
+    "stree_core/families/registry.py", "stree_core/engine/request.py", "stree_core/engine/stop.py",
+    # a tree that several take from it
+    "autotune/stree_autotune/live/validation.py",
+    # inputs of single layers are made beside them
+    "stree_core/families/model_shape.py", "stree_core/models/row_block.py",
+)  # fmt: skip
+PACKAGES = {
+    "stree_kernels": "kernels/stree_kernels",
+    "stree_core": "stree_core",
+    "stree_autotune": "autotune/stree_autotune",
+}
 
 
 def hash_of(code: str) -> str:
@@ -85,6 +106,31 @@ def test_sources_hold_what_the_benchmark_imports(measurement: Any) -> None:
                 imported |= {each.name for each in node.names}
         beside = {module for module in imported if (FOLDER / f"{module}.py").exists()}
         assert beside <= known | NEUTRAL, name
+
+
+@pytest.mark.parametrize(
+    # mutated files go through every loader, and change what none of them does
+    "measurement",
+    [each for each in sources.MEASUREMENTS if each.name != "fuzz"],
+    ids=lambda each: each.name,
+)
+def test_sources_hold_the_modules_that_a_benchmark_names(measurement: Any) -> None:
+    known = measurement.hashes()
+    for path in (path for path in known if path.startswith("benchmarks/")):
+        for module in modules_named_in(FOLDER.parent / path):
+            is_neutral = any(fnmatch(module, glob) for glob in NEUTRAL_MODULES)
+            if not is_neutral and not module.endswith("_ref.py"):
+                assert module in known, f"{path} names {module}"
+
+
+def modules_named_in(script: Path) -> Iterator[str]:
+    """The modules of the packages that a script imports from, by their paths."""
+    for node in ast.parse(script.read_text()).body:
+        package, *parts = (getattr(node, "module", None) or "").split(".")
+        if package in PACKAGES and isinstance(node, ast.ImportFrom):
+            place = "/".join([PACKAGES[package], *parts])
+            named = [f"{place}.py", *(f"{place}/{each.name}.py" for each in node.names)]
+            yield from (module for module in named if (FOLDER.parent / module).exists())
 
 
 def test_every_script_that_saves_a_file_is_in_the_set() -> None:
