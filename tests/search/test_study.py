@@ -190,3 +190,14 @@ def test_missing_measurements_are_not_hidden(
         search(trace, Gap(), max_nodes=9)
     printed = capfd.readouterr()
     assert printed.out == printed.err == ""
+
+
+def test_larger_trees_of_a_survey_are_walked_when_asked_for(trace: Trace) -> None:
+    lazy, whole = TreeSpace.of(trace, 40), TreeSpace.of(trace, 40).survey
+    few = lazy.surveyed(5)
+    assert few == tuple(pick for pick in whole if pick[0].num_nodes <= 5)
+    assert max(tree.num_nodes for tree in lazy.walked) < 40
+    assert lazy.surveyed(20) == tuple(pick for pick in whole if pick[0].num_nodes <= 20)
+    assert lazy.survey == whole
+    for _, tree in whole:
+        assert lazy.tokens_per_step(tree) == walk(trace, tree).tokens_per_step

@@ -102,8 +102,8 @@ class CrossFit:
             longest = min(most_nodes, space.max_depth)
             found = [Tree.chain(length) for length in range(1, longest + 1)]
         else:
-            grown = (tree for _, tree in space.survey)
-            found = [each for each in grown if each.num_nodes <= most_nodes and not each.is_chain]
+            grown = (tree for _, tree in space.surveyed(most_nodes))
+            found = [each for each in grown if not each.is_chain]
             if tree == DEFAULT_TREE or not found:
                 found.append(tree)
         return max(found, key=lambda each: (self._rate(batch_size, each, space), -each.num_nodes))

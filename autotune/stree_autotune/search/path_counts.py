@@ -7,6 +7,7 @@ are a tree, for every n and under every cap on depth and children.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -71,12 +72,13 @@ def index_paths(flat: FlatTrace, *, max_nodes: int, max_depth: int) -> PathIndex
     Every depth cap has paths of its own, so that shallow trees do not lack nodes.
     """
     parents, shares = [np.full(1, -1)], [np.ones(1)]
+    distributions = [rank_distribution(flat, depth) for depth in range(len(flat.ranks_DS))]
     # The places that reach a path of the deepest level so far, and which one.
     place = np.flatnonzero(flat.positions_S >= 0)
     path = np.zeros(len(place), np.intp)
     for depth in range(min(max_depth, flat.max_depth)):
         rank = flat.ranks_at(depth)[place]
-        distribution = rank_distribution(flat, depth)
+        distribution = distributions[min(depth, len(distributions) - 1)]
         child_shares = _child_shares(shares[-1], path, rank, distribution)
         kept = _largest(child_shares, PATHS_PER_NODE * max_nodes)
         first = sum(map(len, shares[:-1]))
@@ -93,7 +95,7 @@ def index_paths(flat: FlatTrace, *, max_nodes: int, max_depth: int) -> PathIndex
     chosen += [_largest(all_shares[:end], PATHS_PER_DEPTH_CAP * max_nodes + 1) for end in ends]
     paths = np.unique(np.concatenate(chosen))
     chosen_parents = np.searchsorted(paths, np.concatenate(parents)[paths[1:]])
-    return _index(flat, np.append(-1, chosen_parents))
+    return _index(flat, np.append(-1, chosen_parents), distributions)
 
 
 def path_shares(index: PathIndex, starts_S: Ints | None = None) -> Shares:
@@ -225,10 +227,15 @@ def _falling(values: Shares, groups: Ints) -> Shares:
 
 def _largest(shares: Shares, count: int) -> Ints:
     """Return the indices of the `count` largest shares, ascending; ties go to the lower index."""
-    return np.sort(np.argsort(-shares, kind="stable")[:count])
+    if count >= len(shares):
+        return np.arange(len(shares))
+    least = np.partition(shares, len(shares) - count)[len(shares) - count]
+    larger = np.flatnonzero(shares > least)
+    ties = np.flatnonzero(shares == least)[: count - len(larger)]
+    return np.sort(np.concatenate([larger, ties]))
 
 
-def _index(flat: FlatTrace, parents: Ints) -> PathIndex:
+def _index(flat: FlatTrace, parents: Ints, distributions: Sequence[Shares]) -> PathIndex:
     levels = level_slices(parents)
     depths = np.repeat(np.arange(len(levels)), [level.stop - level.start for level in levels])
     node_S = longest_paths(flat, parents)
@@ -237,5 +244,5 @@ def _index(flat: FlatTrace, parents: Ints) -> PathIndex:
     priors = np.ones(len(parents))
     for depth, level in enumerate(levels[1:]):
         widths[level] = np.maximum(widths[level], widths[parents[level]])
-        priors[level] = rank_distribution(flat, depth)[ranks[level]]
+        priors[level] = distributions[min(depth, len(distributions) - 1)][ranks[level]]
     return PathIndex(flat, parents, ranks, depths, widths, levels, node_S, priors)

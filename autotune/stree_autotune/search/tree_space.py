@@ -20,6 +20,8 @@ from stree_core.errors import ConfigError
 from stree_core.tree import MAX_NODES, Tree
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 16)
+FEWEST_SURVEYED = 16
+"""Sizes of a grown tree that are walked at once; from there on twice as many as before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +38,28 @@ class Cell:
         return cls(tree.depth, tree.max_children, tree.num_nodes)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Cap:
+    """The tree that was grown under a depth cap, and its beginnings that were walked, by size."""
+
+    depth: int
+    grown: GrownTree
+    trees: list[Tree]
+
+
 @dataclass(frozen=True, eq=False)
 class TreeSpace:
-    """The trees of one trace: each cell solved once, each tree walked once for all batch sizes."""
+    """The trees of one trace: each cell solved once, each tree walked once for all batch sizes.
+
+    `nested` are beginnings of grown trees, by their paths.
+    """
 
     flat: FlatTrace
     index: PathIndex
     max_nodes: int
     solved: dict[Cell, Tree] = field(default_factory=dict)
     walked: dict[Tree, float] = field(default_factory=dict)
+    nested: dict[bytes, Tree] = field(default_factory=dict)
 
     @classmethod
     def of(cls, trace: Trace, max_nodes: int, prompts: Ints | None = None) -> TreeSpace:
@@ -91,27 +106,39 @@ class TreeSpace:
     @cached_property
     def survey(self) -> tuple[tuple[Cell, Tree], ...]:
         """Every size of one grown tree per depth cap, walked: the picks that trials start from."""
-        depths, width = range(1, self.max_depth + 1), self.widths[-1]
-        found = solve_depths(self.index, depths, width=width, num_nodes=self.max_nodes)
-        trees: dict[bytes, Tree] = {}
-        picks = []
-        for depth, solved in zip(depths, found, strict=True):
-            nested = self._nested(solved.grown, trees)
-            new = {size: tree for size, tree in nested.items() if tree not in self.walked}
-            grown = solved.grown
-            values = walk_nested(self.flat, grown.tree, grown.added, list(new))
-            self.walked.update(zip(new.values(), values.tolist(), strict=True))
-            picks += [(Cell(depth, width, size), tree) for size, tree in nested.items()]
-        return tuple(picks)
+        return self.surveyed(self.max_nodes)
 
-    def _nested(self, grown: GrownTree, trees: dict[bytes, Tree]) -> dict[int, Tree]:
-        """Return the trees that a grown one passed through, by size; `trees` are those made yet."""
-        nested = {}
+    def surveyed(self, most_nodes: int) -> tuple[tuple[Cell, Tree], ...]:
+        """Return the survey up to a number of nodes; larger trees are not walked before asked."""
+        wanted = max(FEWEST_SURVEYED, 1 << max(0, most_nodes - 1).bit_length())
+        for cap in self._caps:
+            self._extend(cap, wanted)
+        width = self.widths[-1]
+        return tuple(
+            (Cell(cap.depth, width, size), tree)
+            for cap in self._caps
+            for size, tree in enumerate(cap.trees[:most_nodes], start=1)
+        )
+
+    @cached_property
+    def _caps(self) -> tuple[_Cap, ...]:
+        depths = range(1, self.max_depth + 1)
+        found = solve_depths(self.index, depths, width=self.widths[-1], num_nodes=self.max_nodes)
+        return tuple(
+            _Cap(depth, solved.grown, []) for depth, solved in zip(depths, found, strict=True)
+        )
+
+    def _extend(self, cap: _Cap, most_nodes: int) -> None:
+        """Walk the next sizes of a cap's tree, up to a number of nodes."""
+        grown, first = cap.grown, len(cap.trees) + 1
         added = np.array(grown.added)
-        for size in range(1, len(added)):
+        for size in range(first, min(most_nodes + 1, len(added))):
             paths = grown.paths[added <= size]
             key = paths.tobytes()
-            if key not in trees:
-                trees[key] = sub_tree(self.index.parents, paths)
-            nested[size] = trees[key]
-        return nested
+            if key not in self.nested:
+                self.nested[key] = sub_tree(self.index.parents, paths)
+            cap.trees.append(self.nested[key])
+        new = {tree: tree.num_nodes for tree in cap.trees[first - 1 :] if tree not in self.walked}
+        if new:
+            values = walk_nested(self.flat, grown.tree, grown.added, list(new.values()))
+            self.walked.update(zip(new, values.tolist(), strict=True))
