@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from stree_autotune.cost.step_cost import StepCost
 from stree_autotune.search.certificate import (
     LISTED_DEPTH,
     Certificate,
+    _depths,
     certificate_path,
     certify,
     certify_file,
@@ -71,6 +73,31 @@ def certified() -> dict[str, tuple[Trace, Certificate]]:
     """One trace of each kind with its certificate."""
     traces = {name: latent_trace(0, num_prompts=30, length=40, **kw) for name, kw in KINDS.items()}
     return {name: (trace, certify(trace, "a" * 64)) for name, trace in traces.items()}
+
+
+def test_depths_with_a_bound_of_their_own() -> None:
+    weak = [round(1000 / (1 + min(length, 5) * 0.5)) for length in range(1, 65)]
+    assert _depths(weak) == [2, 3, 4, 5]
+    perfect = [round(10_000 / (length + 1)) for length in range(1, 65)]
+    depths = _depths(perfect)
+    assert (depths[:12], depths[-1]) == (list(range(2, 14)), LISTED_DEPTH)
+    assert all(after <= 1.13 * before for before, after in pairwise(depths[10:]))
+    # the deepest level of a trace with a depth axis is the bound on all trees
+    assert _depths(perfect[:8]) == [2, 3, 4, 5, 6, 7]
+
+
+def test_bounds_on_deep_trees_of_a_near_perfect_draft() -> None:
+    rng = np.random.default_rng(0)
+    prompts = [np.where(rng.random(45) < 0.97, 0, rng.choice([1, NO_RANK], 45)) for _ in range(3)]
+    trace = trace_of([prompt.tolist() for prompt in prompts], 4)
+    certificate = certify(trace, "a" * 64)
+    assert [limit.max_depth for limit in certificate.bounds][-2:] == [LISTED_DEPTH, None]
+    for length in (4, 8, 12, 20, 40):
+        tree = Tree.from_paths([*Tree.chain(length).paths, [1]])
+        count = starts(trace, tree)
+        least = certificate.least_starts(tree.num_nodes, tree.depth)
+        assert 0 < least <= count
+    assert certificate.least_starts(9, 8) > 0.85 * certificate.chains[8]
 
 
 @given(small_traces(), growth_orders(), st.data())

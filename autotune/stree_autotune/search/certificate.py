@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Protocol
 
@@ -16,6 +17,7 @@ from stree_autotune.search.dual_bound import (
     STAGES,
     Blocks,
     Floats,
+    Stage,
     bound,
     fit_weights,
 )
@@ -86,7 +88,7 @@ class Certificate(Strict):
     max_depth: Annotated[int, Field(ge=1, le=MAX_NODES)] | None = None
     chains: Counts
     stars: Counts
-    bounds: Annotated[tuple[DepthBound, ...], Field(min_length=1, max_length=16)]
+    bounds: Annotated[tuple[DepthBound, ...], Field(min_length=1, max_length=MAX_NODES)]
     provenance: Provenance
 
     @cached_property
@@ -214,16 +216,18 @@ def save_certificate(certificate: Certificate, trace: Path) -> Path:
     return path
 
 
-DEPTHS = (2, 3, 4, 6, 8, 10, 12, 16, 24, 32)
-"""Trees of up to so many levels have bounds of their own: their steps are quicker, and no mixture
-of a few much deeper trees stands in for them."""
-
 ALWAYS_DEPTH = 4
-LEAST_GAIN = 0.02
-"""Share of starts that chains of the next depth must save for a bound at that depth to pay."""
+LEAST_GAIN = 0.05
+"""Trees of up to some depths have bounds of their own: their steps are quicker, and no mixture of a
+few much deeper trees stands in for them. These are the first depths, and each that saves chains
+this share of the starts that the depth kept before it has."""
 
 LISTED_DEPTH = 64
-"""Paths deeper than this are taken to come for free in the bound on all trees."""
+"""Paths deeper than this are taken to come for free in the bound on all trees. Where chains still
+gain beyond SOLVER_DEPTH, that says nothing, and trees of so many levels have their own."""
+
+PATIENCE = 2
+"""How many times more steps weights may take for depths that drafts of little error reach."""
 
 SIZES = (2, 4, 8, 16, 32, 64, 128, MAX_NODES)
 """Numbers of nodes at which a bound is tightest; every line holds for all."""
@@ -283,11 +287,13 @@ def certify(
 def _depths(chains: Sequence[int]) -> list[int]:
     """Return the depths for bounds of their own: all that are small, and those that still gain."""
     # the deepest of a trace with a depth axis is the bound on all trees
-    listed = [depth for depth in DEPTHS if depth < len(chains)]
-    depths = [depth for depth in listed if depth <= ALWAYS_DEPTH]
-    for before, depth in pairwise(depth for depth in listed if depth >= ALWAYS_DEPTH):
-        if chains[depth - 1] <= (1 - LEAST_GAIN) * chains[before - 1]:
+    deepest = len(chains) - (len(chains) < LISTED_DEPTH)
+    depths = [depth for depth in range(2, ALWAYS_DEPTH + 1) if depth <= deepest]
+    for depth in range(ALWAYS_DEPTH + 1, deepest + 1):
+        if chains[depth - 1] <= (1 - LEAST_GAIN) * chains[depths[-1] - 1]:
             depths.append(depth)
+    if depths and depths[-1] > SOLVER_DEPTH and deepest not in depths:
+        depths.append(deepest)
     return depths
 
 
@@ -308,7 +314,9 @@ def _depth_bound(flat: FlatTrace, max_depth: int | None) -> DepthBound:
     lines = []
     for number, price in enumerate(prices):
         frequent = Blocks.of(flat, depth, deeper=deeper, min_count=int(price / PRUNING))
-        stages = (*FIRST_STAGES, *STAGES) if number == 0 else STAGES
+        stages: tuple[Stage, ...] = (*FIRST_STAGES, *STAGES) if number == 0 else STAGES
+        if max_depth is not None and ALWAYS_DEPTH < max_depth <= SOLVER_DEPTH:
+            stages = tuple(replace(each, max_steps=PATIENCE * each.max_steps) for each in stages)
         weights = fit_weights(frequent, weights, price, stages)
         if deeper:
             weights = np.maximum(weights, 0.0)
