@@ -217,7 +217,7 @@ def save_certificate(certificate: Certificate, trace: Path) -> Path:
 
 
 ALWAYS_DEPTH = 4
-LEAST_GAIN = 0.05
+LEAST_GAIN = 0.03
 """Trees of up to some depths have bounds of their own: their steps are quicker, and no mixture of a
 few much deeper trees stands in for them. These are the first depths, and each that saves chains
 this share of the starts that the depth kept before it has."""
