@@ -61,22 +61,39 @@ def _add_ancestors(y_PT, x_PJ, b_JN, c_NT, d_J, path_J, path_T, mask_JT):
 
 
 @triton.jit
-def _attend(
-    rows, c, mask, start, first, num_rows, decay_terms, skip_P, dims_P, dims_N, ONE_TILE:
-    tl.constexpr, BLOCK_T: tl.constexpr,
-):  # fmt: skip
-    """What rows start..start + BLOCK_T - 1 owe to rows, not to the state; C and c of these rows."""
+def _load_tile(rows, c, mask, start, first, num_rows, dims_P, dims_N, BLOCK_T: tl.constexpr):
+    """What rows start..start + BLOCK_T - 1 take from memory: (raw dt, mask, x, b, C)."""
     x, dt, b = rows
     rows_T = start + tl.arange(0, BLOCK_T)
     within = rows_T < num_rows
-    d_T = time_steps(load_vector(dt, rows_T, within), decay_terms)
+    dt_T = load_vector(dt, rows_T, within)
     mask_TT = load_mask(mask, rows_T, rows_T, num_rows)
     x_PT = load_columns(x, rows_T, within, dims_P)
     b_TN = load_rows(b, rows_T, within, dims_N)
     # The source `c` begins at row `first`.
     c_NT = load_columns(c, rows_T - first, within & (rows_T >= first), dims_N)
+    return dt_T, mask_TT, x_PT, b_TN, c_NT
+
+
+@triton.jit
+def _load_gate(z, start, first, num_rows, dims_P, BLOCK_T: tl.constexpr):
+    """z [P, T] of the scored ones of these rows. No load moves past a barrier by itself."""
+    row = start + tl.arange(0, BLOCK_T) - first
+    return load_columns(z, row, (row >= 0) & (row < num_rows - first), dims_P)
+
+
+@triton.jit
+def _attend(
+    tile, rows, mask, start, num_rows, decay_terms, skip_P, dims_P, dims_N, ONE_TILE:
+    tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """What rows start..start + BLOCK_T - 1 owe to rows, not to the state; c of these rows."""
+    x, dt, b = rows
+    dt_T, mask_TT, x_PT, b_TN, c_NT = tile
+    d_T = time_steps(dt_T, decay_terms)
     path_T = tl.sum(tl.where(mask_TT, (d_T * decay_terms[0])[:, None], 0.0), axis=0)
     if not ONE_TILE:
+        rows_T = start + tl.arange(0, BLOCK_T)
         path_T += _path_sum(rows_T, start, dt, mask, num_rows, decay_terms, BLOCK_T)
     y_PT = skip_P[:, None] * x_PT.to(tl.float32)
     y_PT = _add_ancestors(y_PT, x_PT, b_TN, c_NT, d_T, path_T, path_T, mask_TT)
@@ -90,7 +107,7 @@ def _attend(
             b_JN = load_rows(b, rows_J, within_J, dims_N)
             mask_JT = load_mask(mask, rows_J, rows_T, num_rows)
             y_PT = _add_ancestors(y_PT, x_PJ, b_JN, c_NT, d_J, path_J, path_T, mask_JT)
-    return y_PT, c_NT, path_T
+    return y_PT, path_T
 
 
 @triton.jit
@@ -101,10 +118,10 @@ def _add_state(y_PT, state, c_NT, path_T):
 
 
 @triton.jit
-def _store(y_PT, out, z, sums, row, scored, dims_P):
+def _store(y_PT, out, z_PT, sums, row, scored, dims_P):
     """Store y, times silu(z) with z, and then its sums of squares."""
-    if z is not None:
-        z_PT = load_columns(z, row, scored, dims_P).to(tl.float32)
+    if z_PT is not None:
+        z_PT = z_PT.to(tl.float32)
         y_PT *= z_PT / (1.0 + tl.exp(-z_PT))
         tl.store(sums[0] + row * sums[1], tl.sum(y_PT * y_PT, axis=0), mask=scored)
     out_ptrs = out[0] + row[None, :] * out[1] + dims_P[:, None]
@@ -175,29 +192,26 @@ def tree_scan_kernel(
     mask = (mask_ptr, stride_mask_r)
     wait_for_previous(PDL)
     if ONE_TILE:
-        y_PT, c_NT, path_T = _attend(
-            (x, dt, b),
-            c,
-            mask,
-            0,
-            first,
-            num_rows,
-            decay_terms,
-            skip_P,
-            dims_P,
-            dims_N,
-            True,
-            BLOCK_T,
+        tile = _load_tile((x, dt, b), c, mask, 0, first, num_rows, dims_P, dims_N, BLOCK_T)
+        z_PT = None
+        if z_ptr is not None:
+            z_PT = _load_gate(z, 0, first, num_rows, dims_P, BLOCK_T)
+        y_PT, path_T = _attend(
+            tile, (x, dt, b), mask, 0, num_rows, decay_terms, skip_P, dims_P, dims_N, True, BLOCK_T
         )
-        y_PT = _add_state(y_PT, state, c_NT, path_T)
+        y_PT = _add_state(y_PT, state, tile[4], path_T)
         row = tl.arange(0, BLOCK_T) - first
-        _store(y_PT, out, z, sums, row, (row >= 0) & (row < num_rows - first), dims_P)
+        _store(y_PT, out, z_PT, sums, row, (row >= 0) & (row < num_rows - first), dims_P)
     else:
         for start in range(first // BLOCK_T * BLOCK_T, num_rows, BLOCK_T):
-            y_PT, c_NT, path_T = _attend(
-                (x, dt, b), c, mask, start, first, num_rows, decay_terms, skip_P, dims_P, dims_N,
+            tile = _load_tile((x, dt, b), c, mask, start, first, num_rows, dims_P, dims_N, BLOCK_T)
+            y_PT, path_T = _attend(
+                tile, (x, dt, b), mask, start, num_rows, decay_terms, skip_P, dims_P, dims_N,
                 False, BLOCK_T,
             )  # fmt: skip
-            y_PT = _add_state(y_PT, state, c_NT, path_T)
+            y_PT = _add_state(y_PT, state, tile[4], path_T)
+            z_PT = None
+            if z_ptr is not None:
+                z_PT = _load_gate(z, start, first, num_rows, dims_P, BLOCK_T)
             row = start + tl.arange(0, BLOCK_T) - first
-            _store(y_PT, out, z, sums, row, (row >= 0) & (row < num_rows - first), dims_P)
+            _store(y_PT, out, z_PT, sums, row, (row >= 0) & (row < num_rows - first), dims_P)
