@@ -19,6 +19,7 @@ from torch import Tensor
 
 from stree_kernels.delta.delta_conv_ref import DeltaConvOutput, DeltaProjection
 from stree_kernels.delta.rows import NORM_EPS, DeltaHeads
+from stree_kernels.launch.conv_window import advance_window
 from stree_kernels.launch.pdl import launch_options, release_next, wait_for_previous
 from stree_kernels.launch.rows import (
     FLOATS,
@@ -30,7 +31,7 @@ from stree_kernels.launch.rows import (
 )
 from stree_kernels.launch.shared_memory import match_neighbours
 from stree_kernels.ssm.device_functions import load_rows, time_steps
-from stree_kernels.ssm.tree_conv import WIDTHS, ConvConfig, advance_window
+from stree_kernels.ssm.tree_conv import WIDTHS, ConvConfig
 
 HEAD_DIMS = (16, 32, 64, 128)
 

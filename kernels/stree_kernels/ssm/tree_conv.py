@@ -22,6 +22,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stree_kernels.launch.conv_window import (
+    advance_window,
+    convolve,
+    load_ancestors,
+    load_sources,
+)
 from stree_kernels.launch.pdl import launch_options, release_next, wait_for_previous
 from stree_kernels.launch.rows import (
     FLOATS,
@@ -66,57 +72,6 @@ def pick_config(num_tokens: int, batch: int) -> ConvConfig:
     return next((config for config in CONFIGS if num_tokens <= config.block_rows), CONFIGS[-1])
 
 
-@triton.jit
-def advance_window(columns, prev_ptr, stride_prev_r, path_ptr, length, channel, exists):
-    """The last K of (state columns, rows along the path)."""
-    advanced = ()
-    for k in tl.static_range(len(columns)):
-        entry = k + length - len(columns)
-        row = tl.load(path_ptr + entry, mask=entry >= 0, other=0).to(tl.int64)
-        kept = tl.load(
-            prev_ptr + row * stride_prev_r + channel, mask=exists & (entry >= 0), other=0.0
-        ).to(tl.float32)
-        for column in tl.static_range(len(columns)):
-            kept = tl.where(k + length == column, columns[column], kept)
-        advanced = advanced + (kept,)
-    return advanced
-
-
-@triton.jit
-def _load_sources(ancestors_ptr, rows_T, num_rows, NUM_COLUMNS: tl.constexpr):
-    """The ancestors [T, 1] of some rows, nearest first; state columns where there is no row."""
-    sources = ()
-    for k in tl.static_range(NUM_COLUMNS):
-        ptrs = ancestors_ptr + rows_T * NUM_COLUMNS + k
-        sources = sources + (tl.load(ptrs, mask=rows_T < num_rows, other=0)[:, None],)
-    return sources
-
-
-@triton.jit
-def _load_ancestors(
-    inputs_ptr, stride_inputs_r, sources, channel_C, exists_C, NUM_COLUMNS: tl.constexpr
-):
-    """The inputs [T, C] of each ancestor that is a row of the block, else 0."""
-    values = ()
-    for k in tl.static_range(NUM_COLUMNS):
-        row = sources[k] - NUM_COLUMNS
-        ptrs = inputs_ptr + row.to(tl.int64) * stride_inputs_r + channel_C
-        values = values + (tl.load(ptrs, mask=exists_C & (row >= 0), other=0.0),)
-    return values
-
-
-@triton.jit
-def _convolve(current, values, sources, columns, weights, bias, NUM_COLUMNS: tl.constexpr):
-    """bias + the weighted windows [T, C]: each row's own input, then its ancestors'."""
-    total = bias + weights[NUM_COLUMNS] * current
-    for k in tl.static_range(NUM_COLUMNS):
-        value = values[k].to(tl.float32)
-        for column in tl.static_range(NUM_COLUMNS):
-            value = tl.where(sources[k] == column, columns[column], value)
-        total += weights[NUM_COLUMNS - 1 - k] * value
-    return total
-
-
 @triton.jit(do_not_specialize=["first", "num_rows"])
 def _tree_conv_kernel(
     # pointers
@@ -155,7 +110,7 @@ def _tree_conv_kernel(
             tl.store(state_ptrs + k, columns[k], mask=exists)
     # What follows is [T, C]: all of it that is known now takes its layout before the wait.
     rows_T = first + tl.arange(0, BLOCK_T)
-    sources = _load_sources(ancestors_ptr, rows_T, num_rows, NUM_COLUMNS)
+    sources = load_sources(ancestors_ptr, rows_T, num_rows, NUM_COLUMNS)
     wide_columns, wide_weights = (), ()
     for k in tl.static_range(NUM_COLUMNS):
         wide_columns = wide_columns + (columns[k][None, :],)
@@ -172,11 +127,11 @@ def _tree_conv_kernel(
         valid = (rows_T < num_rows)[:, None] & in_row_C
         ptrs = inputs_ptr + rows_T.to(tl.int64)[:, None] * stride_inputs_r + channel_C
         current = tl.load(ptrs, mask=valid, other=0.0).to(tl.float32)
-        values = _load_ancestors(
+        values = load_ancestors(
             inputs_ptr, stride_inputs_r, sources, channel_C, exists_C, NUM_COLUMNS
         )
-        following = _load_sources(ancestors_ptr, rows_T + BLOCK_T, num_rows, NUM_COLUMNS)
-        conv = _convolve(current, values, sources, wide_columns, wide_weights, bias_C, NUM_COLUMNS)
+        following = load_sources(ancestors_ptr, rows_T + BLOCK_T, num_rows, NUM_COLUMNS)
+        conv = convolve(current, values, sources, wide_columns, wide_weights, bias_C, NUM_COLUMNS)
         result = tl.where(exists_C, conv / (1.0 + tl.exp(-conv)), current)
         out_ptrs = out_ptr + rows_T.to(tl.int64)[:, None] * stride_out_r + channel_C
         tl.store(out_ptrs, result, mask=valid)
@@ -205,7 +160,9 @@ def tree_conv(
     num_rows = first + num_tokens
     path, length = (pending.path_BL, pending.length_B) if pending else (None, None)
     prev = previous_BRE if pending else None
-    _check(state_BCK, inputs_BRE, weight_CW, bias_C, ancestors_RK, out_BRE, prev, pending, num_rows)
+    check_conv(
+        state_BCK, inputs_BRE, weight_CW, bias_C, ancestors_RK, out_BRE, prev, pending, num_rows
+    )
     batch, num_channels, num_columns = state_BCK.shape
     by_sequence = (state_BCK, inputs_BRE, out_BRE, prev, path)
     steps = strides(by_sequence, 0) + strides((inputs_BRE, out_BRE, prev), 1)
@@ -223,11 +180,11 @@ def tree_conv(
     )
 
 
-def _check(
+def check_conv(
     state: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor, ancestors: Tensor, out: Tensor,
     prev: Tensor | None, pending: Pending | None, num_rows: int,
 ) -> None:  # fmt: skip
-    """Raise ValueError for what the kernel cannot take."""
+    """Raise ValueError for what a kernel that convolves `num_rows` rows of a block cannot take."""
     num_columns = state.shape[2]
     if num_columns + 1 not in WIDTHS or weight.shape[1] != num_columns + 1:
         raise ValueError(
