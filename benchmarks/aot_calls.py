@@ -20,6 +20,7 @@ from stree_kernels.launch.packing import Packing
 from stree_kernels.launch.rows import (
     MASK_MULTIPLE,
     MAX_BUFFERED,
+    ConvTail,
     Gate,
     Past,
     Pending,
@@ -140,6 +141,26 @@ def conv(tokens: int, *, dtype: torch.dtype = BF16, commit: bool = True) -> None
         num_tokens=tokens, out_BRE=torch.empty_like(rows), previous_BRE=rows if commit else None,
         pending=pending(1) if commit else None,
     )  # fmt: skip
+
+
+def in_projection(
+    tokens: int, batch: int, *, dtype: torch.dtype = BF16, commit: bool = True
+) -> None:
+    """Run a short in-projection with a conv of width 4 behind some of its columns."""
+    hidden, inner, channels, columns = 768, 256, 128, 400
+    values = torch.empty(tokens * batch, hidden, dtype=dtype)
+    rows = DeferredNorm(values, torch.empty(tokens * batch, hidden // COLUMNS_PER_SUM), 1, 1e-5)
+    product = torch.empty(tokens, batch, columns, dtype=dtype)
+    inputs = product[..., inner:].transpose(0, 1)
+    tail = ConvTail(
+        torch.empty(batch, channels, 3, dtype=dtype), inputs,
+        torch.empty(channels, 4, dtype=dtype), torch.empty(channels, dtype=dtype),
+        torch.zeros(tokens, 3, dtype=torch.int32), 0, torch.empty_like(inputs),
+        inputs if commit else None, pending(batch) if commit else None, inner,
+    )  # fmt: skip
+    weight = torch.empty(columns, hidden, dtype=dtype)
+    assert linear.takes_conv(len(values), weight, one_token=tokens == 1)
+    linear.linear_conv(rows, weight, product.flatten(0, 1), tail, one_token=tokens == 1)
 
 
 def projections(

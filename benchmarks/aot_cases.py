@@ -18,6 +18,7 @@ from aot_calls import (
     delta_convolution,
     delta_prompts,
     end_of_step,
+    in_projection,
     mlp,
     moe,
     projections,
@@ -76,6 +77,8 @@ def quick_cases() -> Iterator[tuple[str, Case]]:
     yield "delta prompts P=128 N=128", partial(delta_prompts, 128, 128)
     for tokens in (1, 2, 4, 8, 16):
         yield f"conv T={tokens}", partial(conv, tokens)
+    for tokens, batch in ((1, 1), (2, 8)):
+        yield f"in-projection T={tokens} B={batch}", partial(in_projection, tokens, batch)
     for num_rows, (inner, columns) in itertools.product(
         (1, 4, 16, 64), ((2560, 10576), (768, 768))
     ):
@@ -112,6 +115,10 @@ def all_cases() -> Iterator[tuple[str, Case]]:
     for tokens, dtype, commit in itertools.product((1, 4, 16), (BF16, FP32), (True, False)):
         run = partial(conv, tokens, dtype=dtype, commit=commit)
         yield f"conv T={tokens} {dtype} commit={commit}", run
+    for tokens, dtype, commit in itertools.product((1, 16), (BF16, FP16), (True, False)):
+        run = partial(in_projection, tokens, 1, dtype=dtype, commit=commit)
+        yield f"in-projection T={tokens} {dtype} commit={commit}", run
+    yield "in-projection T=1 fp32", partial(in_projection, 1, 1, dtype=FP32)
     for num_rows, dtype in itertools.product((1, 2, 8, 16, 32, 64), (BF16, FP32)):
         for inner, columns in ((4096, 10272), (768, 3360), (5120, 2560), (1536, 768)):
             yield projection_case(num_rows, inner, columns, dtype=dtype)

@@ -12,7 +12,6 @@ from stree_core.errors import BackendUnavailable, nearest
 from stree_kernels.linear.deferred_norm import DeferredNorm
 
 _OPS = {
-    "tree_conv": "ssm.tree_conv",
     "tree_scan": "ssm.tree_scan",
     "prompt_conv": "ssm.prompt_conv",
     "prompt_scan": "ssm.prompt_scan",
@@ -21,6 +20,7 @@ _OPS = {
     "delta_conv": "delta.delta_conv",
     "delta_scan": "delta.delta_scan",
     "delta_chunk_scan": "delta.delta_chunk_scan",
+    "project_and_convolve": "fp8.in_projection",
     "linear": "fp8.projection",
     "linear_activated": "fp8.projection",
     "linear_add": "fp8.projection",
@@ -50,7 +50,6 @@ class Backend:
     """The ops of passes and steps; signatures as in stree_kernels."""
 
     name: str
-    tree_conv: Callable[..., None]
     tree_scan: Callable[..., None]
     prompt_conv: Callable[..., None]
     prompt_scan: Callable[..., None]
@@ -59,6 +58,7 @@ class Backend:
     delta_conv: Callable[..., None]
     delta_scan: Callable[..., None]
     delta_chunk_scan: Callable[..., None]
+    project_and_convolve: Callable[..., None]
     linear: Callable[..., None]
     linear_activated: Callable[..., None]
     linear_add: Callable[..., DeferredNorm]

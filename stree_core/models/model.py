@@ -52,7 +52,7 @@ from stree_core.models.weights import (
 )
 from stree_kernels.delta.rows import DeltaPast, DeltaTokens
 from stree_kernels.fp8.scaled_weight import Projection
-from stree_kernels.launch.rows import Gate, Past, Pending, gate_width
+from stree_kernels.launch.rows import ConvTail, Gate, Past, Pending, gate_width
 from stree_kernels.linear.deferred_norm import COLUMNS_PER_SUM, DeferredNorm, Residual
 from stree_kernels.linear.router import add_shared, choose_experts
 
@@ -275,14 +275,14 @@ class Model:
         current = this.cache.current
         now, before = layer.sets[current], layer.sets[1 - current]
         proj_TB = layer.proj_RB[current][this.first : this.end]
-        self.backend.linear(rows, w.in_proj, proj_TB.flatten(0, 1), one_token=this.one_token)
-        self.backend.tree_conv(
+        conv = ConvTail(
             layer.conv_BCK, now.conv_inputs_BRE, w.conv_CW, w.conv_bias_C,
-            this.block.ancestors_RK[m.conv_width], first=this.first, num_tokens=this.num_tokens,
-            out_BRE=now.conv_outputs_BRE,
-            previous_BRE=before.conv_inputs_BRE if this.commit else None,
-            pending=this.pending,
+            this.block.ancestors_RK[m.conv_width], this.first, now.conv_outputs_BRE,
+            before.conv_inputs_BRE if this.commit else None, this.pending, m.inner_dim,
         )  # fmt: skip
+        self.backend.project_and_convolve(
+            rows, w.in_proj, proj_TB.flatten(0, 1), conv, one_token=this.one_token
+        )
         y_TBHP = proj_TB.new_empty(*proj_TB.shape[:2], m.num_heads, m.head_dim)
         num_sums = m.inner_dim // gate_width(m.head_dim, m.state_dim, self.dtype)
         wide = torch.promote_types(self.dtype, torch.float32)

@@ -1,10 +1,15 @@
 """Programmatic dependent launch: a kernel starts while the one before it in the stream still runs.
 
 Every kernel calls `wait_for_previous` once, before it touches memory that an earlier kernel may
-still write, and before it writes what an earlier kernel may still read. A projection lets its
-successor start when its own wait is over; the conv and the scan, which follow it, let theirs start
-at once (`release_next`). So no kernel runs beside one from before the last projection, and what it
-loads before its wait must not be written by that projection or a kernel since.
+still write, and before it writes what an earlier kernel may still read. Its wait ends when the
+kernel before it has ended, whose own wait was over then: all earlier ones have ended too.
+
+Most kernels let their successor start when their own wait is over; the conv, the scan and short
+projections let it start at once (`release_next`). So a kernel may run beside several before it, but
+never beside one from before the start of its pass: `start_residual` and `join_rows` release after
+their wait. What a conv or a scan loads or stores before its wait must not be touched by any other
+kernel of the same pass; what a kernel behind a streamed projection loads before its wait, by that
+projection.
 Source: CUDA programming guide, programmatic dependent launch (compute capability 9.0 and later).
 """
 

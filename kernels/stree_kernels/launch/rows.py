@@ -1,7 +1,8 @@
 """What the ops of one verify pass exchange: rows of a block, accepted rows, a layer's constants.
 
 Shape letters: B batch, R rows of a buffer, T rows scored, L path capacity, H heads, X heads of x,
-P head dim, N state dim, G groups of B, Q partial sums of a row, K conv width - 1. X and G divide H:
+P head dim, N state dim, G groups of B, Q partial sums of a row, K conv width - 1, W conv width,
+C conv channels, E columns of a row of the conv. X and G divide H:
 neighbouring heads share x and B.
 """
 
@@ -46,6 +47,24 @@ class Pending(NamedTuple):
     path_BL: Tensor
     length_B: Tensor
     num_buffered_B: Tensor
+
+
+class ConvTail(NamedTuple):
+    """The conv behind an in-projection; all but `first_column` are arguments of `tree_conv`.
+
+    `inputs_BRE` begin at column `first_column` of the rows that the projection writes.
+    """
+
+    state_BCK: Tensor
+    inputs_BRE: Tensor
+    weight_CW: Tensor
+    bias_C: Tensor
+    ancestors_RK: Tensor
+    first: int
+    out_BRE: Tensor
+    previous_BRE: Tensor | None
+    pending: Pending | None
+    first_column: int
 
 
 class Past(NamedTuple):

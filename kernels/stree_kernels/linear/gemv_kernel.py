@@ -19,7 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stree_kernels.launch.pdl import launch_options, wait_for_previous
+from stree_kernels.launch.conv_tail import begin_conv, conv_arguments, finish_conv
+from stree_kernels.launch.pdl import launch_options, release_next, wait_for_previous
+from stree_kernels.launch.rows import ConvTail
 from stree_kernels.launch.settings import GATED, Activation
 from stree_kernels.linear.deferred_norm import DeferredNorm, Residual
 from stree_kernels.linear.device_functions import (
@@ -73,17 +75,17 @@ def _group_scales(
     return scale_factor(total_WT, GROUP_COLUMNS, eps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["conv_first"])
 def gemv_kernel(
     # pointers
-    values_ptr, sums_ptr, weight_ptr, out_ptr, out_values_ptr, out_sums_ptr,
+    values_ptr, sums_ptr, weight_ptr, out_ptr, out_values_ptr, out_sums_ptr, conv,
     # sizes
-    num_columns, eps,
+    num_columns, eps, conv_first,
     # meta
     INNER: tl.constexpr, GROUPS: tl.constexpr, SUMS: tl.constexpr, GATED: tl.constexpr,
     ACTIVATION: tl.constexpr, PER_SUM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr,
     VECTOR: tl.constexpr, WARPS_N: tl.constexpr, WARPS_K: tl.constexpr, DEPTH: tl.constexpr,
-    PDL: tl.constexpr,
+    CONV_COLUMNS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row times BLOCK_N rows of the weight, and what follows the product."""
     THREADS: tl.constexpr = WARPS_K * 32
@@ -96,6 +98,10 @@ def gemv_kernel(
     weights: tl.tuple = ()
     for step in tl.static_range(DEPTH if DEPTH < STEPS else STEPS):
         weights = weights + (_load_step(weight_ptrs, columns_K, step, INNER, BLOCK_K),)
+    if EARLY:
+        release_next(PDL)
+    if CONV_COLUMNS > 0:
+        window = begin_conv(conv, conv_first, 1, 1, BLOCK_N, CONV_COLUMNS)
     wait_for_previous(PDL)
     # Every warp across the rows loads the row for itself: then no thread needs another's.
     row_ptrs = values_ptr + columns_K[None, :] + tl.full([WARPS_N, 1], 0, tl.int32)
@@ -127,24 +133,29 @@ def gemv_kernel(
         acc_MN, scale_M, stream_MN, 1, num_columns, 0, out_ptr, out_values_ptr, out_sums_ptr,
         1, BLOCK_N, GATED, ACTIVATION, PER_SUM,
     )  # fmt: skip
+    if CONV_COLUMNS > 0:
+        finish_conv(conv, window, conv_first, 1, 1, BLOCK_N, CONV_COLUMNS)
 
 
 def launch_gemv(
     config: GemvConfig, rows: DeferredNorm, weight: Tensor, out: Tensor,
     *, activation: Activation | None = None, residual: Residual | None = None,
+    conv: ConvTail | None = None, early: bool = False,
 ) -> object:  # fmt: skip
     """Run the kernel on one row and return it; `out` is the stream of a residual."""
     values, sums, num_groups, eps = rows
     num_sums = 0 if sums is None else sums.shape[1]
     out_values, out_sums, per_sum = residual_buffers(residual)
+    conv_values, conv_first, conv_columns = conv_arguments(conv)
     assert len(values) == 1
     assert config.block_n % per_sum == 0
     return gemv_kernel[(triton.cdiv(len(weight), config.block_n),)](
-        values, sums, weight, out, out_values, out_sums, out.shape[1], eps,
+        values, sums, weight, out, out_values, out_sums, conv_values, out.shape[1], eps, conv_first,
         INNER=values.shape[1], GROUPS=num_groups if num_sums else 1, SUMS=num_sums,
         GATED=activation in GATED, ACTIVATION=activation, PER_SUM=per_sum, BLOCK_N=config.block_n,
         BLOCK_Q=triton.next_power_of_2(max(1, num_sums)),
         VECTOR=LOAD_BYTES // weight.element_size(), WARPS_N=config.warps_n,
         WARPS_K=config.warps_k, DEPTH=config.depth,
-        num_warps=config.warps_n * config.warps_k, num_stages=1, **launch_options(values.device),
+        num_warps=config.warps_n * config.warps_k, num_stages=1,
+        CONV_COLUMNS=conv_columns, EARLY=early, **launch_options(values.device),
     )  # fmt: skip

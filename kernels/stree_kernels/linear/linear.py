@@ -10,12 +10,13 @@ Shape letters: M rows, K columns in, N columns out, D hidden, F MLP inner, X = 2
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stree_kernels.launch import pdl
-from stree_kernels.launch.rows import FLOATS, require_dtypes, require_packed
+from stree_kernels.launch.rows import FLOATS, ConvTail, require_dtypes, require_packed
 from stree_kernels.launch.settings import GATED, Activation
 from stree_kernels.launch.shared_memory import (
     NARROW,
@@ -76,6 +77,16 @@ def pick_config(num_rows: int, weight_NK: Tensor, *, one_token: bool = False) ->
     return MORE_ROWS_CONFIG if narrow else None
 
 
+def _is_short(config: Config | None, weight_NK: Tensor) -> bool:
+    """Say whether a kernel ends so soon that its launch counts, not its weight.
+
+    Such a kernel lets the next one start before its own wait, and takes the conv behind an
+    in-projection with it. With 2 to 8 rows, and with wide weights, both were slower (docs/log.md).
+    """
+    may_be = isinstance(config, GemvConfig) or config == MORE_ROWS_CONFIG
+    return may_be and weight_NK.shape[1] < NARROW
+
+
 def _can_stream(weight_NK: Tensor) -> bool:
     """Say whether bulk copies can read a weight on its device."""
     return (
@@ -101,6 +112,26 @@ def linear(
         launch(config, rows, weight_NK, out_MN)
     else:
         _matmul(rows, weight_NK, out_MN)
+
+
+def takes_conv(num_rows: int, weight_NK: Tensor, *, one_token: bool = False) -> bool:
+    """Say whether `linear_conv` is for some rows and an in-projection's weight."""
+    return _is_short(pick_config(num_rows, weight_NK, one_token=one_token), weight_NK)
+
+
+def linear_conv(
+    rows: DeferredNorm, weight_NK: Tensor, out_MN: Tensor, conv: ConvTail, *,
+    one_token: bool = False,
+) -> None:  # fmt: skip
+    """Write norm(rows) @ weight.T to `out_MN` and convolve some of its columns, in one launch.
+
+    For what `takes_conv` says. Checks nothing of the conv: `ssm.tree_conv.check_conv` does.
+    """
+    num_rows = len(rows.values_MK)
+    _check(rows, weight_NK, out_MN, (num_rows, len(weight_NK)))
+    config = pick_config(num_rows, weight_NK, one_token=one_token)
+    assert config is not None
+    launch(config, rows, weight_NK, out_MN, conv=conv)
 
 
 def linear_activated(
@@ -156,16 +187,19 @@ def linear_add(
 def launch(
     config: Config, rows: DeferredNorm, weight: Tensor, out: Tensor,
     *, activation: Activation | None = None, residual: Residual | None = None,
+    conv: ConvTail | None = None,
 ) -> None:  # fmt: skip
     """Run the kernel that `config` is of; `out` is the stream of a residual."""
     if isinstance(config, StreamConfig):
         plan = _plan(config, rows, weight, out.shape[1], gated=activation in GATED, shares=False)
         _stream(plan, rows, weight, out, activation)
         return
+    more: dict[str, Any] = {"activation": activation, "residual": residual, "conv": conv}
+    more["early"] = _is_short(config, weight)
     if isinstance(config, GemvConfig):
-        kernel = launch_gemv(config, rows, weight, out, activation=activation, residual=residual)
+        kernel = launch_gemv(config, rows, weight, out, **more)
     else:
-        kernel = launch_linear(config, rows, weight, out, activation=activation, residual=residual)
+        kernel = launch_linear(config, rows, weight, out, **more)
     if weight.shape[1] >= NARROW:
         prefer_cache(kernel, weight.device)
     else:

@@ -23,7 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stree_kernels.launch.pdl import launch_options, wait_for_previous
+from stree_kernels.launch.conv_tail import begin_conv, conv_arguments, finish_conv
+from stree_kernels.launch.pdl import launch_options, release_next, wait_for_previous
+from stree_kernels.launch.rows import ConvTail
 from stree_kernels.launch.settings import GATED, Activation
 from stree_kernels.linear.deferred_norm import DeferredNorm, Residual
 from stree_kernels.linear.device_functions import (
@@ -133,19 +135,20 @@ def _multiply(
     return acc
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "conv_first"])
 def linear_kernel(
     # pointers
-    values_ptr, sums_ptr, weight_ptr, out_ptr, out_values_ptr, out_sums_ptr,
+    values_ptr, sums_ptr, weight_ptr, out_ptr, out_values_ptr, out_sums_ptr, conv,
     # sizes
-    num_rows, num_columns, eps,
+    num_rows, num_columns, eps, conv_first,
     # strides
     stride_out_m,
     # meta
     INNER: tl.constexpr, GROUPS: tl.constexpr, SUMS: tl.constexpr, GATED: tl.constexpr,
     ACTIVATION: tl.constexpr, PER_SUM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_Q: tl.constexpr, WARPS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
-    ROWS_DEPTH: tl.constexpr, WEIGHT_FIRST: tl.constexpr, PDL: tl.constexpr,
+    ROWS_DEPTH: tl.constexpr, WEIGHT_FIRST: tl.constexpr,
+    CONV_COLUMNS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """All rows times BLOCK_N rows of the weight, and what follows."""
     STEP_K: tl.constexpr = WARPS * WIDTH
@@ -158,6 +161,10 @@ def linear_kernel(
     for step in tl.static_range(DEPTH if DEPTH < STEPS else STEPS):
         tile = _load_weight(weight_ptrs, columns_N, step, INNER, STEP_K)
         weights = weights + (tile,)
+    if EARLY:
+        release_next(PDL)
+    if CONV_COLUMNS > 0:
+        window = begin_conv(conv, conv_first, num_rows, BLOCK_M, BLOCK_N, CONV_COLUMNS)
     wait_for_previous(PDL)
     x_M = tl.arange(0, BLOCK_M * WARPS)
     rows_M = _row_of(x_M, WARPS)
@@ -199,11 +206,14 @@ def linear_kernel(
         out_ptr, out_values_ptr, out_sums_ptr, BLOCK_M, BLOCK_N, GATED, ACTIVATION,
         PER_SUM,
     )  # fmt: skip
+    if CONV_COLUMNS > 0:
+        finish_conv(conv, window, conv_first, num_rows, BLOCK_M, BLOCK_N, CONV_COLUMNS)
 
 
 def launch_linear(
     config: LinearConfig, rows: DeferredNorm, weight: Tensor, out: Tensor,
     *, activation: Activation | None = None, residual: Residual | None = None,
+    conv: ConvTail | None = None, early: bool = False,
 ) -> object:  # fmt: skip
     """Run the kernel on at most 16 rows and return it; `out` is the stream of a residual."""
     values, sums, num_groups, eps = rows
@@ -213,14 +223,15 @@ def launch_linear(
     block_m = next(block for block in BLOCK_ROWS if max(fewest, num_rows) <= block)
     block_q = max(1, SUMS_PER_THREAD * config.num_warps * 32 // block_m)
     out_values, out_sums, per_sum = residual_buffers(residual)
+    conv_values, conv_first, conv_columns = conv_arguments(conv)
     assert config.block_n % per_sum == 0
     return linear_kernel[(triton.cdiv(len(weight), config.block_n),)](
-        values, sums, weight, out, out_values, out_sums,
-        num_rows, out.shape[1], eps, out.stride(0),
+        values, sums, weight, out, out_values, out_sums, conv_values,
+        num_rows, out.shape[1], eps, conv_first, out.stride(0),
         INNER=num_inner, GROUPS=num_groups if num_sums else 1, SUMS=num_sums,
         GATED=activation in GATED, ACTIVATION=activation, PER_SUM=per_sum, BLOCK_M=block_m,
         BLOCK_N=config.block_n, BLOCK_Q=min(block_q, triton.next_power_of_2(max(1, num_sums))),
         WARPS=config.num_warps, WIDTH=WIDTH, DEPTH=config.depth, ROWS_DEPTH=config.rows_depth,
         WEIGHT_FIRST=config.weight_first, num_warps=config.num_warps, num_stages=1,
-        **launch_options(values.device),
+        CONV_COLUMNS=conv_columns, EARLY=early, **launch_options(values.device),
     )  # fmt: skip
