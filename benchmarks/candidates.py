@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from bench_shapes import flushing, leaf_paths
+from bench_shapes import PHASES, flushing, leaf_paths
 from layer_data import UNLIMITED, LayerInputs, RepeatedRows, relative_error
 from torch import Tensor
 
@@ -26,12 +26,14 @@ MIN_CHUNK = 16
 class Candidate:
     """What call i launches, and the relative errors of its results by name.
 
-    `state_sets` counts the sets of states per node or per leaf that its calls take turns on.
+    `state_sets` counts the sets of states per node or per leaf that its calls take turns on; after
+    `cycle` calls what they do repeats.
     """
 
     launch: Callable[[int], object]
     errors: dict[str, float]
     state_sets: int = 0
+    cycle: int = PHASES
 
 
 def ours(inputs: LayerInputs, op: Callable[..., None]) -> Candidate:

@@ -41,24 +41,26 @@ def num_calls(num_buffers: int, num_phases: int) -> int:
 
 def time_calls(
     candidates: Mapping[str, Launch],
-    calls: int,
+    calls: int | Mapping[str, int],
     device: torch.device,
     effort: Effort = EFFORT,
 ) -> dict[str, Measured]:
     """Time candidates whose `launch(i)` starts the work of call i on that call's buffers.
 
-    On CUDA the `calls` calls of a candidate are one graph, and the graphs are replayed in turns. A
-    candidate's first two runs, before the capture, compile and allocate.
+    On CUDA the `calls` calls of a candidate, or its own number of them, are one graph, and the
+    graphs are replayed in turns. A candidate's first two runs, before the capture, compile and
+    allocate.
     """
+    numbers = dict.fromkeys(candidates, calls) if isinstance(calls, int) else calls
     # One pool: no graph reads what another has left.
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
     graphs = {
-        name: captured(partial(_run, launch, calls), device, pool)
+        name: captured(partial(_run, launch, numbers[name]), device, pool)
         for name, launch in candidates.items()
     }
     timings = time_interleaved(graphs, device, effort)
     return {
-        name: Measured(1e3 * timing.ms / calls, timing.spread_ms / timing.ms)
+        name: Measured(1e3 * timing.ms / numbers[name], timing.spread_ms / timing.ms)
         for name, timing in timings.items()
     }
 

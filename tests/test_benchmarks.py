@@ -40,6 +40,7 @@ peers = script("peers")
 report = script("report")
 timing = script("timing")
 prediction = script("prediction")
+flashinfer = script("flashinfer_peer")
 
 
 def tiny_layer() -> object:
@@ -333,3 +334,67 @@ def test_shipped_profiles_are_taken_by_gpu_full_size_pairs_first() -> None:
     assert [name for name, _ in live.profiles_of("h200", names[:1])] == names[:1]
     with pytest.raises(SystemExit, match="no shipped profile of b200"):
         live.profiles_of("b200", [])
+
+
+class FakeFlashInfer:
+    """Replays kept rows before it scores, as the real one does, on the CPU in float64."""
+
+    def __init__(self, heads: object, tokens: int, accepted: int) -> None:
+        self.heads, self.tokens, self.accepted = heads, tokens, accepted
+        self.kept: list[object] = []
+
+    def memory(self, state: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(state=state, out_BTHP=torch.empty(1))
+
+    def step(self, memory: SimpleNamespace, rows: object, cursor: object) -> torch.Tensor:
+        state = memory.state.double()
+        for before in self.kept:
+            state = flashinfer.chain(state, before, self.heads, self.accepted)[1]
+        if flashinfer.stores(cursor, self.tokens):
+            memory.state.copy_(state)
+            self.kept.clear()
+        self.kept.append(rows)
+        return flashinfer.chain(state, rows, self.heads, self.accepted)[0]
+
+
+@pytest.mark.parametrize(("tokens", "calls"), [(1, 16), (4, 5), (8, 3), (16, 1)])
+def test_flashinfer_stores_once_in_a_cycle(tokens: int, calls: int) -> None:
+    accepted = min(3, tokens)
+    assert flashinfer.cycle(tokens, accepted) == calls
+    stored = [
+        flashinfer.stores(at, tokens) for at in flashinfer.cursors(tokens, accepted, 3 * calls)
+    ]
+    assert sum(stored) == 3
+    assert all(0 <= at.origin < 16 + tokens for at in flashinfer.cursors(tokens, accepted, 50))
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 16])
+def test_flashinfer_is_checked_over_a_whole_cycle(tokens: int) -> None:
+    inputs = layer_data.make_inputs(tiny_layer(), 2, tokens, 2, CPU, torch.float32)
+    accepted = min(3, tokens)
+    length = flashinfer.cycle(tokens, accepted)
+    fake = FakeFlashInfer(inputs.heads, tokens, accepted)
+    errors = flashinfer._check(fake, inputs, accepted, length)
+    assert all(error < 1e-6 for error in errors.values())
+    fake = FakeFlashInfer(inputs.heads, tokens, 0)
+    assert flashinfer._check(fake, inputs, accepted, length)["y"] > 1e-3
+
+
+def test_a_chain_is_what_our_reference_makes_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_data, "balanced_tree", lambda n: [-1, *range(n - 1)])
+    inputs = layer_data.make_inputs(tiny_layer(), 2, 5, 1, CPU, torch.float32)
+    state = inputs.buffers[0].state_BHPN.double()
+    y = flashinfer.chain(state, inputs.repeated[0], inputs.heads, 3)[0]
+    assert layer_data.relative_error(y, inputs.scored) < 1e-6
+
+
+def test_flashinfers_columns_are_shown_where_it_was_built(tmp_path: Path) -> None:
+    kernels = script("kernels")
+    layer = bench_shapes.LAYERS["mamba2-2.7b"]
+    options = SimpleNamespace(flashinfer=tmp_path, peers=["flashinfer"])
+    assert kernels.find_flashinfer(options, layer, 4) is None
+    library = tmp_path / "h80_g1_t4.so"
+    library.touch()
+    assert kernels.find_flashinfer(options, layer, 4) == library
+    assert "flashinfer_us" not in kernels.shown([{"flashinfer_us": None}])
+    assert "flashinfer_us" in kernels.shown([{"flashinfer_us": None}, {"flashinfer_us": 4.0}])
