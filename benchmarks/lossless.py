@@ -16,12 +16,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import multiprocessing
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from margin import logit_margin
 from report import Row, header, save
 
 from stree_autotune.live.validation import RAGGED
@@ -31,6 +31,9 @@ from stree_core.engine.decode import Run, generate
 from stree_core.engine.engine import Engine, EngineConfig, needed_positions
 from stree_core.engine.stop import StopRule
 from stree_core.tree import DEFAULT_TREE, Tree
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+from margin import logit_margin
 
 MODES = {
     "chain 4": Tree.chain(4),

@@ -210,7 +210,7 @@ MEASUREMENTS = (
         arguments=(
             "--device", "cuda", "--dtype", "bfloat16", "--prompts", "128", "--tokens", "256",
         ),
-        sources=(*bench("lossless"), *STEP, *PROMPT, *DEMO_MODELS),
+        sources=(*bench("lossless"), "tests/margin.py", *STEP, *PROMPT, *DEMO_MODELS),
     ),
     Measurement(
         "draft", "draft",
@@ -270,14 +270,14 @@ MEASUREMENTS = (
     Measurement(
         "lossless-cpu", "lossless", gpu=False, minutes=25,
         arguments=("--device", "cpu", "--prompts", "128", "--tokens", "140", "--processes", "2"),
-        sources=(*bench("lossless"), *ON_CPU, *DEMO_MODELS),
+        sources=(*bench("lossless"), "tests/margin.py", *ON_CPU, *DEMO_MODELS),
     ),
     Measurement(
         "lossless-mtp-cpu", "lossless", gpu=False, minutes=4,
         arguments=(
             "--draft", "mtp", "--device", "cpu", "--dtype", "float64", "--prompts", "16",
         ),
-        sources=(*bench("lossless"), *ON_CPU, *DEMO_MODELS),
+        sources=(*bench("lossless"), "tests/margin.py", *ON_CPU, *DEMO_MODELS),
     ),
     Measurement(
         "sampled-cpu", "sampled", gpu=False, minutes=12,

@@ -28,6 +28,7 @@ def twice(value: float) -> float:
     """Return twice the value."""
     return 2.0 * value
 '''
+TESTS = Path(__file__).parent
 NEUTRAL = {"report", "gate", "fingerprint", "sources", "prediction_table", "prediction_figure"}
 """Modules of benchmarks that print and write, and change no number."""
 
@@ -98,14 +99,19 @@ def test_sources_hold_what_the_benchmark_imports(measurement: Any) -> None:
     assert measurement.script in known
     for name in known:
         tree = ast.parse((FOLDER / f"{name}.py").read_text())
-        imported: set[str | None] = set()
+        imported: set[str] = set()
         for node in tree.body:
             if isinstance(node, ast.ImportFrom):
-                imported.add(node.module)
+                imported.add(node.module or "")
             elif isinstance(node, ast.Import):
                 imported |= {each.name for each in node.names}
         beside = {module for module in imported if (FOLDER / f"{module}.py").exists()}
         assert beside <= known | NEUTRAL, name
+        of_tests = {module for module in imported - beside if (TESTS / f"{module}.py").exists()}
+        if of_tests and measurement.name != "fuzz":
+            # a script run by itself has only its own folder on the path
+            assert "sys.path." in (FOLDER / f"{name}.py").read_text()
+            assert {f"tests/{module}.py" for module in of_tests} <= set(measurement.hashes())
 
 
 @pytest.mark.parametrize(
