@@ -151,9 +151,11 @@ MEASUREMENTS = (
         ),
     ),
     Measurement(
-        "kernels", "kernels", minutes=2.5, peers=(("--sglang", "**/mamba_ssm.py"),),
+        "kernels", "kernels", minutes=2.5,
+        peers=(("--sglang", "**/mamba_ssm.py"), ("--flashinfer", "fi_libs")),
         sources=(
-            *bench("kernels", "candidates", "layer_data", "bench_shapes", "peers"), *TIMING, *SCAN,
+            *bench("kernels", "candidates", "layer_data", "bench_shapes", "peers"),
+            *bench("flashinfer_peer"), *TIMING, *SCAN,
         ),
     ),
     Measurement(

@@ -262,8 +262,8 @@ def test_errors_are_summed_up_by_pair(tmp_path: Path, capsys: pytest.CaptureFixt
         for pair, speed in (("a", 101.0), ("a", 96.0), ("b", 103.0))
     ]
     lines = prediction.summary(rows).split("\n\n")
-    assert lines[0].startswith("a, 2 configurations: tokens/s median error 2.5%, worst 4.0%;")
-    assert lines[2].startswith("all, 3 configurations: tokens/s median error 3.0%, worst 4.0%;")
+    assert lines[0].startswith("a, 2 configurations: tokens/s median error 2.5 %, worst 4.0 %;")
+    assert lines[2].startswith("all, 3 configurations: tokens/s median error 3.0 %, worst 4.0 %;")
     report.save(tmp_path / "p.json", report.header({}, "none"), rows)
     figure = tmp_path / "p.svg"
     prediction.show(tmp_path / "p.json", figure)
