@@ -282,6 +282,14 @@ MEASUREMENTS = (
         sources=(*bench("lossless"), "tests/margin.py", *ON_CPU, *DEMO_MODELS),
     ),
     Measurement(
+        "lossless-gdn-cpu", "lossless", gpu=False, minutes=6,
+        arguments=(
+            "--target", "demo-gdn", "--draft", "mtp", "--device", "cpu", "--dtype", "float64",
+            "--prompts", "16",
+        ),
+        sources=(*bench("lossless"), "tests/margin.py", *ON_CPU, *DEMO_MODELS),
+    ),
+    Measurement(
         "sampled-cpu", "sampled", gpu=False, minutes=12,
         arguments=("--device", "cpu", "--tokens", "200"),
         sources=(*bench("sampled"), *ON_CPU, *DEMO_MODELS),
