@@ -535,3 +535,12 @@ def test_verbs_stand_in_the_order_of_work_with_whole_lines(terminal: Terminal) -
 
 def test_the_version_is_that_of_the_package(terminal: Terminal) -> None:
     assert terminal("--version").out == f"stree-tune {importlib.metadata.version('stree-tune')}\n"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_option_says_in_a_word_what_it_takes(terminal: Terminal, verb: str) -> None:
+    out = terminal(*([verb] if verb else []), "--help").out
+    options = [line for line in out.splitlines() if line.startswith("  -")]
+    assert options
+    # choices stand between angle brackets, types do not
+    assert not [line for line in options if re.search(r"<[\w ]+>", line)]

@@ -45,7 +45,10 @@ def export(
     batch_size: Annotated[
         int,
         typer.Option(
-            "--batch-size", min=0, help="The one batch size to serve, 0 for all of the profile."
+            "--batch-size",
+            metavar="N",
+            min=0,
+            help="The one batch size to serve, 0 for all of the profile.",
         ),
     ] = 0,
     target: flags.ProfileTarget = "",

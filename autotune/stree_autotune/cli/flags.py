@@ -40,12 +40,18 @@ def _print_version(wanted: bool) -> None:
 # tuning
 Gpu = Annotated[
     str,
-    typer.Option("--gpu", autocompletion=completion.gpus, help="GPU by name: h100, h200, cpu, ..."),
+    typer.Option(
+        "--gpu",
+        metavar="NAME",
+        autocompletion=completion.gpus,
+        help="GPU by name: h100, h200, cpu, ...",
+    ),
 ]
 Dataset = Annotated[
     str,
     typer.Option(
         "--dataset",
+        metavar="NAME",
         autocompletion=completion.datasets,
         help="Dataset by name: demo, gsm8k, human_eval, mt_bench, ...",
     ),
@@ -54,6 +60,7 @@ Target = Annotated[
     str,
     typer.Option(
         "--target",
+        metavar="NAME",
         show_default=DEFAULT_TARGET,
         autocompletion=completion.models,
         help="Target model: a name, a model folder, a config.json or a hub id.",
@@ -63,6 +70,7 @@ Draft = Annotated[
     str,
     typer.Option(
         "--draft",
+        metavar="NAME",
         show_default="demo-draft for the demo target",
         autocompletion=completion.models,
         help="Draft: a model's name, folder or hub id; mtp is the target's own head.",
@@ -90,24 +98,37 @@ Rules = Annotated[
 Rule = Annotated[
     str,
     typer.Option(
-        "--rule", show_default="greedy, mss at a temperature", help="greedy, naive or mss."
+        "--rule",
+        metavar="RULE",
+        show_default="greedy, mss at a temperature",
+        help="greedy, naive or mss.",
     ),
 ]
-Temperature = Annotated[float, typer.Option("--temperature", help="Sampling temperature.")]
-TopP = Annotated[float, typer.Option("--top-p", help="Nucleus of the sampling distribution.")]
+Temperature = Annotated[
+    float, typer.Option("--temperature", metavar="X", help="Sampling temperature.")
+]
+TopP = Annotated[
+    float, typer.Option("--top-p", metavar="X", help="Nucleus of the sampling distribution.")
+]
 TopK = Annotated[
-    int, typer.Option("--top-k", min=0, help="Likeliest tokens to sample from, 0 for all.")
+    int,
+    typer.Option("--top-k", metavar="N", min=0, help="Likeliest tokens to sample from, 0 for all."),
 ]
 MinP = Annotated[
-    float, typer.Option("--min-p", help="Least share of the likeliest token's probability.")
+    float,
+    typer.Option("--min-p", metavar="X", help="Least share of the likeliest token's probability."),
 ]
 RepetitionPenalty = Annotated[
-    float, typer.Option("--repetition-penalty", help="Above 1 against repetition.")
+    float, typer.Option("--repetition-penalty", metavar="X", help="Above 1 against repetition.")
 ]
 Context = Annotated[
     int,
     typer.Option(
-        "--context", min=1, max=MAX_CONTEXT, help="Positions per sequence, prompt and output."
+        "--context",
+        metavar="N",
+        min=1,
+        max=MAX_CONTEXT,
+        help="Positions per sequence, prompt and output.",
     ),
 ]
 BatchSizes = Annotated[
@@ -118,12 +139,15 @@ BatchSizes = Annotated[
 ]
 MaxNodes = Annotated[
     int,
-    typer.Option("--max-nodes", min=1, max=MAX_NODES, help="Most draft tokens of a tree."),
+    typer.Option(
+        "--max-nodes", metavar="N", min=1, max=MAX_NODES, help="Most draft tokens of a tree."
+    ),
 ]
 MeasuredNodes = Annotated[
     int,
     typer.Option(
         "--max-nodes",
+        metavar="N",
         min=1,
         max=MAX_NODES,
         show_default="64, fewer where fewer are measured",
@@ -201,6 +225,7 @@ Trials = Annotated[
     int,
     typer.Option(
         "--trials",
+        metavar="N",
         min=0,
         show_default="24, with --measure 40",
         help="Trees that Optuna tries per batch size.",
@@ -217,7 +242,8 @@ MaxTokenMs = Annotated[
     ),
 ]
 Seed = Annotated[
-    int, typer.Option("--seed", min=0, max=MAX_SEED, help="Seed of every random choice.")
+    int,
+    typer.Option("--seed", metavar="N", min=0, max=MAX_SEED, help="Seed of every random choice."),
 ]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Make the last line of stdout one JSON document.")
@@ -235,29 +261,39 @@ Verbose = Annotated[
 Output = Annotated[
     Path,
     typer.Option(
-        "--output", "-o", help="Profile to write; the default is replaced when it is a profile."
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="Profile to write; the default is replaced when it is a profile.",
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
 
 # running models
-Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda; auto takes a GPU.")]
+Device = Annotated[
+    str, typer.Option("--device", metavar="NAME", help="auto, cpu or cuda; auto takes a GPU.")
+]
 Dtype = Annotated[
     str,
     typer.Option(
         "--dtype",
+        metavar="NAME",
         help="auto, bfloat16, float16, float32, float64; auto is bfloat16 on a GPU, else float32.",
     ),
 ]
 Backend = Annotated[
     str,
-    typer.Option("--backend", help="auto, torch, triton; auto is triton on a GPU, else torch."),
+    typer.Option(
+        "--backend",
+        metavar="NAME",
+        help="auto, torch, triton; auto is triton on a GPU, else torch.",
+    ),
 ]
 Chat = Annotated[
     bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")
 ]
 ProfilePath = Annotated[
-    Path, typer.Option("--profile", "-p", help="Profile to read: a path or a name.")
+    Path, typer.Option("--profile", "-p", metavar="FILE", help="Profile to read: a path or a name.")
 ]
 Prompts = Annotated[
     str,
@@ -269,23 +305,35 @@ Prompts = Annotated[
 ]
 ProfileTarget = Annotated[
     str,
-    typer.Option("--target", show_default="the profile's name", help="Where the target lies."),
+    typer.Option(
+        "--target", metavar="NAME", show_default="the profile's name", help="Where the target lies."
+    ),
 ]
 ProfileDraft = Annotated[
-    str, typer.Option("--draft", show_default="the profile's name", help="Where the draft lies.")
+    str,
+    typer.Option(
+        "--draft", metavar="NAME", show_default="the profile's name", help="Where the draft lies."
+    ),
 ]
 MaxNewTokens = Annotated[
     int,
     typer.Option(
-        "--max-new-tokens", min=1, max=MAX_CONTEXT, help="Tokens after which a text ends."
+        "--max-new-tokens",
+        metavar="N",
+        min=1,
+        max=MAX_CONTEXT,
+        help="Tokens after which a text ends.",
     ),
 ]
 BatchSize = Annotated[
     int,
-    typer.Option("--batch-size", min=1, max=MAX_BATCH_SIZE, help="Sequences that run together."),
+    typer.Option(
+        "--batch-size", metavar="N", min=1, max=MAX_BATCH_SIZE, help="Sequences that run together."
+    ),
 ]
 Limit = Annotated[
-    int, typer.Option("--limit", min=0, help="Prompts to take from the start, 0 for all.")
+    int,
+    typer.Option("--limit", metavar="N", min=0, help="Prompts to take from the start, 0 for all."),
 ]
 
 

@@ -11,6 +11,12 @@ from stree_autotune.cli import flags
 from stree_core.errors import ConfigError
 
 LOADING = "loading torch"
+Weights = Annotated[
+    Literal["bf16", "fp8", "fp8-block", "fp8-tensor", "fp8-channel"],
+    typer.Option(
+        "--weights", help="How the target of --shapes is stored; fp8 is by blocks of 128 x 128."
+    ),
+]
 
 
 def register_live_verbs(app: typer.Typer) -> None:
@@ -23,16 +29,22 @@ def register_live_verbs(app: typer.Typer) -> None:
 
 def probe(
     gpu: Annotated[
-        str, typer.Option("--gpu", show_default="from the device", help="Name to record under.")
+        str,
+        typer.Option(
+            "--gpu", metavar="NAME", show_default="from the device", help="Name to record under."
+        ),
     ] = "",
     target: Annotated[
         str,
-        typer.Option("--target", show_default="demo-target", help="Name, folder or hub id."),
+        typer.Option(
+            "--target", metavar="NAME", show_default="demo-target", help="Name, folder or hub id."
+        ),
     ] = "",
     draft: Annotated[
         str,
         typer.Option(
             "--draft",
+            metavar="NAME",
             show_default="none with a target of your own, which is then timed alone",
             help="Name, folder or hub id; mtp is the target's own head.",
         ),
@@ -45,12 +57,7 @@ def probe(
             help="Time shipped shapes with random weights, a pair or one alone.",
         ),
     ] = "",
-    weights: Annotated[
-        Literal["bf16", "fp8", "fp8-block", "fp8-tensor", "fp8-channel"],
-        typer.Option(
-            "--weights", help="How the target of --shapes is stored; fp8 is by blocks of 128 x 128."
-        ),
-    ] = "bf16",
+    weights: Weights = "bf16",
     context: flags.Context = 1024,
     data: flags.Data = flags.DEFAULT_DATA_PATHS,
     batch_size: flags.BatchSizes = flags.DEFAULT_BATCH_SIZES,
@@ -124,11 +131,16 @@ def trace(
     target: flags.Target = "",
     draft: flags.Draft = "",
     num_children: Annotated[
-        int, typer.Option("--num-children", min=1, max=64, help="Children recorded per position.")
+        int,
+        typer.Option(
+            "--num-children", metavar="N", min=1, max=64, help="Children recorded per position."
+        ),
     ] = 16,
     depths: Annotated[
         int,
-        typer.Option("--depths", min=2, max=64, help="Levels recorded of a draft such as mtp."),
+        typer.Option(
+            "--depths", metavar="N", min=2, max=64, help="Levels recorded of a draft such as mtp."
+        ),
     ] = 8,
     max_new_tokens: flags.MaxNewTokens = 256,
     limit: flags.Limit = 0,

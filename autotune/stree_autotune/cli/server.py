@@ -41,16 +41,22 @@ def register_server_verbs(app: typer.Typer) -> None:
 def plan(
     server: ServerFlag = "vllm",
     target: Annotated[
-        str, typer.Option("--target", help="Target as the server loads it: a folder or hub id.")
+        str,
+        typer.Option(
+            "--target", metavar="NAME", help="Target as the server loads it: a folder or hub id."
+        ),
     ] = "",
     draft: Annotated[
         str,
         typer.Option(
             "--draft",
+            metavar="NAME",
             help="Draft model; mtp, eagle3:MODEL, ngram, suffix; none measures off alone.",
         ),
     ] = "mtp",
-    gpu: Annotated[str, typer.Option("--gpu", help="Name of the GPU, for the results.")] = "",
+    gpu: Annotated[
+        str, typer.Option("--gpu", metavar="NAME", help="Name of the GPU, for the results.")
+    ] = "",
     batch_size: Annotated[
         list[int],
         typer.Option("--batch-size", min=1, metavar="N", help="Requests at once; repeatable."),
@@ -98,10 +104,18 @@ def import_verb(
         list[Path],
         typer.Argument(metavar="FILE...", help="Results, /metrics, /server_info, responses."),
     ],
-    gpu: Annotated[str, typer.Option("--gpu", help="GPU, where no file says it.")] = "",
-    dataset: Annotated[str, typer.Option("--dataset", help="Name for this kind of prompts.")] = "",
-    target: Annotated[str, typer.Option("--target", help="Target, where no file says it.")] = "",
-    draft: Annotated[str, typer.Option("--draft", help="Draft, where no file says it.")] = "",
+    gpu: Annotated[
+        str, typer.Option("--gpu", metavar="NAME", help="GPU, where no file says it.")
+    ] = "",
+    dataset: Annotated[
+        str, typer.Option("--dataset", metavar="NAME", help="Name for this kind of prompts.")
+    ] = "",
+    target: Annotated[
+        str, typer.Option("--target", metavar="NAME", help="Target, where no file says it.")
+    ] = "",
+    draft: Annotated[
+        str, typer.Option("--draft", metavar="NAME", help="Draft, where no file says it.")
+    ] = "",
     data: flags.Data = flags.DEFAULT_DATA_PATHS,
     as_json: flags.AsJson = False,
     force: flags.Force = False,
