@@ -1,6 +1,6 @@
 """Walks over sampled traces against live steps that sample with other seeds.
 
-    python benchmarks/sampled_walk.py [--draft mtp] [--device cuda] [--rounds 2] [--output FILE]
+    python benchmarks/sampled_walk.py [--draft mtp] [--device cuda] [--rounds 4] [--output FILE]
 
 The prompts of the demo set are continued without end, at temperatures 0.6 and 1, by naive sampling
 and by MSS. Both sides are means over all prompts and rounds, each with its standard error (of a
@@ -59,7 +59,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.6, 1.0])
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=2, help="seeds of every prompt")
+    parser.add_argument("--rounds", type=int, default=4, help="seeds of every prompt")
     parser.add_argument("--slots", type=int, default=128)
     parser.add_argument("--output", type=Path, default=RESULTS / "sampled-walk-cpu.json")
     return parser.parse_args()
