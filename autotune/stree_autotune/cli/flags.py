@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from stree_autotune.cli import completion
+from stree_autotune.cli.verbs import print_version
 from stree_autotune.store import command
 from stree_core.errors import ConfigError
 from stree_core.limits import MAX_BATCH_SIZE, MAX_CONTEXT, MAX_SEED
@@ -25,17 +26,6 @@ ANALYZED_BATCH_SIZES = [1, 8, 64]
 DEFAULT_DATA_PATHS: list[Path] = []
 NO_NAMES: list[str] = []
 NO_LIBRARIES: list[str] = []
-
-
-def _print_version(wanted: bool) -> None:
-    """Print the version and stop, when asked."""
-    from stree_autotune.store.origin import version_of
-    from stree_core.extras import DISTRIBUTION
-
-    if wanted:
-        sys.stdout.write(f"stree-tune {version_of(DISTRIBUTION)}\n")
-        raise typer.Exit
-
 
 # tuning
 Gpu = Annotated[
@@ -250,7 +240,7 @@ AsJson = Annotated[
 ]
 Version = Annotated[
     bool,
-    typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version),
+    typer.Option("--version", help="Print the version.", is_eager=True, callback=print_version),
 ]
 Verbose = Annotated[
     bool,

@@ -1,9 +1,10 @@
-"""The verbs of `stree-tune`: their order, their line in the list, and which one was meant."""
+"""The verbs of `stree-tune`: their order, their line in the list, the one meant; the version."""
 
 from __future__ import annotations
 
 import difflib
 import re
+import sys
 from typing import Any, cast
 
 import typer
@@ -52,3 +53,13 @@ def usage(message: str) -> str:
     else:
         remedy = f"see `{command('--help')}`"
     return f"a verb is one of {', '.join(VERBS)}, got {brief(unknown[1])}; {remedy}"
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and stop, when asked."""
+    from stree_autotune.store.origin import version_of
+    from stree_core.extras import DISTRIBUTION
+
+    if wanted:
+        sys.stdout.write(f"stree-tune {version_of(DISTRIBUTION)}\n")
+        raise typer.Exit
