@@ -85,7 +85,7 @@ CORE_PASS = (
 PASS = (
     *_kernels("launch", "linear", "ssm", "attention"),
     "-kernels/stree_kernels/*/prompt_*.py",
-    "kernels/stree_kernels/fp8/projection.py",
+    *(f"kernels/stree_kernels/fp8/{name}.py" for name in ("in_projection", "projection")),
     *CORE_PASS,
 )
 """A forward pass of Mamba2, attention and MLP layers."""
