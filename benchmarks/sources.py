@@ -295,6 +295,13 @@ MEASUREMENTS = (
         sources=(*bench("sampled"), *ON_CPU, *DEMO_MODELS),
     ),
     Measurement(
+        "sampled-walk-cpu", "sampled_walk", gpu=False, minutes=60,
+        arguments=("--device", "cpu"),
+        sources=(
+            *bench("sampled_walk"), *ON_CPU, *WALK, *_tuner("trace", "record"), *DEMO_MODELS,
+        ),
+    ),
+    Measurement(
         "search", "search", gpu=False, minutes=10,
         sources=(
             *bench("search", "search_baselines"), "tests/synthetic.py", *WALK, *SEARCH,
