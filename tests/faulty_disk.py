@@ -135,7 +135,7 @@ def verbs(root: Path) -> list[Verb]:
     validated = {
         room + "live.validation.open_profile_pair": lambda *_: pair,
         room + "live.validation.open_prompts": lambda *_, **__: prompts,
-        room + "live.validation._record": lambda *_: SimpleNamespace(trace=trace),
+        room + "live.validation._record": lambda *_: SimpleNamespace(trace=trace, batch_size=1),
         room + "live.validation._known_table": lambda *_: None,
         room + "live.validation._parts": lambda *_: [[]],
         room + "live.validation._stage": lambda *_: SimpleNamespace(table=table),
