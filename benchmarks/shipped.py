@@ -36,7 +36,7 @@ PAIRS = (
 )
 """Targets, drafts, and whether they are shapes with random weights."""
 PROFILES = fingerprint.ROOT / "profiles"
-ON_CPU = PAIRS[2:3]
+ON_CPU = (PAIRS[2], ("demo-gdn", "mtp", False))
 SHOWN = ("file", "hash", "seconds", "command")
 
 
@@ -77,7 +77,7 @@ def commands(options: argparse.Namespace) -> Iterator[tuple[Path, list[str]]]:
 
 
 def table_commands(gpu: str, device: torch.device) -> Iterator[tuple[Path, list[str]]]:
-    """Yield the tables of a device; of a processor that of the demo pair alone."""
+    """Yield the tables of a device; of a processor those of demo models alone."""
     for target, draft, is_shape in PAIRS if device.type == "cuda" else ON_CPU:
         pair = ["--shapes", f"{target},{draft}"]
         if not is_shape:

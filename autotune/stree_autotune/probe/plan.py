@@ -96,7 +96,7 @@ class ProbeStage(NamedTuple):
         if self.kind == "rules":
             return "rules"
         if self.kind == "prompts":
-            return f"{self.batch_size} prompts side by side"
+            return f"prompts at batch size {self.batch_size}"
         what = "passes" if self.kind == "passes" else f"whole {self.keys[0][2]} steps"
         return f"{what} at batch size {self.batch_size}"
 

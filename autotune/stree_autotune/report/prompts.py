@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from stree_autotune.report.figure import Figure, Panel
 from stree_autotune.report.svg_chart import Chart, linear_axis, log_axis
 from stree_autotune.store import PromptPoint, Reader, RuntimeTable, digits, percent
@@ -25,7 +23,7 @@ def prompts_figure(table: RuntimeTable) -> Figure | None:
         axis_x,
         axis_y,
         f"Prompt tokens per second by length; the most are {digits(rates[fastest])}, with "
-        f"{fastest.batch_size} prompts of {digits(fastest.prompt_tokens)} tokens.",
+        f"{fastest.batch_size} prompts of {fastest.prompt_tokens:,} tokens.",
     )
     for size in sorted({point.batch_size for point in both}):
         line = sorted((float(p.prompt_tokens), rates[p]) for p in both if p.batch_size == size)
@@ -45,7 +43,7 @@ def prompts_figure(table: RuntimeTable) -> Figure | None:
             (
                 "target and draft" if point.reader == "pair" else "target",
                 str(point.batch_size),
-                digits(point.prompt_tokens),
+                f"{point.prompt_tokens:,}",
                 digits(point.ms),
                 digits(rate),
             )
@@ -62,39 +60,40 @@ def requests_figure(profile: Profile, table: RuntimeTable, trace: Trace | None) 
         return None
     # The first token of an output comes with the prompt.
     output = trace.num_positions / trace.num_prompts
-    found = tuple(cells for row in rows for cells in _whole_requests(row, table, output))
-    if not found:
+    gains = {row: _whole_requests(row, table, output) for row in rows}
+    lengths = sorted(set().union(*gains.values()))
+    if not lengths:
         return None
     return Figure(
         key="requests",
         title="What whole requests gain",
         lead="Reading the prompt takes the same time with and without a tree, and a little more "
         "for the draft, so that a request as a whole gains less than its output alone. Counted "
-        "is the GPU's time of a request: its prompt, read by itself or side by side as measured, "
-        f"and {digits(output + 1)} tokens of output, which is the mean of the trace.",
+        "is the device's time of a request: its prompt, read by itself or side by side as "
+        f"measured, and {digits(output + 1)} tokens of output, which is the mean of the trace.",
         panels=(),
-        headers=("batch size", "tokens of the prompt", "output gains", "whole request gains"),
-        rows=found,
+        headers=("batch size", "output alone", *(f"prompt of {n:,} tokens" for n in lengths)),
+        rows=tuple(
+            (
+                str(row.batch_size),
+                percent(row.predicted.speedup - 1, signed=True),
+                *(percent(of[n], signed=True) if n in of else "-" for n in lengths),
+            )
+            for row, of in gains.items()
+        ),
         narrow=True,
     )
 
 
-def _whole_requests(
-    row: PolicyRow, table: RuntimeTable, output: float
-) -> Iterator[tuple[str, str, str, str]]:
-    """Yield a line of the table for every length of prompts that both readers were timed with."""
+def _whole_requests(row: PolicyRow, table: RuntimeTable, output: float) -> dict[int, float]:
+    """Return gains over off by the prompt's length, where both readers were timed with it."""
     fast = row.predicted.tokens_per_s
     slow = fast / row.predicted.speedup
     alone, both = (_ms_of_one(table, reader, row.batch_size) for reader in ("target", "pair"))
-    for length in sorted(alone.keys() & both.keys()):
-        off_ms = alone[length] + 1e3 * output / slow
-        row_ms = both[length] + 1e3 * output / fast
-        yield (
-            str(row.batch_size),
-            digits(length),
-            percent(row.predicted.speedup - 1, signed=True),
-            percent(off_ms / row_ms - 1, signed=True),
-        )
+    return {
+        length: (alone[length] + 1e3 * output / slow) / (both[length] + 1e3 * output / fast) - 1
+        for length in alone.keys() & both.keys()
+    }
 
 
 def _ms_of_one(table: RuntimeTable, reader: Reader, batch_size: int) -> dict[int, float]:
