@@ -321,7 +321,7 @@ def skipped_copies(shape: ModelShape, stored: Collection[str], name: str) -> dic
         )
     if skipped:
         what = ", ".join(f"{group} ({count})" for group, count in sorted(skipped.items()))
-        logger.info("%s: weights that decoding does not need: %s", name, what)
+        logger.info("%s: weights that the model's own passes do not need: %s", name, what)
     return copies
 
 

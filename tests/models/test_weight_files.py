@@ -107,7 +107,7 @@ def test_known_extras_are_skipped_and_said_once(
     assert torch.equal(after.weights.lm_head_VD, before.weights.lm_head_VD)
     (line,) = [r.getMessage() for r in caplog.records if r.name == "stree_core.models.weight_index"]
     assert line == (
-        "tiny-bamba: weights that decoding does not need: *.inv_freq (1), "
+        "tiny-bamba: weights that the model's own passes do not need: *.inv_freq (1), "
         "copies of model.embed_tokens.weight (1), mtp.* (2)"
     )
 
