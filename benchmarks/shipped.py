@@ -36,7 +36,7 @@ PAIRS = (
 )
 """Targets, drafts, and whether they are shapes with random weights."""
 PROFILES = fingerprint.ROOT / "profiles"
-ON_CPU = (PAIRS[2], ("demo-gdn", "mtp", False))
+ON_CPU = (*PAIRS[2:], ("demo-gdn", "mtp", False))
 SHOWN = ("file", "hash", "seconds", "command")
 
 
