@@ -65,9 +65,9 @@ def _run(tests: list[Path]) -> str:
     names = [str(file.relative_to(ROOT)) for file in tests]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-x", "--no-header", "--tb=short"]
     command += ["-p", "no:cacheprovider", "-p", "no:benchmark", *names]
-    # Most of the tests' time is compilation.
+    # Most of the tests' time is compilation, which tests of one file share.
     if importlib.util.find_spec("xdist"):
-        command += ["-n", str(min(16, os.cpu_count() or 1))]
+        command += ["-n", str(min(16, os.cpu_count() or 1)), "--dist", "loadfile"]
     print("gate:", *names, file=sys.stderr, flush=True)
     try:
         run = subprocess.run(
