@@ -25,7 +25,7 @@ import numpy as np
 from prediction_table import BY_BATCH, by_batch
 from report import Row, read, table
 from sources import MEASUREMENTS, RESULTS
-from stale import NO_FINGERPRINT, Verdict, judge
+from stale import NO_FINGERPRINT, OTHER_OPTIONS, Verdict, judge
 
 from stree_autotune.trace.file import load_trace
 from stree_core.profile import load_profile
@@ -34,6 +34,7 @@ PROFILES = RESULTS.parents[1] / "profiles"
 
 OLDER = "*Measured on older code.*"
 UNKNOWN = "*Measured on code that is not known, to be measured again.*"
+OTHERWISE = "*Measured on this code, with other options than those of the set.*"
 OF_OLDER_TIMES = "*Predicted from times of older code.*"
 OVER_CHAIN = re.compile(r"gains ([\d.]+ % \[[^]]+\]) over chain")
 END = "<!-- end -->"
@@ -100,7 +101,7 @@ def _origin(name: str) -> str:
 
 
 def _age(verdict: Verdict) -> str:
-    return UNKNOWN if verdict.reason == NO_FINGERPRINT else OLDER
+    return {NO_FINGERPRINT: UNKNOWN, OTHER_OPTIONS: OTHERWISE}.get(verdict.reason, OLDER)
 
 
 def _spread(rows: Sequence[Row]) -> float:

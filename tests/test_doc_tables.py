@@ -30,6 +30,8 @@ def test_a_table_says_itself_that_its_code_is_older(
     assert doc_tables.filled(text) == text
     assert doc_tables.OLDER not in text
     document = report.read(path)
+    path.write_text(json.dumps(document | {"command": document["command"] + " --batches 1"}))
+    assert doc_tables.OTHERWISE in doc_tables.filled(page)
     document["source_hashes"]["benchmarks/generation.py"] = "another"
     path.write_text(json.dumps(document))
     assert doc_tables.OLDER in doc_tables.filled(page)
