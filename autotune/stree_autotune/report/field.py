@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from stree_autotune.report.figure import Figure, Marks, Panel, about
+from stree_autotune.report.figure import Figure, Marks, Panel, about, template
 from stree_autotune.report.sizes import Banded, Scaling
 from stree_autotune.report.svg_chart import (
     HEIGHT,
@@ -196,15 +195,7 @@ class FieldPage:
 
 def page_of(page: FieldPage) -> str:
     """Return the HTML page, which needs no network and runs no script."""
-    environment = Environment(
-        loader=PackageLoader("stree_autotune.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    template = environment.get_template("analyze.html")
-    return template.render(page=page, version=version_of(DISTRIBUTION))
+    return template("analyze.html").render(page=page, version=version_of(DISTRIBUTION))
 
 
 def svg_of(page: FieldPage) -> str:
@@ -214,7 +205,7 @@ def svg_of(page: FieldPage) -> str:
     height = CAPTION + rows * (row_height + GAP) + CAPTION * len(page.notes)
     root = svg_root(width, height, page.title)
     root.set("xmlns", "http://www.w3.org/2000/svg")
-    css, _, _ = PackageLoader("stree_autotune.report").get_source(Environment(), "report.css")
+    css = template("report.css").render()
     ElementTree.SubElement(root, "style").text = css + "svg text { font-family: var(--sans); }"
     ElementTree.SubElement(root, "rect", {"width": "100%", "height": "100%", "class": "ground"})
     add_text(root, GAP, 18, page.title, "strong", "start")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from stree_autotune.store import digits, percent
 from stree_core.profile import PolicyRow, Profile
 
 MOST_PANELS = 9
@@ -76,3 +78,16 @@ def panel_rows(rows: tuple[PolicyRow, ...]) -> tuple[PolicyRow, ...]:
 def about(text: str, *, estimated: bool) -> str:
     """Return a number's text, marked when it is an estimate."""
     return f"≈ {text}" if estimated else text
+
+
+def template(name: str) -> Template:
+    """Return the template of a page; what it is not given is an error."""
+    environment = Environment(
+        loader=PackageLoader("stree_autotune.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"digits": digits, "percent": percent}
+    return environment.get_template(name)

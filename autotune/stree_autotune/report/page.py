@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from stree_autotune.report.data import (
@@ -18,14 +17,14 @@ from stree_autotune.report.data import (
     reach_shares,
     scan,
 )
-from stree_autotune.report.figure import Figure, Marks, panel_rows
+from stree_autotune.report.figure import Figure, Marks, panel_rows, template
 from stree_autotune.report.live import LiveRow, live_figure, live_rows
 from stree_autotune.report.prompts import prompts_figure, requests_figure
 from stree_autotune.report.runtime import staircase_figure, steps_figure
 from stree_autotune.report.speed import history_figure, speed_figure
 from stree_autotune.report.tree import ranks_figure, trees_figure
 from stree_autotune.report.verdict import Verdicts
-from stree_autotune.store import USEFUL_GAP, Library, command, digits, percent, version_of
+from stree_autotune.store import USEFUL_GAP, Library, command, percent, version_of
 from stree_core.errors import StreeError
 from stree_core.extras import DISTRIBUTION
 from stree_core.files import dump_yaml, open_regular, write_atomically
@@ -97,20 +96,12 @@ def make_section(profile: Profile, file_name: str, anchor: str, library: Library
 
 def render(sections: Sequence[Section]) -> str:
     """Return the page."""
-    environment = Environment(
-        loader=PackageLoader("stree_autotune.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"digits": digits, "percent": percent}
     words = {
         "sections": sections,
         "version": version_of(DISTRIBUTION),
         "generator": Markup(GENERATOR),
     }
-    return environment.get_template("report.html").render(words)
+    return template("report.html").render(words)
 
 
 def _deploy(profile: Profile, file_name: str) -> Iterator[tuple[str, str]]:
