@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from stree_autotune.probe.plan import Key
 from stree_autotune.probe.steps import StepSetting, free
@@ -18,7 +17,7 @@ from stree_core.tree import OFF, Tree
 def time_prompts(pair: Pair, keys: Sequence[Key], setting: StepSetting) -> list[PromptPoint]:
     """Time what `keys` (reader, prompts, tokens of each) name, as an engine reads them.
 
-    What does not fit into memory is left out. Raises NonFiniteLogits.
+    Nothing is timed where memory does not suffice for all. Raises NonFiniteLogits.
     """
     config = EngineConfig(setting.batch_size, setting.context)
     readers = sorted({key[0] for key in keys})
@@ -52,7 +51,7 @@ def _reading(engine: Engine, num_prompts: int, num_tokens: int) -> Work:
     def read() -> None:
         for slot in range(num_prompts):
             engine.begin_prompt(slot, prompt)
-        firsts: dict[int, Any] = {}
+        firsts: dict[int, int | StreeError] = {}
         while engine.next_piece:
             firsts |= engine.read_piece()
         for first in firsts.values():
