@@ -340,7 +340,7 @@ class TermTimes:
 def term_times(table: RuntimeTable, rule: StepRule, command: str) -> dict[int, TermTimes]:
     """Return the terms of every batch size with a step, ascending, overheads fitted for one rule.
 
-    Where off alone was measured only its time is there. `command` is what errors propose to record.
+    Where off alone was measured only its time is there. `command` records more, as errors say.
     """
     rules = RuleTimes.of(table.rules, command)
     sizes = sorted({*table.batch_sizes, *table.off_sizes})
