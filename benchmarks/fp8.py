@@ -58,9 +58,10 @@ def main() -> None:
         head = header(gate=gate, bytes_per_s=bytes_per_s) | {"errors": errors(device)}
         for name in options.models:
             for weights in ("bf16", SCHEME.kind):
-                rows += passes(name, weights, device, bytes_per_s)
-                # After every block of rows: a run that is cut short keeps what it has.
-                save(options.output, head, beside_bf16(rows))
+                for measured in passes(name, weights, options.batches, device, bytes_per_s):
+                    rows += measured
+                    # After every block of rows: a run that is cut short keeps what it has.
+                    save(options.output, head, beside_bf16(rows))
     print(f"copy bandwidth {bytes_per_s / 1e12:.2f} TB/s, gate: {gate}")
     for error in head["errors"]:
         print(error)
