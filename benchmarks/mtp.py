@@ -1,8 +1,7 @@
 """Predict how a target with an MTP head decodes, with the head and with a sibling; then decode.
 
-    python benchmarks/mtp.py --pairs demo --drafts mtp demo-draft
-                             [--batches 1 8 32] [--rules greedy mss]
-    python benchmarks/mtp.py --pairs nemotron-3-nano-mtp --drafts mtp
+    python benchmarks/mtp.py [--pairs demo demo-gdn qwen3.5-27b nemotron-3-nano-mtp]
+                             [--drafts mtp demo-draft] [--batches 1 8 32] [--rules greedy mss]
                              [--data DIR] [--prompts N] [--tokens N] [--seconds S] [--output FILE]
 
 A trained target (demo-gdn as well, with its head) decodes prompts of the demo set. Their acceptance
@@ -52,6 +51,7 @@ from stree_core.engine.rules import SamplingSupport
 from stree_core.engine.sampling import SamplingParams
 from stree_core.engine.session import Request
 from stree_core.engine.stop import StopRule
+from stree_core.models.source import MTP
 from stree_core.profile import Sampling
 from stree_core.tree import DEFAULT_TREE, OFF, Tree
 
@@ -91,7 +91,7 @@ def main() -> None:
     options = parse()
     start, rows = time.perf_counter(), []
     head = header(device=options.device)
-    for name, draft in ((name, draft) for name in options.pairs for draft in options.drafts):
+    for name, draft in pairs_of(options):
         for case in cases(name, draft, options):
             for batch in options.batches:
                 if time.perf_counter() - start > options.seconds:
@@ -124,6 +124,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--output", type=Path, default=RESULTS / "mtp-h200.json")
     return parser.parse_args()
+
+
+def pairs_of(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """Return the pairs with their drafts: a sibling is the demo target's alone."""
+    return [
+        (name, draft)
+        for name in options.pairs
+        for draft in options.drafts
+        if name == DEMO or draft == MTP
+    ]
 
 
 def save_beside(path: Path, head: Row, rows: Sequence[Row]) -> None:

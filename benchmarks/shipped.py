@@ -23,6 +23,7 @@ import fingerprint
 import torch
 from report import RESULTS, Row, header, save, table
 
+from stree_autotune.probe.plan import ProbeConfig
 from stree_autotune.store.runtime_table import runtime_file_name
 from stree_core.drafting.pair import device_name, short_gpu_name
 from stree_core.models.backend import resolve_device
@@ -33,10 +34,16 @@ PAIRS = (
     ("mamba-in-llama-8b", "mamba2-distilled-small", True),
     ("demo-target", "demo-draft", False),
     ("demo-target", "mtp", False),
+    ("demo-gdn", "mtp", False),
+    ("qwen3.5-27b", "mtp", True),
+    ("nemotron-3-nano-mtp", "mtp", True),
 )
 """Targets, drafts, and whether they are shapes with random weights."""
+SIZES = tuple(map(str, ProbeConfig("").batch_sizes))
+MANY_SLOTS = ("128", "256")
+"""Batch sizes of small targets beside those of a probe."""
 PROFILES = fingerprint.ROOT / "profiles"
-ON_CPU = (*PAIRS[2:], ("demo-gdn", "mtp", False))
+ON_CPU = PAIRS[2:5]
 SHOWN = ("file", "hash", "seconds", "command")
 
 
@@ -82,6 +89,8 @@ def table_commands(gpu: str, device: torch.device) -> Iterator[tuple[Path, list[
         pair = ["--shapes", f"{target},{draft}"]
         if not is_shape:
             pair = ["--target", target, "--draft", draft]
+            if device.type == "cuda":
+                pair += [word for size in (*SIZES, *MANY_SLOTS) for word in ("--batch-size", size)]
         words = ["probe", "--gpu", gpu, *pair, "--effort", "quick", "--data", "profiles", "--force"]
         path = PROFILES / "runtime" / runtime_file_name(gpu, target, draft)
         yield path, [*words, "--device", device.type]

@@ -11,6 +11,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
+worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+if worker and "CUDA_VISIBLE_DEVICES" not in os.environ and torch.cuda.device_count() > 1:
+    # Workers of xdist take turns with the GPUs.
+    device = int(worker.removeprefix("gw")) % torch.cuda.device_count()
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(device)
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # Before any kernel is defined: a process interprets all of its kernels or none.

@@ -127,4 +127,5 @@ def test_the_bound_is_what_a_device_allocates(batch_size: int) -> None:
     )
     assert found.weights == weights
     assert before - held <= 1.05 * weights + (32 << 20)
-    assert found.caches <= taken <= 1.05 * (found.caches + found.scratch) + (64 << 20)
+    # Beyond what is counted: cuBLAS's workspaces, two of 32 MiB, and what a step's inputs take.
+    assert found.caches <= taken <= 1.05 * (found.caches + found.scratch) + (72 << 20)
