@@ -29,6 +29,7 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy
+	MYPYPATH=benchmarks $(BIN)/mypy --follow-imports silent benchmarks/*.py
 
 imports: setup
 	$(BIN)/lint-imports

@@ -67,20 +67,26 @@ class TargetDriver:
 def compile_case(case: Case, arch: int) -> list[Usage]:
     """Compile all that `case` launches for sm_`arch` and read its resources from the binaries."""
     compiled: list[Any] = []
-    run, capability, mm = JITFunction.run, pdl.capability, torch.mm
+    run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> None:
         compiled.append((run(self, *args, warmup=True, **kwargs), "maxnreg" in kwargs))
 
     driver.set_active(TargetDriver(arch))
-    JITFunction.run = compile_only
-    pdl.capability = lambda _: arch
-    # What goes to cuBLAS needs no compiler.
-    torch.mm = lambda *_, **__: None
+    patched: list[tuple[Any, str, Any]] = [
+        (JITFunction, "run", compile_only),
+        (pdl, "capability", lambda _: arch),
+        # What goes to cuBLAS needs no compiler.
+        (torch, "mm", lambda *_, **__: None),
+    ]
+    before = [getattr(owner, name) for owner, name, _ in patched]
     try:
+        for owner, name, stand_in in patched:
+            setattr(owner, name, stand_in)
         case()
     finally:
-        JITFunction.run, pdl.capability, torch.mm = run, capability, mm
+        for (owner, name, _), value in zip(patched, before, strict=True):
+            setattr(owner, name, value)
     return [usage(kernel, capped) for kernel, capped in compiled]
 
 

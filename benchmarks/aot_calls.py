@@ -246,7 +246,7 @@ def attention(
         torch.zeros(tokens, dtype=torch.int32), counts,
         torch.empty(head_dim // (8 if gated else 2)), first=0,
         q_TBHD=q, rows=rows, cache=cache, previous=rows, pending=pending(1),
-        norms=HeadNorms(*torch.empty(2, head_dim), 1e-6) if gated else None,
+        norms=HeadNorms(torch.empty(head_dim), torch.empty(head_dim), 1e-6) if gated else None,
     )  # fmt: skip
     if gated:
         columns = torch.empty(tokens, 2 * heads * head_dim, dtype=dtype)

@@ -150,7 +150,7 @@ def forward_ms(engine: Engine) -> float:
     """
     speculator, forward = engine.speculator, captured_forward(engine)
     pending = speculator.target_cache.pending
-    times = []
+    times: list[float] = []
     for num_buffered in range(MAX_BUFFERED + 1):
         with torch.inference_mode():
             pending.num_buffered_B.fill_(num_buffered)
@@ -179,7 +179,7 @@ def timed(work: Callable[[], object], before: Callable[[], None] = lambda: None)
 
     `before` runs before each round.
     """
-    times = []
+    times: list[float] = []
     for _ in range(TIMED_ROUNDS):
         before()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -74,6 +74,7 @@ def fla(inputs: DeltaInputs, op: Callable[..., Any]) -> Candidate:
     def launch(call: int) -> Tensor:
         which = call % len(inputs.buffers)
         q, k, v, g, beta = rows[which]
+        o: Tensor
         o, _ = op(
             q, k, v, g=g, beta=beta, scale=inputs.shape.state_dim**-0.5, state_v_first=True,
             initial_state=inputs.buffers[which].state_BHPN, output_final_state=inputs.tokens == 1,
@@ -84,7 +85,7 @@ def fla(inputs: DeltaInputs, op: Callable[..., Any]) -> Candidate:
     return Candidate(launch, {"o": relative_error(launch(0), o_true)})
 
 
-def sglang_tree(inputs: DeltaInputs, op: Callable[..., Any]) -> Candidate:
+def sglang_tree(inputs: DeltaInputs, op: Callable[..., Tensor]) -> Candidate:
     """SGLang's verification of a tree: one state per node, the committed one left alone.
 
     Its commit, a later copy of the accepted node's state, is not part of the call.
@@ -114,7 +115,7 @@ def sglang_tree(inputs: DeltaInputs, op: Callable[..., Any]) -> Candidate:
     return Candidate(launch, {"o": relative_error(o, o_true)}, 1)
 
 
-def sglang_replay(inputs: DeltaInputs, op: Callable[..., Any]) -> Candidate:
+def sglang_replay(inputs: DeltaInputs, op: Callable[..., Tensor]) -> Candidate:
     """SGLang's replay kernel: a chain beside a ring of earlier rows, no state stored.
 
     Its folding of a full ring into the state, another launch, is not part of the call.

@@ -85,6 +85,7 @@ def measure(inputs: DeltaInputs, fla: Callable[..., Any] | None) -> Row:
     def fla_chunk(_: int) -> Tensor:
         assert fla is not None
         q, k, v, g, beta = (tensor[None] for tensor in tokens)
+        o: Tensor
         o, _ = fla(
             q, k, v, g=g, beta=beta, initial_state=state, output_final_state=True,
             state_v_first=True, cu_seqlens=wide_offsets, scale=shape.state_dim**-0.5,

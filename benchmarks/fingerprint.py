@@ -88,8 +88,8 @@ def _words(value: object) -> Iterator[str]:
 
 def _is_docstring(node: object) -> bool:
     """Say whether a statement is a text alone, which does nothing."""
-    is_expression = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    return is_expression and isinstance(node.value.value, str)
+    value = node.value if isinstance(node, ast.Expr) else None
+    return isinstance(value, ast.Constant) and isinstance(value.value, str)
 
 
 def _is_empty_text(node: object) -> bool:

@@ -308,7 +308,7 @@ def read_tokenizer(bench: Bench, data: bytes) -> None:
 def read_prompts(bench: Bench, data: bytes) -> None:
     """Read prompts, and encode them."""
     texts = load_prompts("x", str(bench.place("prompts.jsonl", data)))
-    load_text_codec(bench.model_folder).encode(texts)
+    load_text_codec(bench.model_folder).encode(texts.texts)
 
 
 def _weight_index(bench: Bench) -> list[bytes]:
@@ -390,7 +390,7 @@ def _tokenizer(model: dict[str, object], **parts: object) -> bytes:
 
 
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-TOKENIZERS = (
+TOKENIZERS: tuple[bytes, ...] = (
     _tokenizer(
         {
             "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,

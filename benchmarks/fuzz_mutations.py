@@ -171,7 +171,7 @@ def _join_tensors(content: Any) -> bytes:
 
 def _split_trace(data: bytes) -> Any:
     """Return a trace's meta, offsets and ranks as plain content."""
-    tensors = dict(deserialize(data))
+    tensors = dict(deserialize(data))  # type: ignore[no-untyped-call]
     size = int.from_bytes(data[:8], "little")
     meta = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["meta"])
     raw = bytes(tensors["offsets"]["data"])

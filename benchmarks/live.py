@@ -22,7 +22,7 @@ from pathlib import Path
 
 import fingerprint
 import numpy as np
-from prediction import give_back, requests_of
+from prediction import Case, give_back, requests_of
 from report import RESULTS, Row, header, print_table, save, table
 from traced_pair import traced_rules
 
@@ -34,7 +34,7 @@ from stree_autotune.store.open_models import DEMO_DATASET, PairRequest, open_pai
 from stree_autotune.store.origin import versions
 from stree_autotune.store.runtime_table import load_runtime_table
 from stree_autotune.store.step_rule import StepRule
-from stree_autotune.trace.file import Trace, load_trace
+from stree_autotune.trace.file import load_trace
 from stree_autotune.trace.tree_walk import walk
 from stree_core.drafting.pair import Pair, Runtime, device_name, short_gpu_name
 from stree_core.engine.decode import generate
@@ -64,18 +64,10 @@ SHOWN = (
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
-    """A profile with its pair, what its trace says and what its table predicts.
+class ProfileCase(Case):
+    """A case that is a shipped profile's: its name is the profile's."""
 
-    It has what prediction.py asks of a case to make requests.
-    """
-
-    name: str
     profile: Profile
-    pair: Pair
-    trace: Trace
-    accepts_by_itself: bool
-    cost: StepCost
 
 
 def main() -> None:
@@ -83,7 +75,8 @@ def main() -> None:
     if options.table is not None:
         print_table(options.table, SHOWN, lambda row: True)
         return
-    head, rows = header(device=options.device), []
+    head = header(device=options.device)
+    rows: list[Row] = []
     device = resolve_device(options.device)
     gpu = short_gpu_name(device_name(device), device)
     pair: Pair | None = None
@@ -143,7 +136,7 @@ def opened(target: str, draft: str, device: str) -> Pair:
     return open_pair(PairRequest(target, draft, (), Runtime(device), shapes=is_shape(target)))
 
 
-def case_of(name: str, profile: Profile, pair: Pair) -> Case:
+def case_of(name: str, profile: Profile, pair: Pair) -> ProfileCase:
     """Return what a profile's rows are decoded with."""
     library = Library.open(())
     trace = load_trace(library.find_trace_file(Path(profile.sources.trace.name).stem))
@@ -151,10 +144,11 @@ def case_of(name: str, profile: Profile, pair: Pair) -> Case:
     prompts = pair.encode(open_prompts(DEMO_DATASET).texts) if by_itself else [prompt_for(0)]
     runtime = load_runtime_table(shipped_root() / profile.sources.runtime.name)
     rule, context = StepRule.of(profile.sampling), typical_context(prompts, trace)
-    return Case(name, profile, pair, trace, by_itself, StepCost.from_table(runtime, rule, context))
+    cost = StepCost.from_table(runtime, rule, context)
+    return ProfileCase(name, pair, trace, by_itself, cost, profile.context, profile)
 
 
-def measure(case: Case, policy: PolicyRow, num_prompts: int) -> Row:
+def measure(case: ProfileCase, policy: PolicyRow, num_prompts: int) -> Row:
     """Decode the same prompts by a row of the profile, by chains and without speculation."""
     batch, tree = policy.batch_size, policy.tree.build()
     # Prompts with a step, and as many as fill waves.
@@ -187,7 +181,7 @@ def measure(case: Case, policy: PolicyRow, num_prompts: int) -> Row:
     return row_of(case, policy, {each: [run[each] for run in runs] for each in trees}, chosen)
 
 
-def chains(case: Case, batch: int, tree: Tree) -> list[Tree]:
+def chains(case: ProfileCase, batch: int, tree: Tree) -> list[Tree]:
     """Return the chains that are predicted fastest, but for the row's own."""
     longest = min(LONGEST_CHAIN, case.trace.meta.max_depth)
     speeds = {}
@@ -198,7 +192,7 @@ def chains(case: Case, batch: int, tree: Tree) -> list[Tree]:
     return sorted(speeds, key=lambda chain: -speeds[chain])[:CHAINS]
 
 
-def sampled(case: Case, requests: Sequence[Request]) -> list[Request]:
+def sampled(case: ProfileCase, requests: Sequence[Request]) -> list[Request]:
     """Return the requests with the profile's sampling, where they decode by themselves."""
     if not case.accepts_by_itself:
         return list(requests)
@@ -209,7 +203,7 @@ def sampled(case: Case, requests: Sequence[Request]) -> list[Request]:
 
 
 def row_of(
-    case: Case, policy: PolicyRow, runs: dict[Tree, list[LiveSpeed]], chosen: Sequence[int]
+    case: ProfileCase, policy: PolicyRow, runs: dict[Tree, list[LiveSpeed]], chosen: Sequence[int]
 ) -> Row:
     """Return a row: the tree beside the faster chain and off."""
     tree = policy.tree.build()

@@ -47,9 +47,9 @@ from stree_autotune.trace.tree_walk import walk
 from stree_core.drafting.pair import Pair, Runtime, device_name, short_gpu_name
 from stree_core.engine.decode import generate
 from stree_core.engine.engine import Engine, EngineConfig
+from stree_core.engine.request import Request
 from stree_core.engine.rules import SamplingSupport
 from stree_core.engine.sampling import SamplingParams
-from stree_core.engine.session import Request
 from stree_core.engine.stop import StopRule
 from stree_core.models.source import MTP
 from stree_core.profile import Sampling

@@ -209,7 +209,7 @@ def likely_tree(trace: Trace, num_nodes: int) -> Tree:
     counts = np.bincount(trace.ranks, minlength=256)[: trace.meta.num_children]
     shares = np.minimum.accumulate(counts / max(1, trace.num_positions))
     paths: list[tuple[int, ...]] = []
-    heap = [(-float(shares[0]), (0,))]
+    heap: list[tuple[float, tuple[int, ...]]] = [(-float(shares[0]), (0,))]
     while len(paths) < num_nodes:
         weight, path = heapq.heappop(heap)
         paths.append(path)
@@ -256,7 +256,7 @@ def chosen_prompts(case: Case, batch: int, num_demo_prompts: int) -> list[int]:
     """Return which prompts of the trace are decoded, prompts without a step left out."""
     wanted = num_demo_prompts if case.accepts_by_itself else max(FEWEST_PROMPTS, batch)
     lengths = np.diff(case.trace.offsets)
-    return np.flatnonzero(lengths > 0)[:wanted].tolist()
+    return [int(index) for index in np.flatnonzero(lengths > 0)[:wanted]]
 
 
 def requests_of(case: Case, chosen: Sequence[int]) -> list[Request]:

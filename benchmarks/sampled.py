@@ -40,7 +40,7 @@ def main() -> None:
     options = parse()
     request = PairRequest("demo-target", options.draft, (), Runtime(options.device, "float32"))
     pair = open_pair(request)
-    prompts = pair.encode(open_prompts("demo", "", (), limit=options.prompts))
+    prompts = pair.encode(open_prompts("demo", "", (), limit=options.prompts).texts)
     head, rows = header(device=options.device), []
     for rule in options.rules:
         rows.append(judged(pair, options, rule, prompts))

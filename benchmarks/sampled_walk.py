@@ -41,7 +41,9 @@ def main() -> None:
     options = parse()
     request = PairRequest("demo-target", options.draft, (), Runtime(options.device, "float32"))
     pair = open_pair(request)
-    prompts = pair.encode(open_prompts("demo", "", (), limit=options.prompts)) * options.rounds
+    prompts = (
+        pair.encode(open_prompts("demo", "", (), limit=options.prompts).texts) * options.rounds
+    )
     head, rows = header({}, "tests of walks"), []
     for temperature in options.temperatures:
         for rule in options.rules:

@@ -36,7 +36,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from synthetic import latent_trace
 
 SHIPPED = ("demo", "gsm8k", "human_eval", "mt_bench")
-SYNTHETIC: dict[str, dict[str, float]] = {
+SYNTHETIC: dict[str, dict[str, Any]] = {
     "iid": {},
     "ar3": {"phi": 0.3},
     "ar6": {"phi": 0.6},
@@ -127,7 +127,7 @@ def traces(names: list[str], num_positions: int) -> Iterator[tuple[str, Trace, C
         else:
             trace = latent_trace(
                 7, num_prompts=num_positions // 113, length=LENGTH, **SYNTHETIC[name]
-            )  # type: ignore[arg-type]
+            )
             certificate = certify(trace, "0" * 64)
         assert certificate is not None
         yield name, trace, certificate

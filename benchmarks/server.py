@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from report import RESULTS, header, save
+from report import RESULTS, Row, header, save
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -24,7 +24,7 @@ from synthetic_server import ROUNDS, RUN_NOISE, START_NOISE, TRAPS, SyntheticSer
 AIM = 0.95
 
 
-def judge(seed: int) -> dict[str, object]:
+def judge(seed: int) -> Row:
     """Return how many batch sizes of a case were decided, and which wrongly."""
     server = SyntheticServer(seed, TRAPS[seed % len(TRAPS)])
     with tempfile.TemporaryDirectory() as folder:
@@ -56,8 +56,8 @@ def main() -> None:
         if row["wrong"]:
             print(f"case {seed} ({row['trap']}): {row['wrong']}")
     right = sum(not row["wrong"] for row in rows)
-    sizes = sum(int(str(row["batch_sizes"])) for row in rows)
-    missed = sum(len(row["wrong"]) for row in rows)  # type: ignore[arg-type]
+    sizes = sum(row["batch_sizes"] for row in rows)
+    missed = sum(len(row["wrong"]) for row in rows)
     verdict = "met" if right >= AIM * len(rows) else "missed"
     print(f"{right} of {len(rows)} cases right at every batch size (aim 95 %: {verdict})")
     print(f"{sizes - missed} of {sizes} verdicts right")

@@ -198,7 +198,7 @@ def _report(size: int, tokens: int, profile: Profile, runs: list[dict[str, Any]]
         flush=True,
     )
     # as a load begins and ends fewer requests run, and another row of the table is in use
-    return share > MOSTLY and abs(mean - tokens) < 0.5 if tokens else share < 1 - MOSTLY
+    return bool(share > MOSTLY and abs(mean - tokens) < 0.5 if tokens else share < 1 - MOSTLY)
 
 
 def record(folder: Path, results: list[Path]) -> None:
