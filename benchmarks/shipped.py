@@ -23,7 +23,6 @@ import fingerprint
 import torch
 from report import RESULTS, Row, header, save, table
 
-from stree_autotune.probe.plan import ProbeConfig
 from stree_autotune.store.runtime_table import runtime_file_name
 from stree_core.drafting.pair import device_name, short_gpu_name
 from stree_core.models.backend import resolve_device
@@ -39,9 +38,8 @@ PAIRS = (
     ("nemotron-3-nano-mtp", "mtp", True),
 )
 """Targets, drafts, and whether they are shapes with random weights."""
-SIZES = tuple(map(str, ProbeConfig("").batch_sizes))
-MANY_SLOTS = ("128", "256")
-"""Batch sizes of small targets beside those of a probe."""
+MANY_SLOTS = ("1", "2", "4", "8", "16", "32", "64", "128", "256")
+"""Batch sizes of trained targets, which are small; of others a probe's own."""
 PROFILES = fingerprint.ROOT / "profiles"
 ON_CPU = PAIRS[2:5]
 SHOWN = ("file", "hash", "seconds", "command")
@@ -90,7 +88,7 @@ def table_commands(gpu: str, device: torch.device) -> Iterator[tuple[Path, list[
         if not is_shape:
             pair = ["--target", target, "--draft", draft]
             if device.type == "cuda":
-                pair += [word for size in (*SIZES, *MANY_SLOTS) for word in ("--batch-size", size)]
+                pair += [word for size in MANY_SLOTS for word in ("--batch-size", size)]
         words = ["probe", "--gpu", gpu, *pair, "--effort", "quick", "--data", "profiles", "--force"]
         path = PROFILES / "runtime" / runtime_file_name(gpu, target, draft)
         yield path, [*words, "--device", device.type]

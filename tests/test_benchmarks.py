@@ -291,7 +291,7 @@ def test_rows_of_other_pairs_are_kept(tmp_path: Path) -> None:
 def live_case(trace: Trace, live: ModuleType, *rows: PolicyRow) -> Any:
     case = traced_case(trace)
     profile = make_profile(*rows)
-    return live.Case("tiny", profile, case.pair, trace, False, case.cost)
+    return live.ProfileCase("tiny", case.pair, trace, False, case.cost, 64, profile)
 
 
 def test_a_profile_s_row_is_decoded_beside_chains_and_off_on_the_same_prompts() -> None:

@@ -113,7 +113,7 @@ def test_both_halves_are_the_whole_set_in_its_order() -> None:
 def test_tables_and_profiles_are_made_by_commands_of_their_own() -> None:
     tables = dict(shipped.table_commands("h200", shipped.torch.device("cuda")))
     shipping = (shipped.PROFILES / "runtime").glob("h200--*.yaml")
-    assert {path.name for path in tables} == {path.name for path in shipping}
+    assert {path.name for path in tables} >= {path.name for path in shipping}
     path = next((shipped.PROFILES / "tuned").glob("h200--*--mtp--demo.yaml"))
     words = shipped.profile_command(path)
     assert words[words.index("-o") + 1] == path.relative_to(shipped.PROFILES.parent).as_posix()
