@@ -1,6 +1,6 @@
 """Walks over sampled traces against live steps that sample with other seeds.
 
-    python benchmarks/sampled_walk.py [--draft mtp] [--device cuda] [--rounds 4] [--output FILE]
+    python benchmarks/sampled_walk.py [--draft mtp] [--device cpu] [--rounds 4] [--output FILE]
 
 The prompts of the demo set are continued without end, at temperatures 0.6 and 1, by naive sampling
 and by MSS. Both sides are means over all prompts and rounds, each with its standard error (of a
@@ -44,7 +44,7 @@ def main() -> None:
     prompts = (
         pair.encode(open_prompts("demo", "", (), limit=options.prompts).texts) * options.rounds
     )
-    head, rows = header({}, "tests of walks"), []
+    head, rows = header(device=options.device), []
     for temperature in options.temperatures:
         for rule in options.rules:
             sampling = Sampling(rule=rule, temperature=temperature)
@@ -63,7 +63,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=4, help="seeds of every prompt")
     parser.add_argument("--slots", type=int, default=128)
-    parser.add_argument("--output", type=Path, default=RESULTS / "sampled-walk-cpu.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "sampled-walk-h200.json")
     return parser.parse_args()
 
 

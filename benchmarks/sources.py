@@ -159,12 +159,13 @@ MEASUREMENTS = (
         ),
     ),
     Measurement(
-        "forward", "forward", minutes=1.5,
+        "forward", "forward", minutes=2.5,
         arguments=(
-            "--models", "mamba2-2.7b", "mamba2-130m", "mamba-in-llama-8b",
-            "--tokens", "1", "2", "4", "8", "16", "32", "64", "--contexts", "1024",
+            "--models", "mamba2-2.7b", "mamba2-130m", "mamba-in-llama-8b", "qwen3.5-27b",
+            "qwen3.5-35b-a3b", "--tokens", "1", "2", "4", "8", "16", "32", "64",
+            "--contexts", "1024",
         ),
-        sources=(*bench("forward", "bench_shapes"), *TIMING, *PASS),
+        sources=(*bench("forward", "bench_shapes"), *TIMING, *PASS, *DELTA),
     ),
     Measurement(
         "prediction", "prediction", minutes=4,
@@ -194,11 +195,14 @@ MEASUREMENTS = (
     ),
     Measurement(
         "mtp", "mtp", minutes=3,
-        arguments=("--pairs", "demo", "--rules", "greedy", "mss"),
+        arguments=(
+            "--pairs", "demo", "demo-gdn", "qwen3.5-27b", "nemotron-3-nano-mtp",
+            "--rules", "greedy", "mss",
+        ),
         sources=(
             *bench("mtp", "traced_pair"), *STEP, *COST, *WALK, *LIVE, *_tuner("live", "speed"),
             *_tuner("trace", "record", "depth_ranks"), *_tuner("probe", "plan", "run"),
-            *_tables(DEMO, DEMO_MTP), *DEMO_MODELS,
+            *_tables(DEMO, "*--mtp"), *DELTA, *DEMO_MODELS,
         ),
     ),
     Measurement(
@@ -234,7 +238,7 @@ MEASUREMENTS = (
         "shapes", "forward", minutes=2.5,
         arguments=(
             "--models", *FITTING_SHAPES,
-            "--batches", "1", "8", "--tokens", "1", "16", "--contexts", "1024",
+            "--batches", "1", "8", "32", "--tokens", "1", "4", "16", "64", "--contexts", "1024",
         ),
         sources=(
             *bench("forward", "bench_shapes"), *TIMING, *PASS, *DELTA,
@@ -257,6 +261,12 @@ MEASUREMENTS = (
         sources=(*bench("shared_memory", "traced_pair"), *STEPPER, *STEP, *LIVE),
     ),
     Measurement(
+        "sampled-walk", "sampled_walk", minutes=1.5,
+        sources=(
+            *bench("sampled_walk"), *STEP, *WALK, *_tuner("trace", "record"), *DEMO_MODELS,
+        ),
+    ),
+    Measurement(
         "profiles", "shipped", gpu=False, minutes=2, arguments=("profiles",),
         sources=(
             *bench("shipped"), "profiles/gpus/*.yaml", "autotune/stree_autotune/search/*.py",
@@ -271,7 +281,7 @@ MEASUREMENTS = (
     ),
     Measurement(
         "lossless-cpu", "lossless", gpu=False, minutes=25,
-        arguments=("--device", "cpu", "--prompts", "128", "--tokens", "140", "--processes", "2"),
+        arguments=("--device", "cpu", "--prompts", "128", "--tokens", "140", "--processes", "8"),
         sources=(*bench("lossless"), "tests/margin.py", *ON_CPU, *DEMO_MODELS),
     ),
     Measurement(
@@ -293,13 +303,6 @@ MEASUREMENTS = (
         "sampled-cpu", "sampled", gpu=False, minutes=12,
         arguments=("--device", "cpu", "--tokens", "200"),
         sources=(*bench("sampled"), *ON_CPU, *DEMO_MODELS),
-    ),
-    Measurement(
-        "sampled-walk-cpu", "sampled_walk", gpu=False, minutes=60,
-        arguments=("--device", "cpu"),
-        sources=(
-            *bench("sampled_walk"), *ON_CPU, *WALK, *_tuner("trace", "record"), *DEMO_MODELS,
-        ),
     ),
     Measurement(
         "search", "search", gpu=False, minutes=10,
