@@ -44,7 +44,6 @@ KERNEL_MODULES = (
     "launch/rows",
     "launch/settings",
     "linear/deferred_norm",
-    "linear/router",
     "delta/rows",
     "testing",
 )

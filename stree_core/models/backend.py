@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from stree_core.errors import BackendUnavailable, nearest
 from stree_kernels.linear.deferred_norm import DeferredNorm
@@ -28,6 +29,7 @@ _OPS = {
     "join_rows": "linear.residual",
     "add_residual": "linear.residual",
     "scale_rows": "linear.residual",
+    "route": "routing.router",
     "expert_mlps": "fp8.experts",
     "rope_kv_write": "attention.rope_kv_write",
     "tree_attention": "attention.tree_attention",
@@ -66,6 +68,7 @@ class Backend:
     join_rows: Callable[..., None]
     add_residual: Callable[..., None]
     scale_rows: Callable[..., None]
+    route: Callable[..., tuple[Tensor, Tensor]]
     expert_mlps: Callable[..., None]
     rope_kv_write: Callable[..., None]
     tree_attention: Callable[..., None]

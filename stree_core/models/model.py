@@ -54,7 +54,7 @@ from stree_kernels.delta.rows import DeltaPast, DeltaTokens
 from stree_kernels.fp8.scaled_weight import Projection
 from stree_kernels.launch.rows import ConvTail, Gate, Past, Pending, gate_width
 from stree_kernels.linear.deferred_norm import COLUMNS_PER_SUM, DeferredNorm, Residual
-from stree_kernels.linear.router import add_shared, choose_experts
+from stree_kernels.routing.router_ref import Router
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,14 +247,9 @@ class Model:
 
     def _moe(self, rows: DeferredNorm, w: MoeWeights, m: MoeShape, this: AnyPass) -> DeferredNorm:
         hidden_MD = torch.empty_like(rows.values_MK)
-        self.backend.scale_rows(rows, w.norm_D, hidden_MD)
-        logits_ME = hidden_MD.to(w.router_ED.dtype) @ w.router_ED.T
-        choice_MC, share_MC = choose_experts(logits_ME[:, : m.num_experts], w.bias_E, m.router)
-        if isinstance(m, SharedMoeShape):
-            gate_M = logits_ME[:, m.num_experts]
-            choice_MC, share_MC = add_shared(
-                choice_MC, share_MC, gate_M, m.num_experts, m.num_shared
-            )
+        num_shared = m.num_shared if isinstance(m, SharedMoeShape) else 0
+        router = Router(w.norm_D, w.router_ED, w.bias_E, m.router, num_shared)
+        choice_MC, share_MC = self.backend.route(rows, router, hidden_MD)
         out_dtype = w.router_ED.dtype
         if w.latent_in is not None:
             out_dtype = hidden_MD.dtype
