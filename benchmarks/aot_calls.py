@@ -28,9 +28,11 @@ from stree_kernels.launch.rows import (
     ScanRows,
     gate_width,
 )
-from stree_kernels.launch.settings import GATED, Activation
+from stree_kernels.launch.settings import GATED, Activation, Routing
 from stree_kernels.linear import experts, linear, residual
 from stree_kernels.linear.deferred_norm import COLUMNS_PER_SUM, DeferredNorm, Residual
+from stree_kernels.routing import router as routers
+from stree_kernels.routing.router_ref import Router
 from stree_kernels.sampling import children as sampling, commit_path, top_tokens, uniforms
 from stree_kernels.sampling.commit_path_ref import PathMemory, TreeTables
 from stree_kernels.ssm import prompt_conv, prompt_scan, tree_conv, tree_scan
@@ -209,6 +211,19 @@ def moe(
         torch.empty(2, hidden, inner, dtype=dtype), torch.empty(num_rows, hidden),
         activation=activation,
     )  # fmt: skip
+
+
+def route(
+    num_rows: int, hidden: int, num_experts: int, num_shared: int, routing: Routing, *,
+    dtype: torch.dtype = BF16,
+) -> None:  # fmt: skip
+    """Choose the experts of some rows; sigmoid routing has a bias."""
+    values = torch.empty(num_rows, hidden, dtype=dtype)
+    rows = DeferredNorm(values, torch.empty(num_rows, hidden // COLUMNS_PER_SUM), 1, 1e-5)
+    bias = torch.empty(num_experts) if routing.kind == "sigmoid" else None
+    weight = torch.empty(num_experts + (num_shared > 0), hidden)
+    router = Router(torch.empty(hidden), weight, bias, routing, num_shared)
+    routers.route(rows, router, torch.empty_like(values))
 
 
 def row_steps(num_columns: int, *, dtype: torch.dtype = BF16) -> None:

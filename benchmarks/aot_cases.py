@@ -24,13 +24,14 @@ from aot_calls import (
     projections,
     prompt_attend,
     prompts,
+    route,
     row_steps,
     sampled_step,
     scan,
     uniform_numbers,
 )
 
-from stree_kernels.launch.settings import Activation
+from stree_kernels.launch.settings import Activation, Routing
 
 Case = Callable[[], None]
 
@@ -65,6 +66,19 @@ EXPERTS: tuple[tuple[int, int, int, Activation], ...] = (
 """Chosen experts, hidden and inner size: Nemotron 3 Nano and Super, Granite 4 H Tiny and Small,
 Qwen3.5-35B-A3B and Qwen3-Next with their shared expert."""
 
+ROUTERS: tuple[tuple[int, int, int, Routing], ...] = (
+    (2048, 256, 1, Routing("softmax", 8)),
+    (2688, 128, 0, Routing("sigmoid", 6, scale=2.5)),
+    (2048, 512, 1, Routing("softmax", 10)),
+    (4096, 512, 0, Routing("sigmoid", 22, scale=5.0)),
+    (1536, 64, 0, Routing("softmax", 6)),
+    (4096, 72, 0, Routing("softmax", 10)),
+    (1024, 256, 0, Routing("sigmoid", 8, num_groups=8, num_open_groups=4, scale=2.5)),
+    (1040, 12, 2, Routing("softmax", 4, normalised=False)),
+)
+"""Hidden size, routed and shared experts, and how they are chosen: Qwen3.5-35B-A3B, Nemotron 3
+Nano, Qwen3-Next, Nemotron 3 Super, Granite 4 H Tiny and Small, and others."""
+
 
 def quick_cases() -> Iterator[tuple[str, Case]]:
     """Yield what the shipped models run in bf16, and experts."""
@@ -91,6 +105,8 @@ def quick_cases() -> Iterator[tuple[str, Case]]:
     yield "prompt attention D=128", partial(prompt_attend, 4, 128)
     yield attention_case(8, 6, 256, gated=True)
     yield moe_case(2, 6, 2688, 1856, "relu2")
+    for num_rows in (1, 4):
+        yield router_case(num_rows, *ROUTERS[0])
     yield "uniforms X=50288", partial(uniform_numbers, 50288)
     for tokens, num_children in ((1, 1), (16, 4), (256, 16)):
         yield f"end of step T={tokens} C={num_children}", partial(end_of_step, tokens, num_children)
@@ -138,6 +154,10 @@ def all_cases() -> Iterator[tuple[str, Case]]:
             yield name, partial(mlp, num_rows, hidden, inner, activation)
     for sizes, dtype in itertools.product(EXPERTS, (BF16, FP16, FP32)):
         yield moe_case(2, *sizes, dtype=dtype)
+    for sizes, num_rows in itertools.product(ROUTERS, (1, 2, 4)):
+        yield router_case(num_rows, *sizes)
+    for dtype in (FP16, FP32):
+        yield router_case(4, *ROUTERS[0], dtype=dtype)
     yield from prompt_cases()
     yield from fp16_cases()
     yield from aot_fp8.more_cases()
@@ -214,6 +234,13 @@ def moe_case(num_rows: int, *sizes: Any, **options: Any) -> tuple[str, Case]:
     words = " ".join(map(str, [*sizes, *options.values()]))
     name = f"experts M={num_rows} {words}".replace("torch.", "")
     return name, partial(moe, num_rows, *sizes, **options)
+
+
+def router_case(num_rows: int, *sizes: Any, **options: Any) -> tuple[str, Case]:
+    """Return a router of one size and its name."""
+    words = " ".join(map(str, [*sizes[:3], sizes[3].num_chosen, *options.values()]))
+    name = f"router M={num_rows} {words}".replace("torch.", "")
+    return name, partial(route, num_rows, *sizes, **options)
 
 
 def projection_case(num_rows: int, inner: int, columns: int, **options: Any) -> tuple[str, Case]:
