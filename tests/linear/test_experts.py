@@ -142,6 +142,13 @@ def test_interpreted_kernels_take_more_steps_than_are_loaded_ahead(
     check_kernel(make_case(1, 2, 144, 272, "relu2", num_experts=3), torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("num_steps", "depth"), [(1, 1), (4, 4), (5, 3), (6, 3), (9, 3), (11, 4), (24, 4)]
+)
+def test_few_steps_of_a_program_are_empty(num_steps: int, depth: int) -> None:
+    assert kernel.steps_ahead(4, num_steps) == depth
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [*NARROW, torch.float32], ids=str)
@@ -154,6 +161,7 @@ SIZES: dict[str, tuple[int, int, int, Activation]] = {
     "nemotron 3 super": (22, 1024, 2688, "relu2"),
     "granite 4 tiny": (6, 1536, 512, "swiglu"),
     "granite 4 small": (10, 4096, 768, "swiglu"),
+    "qwen3.5-35b-a3b": (9, 2048, 512, "swiglu"),
     "gelu": (4, 1040, 528, "geglu"),
 }
 

@@ -214,22 +214,32 @@ def expert_mlps(
     num_weight_rows = up_EXD.shape[1]
     _up_kernel[len(inner), num_weight_rows // UP_CONFIG.block_n](
         inputs_MD, choice_MC, up_EXD, inner, GATED=gated, ACTIVATION=activation, **sizes,
-        **_cut(UP_CONFIG, num_columns, sizes["VECTOR"]),
+        **_cut(UP_CONFIG, 1, num_columns, sizes["VECTOR"]),
     )  # fmt: skip
     _down_kernel[num_rows, num_columns // DOWN_CONFIG.block_n](
         inner, choice_MC, share_MC, down_EDF, out_MD, **sizes,
-        **_cut(DOWN_CONFIG, num_chosen * num_inner, sizes["VECTOR"]),
+        **_cut(DOWN_CONFIG, num_chosen, num_inner, sizes["VECTOR"]),
     )  # fmt: skip
 
 
-def _cut(config: GemvConfig, num_columns: int, vector: int) -> dict[str, int]:
-    """Return the arguments that a config makes; no more steps ahead than there may be."""
+def _cut(config: GemvConfig, num_experts: int, num_columns: int, vector: int) -> dict[str, int]:
+    """Return the arguments that a config makes of the columns of a program's experts."""
     block_k = config.warps_k * 32 * vector
     return {
         "BLOCK_N": config.block_n, "WARPS_N": config.warps_n, "WARPS_K": config.warps_k,
-        "DEPTH": min(config.depth, triton.cdiv(num_columns, block_k)),
+        "DEPTH": steps_ahead(config.depth, num_experts * triton.cdiv(num_columns, block_k)),
         "num_warps": config.warps_n * config.warps_k,
     }  # fmt: skip
+
+
+def steps_ahead(most: int, num_steps: int) -> int:
+    """Return how many steps are loaded ahead: `most`, or one less where fewer are then empty.
+
+    A program takes so many steps at a time, and an empty one costs its instructions.
+    """
+    if num_steps <= most:
+        return num_steps
+    return min((most, max(1, most - 1)), key=lambda depth: -num_steps % depth)
 
 
 def _check(
