@@ -7,8 +7,9 @@ is filled too early; lazy copies and eager products one that is read too early.
 
 from __future__ import annotations
 
+import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class Tile:
         return Tile(self.memory, self.shape, self.offset, flip=True)
 
     def values(self) -> Tensor:
-        size = self.shape[0] * self.shape[1]
+        size = math.prod(self.shape)
         assert self.offset + size <= len(self.memory), "beyond the allocation"
         tile = self.memory[self.offset : self.offset + size].view(self.shape)
         return tile.T if self.flip else tile
@@ -68,7 +69,7 @@ class Barrier:
 
 
 class Descriptor:
-    """A tensor [rows, columns] that is copied in boxes, zeros outside of it."""
+    """A tensor [rows, columns], or of more dimensions, copied in boxes; zeros outside of it."""
 
     def __init__(self, tensor: Tensor, box: list[int]) -> None:
         self.tensor, self.box = tensor, box
@@ -77,10 +78,11 @@ class Descriptor:
     def from_tensor(cls, tensor: Tensor, box: list[int], layout: Any) -> Descriptor:
         return cls(tensor, box)
 
-    def read(self, row: int, column: int) -> Tensor:
+    def read(self, at: Sequence[int]) -> Tensor:
         out = torch.zeros(self.box, dtype=torch.float64)
-        part = self.tensor[row : row + self.box[0], column : column + self.box[1]]
-        out[: part.shape[0], : part.shape[1]] = part
+        ends = zip(at, self.box, strict=True)
+        part = self.tensor[tuple(slice(first, first + size) for first, size in ends)]
+        out[tuple(slice(size) for size in part.shape)] = part
         return out
 
 
@@ -109,6 +111,7 @@ class Machine:
             arange=lambda a, b, layout: torch.arange(a, b), load=load, store=store,
             zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=torch.float64),
             sum=lambda x, axis: x.sum(axis), convert_layout=lambda x, layout: x,
+            reshape=torch.reshape, permute=torch.permute, split=lambda x: x.unbind(-1),
             int64=torch.int64, float32=torch.float64, SliceLayout=nothing, BlockedLayout=nothing,
             NVMMADistributedLayout=nothing, NVMMASharedLayout=nothing,
         )  # fmt: skip
@@ -148,12 +151,13 @@ class Machine:
         if not pred:
             return
         assert self.waited or source is self.weight, "read before the wait"
-        row, column = map(int, at)
+        first = [int(index) for index in at]
+        assert to.shape == source.box
 
         def land() -> None:
-            to.values().copy_(source.read(row, column))
+            to.values().copy_(source.read(first))
 
-        bar.bytes += 2 * source.box[0] * source.box[1]
+        bar.bytes += 2 * math.prod(source.box)
         if self.eager:
             land()
         else:

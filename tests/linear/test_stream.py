@@ -19,34 +19,36 @@ from stree_kernels.linear.deferred_norm import COLUMNS_PER_SUM, DeferredNorm, Re
 from stree_kernels.linear.residual_ref import normalised
 from stree_kernels.linear.shares import BLOCK, add_shares
 from stree_kernels.linear.stream_kernel import bounds, part_of
-from stree_kernels.linear.stream_plan import BOX_K, GROUP, StreamConfig, StreamPlan, make_plan
+from stree_kernels.linear.stream_plan import BOX_K, StreamConfig, StreamPlan, make_plan
 from stree_kernels.testing import assert_close, poisoned
 
 EPS = 1e-3
 FEW = settings(max_examples=60, deadline=None, derandomize=True)
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests cover this")
 CONFIGS = (
-    StreamConfig(128, 1), StreamConfig(64, 2), StreamConfig(200, 2), StreamConfig(32, 1, 2)
+    StreamConfig(128, 1), StreamConfig(64, 2), StreamConfig(200, 2, max_rows=256),
+    StreamConfig(32, 1, 2),
 )  # fmt: skip
 MODELS = ((10576, 2560), (2560, 5120), (14336, 4096), (4096, 14336), (50288, 2560), (3352, 768))
 """Columns out and in of shipped models' projections."""
 
 
 def items_of(plan: StreamPlan, part: int, num_outputs: int) -> list[tuple[int, int, int]]:
-    """Return (first row, end of the rows, step) of each item of a program, in its order."""
-    tile_rows = plan.group * plan.num_boxes
+    """Return (first row, end of the tile's rows, step) of each item of a program, in its order."""
     if plan.shares:
-        begin, end = bounds.fn(part, -(-num_outputs // tile_rows) * plan.steps, plan.num_programs)
+        begin, end = bounds.fn(part, -(-num_outputs // plan.group) * plan.steps, plan.num_programs)
         places = [divmod(place, plan.steps) for place in range(begin, end)]
-        return [(tile * tile_rows, num_outputs, step) for tile, step in places]
+        ends = [min((tile + 1) * plan.group, num_outputs) for tile, _ in places]
+        return [
+            (tile * plan.group, end, step) for (tile, step), end in zip(places, ends, strict=True)
+        ]
     first, last = bounds.fn(part, -(-num_outputs // plan.group), plan.num_programs)
-    end_row = min(last * plan.group, num_outputs)
-    num_tiles = -(-(last - first) // plan.num_boxes)
-    return [
-        (first * plan.group + tile * tile_rows, end_row, step)
-        for tile in range(num_tiles)
-        for step in range(plan.steps)
-    ]
+    items = []
+    for tile in range(plan.tiles):
+        begin, end = bounds.fn(tile, last - first, plan.tiles)
+        row, end_row = (first + begin) * plan.group, (first + end) * plan.group
+        items += [(row, min(end_row, num_outputs), step) for step in range(plan.steps)]
+    return items
 
 
 def check_plan(plan: StreamPlan, num_outputs: int, num_inner: int) -> None:
@@ -61,19 +63,20 @@ def check_plan(plan: StreamPlan, num_outputs: int, num_inner: int) -> None:
             if current:
                 ahead = current - 1 + plan.stages
                 slots[ahead % plan.stages] = ahead
-            for group_row in range(row, min(row + tile_rows, end_row), GROUP):
+            assert end_row - row <= tile_rows, "a tile has more rows than boxes"
+            for group_row in range(row, end_row, plan.group):
                 seen[group_row, step] = seen.get((group_row, step), 0) + 1
     assert set(seen.values()) == {1}, "a part of the weight is multiplied twice"
-    assert len(seen) == -(-num_outputs // GROUP) * plan.steps, "a part is left out"
+    assert len(seen) == -(-num_outputs // plan.group) * plan.steps, "a part is left out"
     assert plan.steps * plan.splits * BOX_K >= num_inner
-    assert tile_rows <= 64 * plan.halves
+    assert plan.num_boxes * plan.box_rows <= plan.mma_rows
 
 
 @FEW
 @given(
     config=st.sampled_from(CONFIGS),
     num_rows=st.integers(1, 128),
-    num_outputs=st.integers(1, 700).map(lambda count: 8 * count),
+    num_outputs=st.one_of(st.integers(1, 700).map(lambda count: 8 * count), st.integers(1, 5600)),
     num_inner=st.integers(1, 60).map(lambda count: 16 * count),
     num_sms=st.sampled_from([1, 7, 114, 132]),
     gated=st.booleans(),
@@ -176,6 +179,10 @@ SMALL: dict[str, tuple[StreamConfig, int, int, int, int | None, Activation | Non
     "several of two": (StreamConfig(64, 1, 2), 5, 1200, 80, 10, "relu2"),
     "gate and up": (StreamConfig(32, 1), 12, 120, 208, 13, "swiglu"),
     "several of gate and up": (StreamConfig(32, 2), 70, 600, 128, None, "geglu"),
+    "rows that no group ends at": (StreamConfig(64, 1), 7, 187, 144, 9, None),
+    "gates that no group ends at": (StreamConfig(64, 1), 4, 341, 144, 9, "swiglu"),
+    "four tensor core tiles": (StreamConfig(64, 1, max_rows=256), 6, 270, 144, None, "swiglu"),
+    "fewer groups than programs": (StreamConfig(64, 1), 2, 13, 80, None, "swiglu"),
 }
 """Config, rows, columns out (of one half, if gated) and in, sums of squares, activation."""
 
