@@ -27,12 +27,14 @@ from stree_kernels.linear.deferred_norm import DeferredNorm, check_rows
 from stree_kernels.linear.residual import row_scale, scale_rows
 from stree_kernels.routing.router_ref import Router
 
-MOST_ROWS = 64
+MOST_ROWS = 32
 """Above, the weight would be read from the cache so often that cuBLAS is faster."""
 BLOCK_ROWS = (1, 2, 4)
 """Rows of the input in a program: as many as there are, at most the last."""
-BLOCK_N = 2
-"""Rows of the weight in a program: on an H200 a program or two for each multiprocessor."""
+FEW_ROWS = 8
+BLOCK_N = (2, 4)
+"""Rows of the weight in a program, up to FEW_ROWS and above: a program or two for each
+multiprocessor of an H200, then fewer that read the rows."""
 NUM_WARPS = 4
 VECTOR = 4
 """Neighbouring columns of a thread: what it loads of the weight at a time."""
@@ -282,11 +284,12 @@ def _multiply(rows: DeferredNorm, router: Router, hidden_MD: Tensor, logits_MX: 
     num_rows, num_columns = values.shape
     num_sums = 0 if sums is None else sums.shape[1]
     block_m = next((b for b in BLOCK_ROWS if num_rows <= b), BLOCK_ROWS[-1])
-    grid = triton.cdiv(len(router.weight_XD), BLOCK_N), triton.cdiv(num_rows, block_m)
+    block_n = BLOCK_N[num_rows > FEW_ROWS]
+    grid = triton.cdiv(len(router.weight_XD), block_n), triton.cdiv(num_rows, block_m)
     kernel = _logits_kernel[grid](
         values, sums, router.norm_D, router.weight_XD, hidden_MD, logits_MX, num_rows,
         len(router.weight_XD), eps, INNER=num_columns, SUMS=num_sums, BLOCK_M=block_m,
-        BLOCK_N=BLOCK_N, BLOCK_Q=triton.next_power_of_2(max(1, num_sums)),
+        BLOCK_N=block_n, BLOCK_Q=triton.next_power_of_2(max(1, num_sums)),
         THREADS=32 * NUM_WARPS, VECTOR=VECTOR, DEPTH=DEPTH, ROWS_DEPTH=ROWS_DEPTH,
         num_warps=NUM_WARPS, num_stages=1, **launch_options(values.device),
     )  # fmt: skip
