@@ -67,7 +67,7 @@ def _run(tests: list[Path]) -> str:
     command += ["-p", "no:cacheprovider", "-p", "no:benchmark", *names]
     # Most of the tests' time is compilation, which tests of one file share.
     if importlib.util.find_spec("xdist"):
-        workers = min(12 * max(1, torch.cuda.device_count()), os.cpu_count() or 1)
+        workers = min(16 * max(1, torch.cuda.device_count()), os.cpu_count() or 1)
         command += ["-n", str(workers), "--dist", "loadfile"]
     print("gate:", *names, file=sys.stderr, flush=True)
     try:
