@@ -12,12 +12,15 @@ it is stale when one of them is another now.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from queue import Queue
 
 import fingerprint
 import torch
@@ -31,6 +34,7 @@ from stree_core.profile import load_profile
 PAIRS = (
     ("mamba2-2.7b", "mamba2-130m", True),
     ("mamba-in-llama-8b", "mamba2-distilled-small", True),
+    ("mamba-in-llama-8b-fp8-block", "mamba2-distilled-small", True),
     ("demo-target", "demo-draft", False),
     ("demo-target", "mtp", False),
     ("demo-gdn", "mtp", False),
@@ -41,23 +45,44 @@ PAIRS = (
 MANY_SLOTS = ("1", "2", "4", "8", "16", "32", "64", "128", "256")
 """Batch sizes of trained targets, which are small; of others a probe's own."""
 PROFILES = fingerprint.ROOT / "profiles"
-ON_CPU = PAIRS[2:5]
+ON_CPU = PAIRS[3:6]
 SHOWN = ("file", "hash", "seconds", "command")
 
 
 def main() -> None:
     options = parse()
-    head, rows = header(device=options.device), []
-    for path, command in commands(options):
-        if options.only and path.stem not in options.only:
-            continue
+    head = header(device=options.device)
+    rows: list[Row] = []
+    work = [each for each in commands(options) if not options.only or each[0].stem in options.only]
+    device = resolve_device(options.device)
+    probing = options.what == "tables" and device.type == "cuda"
+    free: Queue[str] = Queue()
+    for index in range(torch.cuda.device_count() if probing else 1):
+        free.put(str(index))
+
+    def make(path: Path, command: list[str]) -> Row:
+        gpu = free.get()
         start, before = time.monotonic(), path.read_bytes() if path.exists() else b""
-        run(command)
+        try:
+            run(command, {"CUDA_VISIBLE_DEVICES": gpu} if probing else {})
+        finally:
+            free.put(gpu)
         if options.what == "profiles" and hash_of(path) == hash_of(path, before):
             path.write_bytes(before)
-        rows.append(row_of(path, command, time.monotonic() - start))
-        print(table(rows[-1:], SHOWN).splitlines()[-1], flush=True)
-        save(options.output, head, rows)
+        return row_of(path, command, time.monotonic() - start)
+
+    failures = []
+    # One command a GPU at a time; one that fails keeps no other from its turn.
+    with ThreadPoolExecutor(free.qsize()) as pool:
+        for done in as_completed([pool.submit(make, *each) for each in work]):
+            if failure := done.exception():
+                failures.append(str(failure))
+                continue
+            rows.append(done.result())
+            print(table(rows[-1:], SHOWN).splitlines()[-1], flush=True)
+            save(options.output, head, rows)
+    if failures:
+        raise SystemExit("\n".join(failures))
 
 
 def parse() -> argparse.Namespace:
@@ -106,10 +131,13 @@ def profile_command(path: Path) -> list[str]:
     return [*words, "-o", place, "--force"]
 
 
-def run(words: Sequence[str]) -> None:
-    """Run a command of stree-tune in the checkout."""
-    command = [sys.executable, "-m", "stree_autotune", *words]
-    done = subprocess.run(command, cwd=fingerprint.ROOT, check=False, stdout=subprocess.DEVNULL)
+def run(words: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Run a command of stree-tune in the checkout, with some variables of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "stree_autotune", *words],
+        cwd=fingerprint.ROOT, check=False, stdout=subprocess.DEVNULL,
+        env={**os.environ, **environment},
+    )  # fmt: skip
     if done.returncode:
         raise SystemExit(f"stree-tune {shlex.join(words)} ended with {done.returncode}; mend it")
 

@@ -87,7 +87,7 @@ PASS = (
     "-kernels/stree_kernels/*/prompt_*.py",
     *CORE_PASS,
 )
-"""A forward pass of Mamba2, attention and MLP layers; what hands tensors on to them is no source."""
+"""A forward pass of Mamba2, attention and MLP layers, without what hands tensors on to kernels."""
 CORE_STEP = (
     *CORE_PASS,
     *_core("drafting", "draft", "mtp_draft", "tree_plan"),
