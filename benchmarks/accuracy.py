@@ -5,6 +5,7 @@
 - whole step: a speculative step from its terms and the other steps of its batch size.
 - roofline, batch size and shape: a pass from a roofline fitted without its batch size or model.
 - both shapes: a whole step of a pair from a roofline fitted without both of its models.
+- passes of a shape: those of forward.py, by size, from a roofline fitted without the shape.
 """
 
 from __future__ import annotations
@@ -14,13 +15,24 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from report import Row
 
 from stree_autotune.cost.estimate import TWO_SIDED, fit_shapes
-from stree_autotune.cost.layout import Layouts
+from stree_autotune.cost.layout import Layouts, layout_of
 from stree_autotune.cost.roofline import fit, log_errors
-from stree_autotune.cost.shape_table import MeasuredGpu, ShapeQuestion, table_of_shapes
+from stree_autotune.cost.shape_table import DTYPE, MeasuredGpu, ShapeQuestion, table_of_shapes
 from stree_autotune.cost.step_cost import StepCost
-from stree_autotune.cost.work import Sample, all_samples
+from stree_autotune.cost.traffic import model_cost
+from stree_autotune.cost.work import (
+    PassModel,
+    PassSize,
+    Sample,
+    all_samples,
+    element_bytes,
+    pass_work,
+    plain_size,
+    point_size,
+)
 from stree_autotune.store.gpu_spec import GpuSpec
 from stree_autotune.store.library import Library
 from stree_autotune.store.runtime_table import Point, RuntimeTable
@@ -116,6 +128,42 @@ def pair_accuracy(measured: MeasuredGpu, library: Library) -> tuple[list[Accurac
         for kind, found in errors.items():
             rows.append(Accuracy.of(f"both shapes, {kind}", " + ".join(names), found))
     return rows, sum(inside) / max(1, len(inside))
+
+
+def forward_accuracy(
+    rows: Sequence[Row], measured: MeasuredGpu, library: Library
+) -> tuple[list[Accuracy], float]:
+    """Return how passes that forward.py timed are predicted from other shapes' tables.
+
+    Also the share of them inside the band. Rows whose experts are all the same are left out.
+    """
+    width = element_bytes(DTYPE)
+    samples, found, inside = all_samples(measured.tables, measured.layouts), [], []
+    for name in sorted({row["model"] for row in rows}):
+        source = library.find_described(name)
+        model = PassModel(
+            model_cost(source.shape, source.ref, width), layout_of(source.shape), width
+        )
+        mine = [
+            Sample(name, row["batch"], "verify", pass_work(model, _size_of(row)), row["ms"])
+            for row in rows
+            if row["model"] == name and row.get("routing") != "one set"
+        ]
+        rest = [sample for sample in samples if sample.model != name]
+        roofline = fit_shapes(rest, measured.spec, measured.tables[0])
+        errors = log_errors(mine, roofline.found, measured.spec)
+        band = TWO_SIDED * math.hypot(roofline.between, roofline.within)
+        inside += (np.abs(errors) <= band).tolist()
+        found.append(Accuracy.of("passes of a shape", name, np.expm1(errors).tolist()))
+    return found, sum(inside) / max(1, len(inside))
+
+
+def _size_of(row: Row) -> PassSize:
+    """Return the rows of a pass; one token is a step without a tree, which stores now and then."""
+    batch_size, num_tokens, context = row["batch"], row["tokens"], row["context"]
+    if num_tokens == 1:
+        return plain_size(batch_size, context)
+    return point_size("verify", batch_size, num_tokens, context)
 
 
 def _without_size(points: Sequence[Point]) -> Iterator[float]:

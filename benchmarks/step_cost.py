@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from accuracy import Accuracy, accuracy, pair_accuracy, roofline_accuracy
+from accuracy import Accuracy, accuracy, forward_accuracy, pair_accuracy, roofline_accuracy
 from published import published_table
+from report import RESULTS, read
 
 from stree_autotune.cost.layout import find_layouts
 from stree_autotune.cost.shape_table import MeasuredGpu
@@ -36,10 +37,16 @@ def main() -> None:
         if spec is not None:
             layouts = find_layouts(library, mine)
             print(f"**{gpu}: roofline**\n\n{as_markdown(roofline_accuracy(mine, spec, layouts))}")
-            rows, inside = pair_accuracy(MeasuredGpu(spec, mine, (), layouts), library)
+            whole = MeasuredGpu(spec, mine, (), layouts)
+            rows, inside = pair_accuracy(whole, library)
             if rows:
                 print(f"**{gpu}: shapes alone**\n\n{as_markdown(rows)}")
                 print(f"{inside:.1%} of these steps lie inside the band of an estimate.\n")
+            for path in (RESULTS / f"{name}-{gpu}.json" for name in ("shapes", "forward")):
+                if path.exists():
+                    rows, inside = forward_accuracy(read(path)["rows"], whole, library)
+                    print(f"**{path.name}**\n\n{as_markdown(rows)}")
+                    print(f"{inside:.1%} of these passes lie inside the band of an estimate.\n")
             print(published_table(mine, spec, library))
 
 

@@ -65,6 +65,29 @@ def test_pairs_that_no_table_was_fitted_to_are_within_the_band() -> None:
     assert all(row.median < 0.1 and row.worst < 0.25 for row in billions)
 
 
+def test_passes_of_a_shape_are_predicted_from_other_shapes_alone() -> None:
+    root, name = shipped_root(), "mamba-in-llama-8b"
+    tables = [load_runtime_table(path) for path in sorted((root / "runtime").glob("h200--*.yaml"))]
+    spec, library = load_gpu_spec(root / "gpus" / "h200.yaml"), Library.open()
+    measured = MeasuredGpu(spec, tuple(tables), (), find_layouts(library, tables))
+    (own,) = [t for t in tables if t.target.name == name and t.target.weights is None]
+    rows = [
+        {"model": name, "batch": p.batch_size, "tokens": p.size, "context": 512, "ms": p.ms}
+        for p in own.points
+        if p.term == "verify" and p.size > 1
+    ]
+    # Of other rows it is said that all experts are the same: none of the model's table is used.
+    others = [row | {"routing": "one set", "ms": 1e3} for row in rows]
+    (found,), inside = script_accuracy.forward_accuracy([*rows, *others], measured, library)
+    assert found.count == len(rows)
+    assert 0 < found.median < 0.15
+    assert inside > 0.5
+    slower = [row | {"ms": 3 * row["ms"]} for row in rows]
+    (found,), inside = script_accuracy.forward_accuracy(slower, measured, library)
+    assert found.median > 0.5
+    assert inside < 0.1
+
+
 def test_published_times_are_predicted_within_a_fifth(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     import published  # type: ignore[import-not-found]
