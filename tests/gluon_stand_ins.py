@@ -1,4 +1,4 @@
-"""Stand-ins for Gluon's functions, which run the kernel of `stream_kernel` on the CPU.
+"""Stand-ins for Gluon's functions, which run the kernels of both `stream_kernel`s on the CPU.
 
 A bulk copy may land at any time between its start and the wait for its barrier, and a product may
 read its tiles at any time until the wait for it. `eager` copies and lazy products find a slot that
@@ -16,10 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from stree_kernels.fp8 import stream_kernel as fp8_module
+from stree_kernels.fp8.scaled_weight import CODES
+from stree_kernels.fp8.stream_plan import CODE_BOX_K
 from stree_kernels.linear import stream_kernel as module
 from stree_kernels.linear.stream_plan import BOX_K, TILE_N
 
-KERNEL = module.stream_kernel
+KERNELS = (module.stream_kernel, fp8_module.fp8_stream_kernel)
+VALUES = torch.arange(256, dtype=torch.uint8).view(CODES).double()
 
 
 class Pointer:
@@ -34,29 +38,47 @@ class Pointer:
 
 
 class Tile:
-    """A view of shared memory from an element on, its rows behind each other."""
+    """A view of shared memory from an element on, its rows behind each other.
+
+    Rows longer than `width`, the columns of a bulk copy, are cut: all first parts come first.
+    """
 
     def __init__(
-        self, memory: Tensor, shape: list[int], offset: int = 0, flip: bool = False
+        self, memory: Tensor, shape: list[int], width: int, offset: int = 0, flip: bool = False
     ) -> None:
-        self.memory, self.shape, self.offset, self.flip = memory, shape, offset, flip
-        self.layout = self.dtype = None
+        self.memory, self.shape, self.layout = memory, shape, width
+        self.offset, self.flip, self.dtype = offset, flip, None
 
     def index(self, at: Any) -> Tile:
         assert 0 <= int(at) < self.shape[0], "outside the allocation"
         rows, columns = self.shape[1:]
-        return Tile(self.memory, [rows, columns], self.offset + int(at) * rows * columns)
+        return Tile(
+            self.memory, [rows, columns], self.layout, self.offset + int(at) * rows * columns
+        )
 
     def _reinterpret(self, dtype: Any, shape: list[int], layout: Any) -> Tile:
-        return Tile(self.memory, shape, self.offset)
+        return Tile(self.memory, shape, self.layout, self.offset)
 
     def permute(self, order: tuple[int, int]) -> Tile:
-        return Tile(self.memory, self.shape, self.offset, flip=True)
+        return Tile(self.memory, self.shape, self.layout, self.offset, flip=True)
+
+    def _parts(self) -> Tensor:
+        """Return the memory as [rows of all boxes, parts, columns of a part]."""
+        columns, size = self.shape[-1], math.prod(self.shape)
+        assert self.offset + size <= len(self.memory), "beyond the allocation"
+        memory = self.memory[self.offset : self.offset + size]
+        width = min(columns, self.layout)
+        return memory.view(columns // width, size // columns, width).transpose(0, 1)
+
+    def load(self, layout: Any = None) -> Tensor:
+        return self._parts().reshape(self.shape).clone()
+
+    def store(self, values: Tensor) -> None:
+        parts = self._parts()
+        parts.copy_(values.reshape(parts.shape))
 
     def values(self) -> Tensor:
-        size = math.prod(self.shape)
-        assert self.offset + size <= len(self.memory), "beyond the allocation"
-        tile = self.memory[self.offset : self.offset + size].view(self.shape)
+        tile = self.load()
         return tile.T if self.flip else tile
 
 
@@ -89,13 +111,14 @@ class Descriptor:
 class Machine:
     """One program's shared memory, copies and products, under the names the kernel uses."""
 
-    def __init__(self, pid: int, weight: Descriptor, *, eager: bool) -> None:
-        self.pid, self.weight, self.eager, self.waited = pid, weight, eager, False
+    def __init__(self, kernel: Any, pid: int, weight: Descriptor, *, eager: bool) -> None:
+        self.kernel, self.pid, self.weight, self.eager = kernel, pid, weight, eager
+        self.waited = False
         self.products: list[Callable[[], None]] = []
 
     def run(self, *args: Any, **meta: Any) -> None:
         """Run the kernel as this program."""
-        types.FunctionType(KERNEL.fn.__code__, self.names())(*args, **meta)
+        types.FunctionType(self.kernel.fn.__code__, self.names())(*args, **meta)
         assert not self.products, "a product that nothing waits for"
 
     def names(self) -> dict[str, Any]:
@@ -107,18 +130,20 @@ class Machine:
         names = types.SimpleNamespace
         gl = names(
             program_id=lambda _: torch.tensor(self.pid), allocate_shared_memory=self.allocate,
-            static_range=range, minimum=min, where=lambda chosen, a, b: a if chosen else b,
+            static_range=range, minimum=minimum, where=lambda chosen, a, b: a if chosen else b,
             arange=lambda a, b, layout: torch.arange(a, b), load=load, store=store,
             zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=torch.float64),
             sum=lambda x, axis: x.sum(axis), convert_layout=lambda x, layout: x,
             reshape=torch.reshape, permute=torch.permute, split=lambda x: x.unbind(-1),
-            int64=torch.int64, float32=torch.float64, SliceLayout=nothing, BlockedLayout=nothing,
-            NVMMADistributedLayout=nothing, NVMMASharedLayout=nothing,
+            int64=torch.int64, float32=torch.float64, uint8=torch.uint8, SliceLayout=nothing,
+            BlockedLayout=nothing, DotOperandLayout=nothing, NVMMADistributedLayout=nothing,
+            NVMMASharedLayout=lambda swizzle, bits, rank: 8 * swizzle // bits,
         )  # fmt: skip
         cuda = names(gdc_wait=self.wait_for_previous, gdc_launch_dependents=nothing)
         replaced = {
             "gl": gl, "tl": names(extra=names(cuda=cuda)), "barrier": nothing,
             "fence_async_shared": nothing, "_BOX_K": BOX_K, "_TILE_N": TILE_N,
+            "_STEP_K": CODE_BOX_K, "native_factors": lambda codes, dtype: VALUES[codes.long()],
             "mbarrier": names(
                 init=nothing, MBarrierLayout=nothing, expect=self.expect, wait=self.wait
             ),
@@ -126,8 +151,9 @@ class Machine:
             "warpgroup_mma_wait": self.wait_for_products, "gate": gate, "square_relu": square_relu,
             "scale_factor": lambda total, columns, eps: torch.rsqrt(total / columns + eps),
         }  # fmt: skip
-        scope = {**vars(module), **replaced}
-        for name, value in vars(module).items():
+        own = self.kernel.fn.__globals__
+        scope = {**own, **replaced}
+        for name, value in own.items():
             if hasattr(value, "fn") and name not in replaced:
                 scope[name] = types.FunctionType(value.fn.__code__, scope, name)
         return scope
@@ -137,7 +163,9 @@ class Machine:
             bars = [Barrier() for _ in range(shape[0])]
             return types.SimpleNamespace(index=lambda at: bars[int(at)])
         rows = shape[0] * shape[1] * shape[2]
-        return Tile(torch.full((rows,), torch.nan, dtype=torch.float64), shape)
+        # Codes are looked up: what is not a number has none.
+        unset = 255.0 if dtype is torch.uint8 else torch.nan
+        return Tile(torch.full((rows,), unset, dtype=torch.float64), shape, layout)
 
     def wait_for_previous(self) -> None:
         self.waited = True
@@ -155,9 +183,9 @@ class Machine:
         assert to.shape == source.box
 
         def land() -> None:
-            to.values().copy_(source.read(first))
+            to.store(source.read(first))
 
-        bar.bytes += 2 * math.prod(source.box)
+        bar.bytes += source.tensor.element_size() * math.prod(source.box)
         if self.eager:
             land()
         else:
@@ -170,9 +198,12 @@ class Machine:
             land()
         bar.phase, bar.expected, bar.bytes, bar.copies = bar.phase + 1, 0, 0, []
 
-    def multiply(self, a: Tile, b: Tile, acc: Tensor, is_async: bool) -> Tensor:
+    def multiply(
+        self, a: Tile | Tensor, b: Tile, acc: Tensor, is_async: bool, use_acc: bool = True
+    ) -> Tensor:  # fmt: skip
         def product() -> None:
-            acc.add_(a.values() @ b.values())
+            first = a if isinstance(a, Tensor) else a.values()
+            acc.copy_(first @ b.values() + (acc if use_acc else 0))
 
         if self.eager:
             self.products.append(product)
@@ -186,8 +217,15 @@ class Machine:
         return deps if len(deps) > 1 else deps[0]
 
 
-def load(ptr: Pointer, mask: Tensor, other: float) -> Tensor:
+def minimum(a: Any, b: Any) -> Any:
+    """The smaller one of two numbers, or of each of a tensor's and a number."""
+    return a.clamp(max=b) if isinstance(a, Tensor) and a.ndim else min(a, b)
+
+
+def load(ptr: Pointer, mask: Tensor | None = None, other: float = 0.0) -> Tensor:
     """Read where the mask says so."""
+    if mask is None:
+        return ptr.memory[ptr.offset].double()
     offset, mask = torch.broadcast_tensors(ptr.offset, mask)
     values = ptr.memory[torch.where(mask, offset, 0)].double()
     return torch.where(mask, values, other)
@@ -213,25 +251,27 @@ def square_relu(up: Tensor) -> Tensor:
 
 
 class Launcher:
-    """Takes the place of the kernel: all programs of a launch, one after the other."""
+    """Takes the place of a kernel: all programs of a launch, one after the other."""
 
-    def __init__(self, *, eager: bool) -> None:
-        self.eager = eager
+    def __init__(self, kernel: Any, *, eager: bool) -> None:
+        assert kernel in KERNELS
+        self.kernel, self.eager = kernel, eager
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
         def launch(
-            w_desc: Descriptor, x_desc: Descriptor, out: Tensor, sums: Tensor | None, *sizes: Any,
-            num_warps: int, **meta: Any,
+            w_desc: Descriptor, x_desc: Descriptor, *args: Any, num_warps: int, maxnreg: int = 0,
+            **meta: Any,
         ) -> None:  # fmt: skip
-            steps = zip(out.shape, out.stride(), strict=True)
-            size = 1 + sum((count - 1) * step for count, step in steps)
-            flat = out.as_strided((size,), (1,), out.storage_offset())
-            pointers = (
-                Pointer(flat),
-                None if sums is None else Pointer(sums.flatten()),
-            )
+            # What is a tensor is passed as a pointer.
+            pointed = [Pointer(flat(arg)) if isinstance(arg, Tensor) else arg for arg in args]
             for pid in range(grid[0]):
-                machine = Machine(pid, w_desc, eager=self.eager)
-                machine.run(w_desc, x_desc, *pointers, *sizes, **{**meta, "PDL": True})
+                machine = Machine(self.kernel, pid, w_desc, eager=self.eager)
+                machine.run(w_desc, x_desc, *pointed, **{**meta, "PDL": True})
 
         return launch
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """Return the memory of a tensor from its first element to its last one."""
+    size = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.as_strided((size,), (1,), tensor.storage_offset())

@@ -233,7 +233,8 @@ def test_the_kernel_on_stand_ins_leaves_shares(
 
 def use_stand_ins(monkeypatch: pytest.MonkeyPatch, eager: bool) -> None:
     """Run the kernel on the CPU."""
-    monkeypatch.setattr(stream_kernel, "stream_kernel", Launcher(eager=eager))
+    launcher = Launcher(stream_kernel.stream_kernel, eager=eager)
+    monkeypatch.setattr(stream_kernel, "stream_kernel", launcher)
     monkeypatch.setattr(stream_kernel, "TensorDescriptor", Descriptor)
     monkeypatch.setattr(stream_kernel, "_DTYPES", {torch.bfloat16: torch.bfloat16})
 

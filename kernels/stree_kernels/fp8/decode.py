@@ -55,6 +55,32 @@ or.b32 high, high, sign;
 mul.rn.f16x2 $1, high, power;
 }
 """)
+_NATIVE_BF16_ASM = tl.constexpr("""
+{
+.reg .b16 low, high, a, b, c, d;
+.reg .b32 first, second;
+.reg .f32 e, f, g, h;
+mov.b32 {low, high}, $2;
+cvt.rn.f16x2.e4m3x2 first, low;
+cvt.rn.f16x2.e4m3x2 second, high;
+mov.b32 {a, b}, first;
+mov.b32 {c, d}, second;
+cvt.f32.f16 e, a;
+cvt.f32.f16 f, b;
+cvt.f32.f16 g, c;
+cvt.f32.f16 h, d;
+cvt.rn.bf16x2.f32 $0, f, e;
+cvt.rn.bf16x2.f32 $1, h, g;
+}
+""")
+_NATIVE_FP16_ASM = tl.constexpr("""
+{
+.reg .b16 low, high;
+mov.b32 {low, high}, $2;
+cvt.rn.f16x2.e4m3x2 $0, low;
+cvt.rn.f16x2.e4m3x2 $1, high;
+}
+""")
 _TWO_TO_120 = tl.constexpr(2.0**120)
 
 
@@ -71,6 +97,20 @@ def code_factors(codes, DTYPE: tl.constexpr):
         )
     else:
         values = code_values(codes, False)
+    return values
+
+
+@triton.jit
+def native_factors(codes, DTYPE: tl.constexpr):
+    """The values of codes (uint8) in bf16 or fp16, by hardware: fewer integer instructions."""
+    if tl.bfloat16 == DTYPE:
+        values = tl.inline_asm_elementwise(
+            _NATIVE_BF16_ASM, "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4
+        )
+    else:
+        values = tl.inline_asm_elementwise(
+            _NATIVE_FP16_ASM, "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4
+        )
     return values
 
 

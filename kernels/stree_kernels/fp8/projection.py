@@ -1,17 +1,19 @@
 """Multiply unscaled rows by a weight that may be in FP8: the projections of a decoding step.
 
 The work is that of `projection_ref`. Weights that are tensors go to `linear.linear`, with
-`one_token`, which says nothing of a weight in FP8. A weight in
-FP8 is multiplied as it is stored (W8A16): up to 16 rows by one kernel, which decodes codes in
-registers and does what follows the product, up to 128 by one between row-wise kernels. For more
-rows it becomes a tensor of the model's dtype, in memory of the call, for
-cuBLAS: a value is then rounded once, as in a checkpoint of that dtype. No kernel of ours takes such
-a tensor: they load a weight before the kernel ahead of them, which writes it, has ended.
+`one_token`, which says nothing of a weight in FP8. A weight in FP8 is multiplied as it is stored
+(W8A16): up to 32 rows by a Gluon kernel on compute capability 9.0, elsewhere up to 16 by one that
+decodes codes in registers too and does what follows the product, up to 128 by one between row-wise
+kernels. For more rows it becomes a tensor of the model's dtype, in memory of the call, for cuBLAS:
+a value is then rounded once, as in a checkpoint of that dtype. No kernel of ours takes such a
+tensor: they load a weight before the kernel ahead of them, which writes it, has ended.
 
 Shape letters: M rows, K columns in, N columns out, D hidden, F MLP inner, X = 2 F if gated, else F.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
@@ -27,15 +29,26 @@ from stree_kernels.fp8.scaled_weight import (
     StackedWeight,
     parts_of,
 )
+from stree_kernels.fp8.stream_plan import CODE_BOX_K, CodeConfig, make_plan
 from stree_kernels.fp8.tile_kernel import launch_tiles
+from stree_kernels.launch import pdl
 from stree_kernels.launch.rows import FLOATS, require_dtypes, require_packed
 from stree_kernels.launch.settings import GATED, Activation
-from stree_kernels.launch.shared_memory import NARROW, match_neighbours, prefer_cache
+from stree_kernels.launch.shared_memory import (
+    NARROW,
+    match_neighbours,
+    num_multiprocessors,
+    prefer_cache,
+    prefer_shared,
+)
 from stree_kernels.linear import linear as tensors
 from stree_kernels.linear.deferred_norm import DeferredNorm, Residual, check_residual, check_rows
 from stree_kernels.linear.gemv_kernel import GemvConfig
+from stree_kernels.linear.linear import COPY_BYTES, STREAM_CAPABILITY
 from stree_kernels.linear.linear_kernel import LinearConfig
 from stree_kernels.linear.residual import activate, add_residual, scale_rows
+from stree_kernels.linear.shares import add_shares
+from stree_kernels.linear.stream_plan import StreamPlan
 
 MAX_ROWS = 16
 WIDE = 8192
@@ -47,12 +60,19 @@ WIDE_ROW_CONFIG = GemvConfig(16, 4, 2, depth=6)
 FEW_ROWS_CONFIG = LinearConfig(32, 4, depth=8, rows_depth=4, weight_first=True)
 MORE_ROWS_CONFIG = LinearConfig(32, 4, depth=6, rows_depth=2, weight_first=True)
 WIDE_ROWS_CONFIG = LinearConfig(32, 8, depth=6, rows_depth=2, weight_first=True)
+STREAM_CONFIG = CodeConfig(ring_kib=56, programs_per_sm=3, full_tiles=True)
+MORE_ROWS_STREAM_CONFIG = CodeConfig(ring_kib=88, programs_per_sm=2, full_tiles=True)
+MAX_STREAMED_ROWS = 32
+MAX_GROUP_SUMS = 4
+"""Partial sums of a norm group that a step of the streamed kernel adds up for itself."""
+
+Config = LinearConfig | GemvConfig | CodeConfig
 
 
-def pick_config(
-    num_rows: int, weight: ScaledWeight, *, gated: bool = False
-) -> LinearConfig | GemvConfig | None:
+def pick_config(num_rows: int, weight: ScaledWeight, *, gated: bool = False) -> Config | None:
     """Return the config for some rows and a weight, None where it becomes a tensor first."""
+    if num_rows <= MAX_STREAMED_ROWS and _can_stream(weight):
+        return STREAM_CONFIG if num_rows <= MAX_ROWS else MORE_ROWS_STREAM_CONFIG
     is_wide = weight.shape[1] > WIDE
     row_config = WIDE_ROW_CONFIG if is_wide else ROW_CONFIG
     if num_rows == 1 and takes_row(row_config, weight, gated=gated):
@@ -62,6 +82,18 @@ def pick_config(
     if is_wide:
         return WIDE_ROWS_CONFIG
     return FEW_ROWS_CONFIG if num_rows <= 8 else MORE_ROWS_CONFIG
+
+
+def _can_stream(weight: ScaledWeight) -> bool:
+    """Say whether bulk copies can read a weight, and its blocks end where steps do."""
+    num_columns = weight.shape[1]
+    return (
+        pdl.capability(weight.device) == STREAM_CAPABILITY
+        and weight.dtype != torch.float32
+        and weight.codes.data_ptr() % COPY_BYTES == 0
+        and num_columns % COPY_BYTES == 0
+        and (weight.column_block % CODE_BOX_K == 0 or weight.column_block >= num_columns)
+    )
 
 
 def linear(
@@ -128,6 +160,8 @@ def linear_add(
     check_residual(residual)
     _check(rows, weight_DK, residual.stream_MD, (num_rows, len(weight_DK)))
     config = pick_config(num_rows, weight_DK)
+    if isinstance(config, CodeConfig):
+        return _stream_add(config, rows, weight_DK, residual, eps)
     if config is None:
         product_MD = torch.empty_like(residual.stream_MD, dtype=torch.float32)
         _matmul(rows, weight_DK, product_MD)
@@ -138,10 +172,17 @@ def linear_add(
 
 
 def launch(
-    config: LinearConfig | GemvConfig, rows: DeferredNorm, weight: ScaledWeight, out: Tensor,
+    config: Config, rows: DeferredNorm, weight: ScaledWeight, out: Tensor,
     *, activation: Activation | None = None, residual: Residual | None = None,
 ) -> None:  # fmt: skip
     """Run the kernel that `config` is of; `out` is the stream of a residual."""
+    if isinstance(config, CodeConfig):
+        plan = _plan(
+            config, *rows.values_MK.shape, out.shape[1], num_multiprocessors(weight.device),
+            activation in GATED, False,
+        )  # fmt: skip
+        _stream(plan, _by_step(rows), weight, out, activation)
+        return
     if isinstance(config, GemvConfig):
         kernel = launch_row(config, rows, weight, out, activation=activation, residual=residual)
     else:
@@ -150,6 +191,58 @@ def launch(
         prefer_cache(kernel, weight.device)
     else:
         match_neighbours(kernel, weight.device, len(out), weight.shape[1])
+
+
+def _stream_add(
+    config: CodeConfig, rows: DeferredNorm, weight_DK: ScaledWeight, residual: Residual,
+    eps: float,
+) -> DeferredNorm:  # fmt: skip
+    """Add norm(rows) @ weight.T to the stream in two launches; return its rows."""
+    num_rows, num_columns = residual.stream_MD.shape
+    rows = _by_step(rows)
+    plan = _plan(
+        config, *rows.values_MK.shape, num_columns, num_multiprocessors(weight_DK.device),
+        False, True,
+    )  # fmt: skip
+    shares_RMD = weight_DK.scales.new_empty(plan.num_ranks(num_columns), num_rows, num_columns)
+    _stream(plan, rows, weight_DK, shares_RMD, None)
+    # One scale for a whole row may wait until the product is there; groups may not.
+    late = rows if rows.num_groups == 1 else rows._replace(square_sums_MQ=None, num_groups=1)
+    return add_shares(shares_RMD, plan, residual, late, eps)
+
+
+def _stream(
+    plan: StreamPlan, rows: DeferredNorm, weight: ScaledWeight, out: Tensor,
+    activation: Activation | None,
+) -> None:  # fmt: skip
+    """Run the Gluon kernel, which other architectures do not import."""
+    from stree_kernels.fp8.stream_kernel import launch_codes
+
+    kernel = launch_codes(plan, rows, weight, out, activation=activation)
+    prefer_shared(kernel, weight.device, plan.num_programs, streamed=True)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    config: CodeConfig, num_rows: int, num_inner: int, num_outputs: int, num_sms: int,
+    gated: bool, shares: bool,
+) -> StreamPlan:  # fmt: skip
+    return make_plan(config, num_rows, num_outputs, num_inner, num_sms, gated=gated, shares=shares)
+
+
+def _by_step(rows: DeferredNorm) -> DeferredNorm:
+    """Return the rows with a norm that the streamed kernel can apply step by step, or with none."""
+    values_MK, sums_MQ, num_groups, eps = rows
+    if sums_MQ is None or num_groups == 1:
+        return rows._replace(num_groups=1)
+    if (
+        values_MK.shape[1] // num_groups % CODE_BOX_K == 0
+        and sums_MQ.shape[1] // num_groups <= MAX_GROUP_SUMS
+    ):
+        return rows
+    scaled_MK = torch.empty_like(values_MK)
+    scale_rows(rows, None, scaled_MK)
+    return DeferredNorm(scaled_MK, None, 1, eps)
 
 
 def _matmul(rows: DeferredNorm, weight_NK: ScaledWeight, out_MN: Tensor) -> None:
