@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stree_kernels.fp8.decode import has_native
-from stree_kernels.fp8.row_kernel import VECTOR, half_columns, multiply_halves
+from stree_kernels.fp8.decode import code_values, has_native
+from stree_kernels.fp8.rows_kernel import VECTOR
 from stree_kernels.fp8.scaled_weight import Projection, ScaledWeight
 from stree_kernels.launch.pdl import launch_options, wait_for_previous
 from stree_kernels.launch.rows import FLOATS, require_dtypes, require_packed
@@ -29,6 +29,28 @@ from stree_kernels.linear.gemv_kernel import GemvConfig
 
 UP_CONFIG = GemvConfig(8, 4, 1, depth=4)
 DOWN_CONFIG = GemvConfig(4, 2, 1, depth=4)
+
+
+@triton.jit
+def _half_columns(BLOCK_K: tl.constexpr, VECTOR: tl.constexpr):
+    """The columns [K / 2] of a step that are in the first half of a thread's VECTOR."""
+    half_K = tl.arange(0, BLOCK_K // 2)
+    return half_K // (VECTOR // 2) * VECTOR + half_K % (VECTOR // 2)
+
+
+@triton.jit
+def _multiply_halves(
+    codes_NK, first_WK, second_WK, BLOCK_R: tl.constexpr, WARPS_N: tl.constexpr,
+    THREADS: tl.constexpr, VECTOR: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """The sums [R, W, T] of a step's codes times both halves of its row."""
+    HALF: tl.constexpr = VECTOR // 2
+    codes = tl.reshape(codes_NK, [BLOCK_R, WARPS_N, THREADS, 2, HALF])
+    first, second = tl.split(tl.permute(codes, (0, 1, 2, 4, 3)))
+    first_row = tl.reshape(first_WK, [1, WARPS_N, THREADS, HALF])
+    second_row = tl.reshape(second_WK, [1, WARPS_N, THREADS, HALF])
+    products = code_values(first, NATIVE) * first_row + code_values(second, NATIVE) * second_row
+    return tl.sum(products, axis=3)
 
 
 @triton.jit
@@ -111,7 +133,7 @@ def _multiply(
     BLOCK_R: tl.constexpr = rows_N.shape[0] // WARPS_N
     STEPS: tl.constexpr = (INNER + BLOCK_K - 1) // BLOCK_K
     HALF: tl.constexpr = VECTOR // 2
-    half_K = half_columns(BLOCK_K, VECTOR)
+    half_K = _half_columns(BLOCK_K, VECTOR)
     acc_RWT = tl.full([BLOCK_R, WARPS_N, THREADS], 0.0, tl.float32)
     for begin in range(0, NUM_CHOSEN * STEPS, DEPTH):
         values: tl.tuple = ()
@@ -124,7 +146,7 @@ def _multiply(
         following: tl.tuple = ()
         for ahead in tl.static_range(DEPTH):
             step = begin + ahead
-            part_RWT = multiply_halves(
+            part_RWT = _multiply_halves(
                 codes[ahead], values[2 * ahead].to(tl.float32),
                 values[2 * ahead + 1].to(tl.float32), BLOCK_R, WARPS_N, THREADS, VECTOR, NATIVE,
             )  # fmt: skip

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from stree_kernels.fp8 import tile_kernel
 from stree_kernels.fp8.dequantise import dequantise
-from stree_kernels.fp8.row_kernel import VECTOR, launch_row, takes_row
-from stree_kernels.fp8.rows_kernel import WIDTH, launch_rows
+from stree_kernels.fp8.rows_kernel import VECTOR, WIDTH, launch_rows
 from stree_kernels.fp8.scaled_weight import (
     InProjection,
     Projection,
@@ -43,7 +42,6 @@ from stree_kernels.launch.shared_memory import (
 )
 from stree_kernels.linear import linear as tensors
 from stree_kernels.linear.deferred_norm import DeferredNorm, Residual, check_residual, check_rows
-from stree_kernels.linear.gemv_kernel import GemvConfig
 from stree_kernels.linear.linear import COPY_BYTES, STREAM_CAPABILITY
 from stree_kernels.linear.linear_kernel import LinearConfig
 from stree_kernels.linear.residual import activate, add_residual, scale_rows
@@ -52,36 +50,27 @@ from stree_kernels.linear.stream_plan import StreamPlan
 
 MAX_ROWS = 16
 WIDE = 8192
-"""Weights of more columns take the wide configs: their many steps are unrolled."""
+"""Weights of more columns are shared by more warps."""
 
 # Never autotuned: the order of additions, and with it the tokens, depends on the config.
-ROW_CONFIG = GemvConfig(16, 4, 1, depth=8)
-WIDE_ROW_CONFIG = GemvConfig(16, 4, 2, depth=6)
-FEW_ROWS_CONFIG = LinearConfig(32, 4, depth=8, rows_depth=4, weight_first=True)
-MORE_ROWS_CONFIG = LinearConfig(32, 4, depth=6, rows_depth=2, weight_first=True)
-WIDE_ROWS_CONFIG = LinearConfig(32, 8, depth=6, rows_depth=2, weight_first=True)
+ROWS_CONFIG = LinearConfig(32, 4, depth=2, rows_depth=2, weight_first=True)
+WIDE_ROWS_CONFIG = LinearConfig(32, 8, depth=2, rows_depth=2, weight_first=True)
 STREAM_CONFIG = CodeConfig(ring_kib=56, programs_per_sm=3, full_tiles=True)
 MORE_ROWS_STREAM_CONFIG = CodeConfig(ring_kib=88, programs_per_sm=2, full_tiles=True)
 MAX_STREAMED_ROWS = 32
 MAX_GROUP_SUMS = 4
 """Partial sums of a norm group that a step of the streamed kernel adds up for itself."""
 
-Config = LinearConfig | GemvConfig | CodeConfig
+Config = LinearConfig | CodeConfig
 
 
-def pick_config(num_rows: int, weight: ScaledWeight, *, gated: bool = False) -> Config | None:
+def pick_config(num_rows: int, weight: ScaledWeight) -> Config | None:
     """Return the config for some rows and a weight, None where it becomes a tensor first."""
     if num_rows <= MAX_STREAMED_ROWS and _can_stream(weight):
         return STREAM_CONFIG if num_rows <= MAX_ROWS else MORE_ROWS_STREAM_CONFIG
-    is_wide = weight.shape[1] > WIDE
-    row_config = WIDE_ROW_CONFIG if is_wide else ROW_CONFIG
-    if num_rows == 1 and takes_row(row_config, weight, gated=gated):
-        return row_config
     if weight.dtype == torch.float32 or num_rows > MAX_ROWS:
         return None
-    if is_wide:
-        return WIDE_ROWS_CONFIG
-    return FEW_ROWS_CONFIG if num_rows <= 8 else MORE_ROWS_CONFIG
+    return WIDE_ROWS_CONFIG if weight.shape[1] > WIDE else ROWS_CONFIG
 
 
 def _can_stream(weight: ScaledWeight) -> bool:
@@ -136,7 +125,7 @@ def linear_activated(
     num_rows, num_products = len(rows.values_MK), len(weight_XK)
     num_inner = num_products // 2 if activation in GATED else num_products
     _check(rows, weight_XK, out_MF, (num_rows, num_inner))
-    config = pick_config(num_rows, weight_XK, gated=activation in GATED)
+    config = pick_config(num_rows, weight_XK)
     if config is None:
         product_MX = rows.values_MK.new_empty(num_rows, num_products)
         _matmul(rows, weight_XK, product_MX)
@@ -183,10 +172,7 @@ def launch(
         )  # fmt: skip
         _stream(plan, _by_step(rows), weight, out, activation)
         return
-    if isinstance(config, GemvConfig):
-        kernel = launch_row(config, rows, weight, out, activation=activation, residual=residual)
-    else:
-        kernel = launch_rows(config, rows, weight, out, activation=activation, residual=residual)
+    kernel = launch_rows(config, rows, weight, out, activation=activation, residual=residual)
     if weight.shape[1] >= NARROW:
         prefer_cache(kernel, weight.device)
     else:

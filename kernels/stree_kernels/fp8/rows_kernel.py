@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from stree_kernels.fp8.decode import code_factors
-from stree_kernels.fp8.row_kernel import in_one_group
 from stree_kernels.fp8.scaled_weight import ScaledWeight
 from stree_kernels.launch.pdl import launch_options, wait_for_previous
 from stree_kernels.launch.settings import GATED, Activation
@@ -33,7 +32,9 @@ from stree_kernels.linear.device_functions import (
 from stree_kernels.linear.linear_kernel import BLOCK_ROWS, SUMS_PER_THREAD, LinearConfig
 
 WIDTH = 64
-"""Columns of a warp's step: a thread loads 16 codes of a row."""
+"""Columns of a warp's step."""
+VECTOR = 16
+"""Columns of a row that a thread loads at a time: as many bytes of codes."""
 
 
 @triton.jit
@@ -63,12 +64,8 @@ def _operand(tile_XK, ROWS: tl.constexpr, WARPS: tl.constexpr):
 def _load_weight(ptrs_XK, columns_XK, step, INNER: tl.constexpr, STEP_K: tl.constexpr):
     """The weight's tile of one step; the rows stay in the nearest cache rather than it."""
     first = step * STEP_K
-    if INNER % STEP_K == 0:
-        tile_XK = tl.load(ptrs_XK + first, eviction_policy="evict_first")
-    else:
-        valid_XK = columns_XK + first < INNER
-        tile_XK = tl.load(ptrs_XK + first, mask=valid_XK, other=0, eviction_policy="evict_first")
-    return tile_XK
+    valid_XK = columns_XK + first < INNER
+    return tl.load(ptrs_XK + first, mask=valid_XK, other=0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -96,9 +93,7 @@ def _load_rows(
 ):
     """One half of the rows' tile of one step."""
     first = step * STEP_K
-    valid_XK = valid_X[:, None]
-    if INNER % STEP_K != 0:
-        valid_XK = valid_XK & (columns_XK + first < INNER)
+    valid_XK = valid_X[:, None] & (columns_XK + first < INNER)
     ptrs_XK = values_ptr + rows_X.to(tl.int64)[:, None] * INNER + columns_XK + first
     return tl.load(ptrs_XK, mask=valid_XK, other=0.0)
 
@@ -108,11 +103,8 @@ def _times_factor(tile_XK, factor_ptr, columns_XK, step, INNER: tl.constexpr, ST
     """One half of a tile of the rows, in fp32 times the columns' factor if there is one."""
     first = step * STEP_K
     if factor_ptr is not None:
-        if INNER % STEP_K == 0:
-            factor_XK = tl.load(factor_ptr + columns_XK + first)
-        else:
-            valid_XK = columns_XK + first < INNER
-            factor_XK = tl.load(factor_ptr + columns_XK + first, mask=valid_XK, other=0.0)
+        valid_XK = columns_XK + first < INNER
+        factor_XK = tl.load(factor_ptr + columns_XK + first, mask=valid_XK, other=0.0)
         tile_XK = tile_XK.to(tl.float32) * factor_XK.to(tl.float32)
     return tile_XK
 
@@ -127,7 +119,8 @@ def _norm_scales(
     GROUP_SUMS: tl.constexpr = SUMS // GROUPS
     ptrs = sums_ptr + rows_X.to(tl.int64) * SUMS + first_X // GROUP_COLUMNS * GROUP_SUMS
     valid_X = valid_X & (first_X < INNER)
-    total_X = tl.load(ptrs, mask=valid_X, other=0.0)
+    # Columns past the last one are zeros, whatever the scale.
+    total_X = tl.load(ptrs, mask=valid_X, other=1.0)
     for index in tl.static_range(1, GROUP_SUMS):
         total_X += tl.load(ptrs + index, mask=valid_X, other=0.0)
     return scale_factor(total_X, GROUP_COLUMNS, eps)
@@ -178,7 +171,7 @@ def rows_kernel(
     INNER: tl.constexpr, GROUPS: tl.constexpr, SUMS: tl.constexpr, ROW_GROUP: tl.constexpr,
     COLUMN_BLOCK: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
     PER_SUM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr,
-    WARPS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, ROWS_DEPTH: tl.constexpr,
+    WARPS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr, ONE_GROUP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """All rows times BLOCK_N rows of the weight, and what follows."""
@@ -191,21 +184,13 @@ def rows_kernel(
     columns_N = _columns(x_N, WARPS, WIDTH)
     weight_ptrs = weight_ptr + rows_N[:, None] * INNER + columns_N
     weights: tl.tuple = ()
-    for step in tl.static_range(DEPTH if DEPTH < STEPS else STEPS):
-        tile = _load_weight(weight_ptrs, columns_N, step, INNER, STEP_K)
-        weights = weights + (tile,)
+    for early in tl.static_range(DEPTH):
+        weights = weights + (_load_weight(weight_ptrs, columns_N, early, INNER, STEP_K),)
     wait_for_previous(PDL)
     x_M = tl.arange(0, BLOCK_M * WARPS)
     rows_M = _row_of(x_M, WARPS)
     first_M = _half_columns(x_M, WARPS, WIDTH)
     valid_M = rows_M < num_rows
-    # The rows wait in the caches of the chip, but each load takes its time: some are under way.
-    tiles: tl.tuple = ()
-    for step in tl.static_range(ROWS_DEPTH if ROWS_DEPTH < STEPS else STEPS):
-        tiles = tiles + (
-            _load_rows(values_ptr, rows_M, first_M, valid_M, step, INNER, STEP_K),
-            _load_rows(values_ptr, rows_M, first_M + 8, valid_M, step, INNER, STEP_K),
-        )
     scale_M = None
     if SUMS > 0 and GROUPS == 1:
         scale_M = row_scales(sums_ptr, num_rows, eps, INNER, SUMS, BLOCK_M, BLOCK_Q)
@@ -216,36 +201,48 @@ def rows_kernel(
         acc = tl.full([WARPS, BLOCK_N, BLOCK_M], 0.0, tl.float32)
     else:
         acc = tl.full([WARPS, BLOCK_M, BLOCK_N], 0.0, tl.float32)
-    for step in tl.static_range(STEPS):
-        if step + ROWS_DEPTH < STEPS:
-            ahead = step + ROWS_DEPTH
+    for begin in range(0, STEPS, DEPTH):
+        # The rows wait in the caches of the chip, but each load takes its time: all are under way.
+        tiles: tl.tuple = ()
+        for ahead in tl.static_range(DEPTH):
+            step = begin + ahead
             tiles = tiles + (
-                _load_rows(values_ptr, rows_M, first_M, valid_M, ahead, INNER, STEP_K),
-                _load_rows(values_ptr, rows_M, first_M + 8, valid_M, ahead, INNER, STEP_K),
+                _load_rows(values_ptr, rows_M, first_M, valid_M, step, INNER, STEP_K),
+                _load_rows(values_ptr, rows_M, first_M + 8, valid_M, step, INNER, STEP_K),
             )
-        first = _times_factor(tiles[2 * step], factor_ptr, first_M, step, INNER, STEP_K)
-        second = _times_factor(tiles[2 * step + 1], factor_ptr, first_M + 8, step, INNER, STEP_K)
-        if GROUPS > 1:
-            begin_M = step * STEP_K + x_M // 8 % WARPS * WIDTH
-            scales_M = _norm_scales(rows_M, begin_M, sums_ptr, valid_M, eps, INNER, GROUPS, SUMS)
-            first = first.to(tl.float32) * scales_M[:, None]
-            second = second.to(tl.float32) * scales_M[:, None]
-        rows_WMK = _joined_operand(first.to(DTYPE), second.to(DTYPE), BLOCK_M, WARPS)
-        weight_WNK = _operand(code_factors(weights[step], DTYPE), BLOCK_N, WARPS)
-        if WEIGHT_FIRST:
-            product = tl.dot(weight_WNK, tl.permute(rows_WMK, (0, 2, 1)), input_precision="ieee")
-        else:
-            product = tl.dot(rows_WMK, tl.permute(weight_WNK, (0, 2, 1)), input_precision="ieee")
-        if BLOCKED:
-            product = _scaled_product(
-                product, scale_ptr, step, num_columns, INNER, ROW_GROUP, COLUMN_BLOCK, GATED,
-                BLOCK_N, WARPS, WIDTH, ONE_GROUP, WEIGHT_FIRST,
-            )  # fmt: skip
-        acc += product
-        if step + DEPTH < STEPS:
-            ahead = step + DEPTH
-            tile = _load_weight(weight_ptrs, columns_N, ahead, INNER, STEP_K)
-            weights = weights + (tile,)
+        following: tl.tuple = ()
+        for ahead in tl.static_range(DEPTH):
+            step = begin + ahead
+            first = _times_factor(tiles[2 * ahead], factor_ptr, first_M, step, INNER, STEP_K)
+            second = _times_factor(
+                tiles[2 * ahead + 1], factor_ptr, first_M + 8, step, INNER, STEP_K
+            )
+            if GROUPS > 1:
+                begin_M = step * STEP_K + x_M // 8 % WARPS * WIDTH
+                scales_M = _norm_scales(
+                    rows_M, begin_M, sums_ptr, valid_M, eps, INNER, GROUPS, SUMS
+                )
+                first = first.to(tl.float32) * scales_M[:, None]
+                second = second.to(tl.float32) * scales_M[:, None]
+            rows_WMK = _joined_operand(first.to(DTYPE), second.to(DTYPE), BLOCK_M, WARPS)
+            weight_WNK = _operand(code_factors(weights[ahead], DTYPE), BLOCK_N, WARPS)
+            if WEIGHT_FIRST:
+                product = tl.dot(
+                    weight_WNK, tl.permute(rows_WMK, (0, 2, 1)), input_precision="ieee"
+                )
+            else:
+                product = tl.dot(
+                    rows_WMK, tl.permute(weight_WNK, (0, 2, 1)), input_precision="ieee"
+                )
+            if BLOCKED:
+                product = _scaled_product(
+                    product, scale_ptr, step, num_columns, INNER, ROW_GROUP, COLUMN_BLOCK, GATED,
+                    BLOCK_N, WARPS, WIDTH, ONE_GROUP, WEIGHT_FIRST,
+                )  # fmt: skip
+            acc += product
+            tile = _load_weight(weight_ptrs, columns_N, step + DEPTH, INNER, STEP_K)
+            following = following + (tile,)
+        weights = following
     acc_MN = tl.sum(acc, axis=0)
     if WEIGHT_FIRST:
         acc_MN = tl.trans(acc_MN)
@@ -257,6 +254,13 @@ def rows_kernel(
         out_ptr, out_values_ptr, out_sums_ptr, BLOCK_M, BLOCK_N, GATED, ACTIVATION,
         PER_SUM,
     )  # fmt: skip
+
+
+def in_one_group(weight: ScaledWeight, block_n: int, *, gated: bool) -> bool:
+    """Tell whether a program's rows, or those of either half of it, always share their scales."""
+    block_c = block_n // 2 if gated else block_n
+    aligned = not gated or len(weight) // 2 % weight.row_group == 0
+    return aligned and weight.row_group % block_c == 0
 
 
 def launch_rows(
@@ -283,7 +287,7 @@ def launch_rows(
         ROW_GROUP=weight.row_group, COLUMN_BLOCK=weight.column_block, GATED=gated,
         ACTIVATION=activation, PER_SUM=per_sum, BLOCK_M=block_m, BLOCK_N=config.block_n,
         BLOCK_Q=min(block_q, triton.next_power_of_2(max(1, num_sums))), WARPS=config.num_warps,
-        WIDTH=WIDTH, DEPTH=depth, ROWS_DEPTH=config.rows_depth,
+        WIDTH=WIDTH, DEPTH=depth,
         WEIGHT_FIRST=config.weight_first,
         ONE_GROUP=one_group, num_warps=config.num_warps, num_stages=1,
         **launch_options(values.device),
