@@ -70,6 +70,15 @@ def test_interpreted_kernels_equal_the_reference(
     assert_close("out", run(kernel, inputs, *pair, activation), expected, tolerance=1e-5)
 
 
+@interpreted
+def test_interpreted_kernels_take_more_steps_than_are_loaded_ahead() -> None:
+    # The second product: three steps of each of two experts, by threes.
+    pair = weights(3, 48, 1040, "relu2", torch.float32, "cpu", row_group=16, column_block=80)
+    inputs = torch.randn(1, 48)
+    expected = run(reference, inputs.double(), *map(exact, pair), "relu2")
+    assert_close("out", run(kernel, inputs, *pair, "relu2"), expected, tolerance=1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("scheme", [{"column_block": 128}, TENSOR, CHANNEL], ids=str)
 @pytest.mark.parametrize("activation", ["swiglu", "geglu", "relu2"])

@@ -270,21 +270,22 @@ def expert_mlps(
     block_f = UP_CONFIG.block_n // 2 if gated else UP_CONFIG.block_n
     _up_kernel[len(inner), triton.cdiv(num_inner, block_f)](
         inputs_MD, choice_MC, up_EXD.bytes, up_EXD.scales, inner, GATED=gated,
-        ACTIVATION=activation, **sizes, **_cut(UP_CONFIG, up_EXD, num_columns),
+        ACTIVATION=activation, **sizes, **_cut(UP_CONFIG, up_EXD, 1),
     )  # fmt: skip
     _down_kernel[num_rows, triton.cdiv(num_columns, DOWN_CONFIG.block_n)](
         inner, choice_MC, share_MC, down_EDF.bytes, down_EDF.scales, out_MD, **sizes,
-        **_cut(DOWN_CONFIG, down_EDF, num_chosen * num_inner),
+        **_cut(DOWN_CONFIG, down_EDF, num_chosen),
     )  # fmt: skip
 
 
-def _cut(config: GemvConfig, weight: ScaledWeight, num_columns: int) -> dict[str, int]:
-    """Return the arguments that a config makes; no more steps ahead than there may be."""
+def _cut(config: GemvConfig, weight: ScaledWeight, num_experts: int) -> dict[str, int]:
+    """Return the arguments that a config makes of a weight and a program's experts."""
     block_k = config.warps_k * 32 * VECTOR
+    num_steps = num_experts * triton.cdiv(weight.shape[-1], block_k)
     return {
         "ROW_GROUP": weight.row_group, "COLUMN_BLOCK": weight.column_block,
         "BLOCK_N": config.block_n, "WARPS_N": config.warps_n, "WARPS_K": config.warps_k,
-        "DEPTH": min(config.depth, triton.cdiv(num_columns, block_k)),
+        "DEPTH": tensors.steps_ahead(config.depth, num_steps),
         "num_warps": config.warps_n * config.warps_k,
     }  # fmt: skip
 
