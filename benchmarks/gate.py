@@ -63,7 +63,7 @@ def fingerprint(tests: list[Path]) -> str:
 
 def _run(tests: list[Path]) -> str:
     names = [str(file.relative_to(ROOT)) for file in tests]
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-x", "--no-header", "--tb=short"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--no-header", "--tb=short"]
     command += ["-p", "no:cacheprovider", "-p", "no:benchmark", *names]
     # Most of the tests' time is compilation, which tests of one file share.
     if importlib.util.find_spec("xdist"):
