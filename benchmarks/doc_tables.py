@@ -272,13 +272,18 @@ def decode() -> str:
     return pivot(rows, down, "mode", lambda row: speed(row["tokens_per_s"]))
 
 
-def mtp() -> str:
+def mtp(file: str = "mtp-h200") -> str:
     """Live tokens per second of a head and of a separate draft, tokens per step in brackets."""
 
     def cell(row: Row) -> str:
         return f"{speed(row['live_tokens_per_s'])} ({row['live_tokens_per_step']:.2f})"
 
-    return pivot(_rows("mtp-h200"), ("mode", "batch", "draft"), "tree", cell)
+    return pivot(_rows(file), ("pair", "mode", "batch", "draft"), "tree", cell)
+
+
+def mtp_shapes() -> str:
+    """Return the same of shapes, which accept what a trace says."""
+    return mtp("mtp-shapes-h200")
 
 
 def generation() -> str:
@@ -402,6 +407,7 @@ TABLES: dict[str, Callable[[], str]] = {
     maker.__name__.replace("_", "-"): maker
     for maker in (
         live, kernels, forward, shapes, delta, delta_prompts, fp8, draft, prefill, decode, mtp,
+        mtp_shapes,
         generation, prediction, regret, lossless, coverage, search, shared_memory, verdicts, traces,
     )
 }  # fmt: skip

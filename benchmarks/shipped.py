@@ -6,7 +6,7 @@
 Tables are probed (`stree-tune probe --effort quick`) and written into profiles/runtime. Profiles
 run the command that each has in its provenance and are written into profiles/tuned; one that comes
 out as it was stays with what was measured live of it. The results file says which files were made;
-it is stale when one of them is another now.
+it is stale when one of them is another now. With `--only` it keeps what it says of other files.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from queue import Queue
 
 import fingerprint
 import torch
-from report import RESULTS, Row, header, save, table
+from report import RESULTS, Row, header, is_of_this_run, read, save, table
 
 from stree_autotune.store.runtime_table import runtime_file_name
 from stree_core.drafting.pair import device_name, short_gpu_name
@@ -52,8 +52,8 @@ SHOWN = ("file", "hash", "seconds", "command")
 def main() -> None:
     options = parse()
     head = header(device=options.device)
-    rows: list[Row] = []
     work = [each for each in commands(options) if not options.only or each[0].stem in options.only]
+    rows = others(options.output, head, {place_of(path) for path, _ in work})
     device = resolve_device(options.device)
     probing = options.what == "tables" and device.type == "cuda"
     free: Queue[str] = Queue()
@@ -83,6 +83,17 @@ def main() -> None:
             save(options.output, head, rows)
     if failures:
         raise SystemExit("\n".join(failures))
+
+
+def others(output: Path, head: Row, made: Collection[str]) -> list[Row]:
+    """Return the rows of files that this run leaves alone, where they are of the same code."""
+    known = read(output)["rows"] if is_of_this_run(output, head) else []
+    return [row for row in known if row["file"] not in made]
+
+
+def place_of(path: Path) -> str:
+    """Return a file's place in the checkout."""
+    return path.relative_to(fingerprint.ROOT).as_posix()
 
 
 def parse() -> argparse.Namespace:
@@ -127,8 +138,7 @@ def profile_command(path: Path) -> list[str]:
             at = words.index(flag)
             del words[at : at + 2]
     words = [word for word in words if word != "--force"]
-    place = path.relative_to(fingerprint.ROOT).as_posix()
-    return [*words, "-o", place, "--force"]
+    return [*words, "-o", place_of(path), "--force"]
 
 
 def run(words: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -148,9 +158,8 @@ def hash_of(path: Path, content: bytes | None = None) -> str:
 
 
 def row_of(path: Path, words: Sequence[str], seconds: float) -> Row:
-    place = path.relative_to(fingerprint.ROOT).as_posix()
     return {
-        "file": place,
+        "file": place_of(path),
         "hash": hash_of(path),
         "seconds": round(seconds, 1),
         "command": shlex.join(["stree-tune", *words]),

@@ -83,11 +83,11 @@ CORE_PASS = (
     *_core("families", "model_shape"),
 )
 PASS = (
-    *_kernels("launch", "linear", "ssm", "attention"),
+    *_kernels("launch", "linear", "routing", "ssm", "attention"),
     "-kernels/stree_kernels/*/prompt_*.py",
     *CORE_PASS,
 )
-"""A forward pass of Mamba2, attention and MLP layers, without what hands tensors on to kernels."""
+"""A forward pass but for delta layers and FP8, without what hands tensors on to kernels."""
 CORE_STEP = (
     *CORE_PASS,
     *_core("drafting", "draft", "mtp_draft", "tree_plan"),
@@ -115,6 +115,17 @@ WALK = _tuner("trace", "tree_walk")
 SEARCH = _tuner("search", "path_counts", "study", "tree_solver", "tree_space")
 VERDICT = _tuner("search", "bootstrap", "cross_fit", "verdict")
 LIVE = _tuner("live", "measure")
+MTP = (
+    *bench("mtp", "traced_pair"),
+    *STEP,
+    *DELTA,
+    *COST,
+    *WALK,
+    *LIVE,
+    *_tuner("live", "speed"),
+    *_tuner("trace", "record", "depth_ranks"),
+    *_tuner("probe", "plan", "run"),
+)
 PROBE = ("autotune/stree_autotune/probe/*.py", "-autotune/stree_autotune/probe/report.py")
 ON_CPU = (
     "kernels/stree_kernels/**/*_ref.py", "kernels/stree_kernels/**/rows.py",
@@ -126,6 +137,7 @@ SMALL, LARGE = "mamba2-2.7b--mamba2-130m", "mamba-in-llama-8b--mamba2-distilled-
 GSM8K = f"profiles/traces/{DEMO}--gsm8k--greedy.safetensors"
 DEMO_MODELS = ("profiles/models/demo-*/*.safetensors",)
 SHIPPED_SHAPES = (*SMALL.split("--"), *LARGE.split("--"))
+HEADED_SHAPES = ("nemotron-3-nano-mtp", "qwen3.5-27b")
 FITTING_SHAPES = (
     "mamba2-130m", "mamba2-1.3b", "mamba2-2.7b", "granite-4-h-1b", "mamba-in-llama-3b",
     "mamba-in-llama-8b", "nemotron-h-8b", "bamba-9b-v2", "falcon-h1-7b", "zamba2-7b",
@@ -137,8 +149,8 @@ MEASUREMENTS = (
     Measurement(
         "tables", "shipped", minutes=4, arguments=("tables",),
         sources=(
-            *bench("shipped"), *PROBE, *STEP, *DEMO_MODELS,
-            *(f"profiles/shapes/{name}.yaml" for name in SHIPPED_SHAPES),
+            *bench("shipped"), *PROBE, *STEP, *DELTA, *FP8, *DEMO_MODELS,
+            *(f"profiles/shapes/{name}.yaml" for name in (*SHIPPED_SHAPES, *HEADED_SHAPES)),
         ),
     ),
     Measurement(
@@ -194,14 +206,16 @@ MEASUREMENTS = (
     ),
     Measurement(
         "mtp", "mtp", minutes=3,
-        arguments=(
-            "--pairs", "demo", "demo-gdn", "qwen3.5-27b", "nemotron-3-nano-mtp",
-            "--rules", "greedy", "mss",
-        ),
+        arguments=("--pairs", "demo", "demo-gdn", "--rules", "greedy", "mss"),
         sources=(
-            *bench("mtp", "traced_pair"), *STEP, *COST, *WALK, *LIVE, *_tuner("live", "speed"),
-            *_tuner("trace", "record", "depth_ranks"), *_tuner("probe", "plan", "run"),
-            *_tables(DEMO, "*--mtp"), *DELTA, *DEMO_MODELS,
+            *MTP, *_tables(DEMO, DEMO_MTP), *DEMO_MODELS,
+        ),
+    ),
+    Measurement(
+        "mtp-shapes", "mtp", minutes=3,
+        arguments=("--pairs", "nemotron-3-nano-mtp", "qwen3.5-27b", "--tokens", "64"),
+        sources=(
+            *MTP, *(f"profiles/shapes/{name}.yaml" for name in HEADED_SHAPES),
         ),
     ),
     Measurement(
@@ -280,7 +294,7 @@ MEASUREMENTS = (
     ),
     Measurement(
         "lossless-cpu", "lossless", gpu=False, minutes=25,
-        arguments=("--device", "cpu", "--prompts", "128", "--tokens", "140", "--processes", "8"),
+        arguments=("--device", "cpu", "--prompts", "128", "--tokens", "140", "--processes", "16"),
         sources=(*bench("lossless"), "tests/margin.py", *ON_CPU, *DEMO_MODELS),
     ),
     Measurement(

@@ -73,8 +73,15 @@ def rewritten(rows: list[dict[str, Any]], root: Path) -> list[str]:
 
 
 def options_of(command: str, measurement: Measurement) -> tuple[str, ...]:
-    """Return the options of a command that decide what is measured."""
+    """Return the options of a command that decide what is measured.
+
+    A run that made some files alone (`--only`) has kept those of others, as `rewritten` finds.
+    """
     words = shlex.split(command)[2:]
+    if "--only" in words and measurement.script == "shipped":
+        at = words.index("--only")
+        names = [word for word in words[at + 1 :] if not word.startswith("-")]
+        del words[at : at + 1 + len(names)]
     for flag, _ in measurement.peers:
         if flag in words:
             at = words.index(flag)
