@@ -34,7 +34,6 @@ from stree_core.profile import load_profile
 PAIRS = (
     ("mamba2-2.7b", "mamba2-130m", True),
     ("mamba-in-llama-8b", "mamba2-distilled-small", True),
-    ("mamba-in-llama-8b-fp8-block", "mamba2-distilled-small", True),
     ("demo-target", "demo-draft", False),
     ("demo-target", "mtp", False),
     ("demo-gdn", "mtp", False),
@@ -45,7 +44,7 @@ PAIRS = (
 MANY_SLOTS = ("1", "2", "4", "8", "16", "32", "64", "128", "256")
 """Batch sizes of trained targets, which are small; of others a probe's own."""
 PROFILES = fingerprint.ROOT / "profiles"
-ON_CPU = PAIRS[3:6]
+ON_CPU = PAIRS[2:5]
 SHOWN = ("file", "hash", "seconds", "command")
 
 
@@ -57,8 +56,8 @@ def main() -> None:
     device = resolve_device(options.device)
     probing = options.what == "tables" and device.type == "cuda"
     free: Queue[str] = Queue()
-    for index in range(torch.cuda.device_count() if probing else 1):
-        free.put(str(index))
+    for gpu in visible_gpus() if probing else [""]:
+        free.put(gpu)
 
     def make(path: Path, command: list[str]) -> Row:
         gpu = free.get()
@@ -83,6 +82,12 @@ def main() -> None:
             save(options.output, head, rows)
     if failures:
         raise SystemExit("\n".join(failures))
+
+
+def visible_gpus() -> list[str]:
+    """Return what CUDA_VISIBLE_DEVICES names, or else all."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
 
 
 def others(output: Path, head: Row, made: Collection[str]) -> list[Row]:

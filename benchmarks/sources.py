@@ -149,7 +149,7 @@ MEASUREMENTS = (
     Measurement(
         "tables", "shipped", minutes=4, arguments=("tables",),
         sources=(
-            *bench("shipped"), *PROBE, *STEP, *DELTA, *FP8, *DEMO_MODELS,
+            *bench("shipped"), *PROBE, *STEP, *DELTA, *DEMO_MODELS,
             *(f"profiles/shapes/{name}.yaml" for name in (*SHIPPED_SHAPES, *HEADED_SHAPES)),
         ),
     ),
