@@ -1,7 +1,9 @@
 """Make the runtime tables and the tuned profiles that ship anew, by the commands that made them.
 
-    python benchmarks/shipped.py tables [--device cpu] [--only NAME ...]    on the GPU of the tables
-    python benchmarks/shipped.py profiles [--only NAME ...]                 anywhere
+    python benchmarks/shipped.py tables [--device cpu] [--only NAME ...] [--resume]
+    python benchmarks/shipped.py profiles [--only NAME ...]
+
+Tables are of the GPU at hand, profiles can be made anywhere.
 
 Tables are probed (`stree-tune probe --effort quick`) and written into profiles/runtime. Profiles
 run the command that each has in its provenance and are written into profiles/tuned; one that comes
@@ -106,6 +108,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("what", choices=("tables", "profiles"))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--only", nargs="+", default=[], help="names of files, without suffix")
+    parser.add_argument("--resume", action="store_true", help="go on with tables cut short")
     parser.add_argument("--output", type=Path, help="the results file")
     options = parser.parse_args()
     options.output = options.output or RESULTS / f"{options.what}.json"
@@ -116,7 +119,9 @@ def commands(options: argparse.Namespace) -> Iterator[tuple[Path, list[str]]]:
     """Yield every file with the words of the command that makes it."""
     if options.what == "tables":
         device = resolve_device(options.device)
-        yield from table_commands(short_gpu_name(device_name(device), device), device)
+        anew = [] if options.resume else ["--force"]
+        for path, words in table_commands(short_gpu_name(device_name(device), device), device):
+            yield path, [*words, *anew]
     else:
         for path in sorted((PROFILES / "tuned").glob("*.yaml")):
             yield path, profile_command(path)
@@ -130,7 +135,7 @@ def table_commands(gpu: str, device: torch.device) -> Iterator[tuple[Path, list[
             pair = ["--target", target, "--draft", draft]
             if device.type == "cuda":
                 pair += [word for size in MANY_SLOTS for word in ("--batch-size", size)]
-        words = ["probe", "--gpu", gpu, *pair, "--effort", "quick", "--data", "profiles", "--force"]
+        words = ["probe", "--gpu", gpu, *pair, "--effort", "quick", "--data", "profiles"]
         path = PROFILES / "runtime" / runtime_file_name(gpu, target, draft)
         yield path, [*words, "--device", device.type]
 

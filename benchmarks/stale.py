@@ -86,7 +86,7 @@ def options_of(command: str, measurement: Measurement) -> tuple[str, ...]:
         if flag in words:
             at = words.index(flag)
             del words[at : at + 2]
-    return tuple(word for word in words if word != "--skip-gate")
+    return tuple(word for word in words if word not in ("--skip-gate", "--resume"))
 
 
 def sources_of(document: dict[str, Any], paths: list[str], root: Path) -> fingerprint.Hashes | None:
