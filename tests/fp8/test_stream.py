@@ -102,3 +102,30 @@ def test_steps_of_codes_are_of_128_columns() -> None:
     plan = make_plan(CodeConfig(64), 8, 1024, 1040, 8, gated=False, shares=False)
     # 8 groups of 16 rows and the rows' 8, of two bytes each, in 64 KiB.
     assert (plan.steps, plan.num_boxes, plan.stages) == (9, 8, 65536 // (128 * (128 + 16)))
+
+
+CHOICES = {
+    "one for each multiprocessor": (1, 132 * 64, False, kernel.FULL_TILES_STREAM_CONFIG, 132),
+    "in-projection of 8B": (16, 10272, False, kernel.FULL_TILES_STREAM_CONFIG, 161),
+    "gate of 8B": (8, 14336, False, kernel.FULL_TILES_STREAM_CONFIG, 224),
+    "as many as run at once": (8, 264 * 64, False, kernel.FULL_TILES_STREAM_CONFIG, 264),
+    "gate of 27B, of more": (8, 17408, False, kernel.STREAM_CONFIG, 396),
+    "the same for more rows": (17, 17408, False, kernel.FULL_TILES_STREAM_CONFIG, 264),
+    "too few full tiles": (16, 131 * 64, False, kernel.STREAM_CONFIG, 396),
+    "shares": (16, 10272, True, kernel.STREAM_CONFIG, 396),
+    "shares of more rows": (32, 4096, True, kernel.FULL_TILES_STREAM_CONFIG, 264),
+}
+"""Rows, outputs, shares; the config on 132 multiprocessors, and its programs."""
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_full_tiles_are_owned_where_they_fill_the_device(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    num_rows, num_outputs, shares, config, num_programs = CHOICES[name]
+    monkeypatch.setattr(kernel.pdl, "capability", lambda _: kernel.STREAM_CAPABILITY)
+    monkeypatch.setattr(kernel, "num_multiprocessors", lambda _: 132)
+    weight = make_case(1, 4096, 16, column_block=128, dtype=torch.bfloat16).weight
+    assert kernel.pick_config(num_rows, weight, num_outputs, shares=shares) == config
+    plan = make_plan(config, num_rows, num_outputs, 4096, 132, gated=False, shares=shares)
+    assert plan.num_programs == num_programs

@@ -55,8 +55,9 @@ WIDE = 8192
 # Never autotuned: the order of additions, and with it the tokens, depends on the config.
 ROWS_CONFIG = LinearConfig(32, 4, depth=2, rows_depth=2, weight_first=True)
 WIDE_ROWS_CONFIG = LinearConfig(32, 8, depth=2, rows_depth=2, weight_first=True)
-STREAM_CONFIG = CodeConfig(ring_kib=56, programs_per_sm=3, full_tiles=True)
-MORE_ROWS_STREAM_CONFIG = CodeConfig(ring_kib=88, programs_per_sm=2, full_tiles=True)
+STREAM_CONFIG = CodeConfig(ring_kib=56, programs_per_sm=3)
+"""Where full tiles do not suit, and of shares, while registers are enough for it."""
+FULL_TILES_STREAM_CONFIG = CodeConfig(ring_kib=88, programs_per_sm=2, full_tiles=True)
 MAX_STREAMED_ROWS = 32
 MAX_GROUP_SUMS = 4
 """Partial sums of a norm group that a step of the streamed kernel adds up for itself."""
@@ -64,13 +65,26 @@ MAX_GROUP_SUMS = 4
 Config = LinearConfig | CodeConfig
 
 
-def pick_config(num_rows: int, weight: ScaledWeight) -> Config | None:
-    """Return the config for some rows and a weight, None where it becomes a tensor first."""
+def pick_config(
+    num_rows: int, weight: ScaledWeight, num_outputs: int, *, shares: bool = False
+) -> Config | None:
+    """Return the config for some rows and a weight, None where it becomes a tensor first.
+
+    `num_outputs` are the weight's rows, of gate if gated; with `shares` the product is added up.
+    """
     if num_rows <= MAX_STREAMED_ROWS and _can_stream(weight):
-        return STREAM_CONFIG if num_rows <= MAX_ROWS else MORE_ROWS_STREAM_CONFIG
+        return _pick_ring(num_rows, num_outputs, num_multiprocessors(weight.device), shares)
     if weight.dtype == torch.float32 or num_rows > MAX_ROWS:
         return None
     return WIDE_ROWS_CONFIG if weight.shape[1] > WIDE else ROWS_CONFIG
+
+
+def _pick_ring(num_rows: int, num_outputs: int, num_sms: int, shares: bool) -> CodeConfig:
+    """Return the first config that suits a streamed weight."""
+    full = FULL_TILES_STREAM_CONFIG
+    if num_rows > MAX_ROWS or (not shares and full.fills(num_outputs, num_sms)):
+        return full
+    return STREAM_CONFIG
 
 
 def _can_stream(weight: ScaledWeight) -> bool:
@@ -102,7 +116,7 @@ def linear(
         return
     num_rows = len(rows.values_MK)
     _check(rows, weight_NK, out_MN, (num_rows, len(weight_NK)))
-    config = pick_config(num_rows, weight_NK)
+    config = pick_config(num_rows, weight_NK, len(weight_NK))
     if config is None:
         _matmul(rows, weight_NK, out_MN)
     else:
@@ -125,7 +139,7 @@ def linear_activated(
     num_rows, num_products = len(rows.values_MK), len(weight_XK)
     num_inner = num_products // 2 if activation in GATED else num_products
     _check(rows, weight_XK, out_MF, (num_rows, num_inner))
-    config = pick_config(num_rows, weight_XK)
+    config = pick_config(num_rows, weight_XK, num_inner)
     if config is None:
         product_MX = rows.values_MK.new_empty(num_rows, num_products)
         _matmul(rows, weight_XK, product_MX)
@@ -148,7 +162,7 @@ def linear_add(
     num_rows = len(rows.values_MK)
     check_residual(residual)
     _check(rows, weight_DK, residual.stream_MD, (num_rows, len(weight_DK)))
-    config = pick_config(num_rows, weight_DK)
+    config = pick_config(num_rows, weight_DK, len(weight_DK), shares=True)
     if isinstance(config, CodeConfig):
         return _stream_add(config, rows, weight_DK, residual, eps)
     if config is None:

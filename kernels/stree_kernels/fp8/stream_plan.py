@@ -22,13 +22,17 @@ MAX_TILE_ROWS = 128
 class CodeConfig:
     """The ring of one program: at most `ring_kib` of tiles.
 
-    With `full_tiles` programs that own whole rows own those of a tensor core tile, if then there is
-    one for each multiprocessor at least, and all run at once.
+    With `full_tiles` programs that own whole rows own those of a tensor core tile, if these suit.
     """
 
     ring_kib: int
     programs_per_sm: int = 1
     full_tiles: bool = False
+
+    def fills(self, num_outputs: int, num_sms: int) -> bool:
+        """Say whether full tiles suit: one a multiprocessor at least, and all run at once."""
+        num_tiles = -(-num_outputs // TILE_N)
+        return self.full_tiles and num_sms <= num_tiles <= self.programs_per_sm * num_sms
 
 
 def make_plan(
@@ -49,9 +53,8 @@ def make_plan(
     else:
         group, num_groups = GROUP, -(-num_outputs // GROUP)
         num_programs = min(num_programs, num_groups)
-        num_full = -(-num_groups * GROUP // TILE_N)
-        if config.full_tiles and num_sms <= num_full <= num_programs:
-            num_programs = num_full
+        if config.fills(num_outputs, num_sms):
+            num_programs = -(-num_outputs // TILE_N)
         # Tiles of one program are alike, so that a ring slot is not larger than need be.
         most = -(-num_groups // num_programs)
         tiles = -(-most * GROUP * (2 if gated else 1) // MAX_TILE_ROWS)
