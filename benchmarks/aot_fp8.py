@@ -31,9 +31,9 @@ def more_cases() -> Iterator[tuple[str, Case]]:
     """Yield the other configurations, at sizes that models have."""
     for num_rows in (1, 8, 16, 64, 128, 256):
         yield projection_case(num_rows, 4096, 10240)
-    for num_rows, kind in itertools.product((1, 8, 33), KINDS):
+    for num_rows, kind in itertools.product((1, 8, 33, 128), KINDS):
         yield projection_case(num_rows, 2048, 4096, kind=kind, groups=32)
-    for num_rows in (1, 8, 16):
+    for num_rows in (1, 8, 16, 64, 128):
         yield projection_case(num_rows, 14336, 4096)
         yield projection_case(num_rows, 5120, 34816)
     for num_rows, dtype in itertools.product((1, 8, 33), (FP16, FP32)):

@@ -124,6 +124,14 @@ CASES: dict[str, dict[str, Any]] = {
     "tiles": {
         "sizes": (33, 320, 72), "row_group": 8, "column_block": 64, "num_sums": 4, "factor": True,
     },
+    "40 streamed rows": {
+        "sizes": (40, 336, 176), "row_group": 16, "column_block": 128, "num_sums": 42,
+        "factor": True,
+    },
+    "100 streamed rows": {
+        "sizes": (100, 768, 208), "num_groups": 3, "num_sums": 6, "column_block": 128,
+        "factor": True,
+    },
     "tiles by channel": {"sizes": (20, 192, 40), "row_group": 1},
     "more rows than tiles take": {"sizes": (130, 192, 48), "column_block": 128, "num_sums": 4},
 }  # fmt: skip
@@ -219,7 +227,7 @@ def test_kernel_equals_the_reference_in_other_dtypes(name: str, dtype: torch.dty
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_rows", [1, 3, 8, 9, 16, 17, 64, 128])
+@pytest.mark.parametrize("num_rows", [1, 3, 8, 9, 16, 17, 40, 64, 100, 128])
 @pytest.mark.parametrize("op", OPS)
 def test_kernel_on_sizes_of_models(num_rows: int, op: str) -> None:
     block: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda", "column_block": 128}
@@ -238,7 +246,7 @@ def test_dequantisation_has_the_reference_bits(name: str, dtype: torch.dtype) ->
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_rows", [1, 8])
+@pytest.mark.parametrize("num_rows", [1, 8, 64, 128])
 def test_kernel_gives_the_same_bits_again(num_rows: int) -> None:
     case = make_case(
         num_rows, 4096, 1056, num_sums=512, column_block=128, dtype=torch.bfloat16, device="cuda"
@@ -250,7 +258,7 @@ def test_kernel_gives_the_same_bits_again(num_rows: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("num_rows", [1, 8, 32, 40])
+@pytest.mark.parametrize("num_rows", [1, 8, 32, 40, 100])
 def test_every_code_is_decoded_exactly(num_rows: int, dtype: torch.dtype) -> None:
     # One column of the rows is 1 at a time, so that each output is one code.
     codes = torch.arange(256, dtype=torch.uint8, device="cuda")

@@ -63,6 +63,38 @@ SMALL: dict[str, tuple[CodeConfig, str, dict[str, Any]]] = {
     "shares of a tensor": (
         CodeConfig(64), "linear_add", {"sizes": (2, 640, 200), "num_sums": 4},
     ),
+    "40 rows of gate and up": (
+        CodeConfig(32), "swiglu",
+        {
+            "sizes": (40, 256, 416), "num_sums": 4, "column_block": 128, "row_group": 16,
+            "factor": True,
+        },
+    ),
+    "64 rows": (
+        CodeConfig(80, 2), "linear",
+        {"sizes": (64, 336, 200), "num_sums": 42, "column_block": 128, "factor": True},
+    ),
+    "shares of 40 rows": (
+        CodeConfig(80, 2), "linear_add",
+        {"sizes": (40, 1040, 200), "num_sums": 13, "column_block": 128, "factor": True},
+    ),
+    "shares of 64 rows by channel": (
+        CodeConfig(80), "linear_add", {"sizes": (64, 400, 328), "row_group": 1, "num_sums": 5},
+    ),
+    "100 rows, two tensor core tiles": (
+        CodeConfig(160), "relu2",
+        {"sizes": (100, 384, 560), "num_sums": 6, "column_block": 256, "factor": True},
+    ),
+    "128 rows of gate and up by channel": (
+        CodeConfig(160), "geglu", {"sizes": (128, 208, 1216), "row_group": 1},
+    ),
+    "shares of 100 rows in groups": (
+        CodeConfig(160), "linear_add",
+        {"sizes": (100, 768, 192), "num_groups": 3, "num_sums": 6, "column_block": 128},
+    ),
+    "shares of 128 rows": (
+        CodeConfig(160), "linear_add", {"sizes": (128, 640, 320), "num_sums": 4},
+    ),
     "shares of groups": (
         CodeConfig(32), "linear_add",
         {"sizes": (16, 768, 192), "num_groups": 3, "num_sums": 6, "column_block": 128},
@@ -114,6 +146,10 @@ CHOICES = {
     "too few full tiles": (16, 131 * 64, False, kernel.STREAM_CONFIG, 396),
     "shares": (16, 10272, True, kernel.STREAM_CONFIG, 396),
     "shares of more rows": (32, 4096, True, kernel.FULL_TILES_STREAM_CONFIG, 264),
+    "in-projection of 8B, 33 rows": (33, 10272, False, kernel.MORE_ROWS_STREAM_CONFIG, 161),
+    "gate of 27B, 64 rows": (64, 17408, False, kernel.MORE_ROWS_STREAM_CONFIG, 264),
+    "gate of 8B, 65 rows": (65, 14336, False, kernel.MOST_ROWS_STREAM_CONFIG, 132),
+    "shares of 128 rows": (128, 4096, True, kernel.MOST_ROWS_STREAM_CONFIG, 132),
 }
 """Rows, outputs, shares; the config on 132 multiprocessors, and its programs."""
 
@@ -129,3 +165,23 @@ def test_full_tiles_are_owned_where_they_fill_the_device(
     assert kernel.pick_config(num_rows, weight, num_outputs, shares=shares) == config
     plan = make_plan(config, num_rows, num_outputs, 4096, 132, gated=False, shares=shares)
     assert plan.num_programs == num_programs
+
+
+@pytest.mark.parametrize("num_rows", [1, 16, 17, 32, 33, 64, 65, 128])
+@pytest.mark.parametrize("gated", [False, True])
+def test_rings_fit_a_multiprocessor(
+    monkeypatch: pytest.MonkeyPatch, num_rows: int, gated: bool
+) -> None:
+    monkeypatch.setattr(kernel.pdl, "capability", lambda _: kernel.STREAM_CAPABILITY)
+    monkeypatch.setattr(kernel, "num_multiprocessors", lambda _: 132)
+    weight = make_case(1, 256, 16, column_block=128, dtype=torch.bfloat16).weight
+    for num_outputs in range(16, 40000, 176):
+        for shares in (False,) if gated else (False, True):
+            config = kernel.pick_config(num_rows, weight, num_outputs, shares=shares)
+            assert isinstance(config, CodeConfig)
+            plan = make_plan(config, num_rows, num_outputs, 4096, 132, gated=gated, shares=shares)
+            codes = plan.num_boxes * plan.box_rows
+            ring = plan.stages * (codes + 2 * plan.block_m) + plan.mma_rows - codes
+            # Rows of two steps are kept beside it, and a KiB of each program is not its own.
+            needed = 128 * (ring + 4 * plan.block_m) + 2048
+            assert config.programs_per_sm * needed <= 228 << 10

@@ -2,7 +2,7 @@
 
 The work is that of `projection_ref`. Weights that are tensors go to `linear.linear`, with
 `one_token`, which says nothing of a weight in FP8. A weight in FP8 is multiplied as it is stored
-(W8A16): up to 32 rows by a Gluon kernel on compute capability 9.0, elsewhere up to 16 by one that
+(W8A16): up to 128 rows by a Gluon kernel on compute capability 9.0, elsewhere up to 16 by one that
 decodes codes in registers too and does what follows the product, up to 128 by one between row-wise
 kernels. For more rows it becomes a tensor of the model's dtype, in memory of the call, for cuBLAS:
 a value is then rounded once, as in a checkpoint of that dtype. No kernel of ours takes such a
@@ -28,7 +28,7 @@ from stree_kernels.fp8.scaled_weight import (
     StackedWeight,
     parts_of,
 )
-from stree_kernels.fp8.stream_plan import CODE_BOX_K, CodeConfig, make_plan
+from stree_kernels.fp8.stream_plan import CODE_BOX_K, FEW_ROWS, CodeConfig, make_plan
 from stree_kernels.fp8.tile_kernel import launch_tiles
 from stree_kernels.launch import pdl
 from stree_kernels.launch.rows import FLOATS, require_dtypes, require_packed
@@ -58,7 +58,11 @@ WIDE_ROWS_CONFIG = LinearConfig(32, 8, depth=2, rows_depth=2, weight_first=True)
 STREAM_CONFIG = CodeConfig(ring_kib=56, programs_per_sm=3)
 """Where full tiles do not suit, and of shares, while registers are enough for it."""
 FULL_TILES_STREAM_CONFIG = CodeConfig(ring_kib=88, programs_per_sm=2, full_tiles=True)
-MAX_STREAMED_ROWS = 32
+MORE_ROWS_STREAM_CONFIG = CodeConfig(ring_kib=80, programs_per_sm=2, full_tiles=True)
+MOST_ROWS_STREAM_CONFIG = CodeConfig(ring_kib=160)
+ROWS_OF_TWO = 64
+"""Rows for which two programs fit a multiprocessor: a step's are kept twice beside the ring."""
+MAX_STREAMED_ROWS = 128
 MAX_GROUP_SUMS = 4
 """Partial sums of a norm group that a step of the streamed kernel adds up for itself."""
 
@@ -80,7 +84,9 @@ def pick_config(
 
 
 def _pick_ring(num_rows: int, num_outputs: int, num_sms: int, shares: bool) -> CodeConfig:
-    """Return the first config that suits a streamed weight."""
+    """Return the config for a weight that is streamed."""
+    if num_rows > FEW_ROWS:
+        return MORE_ROWS_STREAM_CONFIG if num_rows <= ROWS_OF_TWO else MOST_ROWS_STREAM_CONFIG
     full = FULL_TILES_STREAM_CONFIG
     if num_rows > MAX_ROWS or (not shares and full.fills(num_outputs, num_sms)):
         return full

@@ -1,4 +1,4 @@
-"""The projection of up to 32 rows by a weight in FP8 on compute capability 9.0: codes streamed.
+"""The projection of up to 128 rows by a weight in FP8 on compute capability 9.0: codes streamed.
 
 As `linear.stream_kernel`: bulk copies bring codes and rows to a ring in shared memory, programs own
 whole groups of weight rows or equal shares of all products, and the weight is the first operand of
@@ -51,8 +51,13 @@ from stree_kernels.linear.stream_plan import BOX_K, TILE_N, StreamPlan
 
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _BOX_K, _STEP_K, _TILE_N = gl.constexpr(BOX_K), gl.constexpr(CODE_BOX_K), gl.constexpr(TILE_N)
-MOST_REGISTERS = {8: 168, 16: 168, 32: 255}
-"""Registers of a thread by rows: three programs of a multiprocessor, with 32 rows two."""
+MOST_REGISTERS = {8: 168, 16: 168, 32: 255, 64: 255, 128: 255}
+"""Registers of a thread by rows: three programs of a multiprocessor, of more rows than 16 two."""
+ROWS_OF_FOUR_WARPS = 64
+"""Rows whose sums the registers of four warps hold; of more, eight take half each.
+
+Both halves decode all codes: parts of the weight would leave gate and up to different warps.
+"""
 
 
 @gluon.jit
@@ -224,7 +229,7 @@ def fp8_stream_kernel(
 ):  # fmt: skip
     """Some weight rows, or a share of all products, times all rows; and what follows."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BLOCK_M, 16]
+        version=[3, 0], warps_per_cta=[4, WARPS // 4], instr_shape=[16, BLOCK_M * 4 // WARPS, 16]
     )
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
     CODES: gl.constexpr = gl.NVMMASharedLayout(128, 8, rank=2)
@@ -347,11 +352,17 @@ def fp8_stream_kernel(
         if not BLOCKED:
             total = total * gl.load(scale_ptrs)[:, None]
             second = second * gl.load(second_ptrs)[:, None]
+        at = m
+        if BLOCK_M > 32:
+            # Adds 0, which the compiler does not know: no addresses wait in registers for this.
+            at = m + (item >> 31)
         if SHARES:
             all_places = (num_outputs + TILE_ROWS - 1) // TILE_ROWS * STEPS
             rank = (pid - part_of(tile * STEPS, all_places, PARTS)).to(gl.int64)
             share = (out_ptr + rank * num_rows * num_outputs, num_outputs)
-            _store(total, share, m, tile_row + n, last_row, num_rows)
+            _store(total, share, at, tile_row + n, last_row, num_rows)
+            if HALVES == 2:
+                _store(second, share, at, tile_row + n + _TILE_N, last_row, num_rows)
         else:
             scale = m
             if SUMS > 0 and GROUPS == 1:
@@ -359,7 +370,7 @@ def fp8_stream_kernel(
                 scale = scale_factor(sums, INNER, eps)
             tile_end = gl.minimum(tile_row + TILE_ROWS, last_row)
             _finish(
-                total, second, scale, (out_ptr, stride_out_m), m, tile_row + n, tile_end, num_rows,
+                total, second, scale, (out_ptr, stride_out_m), at, tile_row + n, tile_end, num_rows,
                 SUMS > 0 and GROUPS == 1, ACTIVATION, GATE, HALVES,
             )  # fmt: skip
         item = stop
@@ -376,6 +387,7 @@ def launch_codes(
     values, sums, num_groups, eps = rows
     late = plan.shares and num_groups == 1
     num_sums = 0 if sums is None or late else sums.shape[1]
+    num_warps = 8 if plan.block_m > ROWS_OF_FOUR_WARPS else 4
     most_sums = max(LEAST_SUMS, SUMS_AT_ONCE // plan.block_m)
     block_q = min(most_sums, triton.next_power_of_2(max(LEAST_SUMS, num_sums)))
     return fp8_stream_kernel[(plan.num_programs,)](
@@ -391,7 +403,7 @@ def launch_codes(
         COLUMN_BLOCK=weight.column_block, ACTIVATION=activation, GATE=plan.gated,
         SHARES=plan.shares, DTYPE=_DTYPES[weight.dtype], BLOCK_M=plan.block_m, BLOCK_Q=block_q,
         GROUP=plan.group, NUM_BOXES=plan.num_boxes, HALVES=plan.mma_rows // TILE_N,
-        STAGES=plan.stages, STEPS=plan.steps, PARTS=plan.num_programs, WARPS=plan.num_warps,
-        num_warps=plan.num_warps, maxnreg=MOST_REGISTERS[plan.block_m],
+        STAGES=plan.stages, STEPS=plan.steps, PARTS=plan.num_programs, WARPS=num_warps,
+        num_warps=num_warps, maxnreg=MOST_REGISTERS[plan.block_m],
         **launch_options(values.device),
     )  # fmt: skip

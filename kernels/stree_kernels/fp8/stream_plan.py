@@ -16,6 +16,8 @@ GROUP = 16
 """Rows of the weight that belong together where programs own whole rows."""
 MAX_TILE_ROWS = 128
 """Rows of one tile, of gate and of up: two tensor core tiles."""
+FEW_ROWS = 32
+"""Rows of the input up to which shares are of one tensor core tile: more are read less often."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +50,9 @@ def make_plan(
     num_programs = config.programs_per_sm * num_sms
     steps = -(-num_inner // CODE_BOX_K)
     if shares:
-        group, tiles, num_boxes, mma_rows = TILE_N, 1, 1, TILE_N
-        num_programs = min(num_programs, -(-num_outputs // TILE_N) * steps)
+        num_boxes = 1 if num_rows <= FEW_ROWS else 2
+        group, tiles, mma_rows = TILE_N, 1, num_boxes * TILE_N
+        num_programs = min(num_programs, -(-num_outputs // mma_rows) * steps)
     else:
         group, num_groups = GROUP, -(-num_outputs // GROUP)
         num_programs = min(num_programs, num_groups)
