@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from stree_autotune.probe.ahead import compile_ahead
 from stree_autotune.probe.plan import ProbeConfig, missing_stages
 from stree_autotune.probe.run import attending, extends, probe
 from stree_autotune.probe.single import PassTime, probe_model
@@ -55,6 +56,8 @@ def run_probe(request: PairRequest, config: ProbeConfig, *, as_json: bool, force
     logger.info("probing %s + %s on %s", *names, device_name(pair.device))
     # Saved after every stage: a probe that is stopped keeps what it has measured.
     with Working(MEASURING) as spinner:
+        compile_ahead(pair, config, known, partial(_said, spinner))
+        spinner.say(MEASURING)
         for table in probe(pair, config, partial(_stage_line, spinner), known):
             save_runtime_table(table, path)
     summary = {
@@ -94,6 +97,12 @@ def run_model_probe(request: PairRequest, config: ProbeConfig, *, as_json: bool)
     }
     text = "a runtime table, which tuning reads, needs a draft as well: pass --draft"
     report(text, summary, as_json)
+
+
+def _said(spinner: Working, line: str) -> None:
+    """Log a line, and show it on a terminal until something else is said."""
+    logger.info(line)
+    spinner.say(line)
 
 
 def _stage_line(spinner: Working, line: str) -> None:

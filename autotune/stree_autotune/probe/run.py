@@ -67,7 +67,7 @@ BUDGETS = {
 
 
 @dataclass(slots=True)
-class _Found:
+class Found:
     """All that was measured so far; `trees` are those of an earlier table."""
 
     points: list[Point] = field(default_factory=list)
@@ -92,9 +92,9 @@ def probe(
     decides how often beyond that. Raises BackendUnavailable when the GPU stops answering.
     """
     budget = BUDGETS[config.effort]
-    found = _Found()
+    found = Found()
     if known is not None:
-        found = _Found(
+        found = Found(
             [*known.points],
             [*known.rules],
             [*known.steps],
@@ -112,7 +112,7 @@ def probe(
         until = _until(stages[number:], start + budget.seconds)
         setting = StepSetting(stage.batch_size, config.context, budget.effort, until, settle)
         try:
-            _measure(pair, config, stage, setting, found)
+            measure_stage(pair, config, stage, setting, found)
         except RuntimeError as err:
             if not _is_lost(err):
                 raise
@@ -133,13 +133,13 @@ def attending(pair: Pair) -> Attending:
 
 def extends(known: RuntimeTable, pair: Pair, config: ProbeConfig) -> bool:
     """True when `known` has this pair, device and setting, so that rows may join it."""
-    same = make_table(pair, config, _Found(), "")
+    same = make_table(pair, config, Found(), "")
     measured = {"measured", "points", "rules", "trees", "steps", "prompts"}
     measured |= {"no_room", "steps_no_room"}
     return known.model_dump(exclude=measured) == same.model_dump(exclude=measured)
 
 
-def make_table(pair: Pair, config: ProbeConfig, found: _Found, clocks: str) -> RuntimeTable:
+def make_table(pair: Pair, config: ProbeConfig, found: Found, clocks: str) -> RuntimeTable:
     """Return the table of what was found."""
     element = pair.target.dtype.itemsize
     return RuntimeTable(
@@ -182,8 +182,8 @@ def _trees(steps: Sequence[Step]) -> dict[str, TreeText]:
     }
 
 
-def _measure(
-    pair: Pair, config: ProbeConfig, stage: ProbeStage, setting: StepSetting, found: _Found
+def measure_stage(
+    pair: Pair, config: ProbeConfig, stage: ProbeStage, setting: StepSetting, found: Found
 ) -> None:
     """Run one stage and add what it finds."""
     if stage.kind == "rules":
@@ -199,7 +199,7 @@ def _measure(
 
 
 def _measure_steps(
-    pair: Pair, config: ProbeConfig, keys: Sequence[Key], setting: StepSetting, found: _Found
+    pair: Pair, config: ProbeConfig, keys: Sequence[Key], setting: StepSetting, found: Found
 ) -> None:
     trees = step_trees(config.max_nodes)
     mine = {name: trees[name] for _, name, _ in keys}
