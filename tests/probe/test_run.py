@@ -32,6 +32,7 @@ from stree_autotune.probe.plan import (
     step_trees,
 )
 from stree_autotune.probe.run import BUDGETS, Budget, attending, extends, probe
+from stree_autotune.probe.stepper import SteadyEngine
 from stree_autotune.probe.steps import StepSetting
 from stree_autotune.probe.timing import WALL_CYCLE, Effort, Timing, Work, time_interleaved
 from stree_autotune.store.library import Library
@@ -39,6 +40,7 @@ from stree_autotune.store.open_models import PairRequest, open_pair
 from stree_autotune.store.runtime_table import RuntimeTable, load_runtime_table, save_runtime_table
 from stree_autotune.store.step_rule import StepRule
 from stree_core.drafting.pair import Pair, Runtime, load_pair
+from stree_core.engine.engine import EngineConfig
 from stree_core.engine.step import Speculator
 from stree_core.errors import BackendUnavailable
 from stree_core.models.cache import Mamba2Cache
@@ -104,6 +106,17 @@ def test_passes_of_a_head_run(tmp_path: Path) -> None:
     trees = {"off": Tree.chain(0), "chain-2": Tree.chain(2)}
     times = probe_steps.time_steps(headed.target, headed.draft, trees, StepRule.GREEDY, setting)
     assert [step.tree for step in times.steps] == list(trees)
+
+
+def test_slots_hold_different_tokens(pair: Pair) -> None:
+    """Alike rows would choose the same experts, and fewer would be read than in use."""
+    config = EngineConfig(8, 64)
+    tokens = [
+        SteadyEngine(pair.target, pair.draft, [Tree.chain(3)], config).speculator.tokens_TB.clone()
+        for _ in range(2)
+    ]
+    assert len(tokens[0].unique()) > 8
+    assert torch.equal(*tokens), "always the same ones"
 
 
 def test_prompts_are_read_by_the_target_and_by_both(

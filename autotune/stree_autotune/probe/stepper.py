@@ -40,8 +40,10 @@ _REACH = 128
 def occupy(speculator: Speculator, num_tokens: int, num_buffered: int | None = None) -> None:
     """Set every slot to hold `num_tokens`, the last step's path of TIMED_PATH still pending.
 
-    Slots keep different numbers of rows, as in a server, or all `num_buffered`.
+    Slots keep different numbers of rows, as in a server, or all `num_buffered`, and hold different
+    tokens: rows that are alike choose the same experts.
     """
+    scatter_tokens(speculator)
     speculator.buffers.active_B.fill_(1)
     for cache in (speculator.target_cache, speculator.draft_cache):
         if cache is not None:
@@ -56,6 +58,15 @@ def occupy(speculator: Speculator, num_tokens: int, num_buffered: int | None = N
                 else [num_buffered] * len(buffered_B)
             )
             buffered_B.copy_(torch.tensor(spread))
+
+
+@torch.inference_mode()
+def scatter_tokens(speculator: Speculator) -> None:
+    """Give every slot and node a token of its own, always the same ones."""
+    tokens_RB = speculator.buffers.tokens_RB
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = speculator.target.shape.vocab_size
+    tokens_RB.copy_(torch.randint(vocab_size, tokens_RB.shape, generator=generator))
 
 
 def prompt_reader(model: Model) -> Callable[[], None]:
@@ -108,6 +119,7 @@ class SteadyEngine(Engine):
         restart: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(target, draft, trees, config, rules=rules)
+        scatter_tokens(self.speculator)
         shapes = [target.shape] if self.draft is None else [target.shape, self.draft.shape]
         attends = any(shape.has_attention for shape in shapes)
         self._restart = restart
