@@ -301,7 +301,10 @@ def test_between_batch_sizes_with_a_cliff_times_are_bounded() -> None:
 def with_off(table: RuntimeTable, ms: dict[int, float]) -> RuntimeTable:
     """Add steps of off at batch sizes where nothing else is measured."""
     more = [Step(size, "off", time, 0.0) for size, time in ms.items()]
-    return table.model_copy(update={"steps": (*table.steps, *more)})
+    # A probe writes down what the host takes beside every step.
+    hosts = [Point("host", size, 1, 0.1, 0.0) for size in ms]
+    update = {"steps": (*table.steps, *more), "points": (*table.points, *hosts)}
+    return table.model_copy(update=update)
 
 
 def test_off_beside_a_cliff_makes_its_own_points() -> None:

@@ -267,7 +267,8 @@ class RuntimeTable(Strict):
     @property
     def batch_sizes(self) -> tuple[int, ...]:
         """Batch sizes with whole steps, ascending; not those where off alone was measured."""
-        passes = {point.batch_size for point in self.points}
+        # Any step that is timed says how long the host takes.
+        passes = {point.batch_size for point in self.points if point.term != "host"}
         sizes = {step.batch_size for step in self.steps}
         drafted = {step.batch_size for step in self.steps if not step.is_off}
         return tuple(sorted(sizes & (passes | drafted)))
