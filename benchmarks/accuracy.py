@@ -24,6 +24,7 @@ from stree_autotune.cost.shape_table import DTYPE, MeasuredGpu, ShapeQuestion, t
 from stree_autotune.cost.step_cost import StepCost
 from stree_autotune.cost.traffic import model_cost
 from stree_autotune.cost.work import (
+    MOST_SLOTS,
     PassModel,
     PassSize,
     Sample,
@@ -108,7 +109,8 @@ def pair_accuracy(measured: MeasuredGpu, library: Library) -> tuple[list[Accurac
     rows, inside = [], []
     for table in measured.tables:
         names = (table.target.name, table.draft.name)
-        rest = [s for s in all_samples(measured.tables, measured.layouts) if s.model not in names]
+        own = (names[0], f"{names[0]} {MTP}" if names[1] == MTP else names[1])
+        rest = [s for s in all_samples(measured.tables, measured.layouts) if s.model not in own]
         if len({sample.model for sample in rest}) < 2:
             continue
         roofline = fit_shapes(rest, measured.spec, table)
@@ -120,7 +122,8 @@ def pair_accuracy(measured: MeasuredGpu, library: Library) -> tuple[list[Accurac
         band = TWO_SIDED * math.hypot(roofline.between, roofline.within)
         errors: dict[str, list[float]] = {"off": [], "speculating": []}
         for step in table.steps:
-            if step.rule == StepRule.GREEDY:
+            asked_for = step.batch_size in table.batch_sizes and step.batch_size <= MOST_SLOTS
+            if step.rule == StepRule.GREEDY and asked_for:
                 tree = table.trees[step.tree].build()
                 error = cost.step_ms(step.batch_size, tree, step.tokens_per_step) / step.ms
                 errors["off" if step.is_off else "speculating"].append(error - 1)
@@ -190,7 +193,8 @@ def _steps_without_batch_size(
     errors: dict[str, list[float]] = {"off": [], "speculating": []}
     for left_out in inner:
         times = {size: found for size, found in cost.times.items() if size != left_out}
-        rest = replace(cost, times=times, batch_sizes=tuple(sorted(times)))
+        sizes = tuple(size for size in cost.batch_sizes if size != left_out)
+        rest = replace(cost, times=times, batch_sizes=sizes)
         for step in table.steps:
             if step.batch_size == left_out and step.rule == "greedy":
                 tree = table.trees[step.tree].build()

@@ -16,16 +16,22 @@ from stree_autotune.cost.layout import Layout, Layouts, Product
 from stree_autotune.cost.traffic import MAX_BUFFERED
 from stree_autotune.cost.tree_shape import FEWEST_ROWS
 from stree_autotune.store import ModelCost, RuntimeTable, StepRule
+from stree_core.models import MTP
 from stree_core.tree import OFF
 
-FEW_ROWS, MORE_ROWS, NARROW, MAX_COLUMNS, MAX_WEIGHT_ROWS = 8, 16, 2048, 8192, 16384
-"""pick_config of stree_kernels.linear.linear, which a test compares: that module loads torch."""
+FEW_ROWS, MORE_ROWS, NARROW, STREAMED_ROWS = 8, 16, 2048, 64
+"""pick_config of stree_kernels.linear.linear, which a test compares: that module loads torch. What
+it streams is streamed on compute capability 9.0 alone; no table is of another."""
+MOST_SLOTS = 64
+"""The largest batch size that estimates are fitted to."""
+UNGROUPED_ROWS = 32
+"""Rows up to which experts are read once for every row."""
 
 SCAN_TILES = (16, 32, 64)
 PRODUCT_TILE, TILE_SHARE = 128, 0.3
 """Rows of a large product's tile, and how much of its empty rows a product is charged."""
 
-ROW_EDGES = (1, FEW_ROWS, MORE_ROWS, 32, 64, PRODUCT_TILE)
+ROW_EDGES = (1, FEW_ROWS, MORE_ROWS, 32, STREAMED_ROWS, PRODUCT_TILE)
 """Rows of all slots beyond which a product runs another kernel, or the same with wider tiles. A
 test derives all but the last, cuBLAS's first tile, from pick_config and the streamed kernel's plan.
 """
@@ -103,7 +109,11 @@ def pass_work(model: PassModel, size: PassSize) -> Work:
     several = size.block_rows > 1
     tile = _scan_tile(size.block_rows)
     distinct = sum(e.number * e.distinct(rows) * e.values for e in layout.experts)
-    chosen = sum(e.number * (e.num_chosen + e.num_shared) * rows * e.values for e in layout.experts)
+    # Of more rows an expert is read once for all that chose it.
+    read_by = min(rows, UNGROUPED_ROWS)
+    chosen = sum(
+        e.number * (e.num_chosen + e.num_shared) * read_by * e.values for e in layout.experts
+    )
     stored = 1 / (MAX_BUFFERED + 1) if size.plain else 0
     states = size.batch_size * cost.state_bytes_per_sequence
     return Work(
@@ -112,7 +122,7 @@ def pass_work(model: PassModel, size: PassSize) -> Work:
         narrow=sum(
             p.number
             for p, num_rows in products
-            if num_rows > FEW_ROWS and not in_library(p, num_rows)
+            if FEW_ROWS < num_rows <= MORE_ROWS and p.columns < NARROW
         ),
         trees=several * (layout.num_scans + layout.num_attention),
         tiles=several * layout.num_scans * (tile / SCAN_TILES[0] - 1),
@@ -134,12 +144,8 @@ def pass_work(model: PassModel, size: PassSize) -> Work:
 
 
 def in_library(product: Product, num_rows: int) -> bool:
-    """True when cuBLAS multiplies so many rows with this weight."""
-    if num_rows <= 1:
-        return False
-    if product.columns > MAX_COLUMNS or product.rows > MAX_WEIGHT_ROWS:
-        return True
-    return num_rows > (MORE_ROWS if product.columns < NARROW else FEW_ROWS)
+    """True when a product begins and ends as cuBLAS's do: from 17 rows on, streamed ones too."""
+    return num_rows > MORE_ROWS
 
 
 def element_bytes(dtype: str) -> int:
@@ -184,13 +190,16 @@ def samples_of(table: RuntimeTable, layouts: Layouts) -> list[Sample]:
     """Return the passes of a table, one token of the target (a whole step) among them."""
     target, draft = pass_models(table, layouts)
     context = table.context / 2
+    # Heads of two targets have one name, and nothing else in common.
+    drafted = f"{table.target.name} {MTP}" if table.draft.name == MTP else table.draft.name
     samples = []
     for point in table.points:
         if point.term not in ("verify", "draft", "draft_root"):
             continue
         model = target if point.term == "verify" else draft
         work = pass_work(model, point_size(point.term, point.batch_size, point.size, context))
-        samples.append(Sample(model.cost.name, point.batch_size, point.term, work, point.ms))
+        name = target.cost.name if model is target else drafted
+        samples.append(Sample(name, point.batch_size, point.term, work, point.ms))
     for step in table.steps:
         if step.is_off and step.rule == StepRule.GREEDY:
             work = pass_work(target, plain_size(step.batch_size, context))
@@ -199,8 +208,12 @@ def samples_of(table: RuntimeTable, layouts: Layouts) -> list[Sample]:
 
 
 def all_samples(tables: Sequence[RuntimeTable], layouts: Layouts) -> list[Sample]:
-    """Return the different passes of several tables."""
-    return list(dict.fromkeys(s for table in tables for s in samples_of(table, layouts)))
+    """Return the different passes of several tables, but for those of very many slots.
+
+    At such batch sizes small models alone are measured, and the host's work for each slot counts.
+    """
+    found = dict.fromkeys(s for table in tables for s in samples_of(table, layouts))
+    return [sample for sample in found if sample.batch_size <= MOST_SLOTS]
 
 
 def _scan_tile(num_rows: int) -> int:
