@@ -154,8 +154,8 @@ def all_cases() -> Iterator[tuple[str, Case]]:
             yield name, partial(mlp, num_rows, hidden, inner, activation)
     for sizes, dtype in itertools.product(EXPERTS, (BF16, FP16, FP32)):
         yield moe_case(2, *sizes, dtype=dtype)
-    for sizes, num_rows in itertools.product(ROUTERS, (1, 2, 4)):
-        yield router_case(num_rows, *sizes)
+    for router, num_rows in itertools.product(ROUTERS, (1, 2, 4)):
+        yield router_case(num_rows, *router)
     for dtype in (FP16, FP32):
         yield router_case(4, *ROUTERS[0], dtype=dtype)
     yield from prompt_cases()
