@@ -27,7 +27,10 @@ from stree_core.tree import Tree
 MEASURED = "h200--demo-target--demo-draft--demo"
 ESTIMATED = "h100--demo-target--demo-draft--gsm8k"
 BORROWED = "h200--mamba2-2.7b--mamba2-130m--gsm8k"
-ALL_FIGURES = ["speed", "trees", "ranks", "runtime", "steps", "live", "history"]
+ALL_FIGURES = [
+    "speed", "trees", "ranks", "runtime", "steps", "prompts", "requests", "live", "history"
+]  # fmt: skip
+OF_MEASUREMENTS = ("prompts", "requests", "live")
 STOPS = (
     "[...document.querySelectorAll('a, summary, [tabindex=\"0\"]')]"
     ".filter(element => element.checkVisibility())"
@@ -84,8 +87,8 @@ def test_every_figure_is_drawn_described_and_backed_by_numbers(
     sections: dict[str, Section],
 ) -> None:
     assert [figure.key for figure in sections[MEASURED].figures] == ALL_FIGURES
-    without_live = [key for key in ALL_FIGURES if key != "live"]
-    assert [figure.key for figure in sections[ESTIMATED].figures] == without_live
+    others = [key for key in ALL_FIGURES if key not in OF_MEASUREMENTS]
+    assert [figure.key for figure in sections[ESTIMATED].figures] == others
     page = Page(render(list(sections.values())))
     figures = [figure for section in sections.values() for figure in section.figures]
     drawn = sum(len(figure.panels) for figure in figures)
@@ -246,7 +249,8 @@ def test_what_is_not_at_hand_is_left_out_and_named(changes: dict[str, str], word
     section = make_section(
         elsewhere(shipped(MEASURED), **changes), "p.yaml", "p", Library((shipped_root(),))
     )
-    assert [figure.key for figure in section.figures] == ["trees", "runtime", "steps", "live"]
+    found = [figure.key for figure in section.figures]
+    assert found == ["trees", "runtime", "steps", "prompts", "live"]
     (sentence,) = section.missing
     assert words in sentence
     assert sentence in "".join(Page(render([section])).words)
@@ -272,7 +276,8 @@ def test_text_of_a_profile_is_no_markup() -> None:
 def test_headlines() -> None:
     profile = shipped(BORROWED)
     chain = next(row for row in shipped(MEASURED).policy if row.verdict == "chain")
-    rows = {row.verdict: row for row in (*profile.policy, chain)}
+    off = next(row for row in shipped(ESTIMATED).policy if row.verdict == "off")
+    rows = {row.verdict: row for row in (*profile.policy, chain, off)}
 
     def headline(**verdicts: tuple[int, ...]) -> str:
         policy = sorted(
