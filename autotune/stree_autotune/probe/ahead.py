@@ -7,12 +7,11 @@ process runs stages of the probe on the pair cut down to one block of each kind,
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
-import pickle
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -39,11 +38,7 @@ _FEWEST_SIZES = 2
 _EXTRA_BYTES = 4 * GIB
 """What a process takes beside its weights: CUDA's context, logits and caches."""
 
-_LONGEST_S = 900
 _LOWEST_PRIORITY = 19
-_DONE = "compiled stage "
-_COMMAND = (sys.executable, "-c", "from stree_autotune.probe.ahead import work; work()")
-"""Not multiprocessing: that would run the main module of whoever probes again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,33 +155,24 @@ def _most_processes(job: Job, device: torch.device) -> int:
 
 def _run(job: Job) -> _Outcome:
     """Run one process to its end."""
-    # The child finds the modules where this process does.
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    environment = os.environ | {"PYTHONPATH": path}
     try:
-        ended = subprocess.run(
-            _COMMAND, input=pickle.dumps(job), capture_output=True, timeout=_LONGEST_S,
-            env=environment, check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return _Outcome([], f"stopped after {_LONGEST_S} s")
-    except OSError as err:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            return process.submit(_work, job).result()
+    except (BrokenProcessPool, OSError) as err:
         return _Outcome([], str(err))
-    lines = ended.stdout.decode(errors="replace").splitlines()
-    done = [int(line.removeprefix(_DONE)) for line in lines if line.startswith(_DONE)]
-    said = ended.stderr.decode(errors="replace").strip().splitlines()
-    failure = (said[-1] if said else f"exit {ended.returncode}") if ended.returncode else ""
-    return _Outcome([job.stages[number] for number in done], failure)
 
 
-def work() -> None:
-    """Compile the job on stdin; say on stdout which stages are done."""
+def _work(job: Job) -> _Outcome:
+    """Compile a job in a process of its own."""
     os.nice(_LOWEST_PRIORITY)
     torch.set_num_threads(1)
-    job: Job = pickle.load(sys.stdin.buffer)
-    for number in compiled(job):
-        sys.stdout.write(f"{_DONE}{number}\n")
-        sys.stdout.flush()
+    done: list[ProbeStage] = []
+    try:
+        for number in compiled(job):
+            done.append(job.stages[number])
+    except Exception as err:  # whatever fails, the probe meets again and says
+        return _Outcome(done, str(err) or type(err).__name__)
+    return _Outcome(done, "")
 
 
 def compiled(job: Job) -> Iterable[int]:
