@@ -170,7 +170,8 @@ def _work(job: Job) -> _Outcome:
     try:
         for number in compiled(job):
             done.append(job.stages[number])
-    except Exception as err:  # whatever fails, the probe meets again and says
+    # Whatever fails here, the probe meets again and says.
+    except Exception as err:
         return _Outcome(done, str(err) or type(err).__name__)
     return _Outcome(done, "")
 
