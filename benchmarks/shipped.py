@@ -36,17 +36,19 @@ from stree_core.profile import load_profile
 PAIRS = (
     ("mamba2-2.7b", "mamba2-130m", True),
     ("mamba-in-llama-8b", "mamba2-distilled-small", True),
+    ("mamba-in-llama-8b-fp8-block", "mamba2-distilled-small", True),
     ("demo-target", "demo-draft", False),
     ("demo-target", "mtp", False),
     ("demo-gdn", "mtp", False),
     ("qwen3.5-27b", "mtp", True),
     ("nemotron-3-nano-mtp", "mtp", True),
+    ("qwen3.5-4b", "mtp", True),
 )
 """Targets, drafts, and whether they are shapes with random weights."""
 MANY_SLOTS = ("1", "2", "4", "8", "16", "32", "64", "128", "256")
 """Batch sizes of trained targets, which are small; of others a probe's own."""
 PROFILES = fingerprint.ROOT / "profiles"
-ON_CPU = PAIRS[2:5]
+ON_CPU = tuple(pair for pair in PAIRS if not pair[2])
 SHOWN = ("file", "hash", "seconds", "command")
 
 

@@ -149,8 +149,11 @@ MEASUREMENTS = (
     Measurement(
         "tables", "shipped", minutes=4, arguments=("tables",),
         sources=(
-            *bench("shipped"), *PROBE, *STEP, *DELTA, *DEMO_MODELS,
-            *(f"profiles/shapes/{name}.yaml" for name in (*SHIPPED_SHAPES, *HEADED_SHAPES)),
+            *bench("shipped"), *PROBE, *STEP, *DELTA, *FP8, *DEMO_MODELS,
+            *(
+                f"profiles/shapes/{name}.yaml"
+                for name in (*SHIPPED_SHAPES, *HEADED_SHAPES, "qwen3.5-4b")
+            ),
         ),
     ),
     Measurement(
