@@ -10,20 +10,26 @@ The demo pair on the demo set decodes by itself, sampled where the profile sampl
 profiles the prompts do not ship or the weights are random: their steps compute every pass and
 accept what the profile's trace says (traced_pair.py), prompt by prompt. tokens/s is live
 (live_speed): all slots at work, prefill left out. `--write` puts the rows into the profiles, as
-their measured block.
+their measured block. With several GPUs pairs are decoded side by side, one a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import fingerprint
 import numpy as np
+from gpus import Environment, side_by_side, visible_gpus
 from prediction import Case, give_back, requests_of
-from report import RESULTS, Row, header, print_table, save, table
+from report import RESULTS, Row, header, print_table, read, save, table
 from traced_pair import traced_rules
 
 from stree_autotune.cost.step_cost import StepCost
@@ -54,13 +60,17 @@ from stree_core.profile import (
 )
 from stree_core.tree import OFF, Tree
 
-PROMPTS, PARTS = 12, 2
+PROMPTS, PARTS = 8, 2
 LONGEST_CHAIN, CHAINS = 12, 2
 WARM_UP_TOKENS = 16
 SHOWN = (
     "profile", "batch", "verdict", "nodes", "tokens_per_s", "chain", "chain_tokens_per_s",
     "off_tokens_per_s", "over_chain", "over_off", "predicted_over_off",
 )  # fmt: skip
+
+
+Named = tuple[str, Profile]
+"""A profile with its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,30 +86,69 @@ def main() -> None:
         print_table(options.table, SHOWN, lambda row: True)
         return
     head = header(device=options.device)
-    rows: list[Row] = []
     device = resolve_device(options.device)
-    gpu = short_gpu_name(device_name(device), device)
+    chosen = profiles_of(
+        options.gpu or short_gpu_name(device_name(device), device), options.profiles
+    )
+    gpus, pairs = visible_gpus(), {pair_of(profile) for _, profile in chosen}
+    rows: list[Row] = []
+    if device.type == "cpu" or min(len(gpus), len(pairs)) == 1:
+        measured = decoded(options, head, chosen)
+    else:
+        measured = decoded_side_by_side(options, chosen, gpus)
+    for row in measured:
+        rows.append(row)
+        print(table(rows[-1:], SHOWN).splitlines()[-1], flush=True)
+        save(options.output, head, rows)
+    print(table(rows, SHOWN), end="")
+
+
+def decoded(options: argparse.Namespace, head: Row, chosen: Sequence[Named]) -> Iterator[Row]:
+    """Decode by the profiles and yield their rows."""
     pair: Pair | None = None
-    for name, profile in profiles_of(options.gpu or gpu, options.profiles):
-        names = (profile.target.name, profile.draft.name)
+    for name, profile in chosen:
+        names = pair_of(profile)
         if pair is None or (pair.target_ref.name, pair.draft_ref.name) != names:
             del pair
             give_back()
             pair = opened(*names, options.device)
-        case, before = case_of(name, profile, pair), len(rows)
+        case, rows = case_of(name, profile, pair), []
         for policy in profile.policy:
             asked_for = not options.batches or policy.batch_size in options.batches
             if policy.verdict == "off" or not asked_for:
                 continue
             rows.append(measure(case, policy, options.prompts))
-            print(table(rows[-1:], SHOWN).splitlines()[-1], flush=True)
-            save(options.output, head, rows)
+            yield rows[-1]
             give_back()
         del case
-        if options.write and len(rows) > before:
+        if options.write and rows:
             path = fingerprint.ROOT / "profiles" / "tuned" / f"{name}.yaml"
-            save_profile(with_measured(profile, head, rows[before:]), path)
-    print(table(rows, SHOWN), end="")
+            save_profile(with_measured(profile, head, rows), path)
+
+
+def decoded_side_by_side(
+    options: argparse.Namespace, chosen: Sequence[Named], gpus: Sequence[str]
+) -> Iterator[Row]:
+    """Decode by the profiles of each pair in a process of its own, and yield their rows."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for name, profile in chosen:
+        names.setdefault(pair_of(profile), []).append(name)
+    with tempfile.TemporaryDirectory() as folder:
+
+        def run(number: int, profiles: Sequence[str], environment: Environment) -> list[Row]:
+            part = Path(folder) / f"{number}.json"
+            command = [sys.executable, __file__, "--device", "cuda", "--output", str(part)]
+            command += ["--prompts", str(options.prompts), "--profiles", *profiles]
+            command += ["--gpu", options.gpu] if options.gpu else []
+            command += ["--batches", *map(str, options.batches)] if options.batches else []
+            command += ["--write"] if options.write else []
+            subprocess.run(command, check=True, env={**os.environ, **environment})
+            found: list[Row] = read(part)["rows"] if part.exists() else []
+            return found
+
+        works = [functools.partial(run, *each) for each in enumerate(names.values())]
+        for done in side_by_side(works, gpus):
+            yield from done.result()
 
 
 def parse() -> argparse.Namespace:
@@ -115,7 +164,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def profiles_of(gpu: str, wanted: Sequence[str]) -> list[tuple[str, Profile]]:
+def profiles_of(gpu: str, wanted: Sequence[str]) -> list[Named]:
     """Return the shipped profiles of a GPU, full-size pairs first, those of one pair together."""
     paths = sorted((shipped_root() / "tuned").glob(f"{gpu}--*.yaml"))
     chosen = [path for path in paths if not wanted or path.stem in wanted]
@@ -124,6 +173,11 @@ def profiles_of(gpu: str, wanted: Sequence[str]) -> list[tuple[str, Profile]]:
         raise SystemExit(f"no shipped profile of {gpu} has such a name; see stree-tune list")
     found.sort(key=lambda item: (not is_shape(item[1].target.name), item[1].draft.name, item[0]))
     return found
+
+
+def pair_of(profile: Profile) -> tuple[str, str]:
+    """Return the names of a profile's models."""
+    return profile.target.name, profile.draft.name
 
 
 def is_shape(name: str) -> bool:

@@ -14,18 +14,18 @@ it is stale when one of them is another now. With `--only` it keeps what it says
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from queue import Queue
 
 import fingerprint
 import torch
+from gpus import Environment, side_by_side, visible_gpus
 from report import RESULTS, Row, header, is_of_this_run, read, save, table
 
 from stree_autotune.store.runtime_table import runtime_file_name
@@ -49,6 +49,7 @@ MANY_SLOTS = ("1", "2", "4", "8", "16", "32", "64", "128", "256")
 """Batch sizes of trained targets, which are small; of others a probe's own."""
 PROFILES = fingerprint.ROOT / "profiles"
 ON_CPU = tuple(pair for pair in PAIRS if not pair[2])
+NOTHING_MISSING = "exists already"
 SHOWN = ("file", "hash", "seconds", "command")
 
 
@@ -59,39 +60,25 @@ def main() -> None:
     rows = others(options.output, head, {place_of(path) for path, _ in work})
     device = resolve_device(options.device)
     probing = options.what == "tables" and device.type == "cuda"
-    free: Queue[str] = Queue()
-    for gpu in visible_gpus() if probing else [""]:
-        free.put(gpu)
 
-    def make(path: Path, command: list[str]) -> Row:
-        gpu = free.get()
+    def make(path: Path, command: list[str], environment: Environment) -> Row:
         start, before = time.monotonic(), path.read_bytes() if path.exists() else b""
-        try:
-            run(command, {"CUDA_VISIBLE_DEVICES": gpu} if probing else {})
-        finally:
-            free.put(gpu)
+        run(command, environment, resumes=options.resume)
         if options.what == "profiles" and hash_of(path) == hash_of(path, before):
             path.write_bytes(before)
         return row_of(path, command, time.monotonic() - start)
 
     failures = []
-    # One command a GPU at a time; one that fails keeps no other from its turn.
-    with ThreadPoolExecutor(free.qsize()) as pool:
-        for done in as_completed([pool.submit(make, *each) for each in work]):
-            if failure := done.exception():
-                failures.append(str(failure))
-                continue
-            rows.append(done.result())
-            print(table(rows[-1:], SHOWN).splitlines()[-1], flush=True)
-            save(options.output, head, rows)
+    works = [functools.partial(make, *each) for each in work]
+    for done in side_by_side(works, visible_gpus() if probing else []):
+        if failure := done.exception():
+            failures.append(str(failure))
+            continue
+        rows.append(done.result())
+        print(table(rows[-1:], SHOWN).splitlines()[-1], flush=True)
+        save(options.output, head, rows)
     if failures:
         raise SystemExit("\n".join(failures))
-
-
-def visible_gpus() -> list[str]:
-    """Return what CUDA_VISIBLE_DEVICES names, or else all."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
 
 
 def others(output: Path, head: Row, made: Collection[str]) -> list[Row]:
@@ -153,14 +140,18 @@ def profile_command(path: Path) -> list[str]:
     return [*words, "-o", place_of(path), "--force"]
 
 
-def run(words: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Run a command of stree-tune in the checkout, with some variables of its own."""
+def run(words: Sequence[str], environment: Environment, *, resumes: bool) -> None:
+    """Run a command of stree-tune in the checkout, with some variables of its own.
+
+    One that `resumes` a table may find that nothing is missing.
+    """
     done = subprocess.run(
         [sys.executable, "-m", "stree_autotune", *words],
-        cwd=fingerprint.ROOT, check=False, stdout=subprocess.DEVNULL,
-        env={**os.environ, **environment},
+        cwd=fingerprint.ROOT, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        env={**os.environ, **environment}, text=True,
     )  # fmt: skip
-    if done.returncode:
+    print(done.stderr, end="", file=sys.stderr, flush=True)
+    if done.returncode and not (resumes and NOTHING_MISSING in done.stderr):
         raise SystemExit(f"stree-tune {shlex.join(words)} ended with {done.returncode}; mend it")
 
 
