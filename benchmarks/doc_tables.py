@@ -140,7 +140,7 @@ def _rows(file: str) -> list[Row]:
 
 
 def live() -> str:
-    """Every tree and chain of the shipped profiles, live, beside the best chain and off."""
+    """Every tree and chain of full-size pairs' profiles, live, beside the best chain and off."""
     rows = [
         {
             "profile": row["profile"].partition("--")[2],
@@ -154,6 +154,7 @@ def live() -> str:
             "predicted": f"{row['predicted_over_off']:.2f}x",
         }
         for row in _rows("live-h200")
+        if not (PROFILES / "models" / row["profile"].split("--")[1]).exists()
     ]
     return aligned(rows, list(rows[0]))
 

@@ -164,7 +164,7 @@ def test_list_shows_local_library_and_shipped(
     lines = outcome.out.splitlines()
     # names say the rest
     assert lines[0].split() == ["kind", "status", "age", "name"]
-    assert max(map(len, lines[:-1])) <= 82
+    assert max(map(len, lines[:-1])) <= 92
     monkeypatch.setenv("COLUMNS", "200")
     wide = terminal("list").out.splitlines()[0]
     assert wide.split() == [
