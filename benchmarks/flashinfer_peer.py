@@ -219,7 +219,7 @@ def make_candidates(inputs: LayerInputs, library: Path) -> dict[str, Candidate]:
     """Return the calls of a running decoder, with the fastest tactic, and calls that store."""
     shape, tokens = inputs.shape, inputs.tokens
     accepted, groups = len(accepted_path(tokens)), max(shape.num_b_groups, shape.num_c_groups)
-    heads = inputs.heads._make(constants.contiguous() for constants in inputs.heads)
+    heads = inputs.heads._make(constants.contiguous() for constants in inputs.heads)  # type: ignore[var-annotated, call-arg, arg-type]
     op = FlashInfer(library, tokens, groups, heads)
     memories = [op.memory(buffer.state_BHPN) for buffer in inputs.buffers]
     length = cycle(tokens, accepted)
