@@ -51,7 +51,7 @@ def test_shapes_are_left_out_of_the_roofline() -> None:
     shapes = {row.term: row for row in rows if row.left_out == "roofline, shape"}
     assert {"mamba2-2.7b", "mamba2-130m"} <= set(shapes)
     # From models of milliseconds to one of microseconds and back.
-    assert all(0 < row.median < 0.3 for row in shapes.values())
+    assert all(0 < row.median < 0.35 for row in shapes.values())
 
 
 def test_pairs_that_no_table_was_fitted_to_are_within_the_band() -> None:

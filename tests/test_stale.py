@@ -29,7 +29,9 @@ def twice(value: float) -> float:
     return 2.0 * value
 '''
 TESTS = Path(__file__).parent
-NEUTRAL = {"report", "gate", "fingerprint", "sources", "prediction_table", "prediction_figure"}
+NEUTRAL = {
+    "report", "gate", "gpus", "fingerprint", "sources", "prediction_table", "prediction_figure"
+}  # fmt: skip
 """Modules of benchmarks that print and write, and change no number."""
 
 NEUTRAL_MODULES = (
