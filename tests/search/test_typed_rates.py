@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def test_a_shape_and_rates_are_enough_and_all_is_marked() -> None:
     assert tune(REQUEST).policy == profile.policy
 
 
-def test_weights_in_fp8_make_a_token_cheaper_and_the_band_wider(tmp_path: Path) -> None:
+def test_weights_in_fp8_make_a_token_cheaper(tmp_path: Path) -> None:
     """By a shape's name with the ending, and by a config that declares them."""
     plain = replace(REQUEST, target="qwen3.5-4b", batch_sizes=(1,))
     shape = load_shape_spec(LIBRARY.find_shape("qwen3.5-4b"))
@@ -67,12 +68,25 @@ def test_weights_in_fp8_make_a_token_cheaper_and_the_band_wider(tmp_path: Path) 
     for target in ("qwen3.5-4b-fp8-block", str(path)):
         fp8 = tune(replace(plain, target=target))
         assert (fp8.target.weights, wide.target.weights) == ("fp8-block", None)
-        assert "weights in fp8-block" in str(fp8.sources.runtime.note)
         before, after = (profile.policy[0].predicted for profile in (wide, fp8))
         assert after.step_ms < 0.8 * before.step_ms
         assert after.speedup < before.speedup, "a step has more to earn"
-        ratios = [p.speedup_interval.high / p.speedup_interval.low for p in (before, after)]
-        assert ratios[0] < ratios[1]
+
+
+def test_weights_of_a_kind_in_no_table_make_the_band_wider() -> None:
+    """Blocks are in the table of the 8B pair, scales of whole tensors in none."""
+    asked = replace(REQUEST, batch_sizes=(1,))
+    blocks, tensors = (
+        tune(replace(asked, target=f"qwen3.5-4b-fp8-{kind}")) for kind in ("block", "tensor")
+    )
+    assert "in no table" not in str(blocks.sources.runtime.note)
+    assert "weights in fp8-tensor are in no table" in str(tensors.sources.runtime.note)
+    bands = [
+        re.search(r"within x([\d.]+) and", str(p.sources.runtime.note)) for p in (blocks, tensors)
+    ]
+    assert bands[0]
+    assert bands[1]
+    assert float(bands[0][1]) > float(bands[1][1])
 
 
 def test_nothing_pretends_that_files_are_behind_it() -> None:
