@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,15 @@ from synthetic_data import make_table, model_cost
 
 from stree_autotune.cost.estimate import estimate_table
 from stree_autotune.cost.layout import Layouts, find_layouts
-from stree_autotune.cost.roofline import TOLERANCES, Efficiencies, fit, log_errors
+from stree_autotune.cost.roofline import (
+    NAMES,
+    TOLERANCES,
+    Efficiencies,
+    Floats,
+    fit,
+    log_errors,
+    times_and_slopes,
+)
 from stree_autotune.cost.step_cost import StepCost
 from stree_autotune.cost.work import (
     Work,
@@ -90,6 +99,28 @@ def test_the_roofline_by_hand() -> None:
     both = nothing._replace(body=4.8e9, body_flops=989.4e9)
     assert found.ms([both], h200).tolist() == pytest.approx([1.25 * 2 ** (1 / 3)])
     assert all(getattr(TOLERANCES, name) > 0 for name in ("launch", "read", "scored"))
+
+
+def test_slopes_are_derivatives() -> None:
+    """By the logarithm of each efficiency, against central differences."""
+    rng = np.random.default_rng(7)
+    columns = rng.uniform(1, 9, (len(Work._fields), 40))
+    counts = ("launches", "library", "narrow", "trees", "tiles", "one_row")
+    columns[[name not in counts for name in Work._fields]] *= 1e9
+    columns[[name.endswith("flops") for name in Work._fields]] *= 200
+    for name, values in (("trees", [0, 1]), ("one_row", [1, 0])):
+        columns[Work._fields.index(name)] = values * 20
+    found, step = Efficiencies(), 1e-4
+
+    def times_at(name: str, moved: float) -> Floats:
+        value = getattr(found, name) * math.exp(moved)
+        return times_and_slopes(columns, spec("h200"), replace(found, **{name: value}))[0]
+
+    _, slopes = times_and_slopes(columns, spec("h200"), found)
+    for name, slope in zip(NAMES, slopes, strict=True):
+        assert slope.any(), name
+        rise = (times_at(name, step) - times_at(name, -step)) / (2 * step)
+        np.testing.assert_allclose(slope, rise, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("gpu", ["h100", "a100-80g", "l40s"])

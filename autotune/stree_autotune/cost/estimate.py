@@ -127,10 +127,11 @@ def fit_shapes(
             f"estimates need {FEWEST_SAMPLES} measured passes of each of two models, the tables "
             f"of {spec.name} hold fewer; record them with `{table.probe_command(words)}`"
         )
+    found = fit(samples, spec)
     means, deviations, sizes = [], [], []
     for left_out in groups:
         rest = [sample for group in groups if group is not left_out for sample in group]
-        errors = log_errors(left_out, fit(rest, spec), spec)
+        errors = log_errors(left_out, fit(rest, spec, found), spec)
         means.append(float(errors.mean()))
         deviations.append(float(errors.std()))
         sizes += np.abs(errors).tolist()
@@ -138,7 +139,7 @@ def fit_shapes(
     between = NORMAL * float(np.median(np.abs(means)))
     within = float(np.sqrt(np.mean(np.square(deviations))))
     median = float(np.median(sizes))
-    return Fit(spec, fit(samples, spec), between, within, median, len(models))
+    return Fit(spec, found, between, within, median, len(models))
 
 
 def transfer_spreads(roofline: Fit, wanted: GpuSpec) -> tuple[float, float]:

@@ -5,11 +5,11 @@
         + both(experts / read, expert reads from L2) + both(states / scanned, scan_flops / scans)
         + both(keys / kept, score_flops / scans) + rows / written + logits / scored
 
-`both` is a smoothed maximum, since a kernel moves and computes at the same time. The launch factors
-are in multiples of an empty kernel, the others are shares of the published rates; one row reads
-weights and states at shares of its own. All are fitted to measured passes, robustly (soft L1 of the
-logarithm of the ratio), each held near its nominal value: the shapes that were measured do not tell
-all of them apart. What comes of it is always an estimate.
+`both` is a smoothed maximum (the cube root of the sum of cubes), since a kernel moves and computes
+at the same time. The launch factors are in multiples of an empty kernel, the others are shares of
+the published rates; one row reads weights and states at shares of its own. All are fitted to
+measured passes, robustly (soft L1 of the logarithm of the ratio), each held near its nominal value:
+the shapes that were measured do not tell all of them apart. What comes of it is always an estimate.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ L2_RATE = 1.5
 """At which multiple of memory's bandwidth rows read an expert that others read before them; by the
 draft passes of an MTP head with 128 experts on an H200 (benchmarks/results/draft-h200.json)."""
 
-_POWER = 3.0
 _SOFT = 0.05
 _PASSES_OF_A_MODEL = 30.0
 """How many passes each model counts as, whatever was measured of it."""
@@ -58,11 +57,17 @@ class Efficiencies:
 
     def ms(self, works: Sequence[Work], spec: GpuSpec) -> Floats:
         """Return the estimated times of passes on a GPU."""
-        return _times(_columns(works), spec, self)
+        times, _ = times_and_slopes(_columns(works), spec, self)
+        return times
 
 
 NAMES = tuple(each.name for each in fields(Efficiencies))
-NUM_FACTORS = 5
+_COUNTED = {
+    "launch": "launches", "library": "library", "narrow": "narrow", "tree": "trees",
+    "tile": "tiles",
+}  # fmt: skip
+"""What each launch factor multiplies."""
+NUM_FACTORS = len(_COUNTED)
 """The first five are launch factors, which may be any size; shares of a rate end at 1."""
 
 TOLERANCES = Efficiencies(
@@ -72,8 +77,13 @@ TOLERANCES = Efficiencies(
 """How far each may be from its nominal value, as a logarithm, before that counts as an error."""
 
 
-def fit(samples: Sequence[Sample], spec: GpuSpec) -> Efficiencies:
-    """Fit the efficiencies to measured passes on one GPU; every model counts alike."""
+def fit(
+    samples: Sequence[Sample], spec: GpuSpec, start: Efficiencies | None = None
+) -> Efficiencies:
+    """Fit the efficiencies to measured passes on one GPU; every model counts alike.
+
+    `start` is where to begin, a fit to nearly the same passes; the nominal ones otherwise.
+    """
     # scipy.optimize takes most of a second to import, and most commands never fit
     from scipy.optimize import least_squares
 
@@ -85,16 +95,24 @@ def fit(samples: Sequence[Sample], spec: GpuSpec) -> Efficiencies:
     most = np.full(len(NAMES), 3.0)
     most[NUM_FACTORS:] = -np.log(nominal[NUM_FACTORS:])
 
-    def residuals(moved: Floats) -> Floats:
-        found = Efficiencies(*(nominal * np.exp(moved)).tolist())
-        errors = weights * (np.log(_times(columns, spec, found)) - log_ms)
-        return np.concatenate([errors, moved / tolerance])
+    def moved_to(moved: Floats) -> Efficiencies:
+        return Efficiencies(*(nominal * np.exp(moved)).tolist())
 
-    start = np.zeros(len(NAMES))
+    def residuals(moved: Floats) -> Floats:
+        times, _ = times_and_slopes(columns, spec, moved_to(moved))
+        return np.concatenate([weights * (np.log(times) - log_ms), moved / tolerance])
+
+    def jacobian(moved: Floats) -> Floats:
+        times, slopes = times_and_slopes(columns, spec, moved_to(moved))
+        return np.concatenate([(slopes * (weights / times)).T, np.diag(1 / tolerance)])
+
+    begin = np.zeros(len(NAMES))
+    if start is not None:
+        begin = np.clip(np.log(np.array(_values(start)) / nominal), -3.0, most)
     found = least_squares(
-        residuals, start, bounds=(-3.0, most), loss="soft_l1", f_scale=_SOFT, x_scale=tolerance
+        residuals, begin, jacobian, (-3.0, most), loss="soft_l1", f_scale=_SOFT, x_scale=tolerance
     )
-    return Efficiencies(*(nominal * np.exp(found.x)).tolist())
+    return moved_to(found.x)
 
 
 def log_errors(samples: Sequence[Sample], found: Efficiencies, spec: GpuSpec) -> Floats:
@@ -113,33 +131,46 @@ def _columns(works: Sequence[Work]) -> Floats:
     return np.array(works, dtype=np.float64).reshape(-1, len(Work._fields)).T
 
 
-def _times(columns: Floats, spec: GpuSpec, found: Efficiencies) -> Floats:
-    """Return the times (ms) of works [F, N]."""
+def times_and_slopes(columns: Floats, spec: GpuSpec, found: Efficiencies) -> tuple[Floats, Floats]:
+    """Return the times (ms) of works [F, N], and their slopes [E, N].
+
+    A slope is the derivative of a time by the logarithm of an efficiency.
+    """
     work = dict(zip(Work._fields, columns, strict=True))
     # a terabyte a second is 1e9 bytes a millisecond
     moved, done = spec.memory_bandwidth_tb_per_s * 1e9, spec.matrix_tflop_per_s_bf16 * 1e9
-    one = np.asarray(work["one_row"], dtype=bool)
-    read = moved * np.where(one, found.read_one, found.read)
-    plain = np.asarray(work["trees"]) == 0
-    scanned = moved * np.where(plain, found.scanned_one, found.scanned)
-    launches = (
-        found.launch * work["launches"]
-        + found.library * work["library"]
-        + found.narrow * work["narrow"]
-        + found.tree * work["trees"]
-        + found.tile * work["tiles"]
-    )
-    times: Floats = spec.launch_us / 1e3 * launches
-    times += _both(work["body"] / read, work["body_flops"] / (found.products * done))
-    times += _both(work["head"] / read, work["head_flops"] / (found.products * done))
-    times += _both(work["expert_bytes"] / read, work["expert_reads"] / (L2_RATE * moved))
-    times += _both(work["states"] / scanned, work["scan_flops"] / (found.scans * done))
-    times += _both(work["keys"] / (found.kept * moved), work["score_flops"] / (found.scans * done))
-    times += work["rows"] / (found.written * moved) + work["logits"] / (found.scored * moved)
-    return times
+    is_one = np.asarray(work["one_row"], dtype=bool)
+    is_plain = np.asarray(work["trees"]) == 0
+    read = moved * np.where(is_one, found.read_one, found.read)
+    scanned = moved * np.where(is_plain, found.scanned_one, found.scanned)
+    slopes = {name: np.zeros(columns.shape[1]) for name in NAMES}
 
-
-def _both(first: Floats, second: Floats) -> Floats:
-    """Return the smoothed maximum of two times."""
-    whole: Floats = (first**_POWER + second**_POWER) ** (1 / _POWER)
-    return whole
+    launch_ms = spec.launch_us / 1e3
+    for name, counted in _COUNTED.items():
+        slopes[name] += launch_ms * getattr(found, name) * work[counted]
+    times: Floats = np.sum(list(slopes.values()), axis=0)
+    for first, rate, second, other in (
+        (work["body"] / read, "read", work["body_flops"] / (found.products * done), "products"),
+        (work["head"] / read, "read", work["head_flops"] / (found.products * done), "products"),
+        (work["expert_bytes"] / read, "read", work["expert_reads"] / (L2_RATE * moved), None),
+        (work["states"] / scanned, "scanned", work["scan_flops"] / (found.scans * done), "scans"),
+        (work["keys"] / (found.kept * moved), "kept", work["score_flops"] / (found.scans * done),
+         "scans"),
+    ):  # fmt: skip
+        cubes = first * first * first, second * second * second
+        whole = np.cbrt(cubes[0] + cubes[1])
+        times += whole
+        square = np.square(np.where(whole > 0, whole, 1.0))
+        slopes[rate] -= cubes[0] / square
+        if other is not None:
+            slopes[other] -= cubes[1] / square
+    for rate, ms in (
+        ("written", work["rows"] / (found.written * moved)),
+        ("scored", work["logits"] / (found.scored * moved)),
+    ):
+        times += ms
+        slopes[rate] -= ms
+    for alone, name, mask in (("read_one", "read", is_one), ("scanned_one", "scanned", is_plain)):
+        slopes[alone] = np.where(mask, slopes[name], 0.0)
+        slopes[name] = np.where(mask, 0.0, slopes[name])
+    return times, np.array([slopes[name] for name in NAMES])
