@@ -266,10 +266,11 @@ def test_few_steps_are_some_of_all(max_nodes: int) -> None:
 
 def test_few_steps_predict_every_rule(whole: RuntimeTable) -> None:
     config = replace(CONFIG, few_steps=True)
-    names = {
-        key[1] for s in missing_stages(config, NEITHER, None) for key in s.keys if s.kind == "steps"
+    keys = {
+        key for s in missing_stages(config, NEITHER, None) for key in s.keys if s.kind == "steps"
     }
-    steps = [s for s in whole.steps if s.rule == "greedy" and s.tree in names]
+    steps = [s for s in whole.steps if (s.batch_size, s.tree, s.rule) in keys]
+    assert {s.rule for s in steps} == {"greedy", "mss", "mss_truncated"}
     assert len(steps) < len(whole.steps)
     table = whole.model_copy(update={"steps": tuple(steps)})
     for rule in StepRule:

@@ -404,6 +404,7 @@ def _at_batch_size(
     off: dict[StepRule, float] = {step.rule: step.ms for step in steps if step.is_off}
     for sampled, same in (
         (StepRule.MSS, StepRule.NAIVE),
+        (StepRule.NAIVE, StepRule.MSS),
         (StepRule.NAIVE_TRUNCATED, StepRule.MSS_TRUNCATED),
     ):
         # Without a tree the two choose alike.

@@ -47,6 +47,9 @@ _TRIES_AT_MOST = 1024
 
 SAMPLED = (StepRule.NAIVE, StepRule.MSS, StepRule.MSS_TRUNCATED)
 """Rules whose whole steps are timed; a truncated distribution costs naive what it costs MSS."""
+_FEW_SAMPLED = (StepRule.MSS, StepRule.MSS_TRUNCATED)
+"""Those that draw in every draft pass. What a draw takes between two passes is more than what it
+takes by itself, so even a few whole steps hold some of them."""
 
 Key = tuple[Any, ...]
 
@@ -56,7 +59,7 @@ class ProbeConfig:
     """What to measure: `max_nodes` bounds the trees, `context` the positions of a slot.
 
     Without `sampled` greedy decoding alone is measured. With `few_steps` whole steps are those of
-    greedy decoding with half of the trees.
+    half of the trees, and of two sampling rules.
     """
 
     gpu: str
@@ -146,9 +149,12 @@ def comb_tree(depth: int, width: int) -> Tree:
     return Tree.from_paths([(*[0] * level, i) for level in range(depth) for i in range(width)])
 
 
-def sampled_trees(max_nodes: int) -> list[str]:
-    """Return the names of the trees whose whole steps are timed with sampling as well."""
-    names = (OFF.kind, "chain-1", "chain-4", "default-12", "even-7x4")
+def sampled_trees(max_nodes: int, *, few: bool = False) -> list[str]:
+    """Return the names of the trees whose whole steps are timed with sampling as well.
+
+    A few tell apart what rules add to a step, to a level and to siblings.
+    """
+    names = [OFF.kind, "chain-1", "chain-4", "even-7x4", *([] if few else ["default-12"])]
     return [name for name in names if name in step_trees(max_nodes)]
 
 
@@ -167,8 +173,8 @@ def _stages(config: ProbeConfig, attending: Attending) -> Iterator[ProbeStage]:
         yield ProbeStage(
             "steps", batch_size, tuple((batch_size, name, StepRule.GREEDY) for name in trees)
         )
-        for rule in SAMPLED if config.sampled and not few else ():
-            names = sampled_trees(config.max_nodes)
+        names = sampled_trees(config.max_nodes, few=few)
+        for rule in (_FEW_SAMPLED if few else SAMPLED) if config.sampled else ():
             yield ProbeStage("steps", batch_size, tuple((batch_size, name, rule) for name in names))
     for batch_size in sizes:
         if keys := tuple(_prompt_keys(config, batch_size)):
