@@ -9,8 +9,10 @@ the two. They are those that the profile's table and trace predict fastest, the 
 The demo pair on the demo set decodes by itself, sampled where the profile samples. Of other
 profiles the prompts do not ship or the weights are random: their steps compute every pass and
 accept what the profile's trace says (traced_pair.py), prompt by prompt. tokens/s is live
-(live_speed): all slots at work, prefill left out. `--write` puts the rows into the profiles, as
-their measured block. With several GPUs pairs are decoded side by side, one a GPU.
+(live_speed): all slots at work, prefill left out. A part is a wave of requests or more, decoded
+again until FEWEST_STEPS of each tree were timed; a row that has fewer after MOST_PASSES is left
+out, and the run says so. `--write` puts the rows into the profiles, as their measured block. With
+several GPUs pairs are decoded side by side, one a GPU.
 """
 
 from __future__ import annotations
@@ -61,6 +63,8 @@ from stree_core.profile import (
 from stree_core.tree import OFF, Tree
 
 PROMPTS, PARTS = 8, 2
+FEWEST_STEPS, MOST_PASSES = 100, 10
+"""Timed steps of each tree in a part, and how often its requests are decoded at most for them."""
 LONGEST_CHAIN, CHAINS = 12, 2
 WARM_UP_TOKENS = 16
 SHOWN = (
@@ -117,9 +121,14 @@ def decoded(options: argparse.Namespace, head: Row, chosen: Sequence[Named]) -> 
             asked_for = not options.batches or policy.batch_size in options.batches
             if policy.verdict == "off" or not asked_for:
                 continue
-            rows.append(measure(case, policy, options.prompts))
-            yield rows[-1]
+            row = measure(case, policy, options.prompts)
             give_back()
+            if row["timed_steps"] < FEWEST_STEPS:
+                print(f"{name}, batch {policy.batch_size}: only {row['timed_steps']} steps of a "
+                      "tree could be timed, the row is left out", file=sys.stderr)  # fmt: skip
+                continue
+            rows.append(row)
+            yield row
         del case
         if options.write and rows:
             path = fingerprint.ROOT / "profiles" / "tuned" / f"{name}.yaml"
@@ -155,7 +164,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The rows of shipped profiles, live")
     parser.add_argument("--profiles", nargs="+", default=[], help="names; all of this GPU's")
     parser.add_argument("--batches", nargs="+", type=int, default=[], help="all of a profile's")
-    parser.add_argument("--prompts", type=int, default=PROMPTS, help="of each row, or a slot each")
+    parser.add_argument("--prompts", type=int, default=PROMPTS, help="of each row, or two a slot")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--gpu", default="", help="take the profiles of this GPU")
     parser.add_argument("--write", action="store_true", help="put the rows into the profiles")
@@ -205,9 +214,10 @@ def case_of(name: str, profile: Profile, pair: Pair) -> ProfileCase:
 def measure(case: ProfileCase, policy: PolicyRow, num_prompts: int) -> Row:
     """Decode the same prompts by a row of the profile, by chains and without speculation."""
     batch, tree = policy.batch_size, policy.tree.build()
-    # Prompts with a step, and as many as fill waves.
+    # Prompts with a step, again where there are fewer than fill a wave of each part.
     with_steps = np.flatnonzero(np.diff(case.trace.offsets) > 0)
-    chosen = with_steps[: max(num_prompts // batch, 1) * batch].tolist()
+    waves = max(PARTS, num_prompts // batch)
+    chosen = np.resize(with_steps, waves * batch).tolist()
     requests = sampled(case, requests_of(case, chosen))
     trees = [tree, OFF, *chains(case, batch, tree)]
     needed = max(
@@ -228,11 +238,20 @@ def measure(case: ProfileCase, policy: PolicyRow, num_prompts: int) -> Row:
     for engine in engines.values():
         generate(engine, [each.prompt for each in requests[:batch]], StopRule(WARM_UP_TOKENS))
     # Whole waves in each part, so that slots are at work.
-    waves = max(1, len(requests) // batch)
-    size = batch * -(-waves // min(PARTS, waves))
+    size = batch * -(-waves // PARTS)
     parts = [requests[at : at + size] for at in range(0, len(requests), size)]
-    runs = [{each: live_speed(engine, part) for each, engine in engines.items()} for part in parts]
+    runs = [{each: timed(engine, part) for each, engine in engines.items()} for part in parts]
     return row_of(case, policy, {each: [run[each] for run in runs] for each in trees}, chosen)
+
+
+def timed(engine: Engine, requests: Sequence[Request]) -> LiveSpeed:
+    """Decode requests until enough steps were timed; short texts take several passes."""
+    speed = live_speed(engine, requests)
+    for _ in range(MOST_PASSES - 1):
+        if speed.num_calls >= FEWEST_STEPS:
+            break
+        speed = joined([speed, live_speed(engine, requests)])
+    return speed
 
 
 def chains(case: ProfileCase, batch: int, tree: Tree) -> list[Tree]:
@@ -273,7 +292,8 @@ def row_of(
         "nodes": tree.num_nodes,
         "depth": tree.depth,
         "acceptance": "its own" if case.accepts_by_itself else "of its trace",
-        "prompts": len(chosen),
+        "prompts": len(set(chosen)),
+        "timed_steps": min(part.num_calls for parts in runs.values() for part in parts),
         "tokens_per_s": round(own.tokens_per_s, 1),
         "tokens_per_step": round(own.tokens_per_step, 4),
         "traced_tokens_per_step": round(predicted, 4),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -323,6 +324,29 @@ def test_a_profile_s_row_is_decoded_beside_chains_and_off_on_the_same_prompts() 
         "tuned tree",
     ]
     assert block.rows[2].tokens_per_s == row["tokens_per_s"]
+
+
+def test_short_texts_are_decoded_again_until_enough_steps_were_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    live = script("live")
+    policy = policy_row(4, Tree.from_paths([[0], [1], [0, 0]]))
+    case = live_case(make_trace(num_prompts=6, length=30), live, policy)
+    monkeypatch.setattr(live, "FEWEST_STEPS", 40)
+    row = live.measure(case, policy, 4)
+    assert row["timed_steps"] >= 40
+    assert row["prompts"] == 6, "two waves of four slots, two prompts come twice"
+    assert len(row["parts_over_off"]) == 2
+    assert row["tokens_per_step"] == row["traced_tokens_per_step"]
+
+    monkeypatch.setattr(live, "MOST_PASSES", 1)
+    monkeypatch.setattr(live, "pair_of", lambda profile: ("target", "draft"))
+    monkeypatch.setattr(live, "opened", lambda *_: case.pair)
+    monkeypatch.setattr(live, "case_of", lambda *_: case)
+    monkeypatch.setattr(live, "give_back", lambda: None)
+    options = argparse.Namespace(device="cpu", batches=[], prompts=4, write=False)
+    assert list(live.decoded(options, {}, [("tiny", case.profile)])) == []
+    assert "steps of a tree could be timed, the row is left out" in capsys.readouterr().err
 
 
 def test_shipped_profiles_are_taken_by_gpu_full_size_pairs_first() -> None:
