@@ -14,6 +14,11 @@ from stree_autotune.search.request import TuneRequest
 from stree_autotune.search.times import FROM_SHAPES
 from stree_autotune.search.tuning import tune
 from stree_autotune.store.library import Library
+from stree_autotune.store.runtime_table import (
+    load_runtime_table,
+    runtime_file_name,
+    save_runtime_table,
+)
 from stree_autotune.store.show import title
 from stree_core.errors import CheckpointError, ConfigError, MissingMeasurement, NoFeasibleTree
 from stree_core.families.shape_spec import load_shape_spec
@@ -87,6 +92,25 @@ def test_weights_of_a_kind_in_no_table_make_the_band_wider() -> None:
     assert bands[0]
     assert bands[1]
     assert float(bands[0][1]) > float(bands[1][1])
+
+
+def test_a_table_without_whole_steps_is_as_none(tmp_path: Path) -> None:
+    """A probe that was stopped early leaves one: the answer is that of the shapes."""
+    whole = load_runtime_table(LIBRARY.find_runtime("h200", "qwen3.5-27b", "mtp").path)
+    nothing: dict[str, object] = dict.fromkeys(("points", "steps", "prompts", "no_room"), ())
+    empty = whole.model_copy(update={**nothing, "trees": {}, "steps_no_room": ()})
+    name = runtime_file_name("h200", "qwen3.5-27b", "mtp")
+    save_runtime_table(empty, tmp_path / "runtime" / name)
+    asked = replace(REQUEST, gpu="h200", target="qwen3.5-27b", batch_sizes=(1,))
+    profile = tune(replace(asked, data=(tmp_path,)))
+    assert profile.sources.runtime.status == "estimated"
+    assert profile.sources.runtime.name == f"runtime/h200--{FROM_SHAPES}.yaml"
+    # nothing but the table knows this target
+    save_runtime_table(empty, tmp_path / "runtime" / runtime_file_name("h200", "untold", "mtp"))
+    with pytest.raises(
+        MissingMeasurement, match=r"untold--mtp\.yaml has none .*stree-tune probe"
+    ):
+        tune(replace(asked, target="untold", data=(tmp_path,)))
 
 
 def test_nothing_pretends_that_files_are_behind_it() -> None:

@@ -70,6 +70,13 @@ def load_times(library: Library, request: TuneRequest, read: Sequence[ModelSourc
         return _of_shapes(library, request, missing)
     inputs = read_runtime(library, found, request.gpu, read)
     table = inputs.table
+    label = library.label(inputs.path)
+    if not table.batch_sizes:
+        missing = MissingMeasurement(
+            f"a table needs whole steps of trees, {label} has none since its probe was cut short; "
+            f"go on with it by `{command}`"
+        )
+        return _of_shapes(library, request, missing)
     cost, estimate = runtime_cost(inputs, request.sampling, request.context, request.words)
     note = f"{table.gpu_name}, {table.number_types}, {table.backend}"
     if estimate is not None:
@@ -77,7 +84,6 @@ def load_times(library: Library, request: TuneRequest, read: Sequence[ModelSourc
     note += (
         f"; whole steps are predicted with an error of {100 * cost.fit_error:.1f} % (leave one out)"
     )
-    label = library.label(inputs.path)
     source = source_of(label, inputs.sha256, note, estimated=not found.is_exact)
     return Times(table, inputs.wanted, cost, source)
 
