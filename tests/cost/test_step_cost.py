@@ -441,6 +441,18 @@ def test_a_left_out_step_is_told_by_those_with_as_many_tokens() -> None:
     assert near.fit_error < 0.7 * alone.fit_error
 
 
+def test_the_last_digits_of_chains_say_nothing_of_trees() -> None:
+    """Steps of an estimate are sums of their terms, and there are chains alone among them."""
+    shapes = [shape(depth, depth + 1) for depth in (1, 2, 3, 4, 6, 8)]
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        sums = np.sort(rng.uniform(0.1, 0.3, len(shapes)))
+        times = sums * (1 + 1e-16 * rng.standard_normal(len(shapes)))
+        steps = list(map(whole, shapes, sums.tolist(), times.tolist()))
+        found = fit_overhead(steps, Coefficients(-0.1, -0.02), by_tokens=True)
+        assert abs(found.coefficients.ms(shape(16, 65, 1))) < 1e-9, seed
+
+
 def test_two_steps_fit_a_constant_alone() -> None:
     steps = [whole(shape(1, 2), 1.0, 1.5), whole(shape(2, 3), 2.0, 2.5)]
     assert fit_overhead(steps, NO_FLOORS).coefficients == pytest.approx(Coefficients(0.5))

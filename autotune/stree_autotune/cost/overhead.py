@@ -10,6 +10,7 @@ depends on how its tokens fill the kernels' tiles: steps with as many tokens sha
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,7 +55,7 @@ class Coefficients(NamedTuple):
 # The constant and any others, simplest first; a later set is taken only when it predicts left-out
 # steps better.
 _SETS = [(0, *more) for size in range(4) for more in itertools.combinations((1, 2, 3), size)]
-_BETTER = 0.9
+_BETTER, _ROUNDING = 0.9, 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,18 +106,20 @@ def fit_overhead(
     same passes alone, so a coefficient may be negative, but never so far that a deeper tree gets
     cheaper. Non-negative least squares runs on what lies above the floors. Of the sets of
     coefficients that hold the constant the one that predicts left-out steps best wins (root mean
-    square of the relative error). With `by_tokens` it says what steps miss as well.
+    square of the relative error); steps must tell its coefficients apart, as chains alone do not
+    tell levels from tokens. With `by_tokens` it says what steps miss as well.
     """
     rows = _Steps.of(steps)
     best: tuple[tuple[int, ...], list[float]] | None = None
     for chosen in _SETS:
-        if len(steps) > len(chosen):
+        if len(steps) > len(chosen) and rows.tell_apart(chosen):
             errors = [
                 _error(step, rows.without(index), floors_ms, chosen, by_tokens)
                 for index, step in enumerate(steps)
             ]
             # A further coefficient must earn its place, or noise decides.
-            if best is None or _root_mean_square(errors) < _BETTER * _root_mean_square(best[1]):
+            needed = math.inf if best is None else _BETTER * _root_mean_square(best[1]) - _ROUNDING
+            if _root_mean_square(errors) < needed:
                 best = chosen, errors
     assert best is not None
     coefficients, missed = _solve(rows, floors_ms, best[0])
@@ -143,6 +146,10 @@ class _Steps:
             np.array([step.verify_ms for step in steps]),
             np.log([step.shape.num_tokens for step in steps]),
         )
+
+    def tell_apart(self, chosen: Sequence[int]) -> bool:
+        """True when no two choices of these coefficients cost all steps alike."""
+        return int(np.linalg.matrix_rank(self.features_SF[:, chosen])) == len(chosen)
 
     def without(self, index: int) -> _Steps:
         """Return all steps but one."""
