@@ -51,7 +51,7 @@ def test_shapes_are_left_out_of_the_roofline() -> None:
     shapes = {row.term: row for row in rows if row.left_out == "roofline, shape"}
     assert {"mamba2-2.7b", "mamba2-130m"} <= set(shapes)
     # From models of milliseconds to one of microseconds and back.
-    assert all(0 < row.median < 0.35 for row in shapes.values())
+    assert all(0 < row.median < 0.3 for row in shapes.values())
 
 
 def test_pairs_that_no_table_was_fitted_to_are_within_the_band() -> None:
@@ -61,7 +61,8 @@ def test_pairs_that_no_table_was_fitted_to_are_within_the_band() -> None:
     measured = MeasuredGpu(spec, tuple(tables), (), find_layouts(library, tables))
     rows, inside = script_accuracy.pair_accuracy(measured, library)
     assert inside > 0.9
-    billions = [row for row in rows if row.term.startswith("mamba-in-llama-8b")]
+    billions = [row for row in rows if not row.term.startswith("demo")]
+    assert len(billions) == 8, "off and trees of four pairs"
     assert all(row.median < 0.1 and row.worst < 0.25 for row in billions)
 
 
