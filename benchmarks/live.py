@@ -23,7 +23,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -240,18 +240,35 @@ def measure(case: ProfileCase, policy: PolicyRow, num_prompts: int) -> Row:
     # Whole waves in each part, so that slots are at work.
     size = batch * -(-waves // PARTS)
     parts = [requests[at : at + size] for at in range(0, len(requests), size)]
-    runs = [{each: timed(engine, part) for each, engine in engines.items()} for part in parts]
-    return row_of(case, policy, {each: [run[each] for run in runs] for each in trees}, chosen)
+    runs = timed(engines, parts)
+    row = row_of(case, policy, {each: [run[each] for run in runs] for each in trees}, chosen)
+    return {**row, "timed_steps": fewest_steps(runs)}
 
 
-def timed(engine: Engine, requests: Sequence[Request]) -> LiveSpeed:
-    """Decode requests until enough steps were timed; short texts take several passes."""
-    speed = live_speed(engine, requests)
-    for _ in range(MOST_PASSES - 1):
-        if speed.num_calls >= FEWEST_STEPS:
+def timed(
+    engines: Mapping[Tree, Engine], parts: Sequence[Sequence[Request]]
+) -> list[dict[Tree, LiveSpeed]]:
+    """Decode each part with each tree in turns until enough steps of all were timed.
+
+    All parts and trees are decoded equally often, so that every prompt counts alike.
+    """
+    runs: list[dict[Tree, LiveSpeed]] = []
+    for _ in range(MOST_PASSES):
+        again = [{each: live_speed(engines[each], part) for each in engines} for part in parts]
+        runs = again if not runs else list(map(both, runs, again))
+        if fewest_steps(runs) >= FEWEST_STEPS:
             break
-        speed = joined([speed, live_speed(engine, requests)])
-    return speed
+    return runs
+
+
+def both(run: dict[Tree, LiveSpeed], again: dict[Tree, LiveSpeed]) -> dict[Tree, LiveSpeed]:
+    """Return two runs of a part as one."""
+    return {each: joined([run[each], again[each]]) for each in run}
+
+
+def fewest_steps(runs: Sequence[Mapping[Tree, LiveSpeed]]) -> int:
+    """Return how many steps were timed of the tree and part with the fewest."""
+    return min(speed.num_calls for run in runs for speed in run.values())
 
 
 def chains(case: ProfileCase, batch: int, tree: Tree) -> list[Tree]:
@@ -293,7 +310,6 @@ def row_of(
         "depth": tree.depth,
         "acceptance": "its own" if case.accepts_by_itself else "of its trace",
         "prompts": len(set(chosen)),
-        "timed_steps": min(part.num_calls for parts in runs.values() for part in parts),
         "tokens_per_s": round(own.tokens_per_s, 1),
         "tokens_per_step": round(own.tokens_per_step, 4),
         "traced_tokens_per_step": round(predicted, 4),

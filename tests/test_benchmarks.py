@@ -295,8 +295,11 @@ def live_case(trace: Trace, live: ModuleType, *rows: PolicyRow) -> Any:
     return live.ProfileCase("tiny", case.pair, trace, False, case.cost, 64, profile)
 
 
-def test_a_profile_s_row_is_decoded_beside_chains_and_off_on_the_same_prompts() -> None:
+def test_a_profile_s_row_is_decoded_beside_chains_and_off_on_the_same_prompts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     live = script("live")
+    monkeypatch.setattr(live, "FEWEST_STEPS", 1)
     trace = make_trace(num_prompts=6, length=30)
     tree = Tree.from_paths([[0], [1], [0, 0]])
     policy = policy_row(2, tree)
@@ -331,15 +334,16 @@ def test_short_texts_are_decoded_again_until_enough_steps_were_timed(
 ) -> None:
     live = script("live")
     policy = policy_row(4, Tree.from_paths([[0], [1], [0, 0]]))
-    case = live_case(make_trace(num_prompts=6, length=30), live, policy)
-    monkeypatch.setattr(live, "FEWEST_STEPS", 40)
+    case = live_case(make_trace(num_prompts=6, length=12), live, policy)
+    monkeypatch.setattr(live, "MOST_PASSES", 1)
+    once = live.measure(case, policy, 4)["timed_steps"]
+    monkeypatch.setattr(live, "MOST_PASSES", 2)
     row = live.measure(case, policy, 4)
-    assert row["timed_steps"] >= 40
+    assert row["timed_steps"] == 2 * once < live.FEWEST_STEPS
     assert row["prompts"] == 6, "two waves of four slots, two prompts come twice"
     assert len(row["parts_over_off"]) == 2
     assert row["tokens_per_step"] == row["traced_tokens_per_step"]
 
-    monkeypatch.setattr(live, "MOST_PASSES", 1)
     monkeypatch.setattr(live, "pair_of", lambda profile: ("target", "draft"))
     monkeypatch.setattr(live, "opened", lambda *_: case.pair)
     monkeypatch.setattr(live, "case_of", lambda *_: case)

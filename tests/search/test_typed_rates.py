@@ -74,7 +74,7 @@ def test_weights_in_fp8_make_a_token_cheaper(tmp_path: Path) -> None:
         fp8 = tune(replace(plain, target=target))
         assert (fp8.target.weights, wide.target.weights) == ("fp8-block", None)
         before, after = (profile.policy[0].predicted for profile in (wide, fp8))
-        assert after.step_ms < 0.8 * before.step_ms
+        assert after.step_ms < 0.9 * before.step_ms
         assert after.speedup < before.speedup, "a step has more to earn"
 
 
@@ -107,9 +107,7 @@ def test_a_table_without_whole_steps_is_as_none(tmp_path: Path) -> None:
     assert profile.sources.runtime.name == f"runtime/h200--{FROM_SHAPES}.yaml"
     # nothing but the table knows this target
     save_runtime_table(empty, tmp_path / "runtime" / runtime_file_name("h200", "untold", "mtp"))
-    with pytest.raises(
-        MissingMeasurement, match=r"untold--mtp\.yaml has none .*stree-tune probe"
-    ):
+    with pytest.raises(MissingMeasurement, match=r"untold--mtp\.yaml has none .*stree-tune probe"):
         tune(replace(asked, target="untold", data=(tmp_path,)))
 
 
