@@ -2,22 +2,25 @@
 
     python benchmarks/step_cost.py [TABLE ...]
 
-Leaves sizes, batch sizes, whole steps and shapes out in turn (accuracy), for the
-shipped tables or the given files; then predicts the step times that STree published for an RTX
-3090. Needs no GPU.
+Leaves sizes, batch sizes, whole steps and shapes out in turn (accuracy), for the shipped tables or
+the given files; then says how wide the band of an estimate is on every GPU with a spec, and
+predicts the step times that STree published for an RTX 3090. Needs no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from accuracy import Accuracy, accuracy, forward_accuracy, pair_accuracy, roofline_accuracy
 from published import published_table
 from report import RESULTS, read
 
+from stree_autotune.cost.estimate import TWO_SIDED, fit_shapes, transfer_spreads
 from stree_autotune.cost.layout import find_layouts
 from stree_autotune.cost.shape_table import MeasuredGpu
+from stree_autotune.cost.work import all_samples
 from stree_autotune.store.library import Library, shipped_root
 from stree_autotune.store.runtime_table import load_runtime_table
 
@@ -47,7 +50,25 @@ def main() -> None:
                     rows, inside = forward_accuracy(read(path)["rows"], whole, library)
                     print(f"**{path.name}**\n\n{as_markdown(rows)}")
                     print(f"{inside:.1%} of these passes lie inside the band of an estimate.\n")
+            print(as_bands(whole, library))
             print(published_table(mine, spec, library))
+
+
+def as_bands(measured: MeasuredGpu, library: Library) -> str:
+    """Return the 95 % bands of an estimated time: of the measured pairs, and of shapes alone."""
+    first, spec = measured.tables[0], measured.spec
+    roofline = fit_shapes(all_samples(measured.tables, measured.layouts), spec, first)
+    alone = math.hypot(roofline.within, roofline.between)
+    lines = ["| GPU | a measured pair carried over | shapes alone |", "| --- | ---: | ---: |"]
+    for name in sorted(library.gpu_names()):
+        wanted = library.gpu_spec(name)
+        if wanted is None:
+            continue
+        spreads = math.hypot(*transfer_spreads(roofline, wanted))
+        bands = [TWO_SIDED * spreads, TWO_SIDED * math.hypot(spreads, alone)]
+        carried, shapes = (f"x{math.exp(band):.2f}" for band in bands)
+        lines.append(f"| {name} | {'measured' if name == spec.name else carried} | {shapes} |")
+    return f"**bands of estimates from {spec.name}**\n\n" + "\n".join(lines) + "\n"
 
 
 def as_markdown(rows: list[Accuracy]) -> str:
