@@ -5,7 +5,9 @@
 
 Tables are of the GPU at hand, profiles can be made anywhere.
 
-Tables are probed (`stree-tune probe --effort quick`) and written into profiles/runtime. Profiles
+Tables are probed (`stree-tune probe --effort quick`) and written into profiles/runtime. Those of
+one target must agree on its steps without speculation, or something else ran beside a probe: the
+run ends with what disagrees. Profiles
 run the command that each has in its provenance and are written into profiles/tuned; one that comes
 out as it was stays with what was measured live of it. The results file says which files were made;
 it is stale when one of them is another now. With `--only` it keeps what it says of other files.
@@ -28,7 +30,13 @@ import torch
 from gpus import Environment, side_by_side, visible_gpus
 from report import RESULTS, Row, header, is_of_this_run, read, save, table
 
-from stree_autotune.store.runtime_table import runtime_file_name
+from stree_autotune.store.library import SEPARATOR
+from stree_autotune.store.runtime_table import (
+    RuntimeTable,
+    load_runtime_table,
+    runtime_file_name,
+)
+from stree_autotune.store.step_rule import StepRule
 from stree_core.drafting.pair import device_name, short_gpu_name
 from stree_core.models.backend import resolve_device
 from stree_core.profile import load_profile
@@ -50,6 +58,8 @@ MANY_SLOTS = ("1", "2", "4", "8", "16", "32", "64", "128", "256")
 PROFILES = fingerprint.ROOT / "profiles"
 ON_CPU = tuple(pair for pair in PAIRS if not pair[2])
 NOTHING_MISSING = "exists already"
+MOST_APART = 1.1
+"""How much longer one target's off may take in one table than in another."""
 SHOWN = ("file", "hash", "seconds", "command")
 
 
@@ -77,6 +87,8 @@ def main() -> None:
         rows.append(done.result())
         print(table(rows[-1:], SHOWN).splitlines()[-1], flush=True)
         save(options.output, head, rows)
+    if options.what == "tables":
+        failures += disagreements([load_runtime_table(path) for path in tables_like(work)])
     if failures:
         raise SystemExit("\n".join(failures))
 
@@ -138,6 +150,31 @@ def profile_command(path: Path) -> list[str]:
             del words[at : at + 2]
     words = [word for word in words if word != "--force"]
     return [*words, "-o", place_of(path), "--force"]
+
+
+def tables_like(work: Sequence[tuple[Path, list[str]]]) -> list[Path]:
+    """Return the tables that are there of the GPUs of those made."""
+    gpus = {path.name.split(SEPARATOR)[0] for path, _ in work}
+    return sorted(p for gpu in gpus for p in (PROFILES / "runtime").glob(f"{gpu}{SEPARATOR}*.yaml"))
+
+
+def disagreements(tables: Sequence[RuntimeTable]) -> list[str]:
+    """Return a sentence for each target and batch size whose off differs between its tables."""
+    found: dict[tuple[str, str, int], list[tuple[float, str]]] = {}
+    for each in tables:
+        for step in each.steps:
+            if step.is_off and step.rule == StepRule.GREEDY:
+                key = each.gpu, each.target.name, step.batch_size
+                found.setdefault(key, []).append((step.ms, each.draft.name))
+    sentences = []
+    for (_, target, batch_size), rows in found.items():
+        (low, first), (high, second) = min(rows), max(rows)
+        if high > MOST_APART * low:
+            sentences.append(
+                f"off of {target} at batch size {batch_size} takes {high:g} ms in its table with "
+                f"{second}, {low:g} with {first}; probe both again with nothing beside them"
+            )
+    return sentences
 
 
 def run(words: Sequence[str], environment: Environment, *, resumes: bool) -> None:

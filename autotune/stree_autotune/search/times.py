@@ -84,6 +84,8 @@ def load_times(library: Library, request: TuneRequest, read: Sequence[ModelSourc
     note += (
         f"; whole steps are predicted with an error of {100 * cost.fit_error:.1f} % (leave one out)"
     )
+    if inputs.has_others_off:
+        note += "; off is as fast as in the target's table with another draft"
     source = source_of(label, inputs.sha256, note, estimated=not found.is_exact)
     return Times(table, inputs.wanted, cost, source)
 

@@ -133,10 +133,11 @@ class Library:
             f"estimate from; record one on that machine with `{command}`"
         )
 
-    def runtime_paths(self, gpu: str) -> list[Path]:
-        """Return all tables of a GPU."""
+    def runtime_paths(self, gpu: str, target: str = "") -> list[Path]:
+        """Return all tables of a GPU, or those of one target on it."""
         paths = self._files("runtime", "yaml")
-        return [path for path in paths if path.name.startswith(f"{gpu}{SEPARATOR}")]
+        start = SEPARATOR.join((gpu, target, "") if target else (gpu, ""))
+        return [path for path in paths if path.name.startswith(start)]
 
     def measured_runtime(self, gpu: str, target: str, draft: str) -> Path | None:
         """Return the pair's table measured on `gpu` itself, None when there is none."""
