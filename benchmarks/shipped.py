@@ -7,10 +7,10 @@ Tables are of the GPU at hand, profiles can be made anywhere.
 
 Tables are probed (`stree-tune probe --effort quick`) and written into profiles/runtime. Those of
 one target must agree on its steps without speculation, or something else ran beside a probe: the
-run ends with what disagrees. Profiles
-run the command that each has in its provenance and are written into profiles/tuned; one that comes
-out as it was stays with what was measured live of it. The results file says which files were made;
-it is stale when one of them is another now. With `--only` it keeps what it says of other files.
+run ends with what disagrees. Profiles run the command that each has in its provenance and are
+written into profiles/tuned. One that comes out as it was stays; of another, rows whose tree is the
+same keep what was measured live of them. The results file says which files were made; it is stale
+when one of them is another now. With `--only` it keeps what it says of other files.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from stree_autotune.store.runtime_table import (
 from stree_autotune.store.step_rule import StepRule
 from stree_core.drafting.pair import device_name, short_gpu_name
 from stree_core.models.backend import resolve_device
-from stree_core.profile import load_profile
+from stree_core.profile import Profile, load_profile, save_profile
 
 PAIRS = (
     ("mamba2-2.7b", "mamba2-130m", True),
@@ -73,9 +73,12 @@ def main() -> None:
 
     def make(path: Path, command: list[str], environment: Environment) -> Row:
         start, before = time.monotonic(), path.read_bytes() if path.exists() else b""
+        known = load_profile(path) if before and options.what == "profiles" else None
         run(command, environment, resumes=options.resume)
-        if options.what == "profiles" and hash_of(path) == hash_of(path, before):
+        if known is not None and hash_of(path) == hash_of(path, before):
             path.write_bytes(before)
+        elif known is not None:
+            save_profile(with_kept(load_profile(path), known), path)
         return row_of(path, command, time.monotonic() - start)
 
     failures = []
@@ -91,6 +94,17 @@ def main() -> None:
         failures += disagreements([load_runtime_table(path) for path in tables_like(work)])
     if failures:
         raise SystemExit("\n".join(failures))
+
+
+def with_kept(profile: Profile, before: Profile) -> Profile:
+    """Return a profile with what was measured live of those rows that it shares with one before."""
+    old, new = ({row.batch_size: row.tree for row in each.policy} for each in (before, profile))
+    block = before.measured
+    if block is None:
+        return profile
+    rows = [row for row in block.rows if old[row.batch_size] == new.get(row.batch_size)]
+    kept = block.model_copy(update={"rows": tuple(rows)}) if rows else None
+    return profile.model_copy(update={"measured": kept})
 
 
 def others(output: Path, head: Row, made: Collection[str]) -> list[Row]:

@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 from scripts import script
-from synthetic_data import make_table
+from synthetic_data import make_profile, make_table, policy_row
+
+from stree_core.profile import Measured, MeasuredBlock
+from stree_core.tree import Tree
 
 runner = script("all")
 shipped = script("shipped")
@@ -121,6 +124,22 @@ def test_tables_of_a_target_that_disagree_on_off_are_named() -> None:
     (sentence,) = shipped.disagreements([table, other])
     assert f"off of {table.target.name} at batch size {slow[0].batch_size} takes" in sentence
     assert "in its table with other" in sentence
+
+
+def test_rows_with_their_tree_keep_what_was_measured() -> None:
+    small, large = Tree.chain(1), Tree.chain(3)
+    rows = [
+        Measured(batch_size=size, mode=mode, tokens_per_step=2, step_ms=0.2, tokens_per_s=1e4)
+        for size in (1, 8)
+        for mode in ("off", "best chain (2)", "tuned chain")
+    ]
+    block = MeasuredBlock(gpu="NVIDIA H200", date="2026-01-01", versions={}, rows=tuple(rows))
+    before = make_profile(policy_row(1, small), policy_row(8, small))
+    before = before.model_copy(update={"measured": block})
+    kept = shipped.with_kept(make_profile(policy_row(1, small), policy_row(8, large)), before)
+    assert kept.measured.rows == tuple(rows[:3])
+    other = make_profile(policy_row(1, large), policy_row(8, large))
+    assert shipped.with_kept(other, before) == other
 
 
 def test_tables_and_profiles_are_made_by_commands_of_their_own() -> None:
