@@ -35,12 +35,12 @@ from report import RESULTS, Row, header, print_table, read, save, table
 from traced_pair import traced_rules
 
 from stree_autotune.cost.step_cost import StepCost
+from stree_autotune.cost.table_cost import load_table
 from stree_autotune.live.measure import prompt_for
 from stree_autotune.live.speed import LiveSpeed, joined, live_speed, typical_context
 from stree_autotune.store.library import Library, shipped_root
 from stree_autotune.store.open_models import DEMO_DATASET, PairRequest, open_pair, open_prompts
 from stree_autotune.store.origin import versions
-from stree_autotune.store.runtime_table import load_runtime_table
 from stree_autotune.store.step_rule import StepRule
 from stree_autotune.trace.file import load_trace
 from stree_autotune.trace.tree_walk import walk
@@ -205,7 +205,7 @@ def case_of(name: str, profile: Profile, pair: Pair) -> ProfileCase:
     trace = load_trace(library.find_trace_file(Path(profile.sources.trace.name).stem))
     by_itself = profile.dataset == DEMO_DATASET and not is_shape(profile.target.name)
     prompts = pair.encode(open_prompts(DEMO_DATASET).texts) if by_itself else [prompt_for(0)]
-    runtime = load_runtime_table(shipped_root() / profile.sources.runtime.name)
+    runtime = load_table(library, shipped_root() / profile.sources.runtime.name)
     rule, context = StepRule.of(profile.sampling), typical_context(prompts, trace)
     cost = StepCost.from_table(runtime, rule, context)
     return ProfileCase(name, pair, trace, by_itself, cost, profile.context, profile)

@@ -31,6 +31,7 @@ from report import RESULTS, Row, header, is_of_this_run, read, save, table
 from traced_pair import traced_rules
 
 from stree_autotune.cost.step_cost import StepCost
+from stree_autotune.cost.table_cost import load_table
 from stree_autotune.live.measure import prompt_for
 from stree_autotune.live.rows import error_summary
 from stree_autotune.live.speed import LiveSpeed, live_speed, typical_context
@@ -39,7 +40,7 @@ from stree_autotune.probe.plan import ProbeConfig
 from stree_autotune.probe.run import probe
 from stree_autotune.store.library import Library
 from stree_autotune.store.open_models import PairRequest, open_pair, open_prompts
-from stree_autotune.store.runtime_table import load_runtime_table, save_runtime_table
+from stree_autotune.store.runtime_table import save_runtime_table
 from stree_autotune.store.step_rule import StepRule
 from stree_autotune.trace.file import Trace
 from stree_autotune.trace.record import RecordConfig, record_trace
@@ -201,7 +202,8 @@ def step_cost(pair: Pair, trace: Trace, context: int, options: argparse.Namespac
     full_name = device_name(pair.device)
     gpu = short_gpu_name(full_name, pair.device)
     names = (pair.target_ref.name, pair.draft_ref.name)
-    path = Library.open((options.data,), missing_ok=True).measured_runtime(gpu, *names)
+    library = Library.open((options.data,), missing_ok=True)
+    path = library.measured_runtime(gpu, *names)
     if path is None:
         sampled = options.rules != ["greedy"]
         nodes = max(tree.num_nodes for tree in TREES.values())
@@ -211,7 +213,7 @@ def step_cost(pair: Pair, trace: Trace, context: int, options: argparse.Namespac
         path.parent.mkdir(parents=True, exist_ok=True)
         save_runtime_table(found, path)
     print(f"times of {path}")
-    return StepCost.from_table(load_runtime_table(path), StepRule.of(trace.meta.sampling), context)
+    return StepCost.from_table(load_table(library, path), StepRule.of(trace.meta.sampling), context)
 
 
 def measure(case: Case, batch: int, rounds: int) -> list[Row]:

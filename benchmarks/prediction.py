@@ -35,12 +35,13 @@ from report import RESULTS, Row, command_line, header, is_of_this_run, read, sav
 from traced_pair import DEMO, DRAFTS, PAIRS, open_named, traced_rules
 
 from stree_autotune.cost.step_cost import StepCost
+from stree_autotune.cost.table_cost import load_table
 from stree_autotune.live.measure import prompt_for
 from stree_autotune.live.speed import LiveSpeed, live_speed, typical_context
 from stree_autotune.store.library import Library
 from stree_autotune.store.open_models import open_prompts
 from stree_autotune.store.origin import utc_now
-from stree_autotune.store.runtime_table import RuntimeTable, load_runtime_table
+from stree_autotune.store.runtime_table import RuntimeTable
 from stree_autotune.trace.file import Trace, load_trace
 from stree_autotune.trace.tree_walk import walk
 from stree_core.drafting.pair import Pair, device_name, short_gpu_name
@@ -169,7 +170,7 @@ def find_table(name: str, gpu: str, data: Sequence[Path]) -> tuple[str, RuntimeT
     path = library.measured_runtime(gpu, *names)
     if path is None:
         raise MissingMeasurement(f"no runtime table of {names} is there for {gpu}; probe it")
-    return library.label(path), load_runtime_table(path)
+    return library.label(path), load_table(library, path)
 
 
 def predicted_again(document: dict[str, Any], data: Sequence[Path]) -> dict[str, Any]:

@@ -107,10 +107,12 @@ PROMPT = (
 )
 DELTA = (*_kernels("launch"), *_kernels("delta"))
 FP8 = _kernels("fp8")
-COST = (
-    *_tuner("cost", "layout", "overhead", "step_cost", "table_cost", "terms", "tree_shape"),
+STEP_COST = (
+    *_tuner("cost", "layout", "overhead", "step_cost", "terms", "tree_shape"),
     *_tuner("store", "step_rule"),
 )
+"""Steps predicted from a table as it is."""
+COST = (*STEP_COST, *_tuner("cost", "table_cost"))
 WALK = _tuner("trace", "tree_walk")
 SEARCH = _tuner("search", "path_counts", "study", "tree_solver", "tree_space")
 VERDICT = _tuner("search", "bootstrap", "cross_fit", "verdict")
@@ -324,14 +326,14 @@ MEASUREMENTS = (
         "search", "search", gpu=False, minutes=10,
         sources=(
             *bench("search", "search_baselines"), "tests/synthetic.py", *WALK, *SEARCH,
-            *_tuner("search", "certificate", "dual_bound"), *COST, *_tables(DEMO, SMALL),
+            *_tuner("search", "certificate", "dual_bound"), *STEP_COST, *_tables(DEMO, SMALL),
             f"profiles/traces/{DEMO}--*--greedy.safetensors",
         ),
     ),
     Measurement(
         "coverage", "coverage", gpu=False, minutes=15,
         sources=(
-            *bench("coverage"), "tests/synthetic.py", *WALK, *SEARCH, *VERDICT, *COST,
+            *bench("coverage"), "tests/synthetic.py", *WALK, *SEARCH, *VERDICT, *STEP_COST,
             *_tables(DEMO, DEMO_MTP, SMALL, LARGE), GSM8K,
             f"profiles/traces/{DEMO}--mt_bench--greedy.safetensors",
             f"profiles/traces/{DEMO_MTP}--gsm8k--greedy.safetensors",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from stree_autotune.cost.step_cost import StepCost as StepCost
     from stree_autotune.cost.table_cost import (
         RuntimeInputs as RuntimeInputs,
+        load_table as load_table,
         read_runtime as read_runtime,
         runtime_cost as runtime_cost,
     )
@@ -40,7 +41,7 @@ __getattr__, __dir__ = exports(
         "memory": ["MemoryModel"],
         "shape_table": ["ShapeQuestion", "estimate_shapes", "nearest_measured"],
         "step_cost": ["StepCost"],
-        "table_cost": ["RuntimeInputs", "read_runtime", "runtime_cost"],
+        "table_cost": ["RuntimeInputs", "load_table", "read_runtime", "runtime_cost"],
         "terms": ["PER_TOKENS"],
         "traffic": ["model_cost"],
         "tree_shape": ["FEWEST_ROWS"],

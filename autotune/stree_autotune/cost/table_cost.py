@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,8 +55,7 @@ def read_runtime(
     Raises ConfigError when one is malformed.
     """
     own, digest = read_yaml(found.path, RuntimeTable)
-    siblings = library.runtime_paths(own.gpu, own.target.name)
-    table = with_fastest_off(own, map(load_runtime_table, _beside(found.path, siblings)))
+    table = with_fastest_off(own, _beside(library, found.path, own))
     changed = table.steps != own.steps
     if table.gpu == gpu:
         return RuntimeInputs(found.path, digest, gpu, table, found.wanted, has_others_off=changed)
@@ -70,9 +69,17 @@ def read_runtime(
     return RuntimeInputs(found.path, digest, gpu, table, wanted, measured, others, layouts, changed)
 
 
-def _beside(path: Path, paths: Iterable[Path]) -> list[Path]:
-    """Return the other tables of a table's folder, which one machine has measured."""
-    return [each for each in paths if each != path and each.parent == path.parent]
+def load_table(library: Library, path: Path) -> RuntimeTable:
+    """Read a table; its off is the fastest of all tables of its target in its folder."""
+    table = load_runtime_table(path)
+    return with_fastest_off(table, _beside(library, path, table))
+
+
+def _beside(library: Library, path: Path, table: RuntimeTable) -> Iterator[RuntimeTable]:
+    """Yield the other tables of a target in a table's folder, which one machine has measured."""
+    for each in library.runtime_paths(table.gpu, table.target.name):
+        if each != path and each.parent == path.parent:
+            yield load_runtime_table(each)
 
 
 def with_fastest_off(table: RuntimeTable, others: Iterable[RuntimeTable]) -> RuntimeTable:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from stree_autotune.cost import StepCost
+from stree_autotune.cost import StepCost, load_table
 from stree_autotune.live.rows import Heading, ValidationRow, print_rows, with_measured
 from stree_autotune.live.speed import LiveSpeed, joined, live_speed, typical_context
 from stree_autotune.probe import ProbeConfig, probe
@@ -23,7 +23,6 @@ from stree_autotune.store import (
     chat_warning,
     command_line,
     encode_prompts,
-    load_runtime_table,
     open_profile_pair,
     open_prompts,
     print_json,
@@ -172,7 +171,7 @@ def _known_table(setting: _Setting, profile: Profile, models: PairRequest) -> Ru
     path = library.measured_runtime(gpu, pair.target_ref.name, pair.draft_ref.name)
     if path is None:
         return None
-    table = load_runtime_table(path)
+    table = load_table(library, path)
     dtype = str(pair.target.dtype).removeprefix("torch.")
     if (table.gpu_name, table.dtype, table.context) != (name, dtype, profile.context):
         return None

@@ -72,11 +72,11 @@ def load_times(library: Library, request: TuneRequest, read: Sequence[ModelSourc
     table = inputs.table
     label = library.label(inputs.path)
     if not table.batch_sizes:
-        missing = MissingMeasurement(
+        cut_short = MissingMeasurement(
             f"a table needs whole steps of trees, {label} has none since its probe was cut short; "
             f"go on with it by `{command}`"
         )
-        return _of_shapes(library, request, missing)
+        return _of_shapes(library, request, cut_short)
     cost, estimate = runtime_cost(inputs, request.sampling, request.context, request.words)
     note = f"{table.gpu_name}, {table.number_types}, {table.backend}"
     if estimate is not None:
