@@ -55,17 +55,17 @@ def read_runtime(
     Raises ConfigError when one is malformed.
     """
     own, digest = read_yaml(found.path, RuntimeTable)
-    table = with_fastest_off(own, _beside(library, found.path, own))
-    changed = table.steps != own.steps
-    if table.gpu == gpu:
+    if own.gpu == gpu:
+        table = with_fastest_off(own, _beside(library, found.path, own))
+        changed = table.steps != own.steps
         return RuntimeInputs(found.path, digest, gpu, table, found.wanted, has_others_off=changed)
     known = {spec.name: spec for spec in (found.measured, found.wanted) if spec is not None}
-    measured, wanted = (known.get(name) or library.gpu_spec(name) for name in (table.gpu, gpu))
-    others: tuple[RuntimeTable, ...] = ()
-    if measured and wanted:
-        paths = library.runtime_paths(table.gpu)
-        others = tuple(load_runtime_table(path) for path in paths if path != found.path)
-    layouts = find_layouts(library, (table, *others), read)
+    measured, wanted = (known.get(name) or library.gpu_spec(name) for name in (own.gpu, gpu))
+    paths = library.runtime_paths(own.gpu) if measured and wanted else []
+    loaded = {path: load_runtime_table(path) for path in paths if path != found.path}
+    near = (each for path, each in loaded.items() if path.parent == found.path.parent)
+    table, others = with_fastest_off(own, near), tuple(loaded.values())
+    layouts, changed = find_layouts(library, (table, *others), read), table.steps != own.steps
     return RuntimeInputs(found.path, digest, gpu, table, wanted, measured, others, layouts, changed)
 
 

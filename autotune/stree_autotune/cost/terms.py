@@ -403,10 +403,9 @@ def _at_batch_size(
     steps = [step for step in table.steps if step.batch_size == batch_size]
     off: dict[StepRule, float] = {step.rule: step.ms for step in steps if step.is_off}
     for sampled, same in (
-        (StepRule.MSS, StepRule.NAIVE),
-        (StepRule.NAIVE, StepRule.MSS),
+        (StepRule.MSS, StepRule.NAIVE), (StepRule.NAIVE, StepRule.MSS),
         (StepRule.NAIVE_TRUNCATED, StepRule.MSS_TRUNCATED),
-    ):
+    ):  # fmt: skip
         # Without a tree the two choose alike.
         if sampled not in off and same in off:
             off[sampled] = off[same]
