@@ -63,7 +63,8 @@ class Scaling:
             why = "" if best.gain is None else f": the first node brings {_change(best)}"
             return f"batch size {self.batch_size}: do not speculate{why}"
         gain = percent(best.speedup - 1, signed=True)
-        text = f"batch size {self.batch_size}: up to {best.nodes} nodes ({gain} over off)"
+        most = "1 node" if best.nodes == 1 else f"up to {best.nodes} nodes"
+        text = f"batch size {self.batch_size}: {most} ({gain} over off)"
         if best.gain is None:
             return f"{text}, the largest tree looked at: more may pay, raise --max-nodes"
         return f"{text}; the next node would bring {_change(best)}"
