@@ -9,7 +9,8 @@ is recorded first, by depth for the head (stree_autotune.trace), and its walk pr
 step. A shape has random weights and accepts what the demo target's head does: its tokens per step
 check the counting alone. Times are predicted by the draft's runtime table of this GPU where --data
 has one; else a quick probe of the batch sizes at hand writes one there. The live side is that of
-benchmarks/prediction.py: waves of prompts, all slots at work, modes in turns.
+benchmarks/prediction.py: waves of prompts, all slots at work, modes in turns, in two halves where
+memory does not hold the engines of all.
 
 A block of rows (pair, draft, batch size, mode) replaces that of the same names in FILE; other rows
 of the same code and machine stay. With --seconds, what is not begun by then is left out.
@@ -47,11 +48,12 @@ from stree_autotune.trace.record import RecordConfig, record_trace
 from stree_autotune.trace.tree_walk import walk
 from stree_core.drafting.pair import Pair, Runtime, device_name, short_gpu_name
 from stree_core.engine.decode import generate
-from stree_core.engine.engine import Engine, EngineConfig
+from stree_core.engine.engine import Engine, EngineConfig, MakeRules
 from stree_core.engine.request import Request
 from stree_core.engine.rules import SamplingSupport
 from stree_core.engine.sampling import SamplingParams
 from stree_core.engine.stop import StopRule
+from stree_core.errors import NotEnoughMemory
 from stree_core.models.source import MTP
 from stree_core.profile import Sampling
 from stree_core.tree import DEFAULT_TREE, OFF, Tree
@@ -218,23 +220,46 @@ def step_cost(pair: Pair, trace: Trace, context: int, options: argparse.Namespac
 
 def measure(case: Case, batch: int, rounds: int) -> list[Row]:
     """Return a row for each tree at one batch size, timed in turns."""
-    config = EngineConfig(batch, CONTEXT, sampling=case.support)
     rules = None if case.name in TRAINED else traced_rules(case.pair, case.trace, batch)
+    runs = timed(case, batch, rounds, list(TREES), rules)
+    return [row(case, batch, name, runs[name]) for name in TREES]
+
+
+def timed(
+    case: Case, batch: int, rounds: int, names: Sequence[str], rules: MakeRules | None
+) -> dict[str, list[LiveSpeed]]:
+    """Return the runs of trees in turns; those of one half after the other where memory ends."""
+    try:
+        return in_turns(case, batch, rounds, names, rules)
+    except NotEnoughMemory:
+        if len(names) == 1:
+            raise
+    give_back()
+    half = len(names) // 2
+    first, second = (
+        timed(case, batch, rounds, some, rules) for some in (names[:half], names[half:])
+    )
+    return first | second
+
+
+def in_turns(
+    case: Case, batch: int, rounds: int, names: Sequence[str], rules: MakeRules | None
+) -> dict[str, list[LiveSpeed]]:
+    """Decode with an engine of each tree in turns; raises NotEnoughMemory where they do not fit."""
+    config = EngineConfig(batch, CONTEXT, sampling=case.support)
     target, draft = case.pair.target, case.pair.draft
-    engines = {
-        name: Engine(target, draft, tree, config, rules=rules) for name, tree in TREES.items()
-    }
+    engines = {name: Engine(target, draft, TREES[name], config, rules=rules) for name in names}
     for engine in engines.values():
         warm_up = [request.prompt for request in case.requests[:batch]]
         generate(engine, warm_up, StopRule(WARM_UP_TOKENS))
     # A whole number of waves, so that slots are at work.
     limit = len(case.requests) if case.name in TRAINED else max(FEWEST_PROMPTS, batch)
     chosen = case.requests[: max(batch, limit // batch * batch)]
-    runs = [
-        {name: live_speed(engine, chosen) for name, engine in engines.items()}
-        for _ in range(rounds)
-    ]
-    return [row(case, batch, name, [run[name] for run in runs]) for name in TREES]
+    runs: dict[str, list[LiveSpeed]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name, engine in engines.items():
+            runs[name].append(live_speed(engine, chosen))
+    return runs
 
 
 def row(case: Case, batch: int, name: str, runs: Sequence[LiveSpeed]) -> Row:

@@ -21,6 +21,7 @@ from stree_autotune.trace.file import NO_RANK, Trace
 from stree_autotune.trace.tree_walk import walk
 from stree_core.drafting.checkpoint import random_model
 from stree_core.drafting.pair import Pair
+from stree_core.errors import NotEnoughMemory
 from stree_core.families.model_shape import Block, Mamba2Shape, ModelShape
 from stree_core.families.weight_map import mamba2_part, matrix, vector
 from stree_core.models.backend import load_backend
@@ -351,6 +352,26 @@ def test_short_texts_are_decoded_again_until_enough_steps_were_timed(
     options = argparse.Namespace(device="cpu", batches=[], prompts=4, write=False)
     assert list(live.decoded(options, {}, [("tiny", case.profile)])) == []
     assert "steps of a tree could be timed, the row is left out" in capsys.readouterr().err
+
+
+def test_trees_whose_engines_do_not_fit_together_are_timed_in_halves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mtp, groups = script("mtp"), []
+
+    def in_turns(case: Any, batch: int, rounds: int, names: list[str], rules: Any) -> Any:
+        groups.append(names)
+        if len(names) > most:
+            raise NotEnoughMemory("too many")
+        return {name: [name] for name in names}
+
+    monkeypatch.setattr(mtp, "in_turns", in_turns)
+    names, most = list("abcde"), 2
+    assert mtp.timed(None, 8, 1, names, None) == {name: [name] for name in names}
+    assert [len(group) for group in groups] == [5, 2, 3, 1, 2]
+    most = 0
+    with pytest.raises(NotEnoughMemory):
+        mtp.timed(None, 8, 1, names, None)
 
 
 def test_shipped_profiles_are_taken_by_gpu_full_size_pairs_first() -> None:
