@@ -10,7 +10,7 @@ The demo pair on the demo set decodes by itself, sampled where the profile sampl
 profiles the prompts do not ship or the weights are random: their steps compute every pass and
 accept what the profile's trace says (traced_pair.py), prompt by prompt. tokens/s is live
 (live_speed): all slots at work, prefill left out. A part is a wave of requests or more, decoded
-again until FEWEST_STEPS of each tree were timed; a row that has fewer after MOST_PASSES is left
+again until FEWEST_CALLS of each tree were timed; a row that has fewer after MOST_PASSES is left
 out, and the run says so. `--write` puts the rows into the profiles, as their measured block. With
 several GPUs pairs are decoded side by side, one a GPU.
 """
@@ -37,7 +37,13 @@ from traced_pair import traced_rules
 from stree_autotune.cost.step_cost import StepCost
 from stree_autotune.cost.table_cost import load_table
 from stree_autotune.live.measure import prompt_for
-from stree_autotune.live.speed import LiveSpeed, joined, live_speed, typical_context
+from stree_autotune.live.speed import (
+    FEWEST_CALLS,
+    LiveSpeed,
+    joined,
+    live_speed,
+    typical_context,
+)
 from stree_autotune.store.library import Library, shipped_root
 from stree_autotune.store.open_models import DEMO_DATASET, PairRequest, open_pair, open_prompts
 from stree_autotune.store.origin import versions
@@ -63,8 +69,8 @@ from stree_core.profile import (
 from stree_core.tree import OFF, Tree
 
 PROMPTS, PARTS = 8, 2
-FEWEST_STEPS, MOST_PASSES = 100, 10
-"""Timed steps of each tree in a part, and how often its requests are decoded at most for them."""
+MOST_PASSES = 10
+"""How often a part's requests are decoded at most until enough steps of each tree were timed."""
 LONGEST_CHAIN, CHAINS = 12, 2
 WARM_UP_TOKENS = 16
 SHOWN = (
@@ -123,7 +129,7 @@ def decoded(options: argparse.Namespace, head: Row, chosen: Sequence[Named]) -> 
                 continue
             row = measure(case, policy, options.prompts)
             give_back()
-            if row["timed_steps"] < FEWEST_STEPS:
+            if row["timed_steps"] < FEWEST_CALLS:
                 print(f"{name}, batch {policy.batch_size}: only {row['timed_steps']} steps of a "
                       "tree could be timed, the row is left out", file=sys.stderr)  # fmt: skip
                 continue
@@ -256,7 +262,7 @@ def timed(
     for _ in range(MOST_PASSES):
         again = [{each: live_speed(engines[each], part) for each in engines} for part in parts]
         runs = again if not runs else list(map(both, runs, again))
-        if fewest_steps(runs) >= FEWEST_STEPS:
+        if fewest_steps(runs) >= FEWEST_CALLS:
             break
     return runs
 

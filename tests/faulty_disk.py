@@ -127,7 +127,7 @@ def verbs(root: Path) -> list[Verb]:
     )
     refs = {"target_ref": SimpleNamespace(name=PAIR[0]), "draft_ref": SimpleNamespace(name=PAIR[1])}
     pair = SimpleNamespace(device=torch.device("cpu"), encode=lambda *_, **__: [[1], [2]], **refs)
-    row = ValidationRow("off", 0, 1, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0)
+    row = ValidationRow("off", 0, 1, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 200, 0)
     recorded = [(i, Recording(b"\x00", 0)) for i in range(2)]
     prompts = PromptSet((Prompt(("prompt",), Chat.of_user("a")),))
     room = "stree_autotune."

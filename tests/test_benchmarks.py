@@ -300,7 +300,7 @@ def test_a_profile_s_row_is_decoded_beside_chains_and_off_on_the_same_prompts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     live = script("live")
-    monkeypatch.setattr(live, "FEWEST_STEPS", 1)
+    monkeypatch.setattr(live, "FEWEST_CALLS", 1)
     trace = make_trace(num_prompts=6, length=30)
     tree = Tree.from_paths([[0], [1], [0, 0]])
     policy = policy_row(2, tree)
@@ -340,7 +340,7 @@ def test_short_texts_are_decoded_again_until_enough_steps_were_timed(
     once = live.measure(case, policy, 4)["timed_steps"]
     monkeypatch.setattr(live, "MOST_PASSES", 2)
     row = live.measure(case, policy, 4)
-    assert row["timed_steps"] == 2 * once < live.FEWEST_STEPS
+    assert row["timed_steps"] == 2 * once < live.FEWEST_CALLS
     assert row["prompts"] == 6, "two waves of four slots, two prompts come twice"
     assert len(row["parts_over_off"]) == 2
     assert row["tokens_per_step"] == row["traced_tokens_per_step"]

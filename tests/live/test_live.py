@@ -274,6 +274,9 @@ def test_validate_follows_a_profiles_sampling(
     document = json.loads(out.splitlines()[-1])
     assert (document["sampling"], document["chat"]) == ("mss-t0.7-p0.9", False)
     assert all(row["texts_differing_from_off"] is None for row in document["rows"])
+    fewest = min(row["timed_steps"] for row in document["rows"])
+    assert f"only {fewest} steps of " in out
+    assert "give more prompts, or longer texts with" in " ".join(out.split())
     rates = [1e3 * row["live_tokens_per_step"] / row["live_step_ms"] for row in document["rows"]]
     assert rates == pytest.approx([row["live_tokens_per_s"] for row in document["rows"]])
     assert "these are plain prompts" in caplog.text

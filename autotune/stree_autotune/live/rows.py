@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from stree_autotune.live.speed import FEWEST_CALLS
 from stree_autotune.store import (
     RuntimeTable,
     digits,
@@ -35,6 +36,7 @@ class ValidationRow:
     live_step_ms: float
     predicted_tokens_per_s: float
     live_tokens_per_s: float
+    timed_steps: int
     texts_differing_from_off: int | None
 
     @property
@@ -86,6 +88,14 @@ def print_rows(rows: Sequence[ValidationRow], heading: Heading) -> None:
     show_table(console, grid)
     console.print(f"tokens/s: {error_summary([row.speed_error for row in rows])}")
     console.print(f"tokens/step: {error_summary([row.length_error for row in rows])}")
+    fewest = min(rows, key=lambda row: row.timed_steps)
+    if fewest.timed_steps < FEWEST_CALLS:
+        say(
+            console,
+            f"only {fewest.timed_steps} steps of {fewest.mode} could be timed, fewer than "
+            f"{FEWEST_CALLS}, so live times say little: give more prompts, or longer texts with "
+            "--max-new-tokens",
+        )
     differing = max(row.texts_differing_from_off or 0 for row in rows)
     if differing:
         say(

@@ -26,6 +26,9 @@ from stree_core.errors import ConfigError
 MOST_IDLE = 0.25
 """Share of the slots that may be idle while a step is timed."""
 
+FEWEST_CALLS = 100
+"""Timed steps below which a mean says little: joins and ends of texts are among them."""
+
 _Call = tuple[int, float]
 """Idle slots before a call, and its seconds."""
 

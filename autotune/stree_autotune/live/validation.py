@@ -274,6 +274,7 @@ def _row(
         live_step_ms=run.step_ms,
         predicted_tokens_per_s=1e3 * setting.batch_size * tokens_per_step / step_ms,
         live_tokens_per_s=run.tokens_per_s,
+        timed_steps=run.num_calls,
         # Sampling asks other random questions with every tree.
         texts_differing_from_off=differing if setting.support.rule == "greedy" else None,
     )
