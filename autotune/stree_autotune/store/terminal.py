@@ -58,11 +58,16 @@ def _wrapped(text: str, width: int, indent: str = "") -> str:
 
 
 def show_table(console: Console, table: Table) -> None:
-    """Print a table, beyond the console's width where it would lose digits otherwise."""
+    """Print a table, beyond the console's width where it would lose digits otherwise.
+
+    Lines end with their last letter, so that one long name makes no other line wrap.
+    """
     needed = Measurement.get(console, console.options.update(max_width=WIDEST), table).maximum
     width, console.width = console.width, max(console.width, needed)
-    console.print(table, crop=False)
+    with console.capture() as captured:
+        console.print(table, crop=False)
     console.width = width
+    console.file.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
 
 
 def make_table(headers: Sequence[str]) -> Table:
