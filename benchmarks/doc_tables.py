@@ -150,13 +150,18 @@ def live() -> str:
             "best chain": f"{speed(row['chain_tokens_per_s'])} ({row['chain']})",
             "off": speed(row["off_tokens_per_s"]),
             "over best chain": f"{row['over_chain']:.2f}x",
-            "over off": f"{row['over_off']:.2f}x",
+            "over off": f"{row['over_off']:.2f}x{by_part(row['parts_over_off'])}",
             "predicted": f"{row['predicted_over_off']:.2f}x",
         }
         for row in _rows("live-h200")
         if not (PROFILES / "models" / row["profile"].split("--")[1]).exists()
     ]
     return aligned(rows, list(rows[0]))
+
+
+def by_part(rates: Sequence[float]) -> str:
+    """Return what each part of the prompts gained, where there are several."""
+    return f" ({', '.join(f'{rate:.2f}' for rate in rates)})" if len(rates) > 1 else ""
 
 
 def kernels() -> str:
