@@ -30,13 +30,9 @@ import torch
 from gpus import Environment, side_by_side, visible_gpus
 from report import RESULTS, Row, header, is_of_this_run, read, save, table
 
+from stree_autotune.cost.table_cost import off_disagreements
 from stree_autotune.store.library import SEPARATOR
-from stree_autotune.store.runtime_table import (
-    RuntimeTable,
-    load_runtime_table,
-    runtime_file_name,
-)
-from stree_autotune.store.step_rule import StepRule
+from stree_autotune.store.runtime_table import load_runtime_table, runtime_file_name
 from stree_core.drafting.pair import device_name, short_gpu_name
 from stree_core.models.backend import resolve_device
 from stree_core.profile import Profile, load_profile, save_profile
@@ -58,8 +54,6 @@ MANY_SLOTS = ("1", "2", "4", "8", "16", "32", "64", "128", "256")
 PROFILES = fingerprint.ROOT / "profiles"
 ON_CPU = tuple(pair for pair in PAIRS if not pair[2])
 NOTHING_MISSING = "exists already"
-MOST_APART = 1.1
-"""How much longer one target's off may take in one table than in another."""
 SHOWN = ("file", "hash", "seconds", "command")
 
 
@@ -91,7 +85,7 @@ def main() -> None:
         print(table(rows[-1:], SHOWN).splitlines()[-1], flush=True)
         save(options.output, head, rows)
     if options.what == "tables":
-        failures += disagreements([load_runtime_table(path) for path in tables_like(work)])
+        failures += off_disagreements(map(load_runtime_table, tables_like(work)))
     if failures:
         raise SystemExit("\n".join(failures))
 
@@ -170,25 +164,6 @@ def tables_like(work: Sequence[tuple[Path, list[str]]]) -> list[Path]:
     """Return the tables that are there of the GPUs of those made."""
     gpus = {path.name.split(SEPARATOR)[0] for path, _ in work}
     return sorted(p for gpu in gpus for p in (PROFILES / "runtime").glob(f"{gpu}{SEPARATOR}*.yaml"))
-
-
-def disagreements(tables: Sequence[RuntimeTable]) -> list[str]:
-    """Return a sentence for each target and batch size whose off differs between its tables."""
-    found: dict[tuple[str, str, int], list[tuple[float, str]]] = {}
-    for each in tables:
-        for step in each.steps:
-            if step.is_off and step.rule == StepRule.GREEDY:
-                key = each.gpu, each.target.name, step.batch_size
-                found.setdefault(key, []).append((step.ms, each.draft.name))
-    sentences = []
-    for (_, target, batch_size), rows in found.items():
-        (low, first), (high, second) = min(rows), max(rows)
-        if high > MOST_APART * low:
-            sentences.append(
-                f"off of {target} at batch size {batch_size} takes {high:g} ms in its table with "
-                f"{second}, {low:g} with {first}; probe both again with nothing beside them"
-            )
-    return sentences
 
 
 def run(words: Sequence[str], environment: Environment, *, resumes: bool) -> None:

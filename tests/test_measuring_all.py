@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from scripts import script
-from synthetic_data import make_profile, make_table, policy_row
+from synthetic_data import make_profile, policy_row
 
 from stree_core.profile import Measured, MeasuredBlock
 from stree_core.tree import Tree
@@ -112,18 +112,6 @@ def test_both_halves_are_the_whole_set_in_its_order() -> None:
     assert names[:3] == ["tables", "live", "kernels"]
     only = runner.chosen(Namespace(gpu=True, only=["live"]))
     assert [each.name for each in only] == ["live"]
-
-
-def test_tables_of_a_target_that_disagree_on_off_are_named() -> None:
-    table = make_table()
-    slow = [step._replace(ms=1.2 * step.ms) if step.is_off else step for step in table.steps[:1]]
-    assert slow[0].is_off
-    draft = table.draft.model_copy(update={"name": "other"})
-    other = table.model_copy(update={"draft": draft, "steps": (*slow, *table.steps[1:])})
-    assert shipped.disagreements([table]) == shipped.disagreements([table, table]) == []
-    (sentence,) = shipped.disagreements([table, other])
-    assert f"off of {table.target.name} at batch size {slow[0].batch_size} takes" in sentence
-    assert "in its table with other" in sentence
 
 
 def test_rows_with_their_tree_keep_what_was_measured() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from synthetic_data import make_table
 
-from stree_autotune.cost.table_cost import read_runtime
+from stree_autotune.cost.table_cost import off_disagreements, read_runtime
 from stree_autotune.store.library import Library, RuntimeSource
 from stree_autotune.store.runtime_table import (
     RuntimeTable,
@@ -46,6 +46,18 @@ def test_off_is_the_fastest_of_a_targets_tables(tmp_path: Path) -> None:
         assert inputs.has_others_off == (name != "fast")
         speculating = [step for step in inputs.table.steps if not step.is_off]
         assert speculating == [step for step in table.steps if not step.is_off]
+
+
+def test_tables_of_a_target_that_disagree_on_off_are_named() -> None:
+    table = make_table()
+    other = with_draft(table, "other", 1.2)
+    first = next(step for step in table.steps if step.is_off)
+    close, elsewhere = with_draft(table, "close", 1.05), other.model_copy(update={"gpu": "h100"})
+    assert off_disagreements([table, close, elsewhere]) == []
+    sentences = off_disagreements([table, other])
+    assert len(sentences) == len(off_of(table))
+    assert f"off of {table.target.name} at batch size {first.batch_size} takes" in sentences[0]
+    assert f"with other and {first.ms:g} with {table.draft.name}, so" in sentences[0]
 
 
 def test_off_of_another_setting_or_folder_says_nothing(tmp_path: Path) -> None:

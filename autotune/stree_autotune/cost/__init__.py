@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from stree_autotune.cost.table_cost import (
         RuntimeInputs as RuntimeInputs,
         load_table as load_table,
+        off_disagreements as off_disagreements,
         read_runtime as read_runtime,
         runtime_cost as runtime_cost,
+        siblings_of as siblings_of,
     )
     from stree_autotune.cost.terms import PER_TOKENS as PER_TOKENS
     from stree_autotune.cost.traffic import model_cost as model_cost
@@ -41,7 +43,14 @@ __getattr__, __dir__ = exports(
         "memory": ["MemoryModel"],
         "shape_table": ["ShapeQuestion", "estimate_shapes", "nearest_measured"],
         "step_cost": ["StepCost"],
-        "table_cost": ["RuntimeInputs", "load_table", "read_runtime", "runtime_cost"],
+        "table_cost": [
+            "RuntimeInputs",
+            "load_table",
+            "off_disagreements",
+            "read_runtime",
+            "runtime_cost",
+            "siblings_of",
+        ],
         "terms": ["PER_TOKENS"],
         "traffic": ["model_cost"],
         "tree_shape": ["FEWEST_ROWS"],

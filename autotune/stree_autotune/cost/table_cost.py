@@ -23,6 +23,9 @@ from stree_core.files import read_yaml
 from stree_core.models import ModelSource
 from stree_core.profile import Sampling
 
+MOST_APART = 1.1
+"""How much longer one target's off may take in one table than in another."""
+
 
 @dataclass(frozen=True, slots=True)
 class RuntimeInputs:
@@ -56,7 +59,7 @@ def read_runtime(
     """
     own, digest = read_yaml(found.path, RuntimeTable)
     if own.gpu == gpu:
-        table = with_fastest_off(own, _beside(library, found.path, own))
+        table = with_fastest_off(own, siblings_of(library, found.path, own))
         changed = table.steps != own.steps
         return RuntimeInputs(found.path, digest, gpu, table, found.wanted, has_others_off=changed)
     known = {spec.name: spec for spec in (found.measured, found.wanted) if spec is not None}
@@ -72,10 +75,10 @@ def read_runtime(
 def load_table(library: Library, path: Path) -> RuntimeTable:
     """Read a table; its off is the fastest of all tables of its target in its folder."""
     table = load_runtime_table(path)
-    return with_fastest_off(table, _beside(library, path, table))
+    return with_fastest_off(table, siblings_of(library, path, table))
 
 
-def _beside(library: Library, path: Path, table: RuntimeTable) -> Iterator[RuntimeTable]:
+def siblings_of(library: Library, path: Path, table: RuntimeTable) -> Iterator[RuntimeTable]:
     """Yield the other tables of a target in a table's folder, which one machine has measured."""
     for each in library.runtime_paths(table.gpu, table.target.name):
         if each != path and each.parent == path.parent:
@@ -98,6 +101,26 @@ def with_fastest_off(table: RuntimeTable, others: Iterable[RuntimeTable]) -> Run
                 fastest[step.batch_size, step.rule] = step
     steps = (fastest[s.batch_size, s.rule] if s.is_off else s for s in table.steps)
     return table.model_copy(update={"steps": tuple(steps)})
+
+
+def off_disagreements(tables: Iterable[RuntimeTable]) -> list[str]:
+    """Return a sentence for each target and batch size whose off differs between its tables."""
+    found: dict[tuple[object, ...], list[tuple[float, str, str]]] = {}
+    for table in tables:
+        for step in table.steps:
+            if step.is_off and step.rule == StepRule.GREEDY:
+                row = step.ms, table.draft.name, table.target.name
+                found.setdefault((*setting_of(table), step.batch_size), []).append(row)
+    sentences = []
+    for (*_, batch_size), rows in found.items():
+        (low, first, target), (high, second, _) = min(rows), max(rows)
+        if high > MOST_APART * low:
+            sentences.append(
+                f"off of {target} at batch size {batch_size} takes {high:g} ms in its table with "
+                f"{second} and {low:g} with {first}, so something ran beside a probe; probe again "
+                "with --force and nothing beside it"
+            )
+    return sentences
 
 
 def setting_of(table: RuntimeTable) -> tuple[object, ...]:

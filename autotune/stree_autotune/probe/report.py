@@ -9,11 +9,13 @@ from pathlib import Path
 
 from rich.table import Table
 
+from stree_autotune.cost import off_disagreements, siblings_of
 from stree_autotune.probe.ahead import compile_ahead
 from stree_autotune.probe.plan import ProbeConfig, missing_stages
 from stree_autotune.probe.run import attending, extends, probe
 from stree_autotune.probe.single import PassTime, probe_model
 from stree_autotune.store import (
+    Library,
     PairRequest,
     RuntimeTable,
     Working,
@@ -67,6 +69,9 @@ def run_probe(request: PairRequest, config: ProbeConfig, *, as_json: bool, force
         "points": len(table.points),
         "steps": len(table.steps),
     }
+    others = siblings_of(Library.open(request.data, missing_ok=True), path, table)
+    for sentence in off_disagreements([table, *others]):
+        logger.warning(sentence)
     text = f"wrote {path}: {len(table.points)} points, {len(table.steps)} whole steps"
     report(text, summary, as_json)
 
