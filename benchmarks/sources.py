@@ -331,7 +331,8 @@ MEASUREMENTS = (
         ),
     ),
     Measurement(
-        "coverage", "coverage", gpu=False, minutes=15,
+        "coverage", "coverage", gpu=False, minutes=90,
+        arguments=("--workers", "2", "--repeats", "1000", "--seconds", "5400"),
         sources=(
             *bench("coverage"), "tests/synthetic.py", *WALK, *SEARCH, *VERDICT, *STEP_COST,
             *_tables(DEMO, DEMO_MTP, SMALL, LARGE), GSM8K,
