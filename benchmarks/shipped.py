@@ -5,9 +5,9 @@
 
 Tables are of the GPU at hand, profiles can be made anywhere.
 
-Tables are probed (`stree-tune probe --effort quick`) and written into profiles/runtime. Those of
-one target must agree on its steps without speculation, or something else ran beside a probe: the
-run ends with what disagrees. Profiles run the command that each has in its provenance and are
+Tables are probed (`stree-tune probe --effort quick`) and written into profiles/runtime; a probe says
+when its target's tables disagree on steps without speculation, and something else ran beside one.
+Profiles run the command that each has in its provenance and are
 written into profiles/tuned. One that comes out as it was stays; of another, rows whose tree is the
 same keep what was measured live of them. The results file says which files were made; it is stale
 when one of them is another now. With `--only` it keeps what it says of other files.
@@ -30,9 +30,7 @@ import torch
 from gpus import Environment, side_by_side, visible_gpus
 from report import RESULTS, Row, header, is_of_this_run, read, save, table
 
-from stree_autotune.cost.table_cost import off_disagreements
-from stree_autotune.store.library import SEPARATOR
-from stree_autotune.store.runtime_table import load_runtime_table, runtime_file_name
+from stree_autotune.store.runtime_table import runtime_file_name
 from stree_core.drafting.pair import device_name, short_gpu_name
 from stree_core.models.backend import resolve_device
 from stree_core.profile import Profile, load_profile, save_profile
@@ -84,8 +82,6 @@ def main() -> None:
         rows.append(done.result())
         print(table(rows[-1:], SHOWN).splitlines()[-1], flush=True)
         save(options.output, head, rows)
-    if options.what == "tables":
-        failures += off_disagreements(map(load_runtime_table, tables_like(work)))
     if failures:
         raise SystemExit("\n".join(failures))
 
@@ -158,12 +154,6 @@ def profile_command(path: Path) -> list[str]:
             del words[at : at + 2]
     words = [word for word in words if word != "--force"]
     return [*words, "-o", place_of(path), "--force"]
-
-
-def tables_like(work: Sequence[tuple[Path, list[str]]]) -> list[Path]:
-    """Return the tables that are there of the GPUs of those made."""
-    gpus = {path.name.split(SEPARATOR)[0] for path, _ in work}
-    return sorted(p for gpu in gpus for p in (PROFILES / "runtime").glob(f"{gpu}{SEPARATOR}*.yaml"))
 
 
 def run(words: Sequence[str], environment: Environment, *, resumes: bool) -> None:
