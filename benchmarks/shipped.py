@@ -5,12 +5,12 @@
 
 Tables are of the GPU at hand, profiles can be made anywhere.
 
-Tables are probed (`stree-tune probe --effort quick`) and written into profiles/runtime; a probe says
-when its target's tables disagree on steps without speculation, and something else ran beside one.
-Profiles run the command that each has in its provenance and are
-written into profiles/tuned. One that comes out as it was stays; of another, rows whose tree is the
-same keep what was measured live of them. The results file says which files were made; it is stale
-when one of them is another now. With `--only` it keeps what it says of other files.
+Tables are probed (`stree-tune probe --effort quick`) and written into profiles/runtime. A probe
+says when a target's tables disagree on its steps without speculation: something ran beside one.
+Profiles run the command that each has in its provenance and are written into profiles/tuned. One
+that comes out as it was stays; of another, rows whose tree is the same keep what was measured live
+of them. The results file says which files were made; it is stale when one of them is another now.
+With `--only` it keeps what it says of other files.
 """
 
 from __future__ import annotations
