@@ -117,7 +117,7 @@ class OnGpu(TorchFunctionMode):
             func = torch.empty
         made = func(*args, **kwargs)
         if func in _MAKES and (made.numel() <= SMALL or not made.is_floating_point()):
-            made.view(torch.uint8 if made.element_size() == 1 else made.dtype).zero_()
+            made.zero_()
         return made
 
 
@@ -132,9 +132,9 @@ def on_cpu(value: Any) -> Any:
 
 def product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """Return a tensor of the shape and type of a product that is not computed."""
-    out = kwargs.pop("out", None)
+    out: torch.Tensor | None = kwargs.pop("out", None)
     if out is not None:
-        return torch.Tensor(out) if not isinstance(out, torch.Tensor) else out
+        return out
     dtype = kwargs.pop("out_dtype", None)
 
     def shape_of(value: Any) -> Any:
