@@ -4,19 +4,27 @@
     python benchmarks/shared_memory.py --table FILE
 
 Every step is captured twice: as it ships (stree_kernels.launch.shared_memory), and with the
-shared-memory carveout left to the driver. Both are run in turns: only the ratio of a row counts.
+shared-memory carveout left to the driver. At batch size 1 it is captured with other carveouts of
+the scan alone, too, and so are the scans of one layer after each other. All of a row are run in
+turns: only its ratios count.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
+from bench_shapes import LAYERS
+from candidates import ours
+from layer_data import make_inputs
 from report import RESULTS, Row, header, print_table, save, table
+from timing import num_calls, rotation, time_calls
 from traced_pair import PAIRS, open_named
 
 from stree_autotune.probe.plan import even_tree
@@ -27,12 +35,17 @@ from stree_core.engine.engine import EngineConfig
 from stree_core.engine.sampling import SamplingParams
 from stree_core.tree import Tree
 from stree_kernels.launch import shared_memory
+from stree_kernels.ssm import tree_scan
 
 CONTEXT = 1024
 EFFORT = Effort(min_rounds=5, max_rounds=7, seconds=0.3)
 BY_DRIVER = -1
 TREES = {"off": Tree.chain(0), "chain 1": Tree.chain(1), "tree 7": even_tree(7, 2)}
-SHOWN = ("pair", "batch", "tree", "driver_ms", "preferred_ms", "ratio", "spread")
+SCAN_LAYER = "mamba2-2.7b"
+SHOWN = ("pair", "batch", "tree", "driver_ms", "preferred_ms", "ratio", "scan_ratios", "spread")
+
+Prefer = Callable[..., None]
+Modes = Mapping[str, Callable[[], AbstractContextManager[None]]]
 
 
 @contextmanager
@@ -46,10 +59,35 @@ def left_to_the_driver() -> Iterator[None]:
         shared_memory._prefer = prefer
 
 
-MODES: dict[str, Callable[[], AbstractContextManager[None]]] = {
-    "driver": left_to_the_driver,
-    "preferred": nullcontext,
+@contextmanager
+def scan_prefers(prefer: Prefer) -> Iterator[None]:
+    """Let scans that are launched in here state their carveout by this function."""
+    shipped = tree_scan.prefer_shared
+    tree_scan.prefer_shared = prefer
+    try:
+        yield
+    finally:
+        tree_scan.prefer_shared = shipped
+
+
+def _nothing(kernel: Any, device: torch.device, num_programs: int, *, streamed: bool) -> None:
+    shared_memory._prefer(kernel.function, BY_DRIVER)
+
+
+def _two_waves(kernel: Any, device: torch.device, num_programs: int, *, streamed: bool) -> None:
+    shared_memory.prefer_shared(kernel, device, 2 * num_programs, streamed=streamed)
+
+
+def _all(kernel: Any, device: torch.device, num_programs: int, *, streamed: bool) -> None:
+    shared_memory._prefer(kernel.function, 100)
+
+
+MODES: Modes = {"driver": left_to_the_driver, "preferred": nullcontext}
+SCAN_MODES: Modes = {
+    name: functools.partial(scan_prefers, prefer)
+    for name, prefer in (("nothing", _nothing), ("two waves", _two_waves), ("all", _all))
 }
+"""What the scan alone may ask for instead of the room of one launch."""
 
 
 def main() -> None:
@@ -66,10 +104,14 @@ def main() -> None:
         for batch in options.batches:
             for tree in TREES:
                 rows.append({"pair": name, "batch": batch, "tree": tree})
-                rows[-1] |= compared(pair, batch, TREES[tree], settle, MODES)
+                modes = {**MODES, **(SCAN_MODES if batch == 1 else {})}
+                rows[-1] |= compared(pair, batch, TREES[tree], settle, modes)
                 # After every row: a run that is cut short keeps what it has.
                 save(options.output, head, rows)
         del pair, settle
+    with torch.inference_mode():
+        rows += [scans(tree) for tree in TREES]
+    save(options.output, head, rows)
     print(table(rows, SHOWN), end="")
 
 
@@ -82,11 +124,8 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def compared(
-    pair: Pair, batch: int, tree: Tree, settle: Callable[[], None],
-    modes: Mapping[str, Callable[[], AbstractContextManager[None]]],
-) -> Row:  # fmt: skip
-    """Return a step's ms in every mode, the last over the first, and the larger spread."""
+def compared(pair: Pair, batch: int, tree: Tree, settle: Callable[[], None], modes: Modes) -> Row:
+    """Return a step's ms in every mode, their ratios, and the largest spread."""
     draft = pair.draft if tree.num_nodes else None
     config = EngineConfig(batch, CONTEXT)
     steppers = {}
@@ -97,14 +136,43 @@ def compared(
     settle()
     works = {mode: stepper.step for mode, stepper in steppers.items()}
     timings = time_interleaved(works, pair.device, EFFORT, wall=True)
-    first, *_, last = timings.values()
-    row = {f"{mode}_ms": round(timing.ms, 4) for mode, timing in timings.items()}
     del works, steppers, engine
     gc.collect()
     torch.cuda.empty_cache()
-    return row | {
-        "ratio": round(last.ms / first.ms, 4),
-        "spread": round(max(first.spread_ms / first.ms, last.spread_ms / last.ms), 4),
+    spread = max(timing.spread_ms / timing.ms for timing in timings.values())
+    return ratios({mode: timing.ms for mode, timing in timings.items()}, spread)
+
+
+def scans(tree: str) -> Row:
+    """Return the same of one layer's scan at batch size 1, of a tree's rows, after each other."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    layer = LAYERS[SCAN_LAYER]
+    inputs = make_inputs(
+        layer, 1, 1 + TREES[tree].num_nodes, rotation(layer.state_bytes, device), device
+    )
+    candidate = ours(inputs, tree_scan.tree_scan)
+    calls = num_calls(len(inputs.buffers), candidate.cycle)
+
+    def launch(mode: Callable[[], AbstractContextManager[None]], call: int) -> None:
+        with mode():
+            candidate.launch(call)
+
+    modes = {**MODES, **SCAN_MODES}
+    works = {name: functools.partial(launch, mode) for name, mode in modes.items()}
+    timings = time_calls(works, calls, device)
+    spread = max(timing.spread for timing in timings.values())
+    key = {"pair": f"scans of {SCAN_LAYER}", "batch": 1, "tree": tree}
+    return key | ratios({name: 1e-3 * timing.us for name, timing in timings.items()}, spread)
+
+
+def ratios(ms: Mapping[str, float], spread: float) -> Row:
+    """Return what ships over what the driver chooses, and other scans over what ships."""
+    shipped = ms["preferred"]
+    return {
+        **{f"{name}_ms": round(ms[name], 5) for name in MODES},
+        "ratio": round(shipped / ms["driver"], 4),
+        "scan_ratios": {name: round(ms[name] / shipped, 4) for name in SCAN_MODES if name in ms},
+        "spread": round(spread, 4),
     }
 
 
