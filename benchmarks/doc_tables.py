@@ -404,17 +404,35 @@ def search() -> str:
 
 
 def shared_memory() -> str:
-    """A step's time with the carveout that kernels state over that with the driver's."""
-    rows = _rows("shared-memory-h200")
-    return pivot(rows, ("pair", "batch"), "tree", lambda row: f"{row['ratio']:.3f}")
+    """Times with the carveouts that kernels state over the driver's, and other scans over those."""
+    rows = [
+        {"pair": row["pair"], "batch": row["batch"], "tree": row["tree"], "carveout": name, "x": x}
+        for row in _rows("shared-memory-h200")
+        for name, x in (
+            ("stated / driver's", row["ratio"]),
+            *((f"scan {name} / stated", each) for name, each in row["scan_ratios"].items()),
+        )
+    ]
+    rows.sort(key=lambda row: (row["pair"], row["batch"], row["carveout"]))
+    return pivot(rows, ("pair", "batch", "carveout"), "tree", lambda row: f"{row['x']:.3f}")
+
+
+def two_speeds() -> str:
+    """A step behind each event: median, fastest and slowest block; medians of the engines."""
+    rows = [
+        row | {"range": f"{row['fastest']:.3f} to {row['slowest']:.3f}",
+               "by engine": f"{min(row['engines']):.3f} to {max(row['engines']):.3f}"}
+        for row in _rows("two-speeds-h200")
+    ]  # fmt: skip
+    return aligned(rows, ["tree", "event", "ms", "range", "by engine"])
 
 
 TABLES: dict[str, Callable[[], str]] = {
     maker.__name__.replace("_", "-"): maker
     for maker in (
         live, kernels, forward, shapes, delta, delta_prompts, fp8, draft, prefill, decode, mtp,
-        mtp_shapes,
-        generation, prediction, regret, lossless, coverage, search, shared_memory, verdicts, traces,
+        mtp_shapes, generation, prediction, regret, lossless, coverage, search, shared_memory,
+        two_speeds, verdicts, traces,
     )
 }  # fmt: skip
 """Each but those of OF_PROFILES is of the results file of its name."""

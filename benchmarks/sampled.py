@@ -1,6 +1,6 @@
 """Judge sampled texts by the target's own distribution, token by token.
 
-    python benchmarks/sampled.py [--draft mtp] [--device cuda] [--rounds 4] [--output FILE]
+    python benchmarks/sampled.py [--drafts mtp demo-draft] [--device cuda] [--rounds N]
 
 The prompts of the demo set are continued at temperature 1 without end, by naive sampling and by
 MSS, with a tree of unequal branches. A token's place is the probability of all likelier ones, plus
@@ -38,26 +38,25 @@ SHOWN = ("draft", "rule", "tokens", "tokens_per_step", "p_value", "surplus_devia
 
 def main() -> None:
     options = parse()
-    request = PairRequest("demo-target", options.draft, (), Runtime(options.device, "float32"))
-    pair = open_pair(request)
-    prompts = pair.encode(open_prompts("demo", "", (), limit=options.prompts).texts)
     head, rows = header(device=options.device), []
-    for rule in options.rules:
-        rows.append(judged(pair, options, rule, prompts))
-        if options.output is not None:
+    for draft in options.drafts:
+        pair = open_pair(PairRequest("demo-target", draft, (), Runtime(options.device, "float32")))
+        prompts = pair.encode(open_prompts("demo", "", (), limit=options.prompts).texts)
+        for rule in options.rules:
+            rows.append({"draft": draft, "rule": rule, **judged(pair, options, rule, prompts)})
             save(options.output, head, rows)
     print(table(rows, SHOWN), end="")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Sampled texts against the target's distribution")
-    parser.add_argument("--draft", default="mtp")
+    parser.add_argument("--drafts", nargs="+", default=["mtp", "demo-draft"])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rules", nargs="+", default=["naive", "mss"])
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=4, help="seeds of every prompt")
-    parser.add_argument("--output", type=Path, default=RESULTS / "sampled-cpu.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "sampled-h200.json")
     return parser.parse_args()
 
 
@@ -81,8 +80,6 @@ def judged(pair: Pair, options: argparse.Namespace, rule: str, prompts: list[lis
         num_tokens, num_steps = num_tokens + run.num_tokens, num_steps + run.num_steps
     counts = torch.histc(torch.cat(places), bins=BINS, min=0, max=1)
     return {
-        "draft": options.draft,
-        "rule": rule,
         "tokens": sum(map(len, places)),
         "tokens_per_step": round(num_tokens / num_steps, 4),
         "p_value": float(stats.chisquare(counts.cpu().double().numpy()).pvalue),

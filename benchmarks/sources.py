@@ -177,9 +177,8 @@ MEASUREMENTS = (
     Measurement(
         "forward", "forward", minutes=2.5,
         arguments=(
-            "--models", "mamba2-2.7b", "mamba2-130m", "mamba-in-llama-8b", "qwen3.5-27b",
-            "qwen3.5-35b-a3b", "--tokens", "1", "2", "4", "8", "16", "32", "64",
-            "--contexts", "1024",
+            "--models", "mamba2-2.7b", "mamba-in-llama-8b", "qwen3.5-27b", "qwen3.5-35b-a3b",
+            "--tokens", "1", "2", "4", "8", "16", "64", "--contexts", "1024",
         ),
         sources=(*bench("forward", "bench_shapes"), *TIMING, *PASS, *DELTA),
     ),
@@ -276,7 +275,18 @@ MEASUREMENTS = (
     ),
     Measurement(
         "shared-memory", "shared_memory", minutes=1.5,
-        sources=(*bench("shared_memory", "traced_pair"), *STEPPER, *STEP, *LIVE),
+        sources=(
+            *bench("shared_memory", "traced_pair", "candidates", "layer_data", "bench_shapes"),
+            *TIMING, *STEPPER, *STEP, *LIVE,
+        ),
+    ),
+    Measurement(
+        "two-speeds", "two_speeds", minutes=1.5,
+        sources=(*bench("two_speeds", "traced_pair"), *STEPPER, *STEP, *PROMPT, *LIVE),
+    ),
+    Measurement(
+        "sampled", "sampled", minutes=2,
+        sources=(*bench("sampled"), *STEP, *PROMPT, *DEMO_MODELS),
     ),
     Measurement(
         "sampled-walk", "sampled_walk", minutes=1.5,
@@ -318,11 +328,6 @@ MEASUREMENTS = (
         sources=(*bench("lossless"), "tests/margin.py", *ON_CPU, *DEMO_MODELS),
     ),
     Measurement(
-        "sampled-cpu", "sampled", gpu=False, minutes=12,
-        arguments=("--device", "cpu", "--tokens", "200"),
-        sources=(*bench("sampled"), *ON_CPU, *DEMO_MODELS),
-    ),
-    Measurement(
         "search", "search", gpu=False, minutes=10,
         sources=(
             *bench("search", "search_baselines"), "tests/synthetic.py", *WALK, *SEARCH,
@@ -331,8 +336,8 @@ MEASUREMENTS = (
         ),
     ),
     Measurement(
-        "coverage", "coverage", gpu=False, minutes=90,
-        arguments=("--workers", "2", "--repeats", "1000", "--seconds", "5400"),
+        "coverage", "coverage", gpu=False, minutes=7,
+        arguments=("--workers", "20", "--repeats", "1000", "--seconds", "330"),
         sources=(
             *bench("coverage"), "tests/synthetic.py", *WALK, *SEARCH, *VERDICT, *STEP_COST,
             *_tables(DEMO, DEMO_MTP, SMALL, LARGE), GSM8K,
