@@ -128,11 +128,16 @@ def _mlp(inner_dim: int, width: int, prefix: str) -> Part:
 def _router(keys: Keys, num_experts: int) -> Routing:
     num_groups = keys.count(EXPERTS, "n_group", default=1)
     keys.require_divides("n_group", num_groups, "n_routed_experts", num_experts)
+    group_size = num_experts // num_groups
+    if num_groups > 1 and group_size == 1:
+        # A group ranks by the sum of its two best.
+        raise keys.wrong("n_group", f"at most half of n_routed_experts ({num_experts})", num_groups)
+    num_open_groups = keys.count(Bound(1, num_groups), "topk_group", default=1)
     return Routing(
         "sigmoid",
-        keys.count(Bound(1, num_experts), "num_experts_per_tok"),
+        keys.count(Bound(1, num_open_groups * group_size), "num_experts_per_tok"),
         num_groups=num_groups,
-        num_open_groups=keys.count(Bound(1, num_groups), "topk_group", default=1),
+        num_open_groups=num_open_groups,
         normalised=keys.flag("norm_topk_prob", default=True),
         scale=keys.number("routed_scaling_factor", default=1.0),
     )
