@@ -177,7 +177,7 @@ MEASUREMENTS = (
     Measurement(
         "forward", "forward", minutes=2.5,
         arguments=(
-            "--models", "mamba2-2.7b", "mamba-in-llama-8b", "qwen3.5-27b", "qwen3.5-35b-a3b",
+            "--models", "mamba2-2.7b", "mamba-in-llama-8b", "qwen3.5-27b",
             "--tokens", "1", "2", "4", "8", "16", "64", "--contexts", "1024",
         ),
         sources=(*bench("forward", "bench_shapes"), *TIMING, *PASS, *DELTA),
