@@ -72,7 +72,7 @@ NUM_FACTORS = len(_COUNTED)
 
 TOLERANCES = Efficiencies(
     launch=0.5, library=0.7, narrow=0.7, tree=0.7, tile=0.7, read_one=0.1, read=0.1,
-    scanned_one=0.3, scanned=0.3, products=0.05, scans=0.5, kept=0.1, written=0.3, scored=0.3,
+    scanned_one=0.3, scanned=0.3, products=0.05, scans=0.1, kept=0.1, written=0.3, scored=0.3,
 )  # fmt: skip
 """How far each may be from its nominal value, as a logarithm, before that counts as an error."""
 
