@@ -410,7 +410,7 @@ def shared_memory() -> str:
         for row in _rows("shared-memory-h200")
         for name, x in (
             ("stated / driver's", row["ratio"]),
-            *((f"scan {name} / stated", each) for name, each in row["scan_ratios"].items()),
+            *((f"scan {name} / stated", each) for name, each in row.get("scan_ratios", {}).items()),
         )
     ]
     rows.sort(key=lambda row: (row["pair"], row["batch"], row["carveout"]))
