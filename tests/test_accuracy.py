@@ -61,9 +61,13 @@ def test_pairs_that_no_table_was_fitted_to_are_within_the_band() -> None:
     measured = MeasuredGpu(spec, tuple(tables), (), find_layouts(library, tables))
     rows, inside = script_accuracy.pair_accuracy(measured, library)
     assert inside > 0.9
-    billions = [row for row in rows if not row.term.startswith("demo")]
+    billions = [row for row in rows if not row.term.startswith(("demo", "nemotron-3-nano"))]
     assert len(billions) == 8, "off and trees of four pairs"
     assert all(row.median < 0.1 and row.worst < 0.25 for row in billions)
+    # The only model with experts, which nothing else tells of.
+    experts = [row for row in rows if row.term.startswith("nemotron-3-nano")]
+    assert len(experts) == 2
+    assert all(row.median < 0.15 and row.worst < 0.4 for row in experts)
 
 
 def test_passes_of_a_shape_are_predicted_from_other_shapes_alone() -> None:
