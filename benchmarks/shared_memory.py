@@ -62,12 +62,13 @@ def left_to_the_driver() -> Iterator[None]:
 @contextmanager
 def scan_prefers(prefer: Prefer) -> Iterator[None]:
     """Let scans that are launched in here state their carveout by this function."""
-    shipped = tree_scan.prefer_shared
-    tree_scan.prefer_shared = prefer
+    module: Any = tree_scan
+    shipped = module.prefer_shared
+    module.prefer_shared = prefer
     try:
         yield
     finally:
-        tree_scan.prefer_shared = shipped
+        module.prefer_shared = shipped
 
 
 def _nothing(kernel: Any, device: torch.device, num_programs: int, *, streamed: bool) -> None:
