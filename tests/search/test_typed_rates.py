@@ -29,7 +29,7 @@ LIBRARY = Library.open()
 REQUEST = TuneRequest(
     gpu="h100",
     dataset="",
-    target="nemotron-3-nano-mtp",
+    target="qwen3.5-35b-a3b",
     draft="mtp",
     sampling=Sampling(),
     context=1024,
@@ -162,7 +162,7 @@ def test_trees_need_a_trace_which_may_be_borrowed() -> None:
         ({"draft": "nowhere"}, ConfigError, "nowhere is no known model"),
         ({"target": "nemotron-h-8b"}, CheckpointError, "names none; give a draft model"),
         ({"draft": "mamba2-130m"}, ConfigError, "needs the target's whole vocabulary"),
-        ({"gpu": "cpu"}, MissingMeasurement, "no runtime table of nemotron-3-nano-mtp"),
+        ({"gpu": "cpu"}, MissingMeasurement, "no runtime table of qwen3.5-35b-a3b"),
         ({"gpu": "rtx3090"}, NoFeasibleTree, "GB of rtx3090"),
     ],
 )
