@@ -25,7 +25,7 @@ import numpy as np
 from prediction_table import BY_BATCH, by_batch
 from report import Row, read, table
 from sources import MEASUREMENTS, RESULTS
-from stale import NO_FINGERPRINT, OTHER_OPTIONS, Verdict, judge
+from stale import CUT_SHORT, NO_FINGERPRINT, OTHER_OPTIONS, Verdict, judge
 
 from stree_autotune.trace.file import load_trace
 from stree_core.profile import load_profile
@@ -35,6 +35,7 @@ PROFILES = RESULTS.parents[1] / "profiles"
 OLDER = "*Measured on older code.*"
 UNKNOWN = "*Measured on code that is not known, to be measured again.*"
 OTHERWISE = "*Measured on this code, with other options than those of the set.*"
+INCOMPLETE = "*Measured on this code; the run was cut short, so that rows are missing.*"
 OF_OLDER_TIMES = "*Predicted from times of older code.*"
 OVER_CHAIN = re.compile(r"gains ([\d.]+ % \[[^]]+\]) over chain")
 END = "<!-- end -->"
@@ -101,7 +102,8 @@ def _origin(name: str) -> str:
 
 
 def _age(verdict: Verdict) -> str:
-    return {NO_FINGERPRINT: UNKNOWN, OTHER_OPTIONS: OTHERWISE}.get(verdict.reason, OLDER)
+    known = {NO_FINGERPRINT: UNKNOWN, OTHER_OPTIONS: OTHERWISE, CUT_SHORT: INCOMPLETE}
+    return known.get(verdict.reason, OLDER)
 
 
 def _spread(rows: Sequence[Row]) -> float:
@@ -352,7 +354,7 @@ def verdicts() -> str:
 def _age_of_profiles() -> str:
     """Return a line below what profiles predict, where their tables or they are of older code."""
     paths = [RESULTS / name for name in ("tables-h200.json", "profiles.json")]
-    is_new = all(path.exists() and not judge(path).is_stale for path in paths)
+    is_new = all(path.exists() and judge(path).reason in ("", CUT_SHORT) for path in paths)
     return "" if is_new else f"\n{OF_OLDER_TIMES}\n"
 
 

@@ -26,6 +26,7 @@ from sources import MEASUREMENTS, RESULTS, Measurement, measurement_of
 from stree_core.files import write_atomically
 
 OTHER_OPTIONS = "measured with other options than those of sources.py"
+CUT_SHORT = "the run was cut short: measure again for the rest"
 NO_COMMIT = "no commit here has its sources: commit them, then run stale.py --write"
 NO_FINGERPRINT = "no fingerprint: measure again"
 OF_NO_MEASUREMENT = "no measurement of sources.py makes it: delete it"
@@ -46,7 +47,10 @@ class Verdict:
 
 
 def judge(path: Path, root: Path = fingerprint.ROOT) -> Verdict:
-    """Compare a results file's sources with those of a checkout."""
+    """Compare a results file's sources with those of a checkout.
+
+    What was kept of a run that did not end says so by a key `cut_short`.
+    """
     measurement = measurement_of(path.name)
     if measurement is None:
         return Verdict(path.name, OF_NO_MEASUREMENT)
@@ -58,6 +62,8 @@ def judge(path: Path, root: Path = fingerprint.ROOT) -> Verdict:
     changed += rewritten(document["rows"], root)
     if not changed and options_of(document["command"], measurement) != measurement.arguments:
         return Verdict(path.name, OTHER_OPTIONS)
+    if not changed and document.get("cut_short"):
+        return Verdict(path.name, CUT_SHORT)
     return Verdict(path.name, names_of(changed))
 
 

@@ -216,6 +216,12 @@ def test_a_file_of_other_options_is_not_the_measurement(checkout: Path) -> None:
     assert stale.judge(path, checkout).reason == stale.OTHER_OPTIONS
 
 
+def test_what_is_left_of_a_run_that_was_cut_short_is_not_the_measurement(checkout: Path) -> None:
+    path = save(checkout, cut_short=True)
+    assert stale.judge(path, checkout).reason == stale.CUT_SHORT
+    assert not stale.judge(save(checkout), checkout).is_stale
+
+
 def test_a_file_without_hashes_is_judged_by_a_clean_commit_only(checkout: Path) -> None:
     head = git(checkout, "rev-parse", "HEAD")
     path = save(checkout, source_hashes=None, git_sha=head)
