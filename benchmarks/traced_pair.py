@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from stree_autotune.live.measure import TraceScript
+from stree_autotune.live.measure import script_of
 from stree_autotune.store.library import Library
 from stree_autotune.store.open_models import PairRequest, open_pair
 from stree_autotune.trace.file import Trace, load_trace
@@ -36,4 +36,4 @@ def open_named(name: str, device: str, data: Sequence[Path] = ()) -> tuple[Pair,
 
 def traced_rules(pair: Pair, trace: Trace, num_slots: int) -> MakeRules:
     """Return the rules of an engine whose steps accept what a trace says."""
-    return TraceScript(trace, num_slots, ROOM, pair.device).rules
+    return script_of(pair, trace, num_slots, ROOM).rules

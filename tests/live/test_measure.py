@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from mtp_models import nemotron_with_head
 from synthetic import latent_trace
 from synthetic_data import make_trace
 from tiny_models import ours, perturbed, random_texts, save_pair, tiny_mamba2
 
 from stree_autotune.cli.commands import main
-from stree_autotune.live.measure import TraceScript, measure_steps, prompt_for, traced_engine
+from stree_autotune.live.measure import (
+    TraceScript,
+    measure_steps,
+    prompt_for,
+    script_of,
+    traced_engine,
+)
 from stree_autotune.probe.run import BUDGETS, Budget
 from stree_autotune.probe.stepper import Stepper
 from stree_autotune.probe.timing import Effort
@@ -126,6 +135,27 @@ def test_live_steps_accept_what_the_walk_says(tree: Tree, tmp_path: Path) -> Non
     run = generate(engine, [prompt_for(index) for index in chosen], StopRule(LENGTH + 1))
     assert [len(g.tokens) for g in run.generations] == [LENGTH + 1] * 4
     assert run.tokens_per_step == pytest.approx(walk(trace, tree, np.array(chosen)).tokens_per_step)
+
+
+@pytest.mark.parametrize("depths", [1, 4])
+@pytest.mark.parametrize("tree", [Tree.chain(3), WIDE], ids=repr)
+def test_experts_see_other_tokens_at_every_position(
+    tree: Tree, depths: int, tmp_path: Path
+) -> None:
+    trace = latent_trace(2, num_prompts=3, length=LENGTH, num_children=4, depths=depths)
+    pair = nemotron_with_head(tmp_path).pair
+    script = script_of(pair, trace, 2, LENGTH)
+    engine = Engine(pair.target, pair.draft, tree, EngineConfig(2, 64), rules=script.rules)
+    prompts = [prompt_for(index) for index in range(3)]
+    run = generate(engine, prompts, StopRule(LENGTH + 1))
+    assert run.tokens_per_step == pytest.approx(walk(trace, tree).tokens_per_step)
+    assert len({token for each in run.generations for token in each.tokens}) > 2 * LENGTH // 3
+    without = script_of(pair_without_experts(pair, tmp_path / "plain"), trace, 2, LENGTH)
+    assert int(without.tokens(torch.zeros(1, 1, dtype=torch.int64)).max()) <= 4
+
+
+def pair_without_experts(pair: Pair, folder: Path) -> Pair:
+    return replace(pair, target=ours(tiny_mamba2(layers=1), folder))
 
 
 def test_slots_begin_anywhere_once_they_are_restarted(tmp_path: Path) -> None:

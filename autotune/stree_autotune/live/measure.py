@@ -3,8 +3,9 @@
 Many trees run on one engine's caches, in turns. How often a state is stored depends on how many
 tokens a step accepts, so the time of a step does as well. Here the draft's child of rank c is token
 c, and the target picks the token of the rank that the trace has, or a token that is no child. All
-passes are computed as ever; a step has four tiny kernels more (a few microseconds). Of a model with
-routed experts few distinct tokens are seen.
+passes are computed as ever; a step has four tiny kernels more (a few microseconds). Where experts
+are routed, tokens decide how many of them are read: there ranks count from another token at every
+position, drawn at random once (five kernels more).
 
 Only times are measured. Tokens per step come from the walk over the whole trace, which decoding
 reproduces exactly; runs short enough to be affordable would miss it by several percent.
@@ -35,6 +36,7 @@ from stree_autotune.probe import (
 from stree_autotune.trace import Trace
 from stree_core.drafting import DraftLevel, Pair, TreePlan
 from stree_core.engine import EngineConfig, GreedyRule, Rule, SamplingParams
+from stree_core.families import ModelShape, MoeShape
 from stree_core.models import Backend
 from stree_core.tree import OFF, Tree
 
@@ -80,7 +82,7 @@ def _works(
         works[OFF] = Stepper(off, SamplingParams()).step
     speculating = [tree for tree in trees if tree != OFF]
     if speculating:
-        script = TraceScript(trace, batch_size, context, pair.device)
+        script = script_of(pair, trace, batch_size, context)
         stepper = Stepper(traced_engine(pair, script, config, speculating), SamplingParams())
         works |= {tree: partial(stepper.step, which) for which, tree in enumerate(speculating)}
     return works
@@ -97,14 +99,33 @@ def traced_engine(
     return SteadyEngine(*models, trees, config, rules=script.rules, restart=script.restart)
 
 
+def script_of(pair: Pair, trace: Trace, num_slots: int, room: int) -> TraceScript:
+    """Return the script by which a pair's slots accept what a trace says."""
+    shape = pair.target.shape
+    vocab_size = shape.vocab_size if _routes_experts(shape) else None
+    return TraceScript(trace, num_slots, room, pair.device, vocab_size)
+
+
+def _routes_experts(shape: ModelShape) -> bool:
+    return any(isinstance(part.mixer, MoeShape) for part in shape.parts)
+
+
 class TraceScript:
     """A trace on the device and each slot's position in it, shared by the rules of an engine.
 
     A request begins at the prompt of the trace that its own prompt names (`prompt_for`), `restart`
-    puts all slots anywhere; `room` is how many positions a slot may go on from there.
+    puts all slots anywhere; `room` is how many positions a slot may go on from there. With a
+    `vocab_size` every position has a first token, to which the ranks behind it are added.
     """
 
-    def __init__(self, trace: Trace, num_slots: int, room: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        trace: Trace,
+        num_slots: int,
+        room: int,
+        device: torch.device,
+        vocab_size: int | None = None,
+    ) -> None:
         num_children, depths = trace.meta.num_children, trace.meta.depths
         ranks_ND = np.minimum(trace.ranks_ND.astype(np.int64), num_children)
         self._num_positions = len(ranks_ND)
@@ -116,7 +137,14 @@ class TraceScript:
         if depths > 1:
             # below its deepest level a tree has no child
             padded_ND = np.pad(padded_ND, ((0, 0), (0, 1)), constant_values=num_children)
-        self._tokens_X = torch.from_numpy(np.ascontiguousarray(padded_ND.T).ravel()).to(device)
+        tokens_X = np.ascontiguousarray(padded_ND.T).ravel()
+        self._first_tokens_X: Tensor | None = None
+        if vocab_size is not None:
+            rng = np.random.default_rng(1)
+            first_tokens_X = rng.integers(0, vocab_size - num_children, len(tokens_X))
+            self._first_tokens_X = torch.from_numpy(first_tokens_X).to(device)
+            tokens_X = tokens_X + first_tokens_X
+        self._tokens_X = torch.from_numpy(tokens_X).to(device)
         self.position_B = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self._rng = np.random.default_rng(0)
 
@@ -132,6 +160,12 @@ class TraceScript:
     def tokens(self, depths_T1: Tensor) -> Tensor:
         """Return the tokens [T, B] that the target picks after nodes at these depths."""
         return self._tokens_X.take(self.position_B + depths_T1 * self._stride)
+
+    def children(self, ranks_TB: Tensor, depths_T1: Tensor) -> Tensor:
+        """Return the tokens [T, B] of nodes with these ranks, whose parents are that deep."""
+        if self._first_tokens_X is None:
+            return ranks_TB
+        return ranks_TB + self._first_tokens_X.take(self.position_B + depths_T1 * self._stride)
 
     def rules(self, plans: Sequence[TreePlan], backend: Backend) -> list[Rule]:
         """Return the rules of some trees; they have no more levels than the trace."""
@@ -153,17 +187,17 @@ class TraceRule(GreedyRule):
         self._depths_T1 = plan.tables.depths_T[:, None].long()
         ranks = torch.tensor(plan.tree.ranks, device=script.position_B.device)
         self._unused_TB = ranks[:, None].repeat(1, len(script.position_B))
-        self._nodes_TB = self._unused_TB[1:].clone()
+        self._ranks_TB = self._unused_TB[1:].clone()
 
     def start(self, slot: int, params: SamplingParams, prompt: Sequence[int]) -> None:
         """Begin where the prompt says."""
         self._script.start(slot, prompt)
 
     def draw(self, level: DraftLevel, logits_WBV: Tensor, tokens_TB: Tensor) -> None:
-        """Fill in every node's rank, all of them with the first level."""
+        """Fill in every node's token, all of them with the first level."""
         super().draw(level, logits_WBV, self._unused_TB)
         if level.first == 0:
-            tokens_TB[1:] = self._nodes_TB
+            tokens_TB[1:] = self._script.children(self._ranks_TB, self._depths_T1[1:] - 1)
 
     def choose(self, logits_TBV: Tensor, tokens_TB: Tensor) -> Tensor:
         """Return the tokens of the ranks that the trace has at each node's depth."""
