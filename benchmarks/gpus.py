@@ -25,7 +25,8 @@ def side_by_side(
 ) -> Iterator[Future[T]]:
     """Run works in order, each with the variables that give it a GPU; yield those that ended.
 
-    Without GPUs they run one after another. One that fails keeps no other from its turn.
+    Without GPUs they run one after another. One that fails keeps no other from its turn; where the
+    caller ends early, those that have not begun never do.
     """
     free: Queue[str] = Queue()
     for gpu in gpus or [""]:
@@ -39,4 +40,9 @@ def side_by_side(
             free.put(gpu)
 
     with ThreadPoolExecutor(free.qsize()) as pool:
-        yield from as_completed([pool.submit(run, work) for work in works])
+        futures = [pool.submit(run, work) for work in works]
+        try:
+            yield from as_completed(futures)
+        finally:
+            for future in futures:
+                future.cancel()

@@ -10,9 +10,9 @@ The demo pair on the demo set decodes by itself, sampled where the profile sampl
 profiles the prompts do not ship or the weights are random: their steps compute every pass and
 accept what the profile's trace says (traced_pair.py), prompt by prompt. tokens/s is live
 (live_speed): all slots at work, prefill left out. A part is a wave of requests or more, decoded
-again until FEWEST_CALLS of each tree were timed; a row that has fewer after MOST_PASSES is left
-out, and the run says so. `--write` puts the rows into the profiles, as their measured block. With
-several GPUs pairs are decoded side by side, one a GPU.
+again until FEWEST_CALLS of each tree were timed; a row that has fewer after MOST_PASSES or
+MOST_SECONDS is left out, and the run says so. `--write` puts the rows into the profiles, as their
+measured block. With several GPUs pairs are decoded side by side, one a GPU.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,8 @@ from stree_core.tree import OFF, Tree
 PROMPTS, PARTS = 8, 2
 MOST_PASSES = 10
 """How often a part's requests are decoded at most until enough steps of each tree were timed."""
+MOST_SECONDS = 15.0
+"""After so long no further pass begins."""
 LONGEST_CHAIN, CHAINS = 12, 2
 WARM_UP_TOKENS = 16
 SHOWN = (
@@ -127,7 +130,9 @@ def decoded(options: argparse.Namespace, head: Row, chosen: Sequence[Named]) -> 
             asked_for = not options.batches or policy.batch_size in options.batches
             if policy.verdict == "off" or not asked_for:
                 continue
+            start = time.monotonic()
             row = measure(case, policy, options.prompts)
+            row["seconds"] = round(time.monotonic() - start, 1)
             give_back()
             if row["timed_steps"] < FEWEST_CALLS:
                 print(f"{name}, batch {policy.batch_size}: only {row['timed_steps']} steps of a "
@@ -144,26 +149,46 @@ def decoded(options: argparse.Namespace, head: Row, chosen: Sequence[Named]) -> 
 def decoded_side_by_side(
     options: argparse.Namespace, chosen: Sequence[Named], gpus: Sequence[str]
 ) -> Iterator[Row]:
-    """Decode by the profiles of each pair in a process of its own, and yield their rows."""
+    """Decode by the profiles of each pair in a process of its own, and yield their rows.
+
+    Where one fails or all are interrupted, the rows that were decoded are kept.
+    """
     names: dict[tuple[str, str], list[str]] = {}
     for name, profile in chosen:
         names.setdefault(pair_of(profile), []).append(name)
     with tempfile.TemporaryDirectory() as folder:
+        parts = {Path(folder) / f"{number}.json" for number in range(len(names))}
+        failures = []
 
-        def run(number: int, profiles: Sequence[str], environment: Environment) -> list[Row]:
-            part = Path(folder) / f"{number}.json"
+        def run(part: Path, profiles: Sequence[str], environment: Environment) -> Path:
             command = [sys.executable, __file__, "--device", "cuda", "--output", str(part)]
             command += ["--prompts", str(options.prompts), "--profiles", *profiles]
             command += ["--gpu", options.gpu] if options.gpu else []
             command += ["--batches", *map(str, options.batches)] if options.batches else []
             command += ["--write"] if options.write else []
-            subprocess.run(command, check=True, env={**os.environ, **environment})
-            found: list[Row] = read(part)["rows"] if part.exists() else []
-            return found
+            done = subprocess.run(command, check=False, env={**os.environ, **environment})
+            if done.returncode:
+                failures.append(f"{', '.join(profiles)} ended with {done.returncode}")
+            return part
 
-        works = [functools.partial(run, *each) for each in enumerate(names.values())]
-        for done in side_by_side(works, gpus):
-            yield from done.result()
+        in_order = zip(sorted(parts), names.values(), strict=True)
+        works = [functools.partial(run, *each) for each in in_order]
+        try:
+            for done in side_by_side(works, gpus):
+                parts.remove(done.result())
+                yield from rows_in(done.result())
+        except KeyboardInterrupt:
+            for part in sorted(parts):
+                yield from rows_in(part)
+            raise
+        if failures:
+            raise SystemExit("; ".join(failures))
+
+
+def rows_in(path: Path) -> list[Row]:
+    """Return the rows of a result file that may not be there."""
+    rows: list[Row] = read(path)["rows"] if path.exists() else []
+    return rows
 
 
 def parse() -> argparse.Namespace:
@@ -259,10 +284,11 @@ def timed(
     All parts and trees are decoded equally often, so that every prompt counts alike.
     """
     runs: list[dict[Tree, LiveSpeed]] = []
+    end = time.monotonic() + MOST_SECONDS
     for _ in range(MOST_PASSES):
         again = [{each: live_speed(engines[each], part) for each in engines} for part in parts]
         runs = again if not runs else list(map(both, runs, again))
-        if fewest_steps(runs) >= FEWEST_CALLS:
+        if fewest_steps(runs) >= FEWEST_CALLS or time.monotonic() > end:
             break
     return runs
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import tarfile
+import threading
 import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from stree_core.tree import Tree
 runner = script("all")
 shipped = script("shipped")
 sources = script("sources")
+gpus = script("gpus")
 
 OPTIONS = Namespace(peers=None, pack=None, skip_gate=False, only=[], gpu=False)
 WRITES = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text(sys.argv[2])"
@@ -138,3 +141,20 @@ def test_tables_and_profiles_are_made_by_commands_of_their_own() -> None:
     words = shipped.profile_command(path)
     assert words[words.index("-o") + 1] == path.relative_to(shipped.PROFILES.parent).as_posix()
     assert words.count("--force") == 1
+
+
+def test_works_that_have_not_begun_when_a_run_is_interrupted_never_do() -> None:
+    begun, go_on = [], threading.Event()
+
+    def work(number: int, environment: dict[str, str]) -> str:
+        begun.append(number)
+        if number:
+            go_on.wait(60)
+        return environment["CUDA_VISIBLE_DEVICES"]
+
+    running = gpus.side_by_side([partial(work, number) for number in range(5)], ["3"])
+    assert next(running).result() == "3"
+    # What runs ends; the release comes once the others had to be given up.
+    threading.Timer(0.3, go_on.set).start()
+    running.close()
+    assert begun in ([0], [0, 1])
