@@ -97,11 +97,15 @@ def test_where_cublas_multiplies() -> None:
 def test_experts_of_many_rows_are_read_once() -> None:
     layout = layout_of(LIBRARY.find_described("nemotron-3-nano-30b-a3b").shape)
     model = PassModel(model_cost("target", 10**9), layout, 2)
-    reads = [
-        pass_work(model, PassSize(1, rows, rows, rows, 0)).expert_reads for rows in (8, 32, 64)
-    ]
-    assert reads[1] == pytest.approx(4 * reads[0])
-    assert reads[2] == reads[1]
+    few, more, many = (
+        pass_work(model, PassSize(1, rows, rows, rows, 0)) for rows in (8, work.UNGROUPED_ROWS, 64)
+    )
+    assert more.expert_reads == pytest.approx(work.UNGROUPED_ROWS / 8 * few.expert_reads)
+    assert few.grouped_bytes == more.grouped_flops == 0
+    assert many.expert_reads == many.expert_bytes == 0
+    assert more.expert_bytes < many.grouped_bytes < 1.3 * more.expert_bytes
+    # two operations a value, of which each takes two bytes
+    assert many.grouped_flops == pytest.approx(64 / 8 * few.expert_reads)
 
 
 def test_a_step_without_a_tree_stores_its_states_at_times() -> None:

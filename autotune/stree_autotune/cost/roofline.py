@@ -4,12 +4,14 @@
         + both(body / read, body_flops / products) + both(head / read, head_flops / products)
         + both(experts / read, expert reads from L2) + both(states / scanned, scan_flops / scans)
         + both(keys / kept, score_flops / scans) + rows / written + logits / scored
+        + grouped / gathered + grouped_flops / grouped_products
 
 `both` is a smoothed maximum (the cube root of the sum of cubes), since a kernel moves and computes
-at the same time. The launch factors are in multiples of an empty kernel, the others are shares of
-the published rates; one row reads weights and states at shares of its own. All are fitted to
-measured passes, robustly (soft L1 of the logarithm of the ratio), each held near its nominal value:
-the shapes that were measured do not tell all of them apart. What comes of it is always an estimate.
+at the same time; kernels of grouped experts do not. The launch factors are in multiples of an empty
+kernel, the others are shares of the published rates; one row reads weights and states at shares of
+its own. All are fitted to measured passes, robustly (soft L1 of the logarithm of the ratio), each
+held near its nominal value: the shapes that were measured do not tell all of them apart. What comes
+of it is always an estimate.
 """
 
 from __future__ import annotations
@@ -27,9 +29,10 @@ from stree_autotune.store import GpuSpec
 Floats = NDArray[np.float64]
 
 FEWEST_SAMPLES = 12
-L2_RATE = 1.5
-"""At which multiple of memory's bandwidth rows read an expert that others read before them; by the
-draft passes of an MTP head with 128 experts on an H200 (benchmarks/results/draft-h200.json)."""
+L2_RATE = 2.5
+"""At which multiple of memory's bandwidth rows read an expert that others read before them. Like
+the nominal values of grouped experts by the H200's table of Nemotron 3 Nano, the only one with
+experts."""
 
 _SOFT = 0.05
 _PASSES_OF_A_MODEL = 30.0
@@ -54,6 +57,8 @@ class Efficiencies:
     kept: float = 0.85
     written: float = 0.4
     scored: float = 0.5
+    gathered: float = 0.62
+    grouped_products: float = 0.36
 
     def ms(self, works: Sequence[Work], spec: GpuSpec) -> Floats:
         """Return the estimated times of passes on a GPU."""
@@ -73,6 +78,7 @@ NUM_FACTORS = len(_COUNTED)
 TOLERANCES = Efficiencies(
     launch=0.5, library=0.7, narrow=0.7, tree=0.7, tile=0.7, read_one=0.1, read=0.1,
     scanned_one=0.3, scanned=0.3, products=0.05, scans=0.1, kept=0.1, written=0.3, scored=0.3,
+    gathered=0.1, grouped_products=0.1,
 )  # fmt: skip
 """How far each may be from its nominal value, as a logarithm, before that counts as an error."""
 
@@ -167,6 +173,8 @@ def times_and_slopes(columns: Floats, spec: GpuSpec, found: Efficiencies) -> tup
     for rate, ms in (
         ("written", work["rows"] / (found.written * moved)),
         ("scored", work["logits"] / (found.scored * moved)),
+        ("gathered", work["grouped_bytes"] / (found.gathered * moved)),
+        ("grouped_products", work["grouped_flops"] / (found.grouped_products * done)),
     ):
         times += ms
         slopes[rate] -= ms

@@ -25,7 +25,7 @@ it streams is streamed on compute capability 9.0 alone; no table is of another."
 MOST_SLOTS = 64
 """The largest batch size that estimates are fitted to."""
 UNGROUPED_ROWS = 32
-"""Rows up to which experts are read once for every row."""
+"""Rows up to which experts are read once for every row; of more, once for all that chose them."""
 
 SCAN_TILES = (16, 32, 64)
 PRODUCT_TILE, TILE_SHARE = 128, 0.3
@@ -57,7 +57,8 @@ class Work(NamedTuple):
 
     Counted in launches: all of them, products in cuBLAS (`library`), products of up to 16 rows in
     our kernel (`narrow`), scans and attention over several rows (`trees`), and what wider tiles
-    add to a scan (`tiles`).
+    add to a scan (`tiles`). Experts that run in groups of rows have bytes and operations
+    (`grouped`), the others bytes and how many are read, most of them again.
     """
 
     launches: float
@@ -72,6 +73,8 @@ class Work(NamedTuple):
     head_flops: float
     expert_bytes: float
     expert_reads: float
+    grouped_bytes: float
+    grouped_flops: float
     states: float
     scan_flops: float
     keys: float
@@ -126,11 +129,8 @@ def pass_work(model: PassModel, size: PassSize) -> Work:
     several = size.block_rows > 1
     tile = _scan_tile(size.block_rows)
     distinct = sum(e.number * e.distinct(rows) * e.values for e in layout.experts)
-    # Of more rows an expert is read once for all that chose it.
-    read_by = min(rows, UNGROUPED_ROWS)
-    chosen = sum(
-        e.number * (e.num_chosen + e.num_shared) * read_by * e.values for e in layout.experts
-    )
+    chosen = sum(e.number * (e.num_chosen + e.num_shared) * rows * e.values for e in layout.experts)
+    grouped = rows > UNGROUPED_ROWS
     stored = 1 / (MAX_BUFFERED + 1) if size.plain else 0
     states = size.batch_size * cost.state_bytes_per_sequence
     return Work(
@@ -150,8 +150,10 @@ def pass_work(model: PassModel, size: PassSize) -> Work:
         body_flops=_charged(rows) * sum(map(_flops_of_row, layout.products)),
         head=model.element_bytes * head.rows * head.columns,
         head_flops=_charged(logits) * _flops_of_row(head),
-        expert_bytes=model.body_bytes * distinct,
-        expert_reads=model.body_bytes * chosen,
+        expert_bytes=0 if grouped else model.body_bytes * distinct,
+        expert_reads=0 if grouped else model.body_bytes * chosen,
+        grouped_bytes=model.body_bytes * distinct if grouped else 0,
+        grouped_flops=2 * chosen if grouped else 0,
         states=states * (1 + stored),
         # two products with the state, a value of which takes four bytes
         scan_flops=several * states * tile,
