@@ -162,7 +162,7 @@ MEASUREMENTS = (
         "live", "live", minutes=3, arguments=("--write",),
         sources=(
             *bench("live", "prediction", "traced_pair"), *STEP, *COST, *WALK, *LIVE,
-            *_tuner("live", "speed"), *_tables("*"), "profiles/tuned/h200--*.yaml",
+            *_tuner("live", "speed"), *_tables("demo-*", "mamba*"), "profiles/tuned/h200--*.yaml",
             "profiles/traces/*--greedy.safetensors", *DEMO_MODELS,
         ),
     ),
