@@ -9,8 +9,8 @@ the two. They are those that the profile's table and trace predict fastest, the 
 The demo pair on the demo set decodes by itself, sampled where the profile samples. Of other
 profiles the prompts do not ship or the weights are random: their steps compute every pass and
 accept what the profile's trace says (traced_pair.py), prompt by prompt. tokens/s is live
-(live_speed): all slots at work, prefill left out. A part is a wave of requests or more, decoded
-again until FEWEST_CALLS of each tree were timed; a row that has fewer after MOST_PASSES or
+(live_speed): all slots at work, prefill left out. A part is a wave of requests or more, of texts
+about as long, decoded again until FEWEST_CALLS of each tree were timed; a row that has fewer after
 MOST_SECONDS is left out, and the run says so. `--write` puts the rows into the profiles, as their
 measured block. With several GPUs pairs are decoded side by side, one a GPU.
 """
@@ -49,7 +49,7 @@ from stree_autotune.store.library import Library, shipped_root
 from stree_autotune.store.open_models import DEMO_DATASET, PairRequest, open_pair, open_prompts
 from stree_autotune.store.origin import versions
 from stree_autotune.store.step_rule import StepRule
-from stree_autotune.trace.file import load_trace
+from stree_autotune.trace.file import Trace, load_trace
 from stree_autotune.trace.tree_walk import walk
 from stree_core.drafting.pair import Pair, Runtime, device_name, short_gpu_name
 from stree_core.engine.decode import generate
@@ -70,10 +70,8 @@ from stree_core.profile import (
 from stree_core.tree import OFF, Tree
 
 PROMPTS, PARTS = 8, 2
-MOST_PASSES = 10
-"""How often a part's requests are decoded at most until enough steps of each tree were timed."""
-MOST_SECONDS = 15.0
-"""After so long no further pass begins."""
+MOST_SECONDS = 25.0
+"""After so long a row's requests are not decoded once more."""
 LONGEST_CHAIN, CHAINS = 12, 2
 WARM_UP_TOKENS = 16
 SHOWN = (
@@ -248,7 +246,7 @@ def measure(case: ProfileCase, policy: PolicyRow, num_prompts: int) -> Row:
     # Prompts with a step, again where there are fewer than fill a wave of each part.
     with_steps = np.flatnonzero(np.diff(case.trace.offsets) > 0)
     waves = max(PARTS, num_prompts // batch)
-    chosen = np.resize(with_steps, waves * batch).tolist()
+    chosen = in_waves(case.trace, np.resize(with_steps, waves * batch), batch)
     requests = sampled(case, requests_of(case, chosen))
     trees = [tree, OFF, *chains(case, batch, tree)]
     needed = max(
@@ -276,6 +274,17 @@ def measure(case: ProfileCase, policy: PolicyRow, num_prompts: int) -> Row:
     return {**row, "timed_steps": fewest_steps(runs)}
 
 
+def in_waves(trace: Trace, chosen: Sequence[int], batch: int) -> list[int]:
+    """Return prompts in waves of texts about as long, every other wave in the first part.
+
+    Where one text of a wave ends long before the others, few steps have all slots at work.
+    """
+    lengths = np.diff(trace.offsets)
+    order = sorted(chosen, key=lambda index: int(lengths[index]))
+    waves = [order[at : at + batch] for at in range(0, len(order), batch)]
+    return [int(index) for part in range(PARTS) for wave in waves[part::PARTS] for index in wave]
+
+
 def timed(
     engines: Mapping[Tree, Engine], parts: Sequence[Sequence[Request]]
 ) -> list[dict[Tree, LiveSpeed]]:
@@ -285,11 +294,9 @@ def timed(
     """
     runs: list[dict[Tree, LiveSpeed]] = []
     end = time.monotonic() + MOST_SECONDS
-    for _ in range(MOST_PASSES):
+    while not runs or (fewest_steps(runs) < FEWEST_CALLS and time.monotonic() < end):
         again = [{each: live_speed(engines[each], part) for each in engines} for part in parts]
         runs = again if not runs else list(map(both, runs, again))
-        if fewest_steps(runs) >= FEWEST_CALLS or time.monotonic() > end:
-            break
     return runs
 
 

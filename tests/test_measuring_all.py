@@ -9,7 +9,9 @@ import threading
 import time
 from argparse import Namespace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -158,3 +160,11 @@ def test_works_that_have_not_begun_when_a_run_is_interrupted_never_do() -> None:
     threading.Timer(0.3, go_on.set).start()
     running.close()
     assert begun in ([0], [0, 1])
+
+
+def test_texts_of_a_wave_are_about_as_long() -> None:
+    live = script("live")
+    lengths = [9, 1, 8, 2, 7, 3, 6, 4]
+    trace = SimpleNamespace(offsets=[0, *accumulate(lengths)])
+    found = live.in_waves(trace, [*range(8), 0], 2)
+    assert [lengths[index] for index in found] == [1, 2, 6, 7, 9, 3, 4, 8, 9]
