@@ -38,6 +38,7 @@ from stree_autotune.store.gpu_spec import GpuSpec
 from stree_autotune.store.library import Library
 from stree_autotune.store.runtime_table import Point, RuntimeTable
 from stree_autotune.store.step_rule import StepRule
+from stree_core.errors import MissingMeasurement
 from stree_core.models.source import MTP, head_source
 
 PASSES = ("verify", "draft", "draft_root")
@@ -198,7 +199,11 @@ def _steps_without_batch_size(
         for step in table.steps:
             if step.batch_size == left_out and step.rule == "greedy":
                 tree = table.trees[step.tree].build()
-                predicted = rest.step_ms(left_out, tree, step.tokens_per_step)
+                try:
+                    predicted = rest.step_ms(left_out, tree, step.tokens_per_step)
+                except MissingMeasurement:
+                    # a larger batch size had no memory for so large a tree
+                    continue
                 kind = "off" if step.is_off else "speculating"
                 errors[kind].append(predicted / step.ms - 1)
     return [Accuracy.of("batch size", kind, found) for kind, found in errors.items() if found]

@@ -205,13 +205,12 @@ def forward() -> str:
 
 
 def shapes() -> str:
-    """Every full-size shape that ships, ms of passes."""
+    """Every full-size shape that ships, ms of passes by tokens of a slot."""
     rows = [
-        {**row, "pass": f"batch {row['batch']}: {row['tokens']} tokens".replace(" 1 tokens", " 1")}
+        {**row, "shape": row["model"], "floor": number(row["weight_floor_ms"])}
         for row in _rows("shapes-h200")
     ]
-    rows = [{**row, "shape": row["model"], "floor": number(row["weight_floor_ms"])} for row in rows]
-    return pivot(rows, ("shape", "floor"), "pass", lambda row: number(row["ms"]))
+    return pivot(rows, ("shape", "floor", "batch"), "tokens", lambda row: number(row["ms"]))
 
 
 def delta() -> str:
