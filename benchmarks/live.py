@@ -246,7 +246,7 @@ def measure(case: ProfileCase, policy: PolicyRow, num_prompts: int) -> Row:
     # Prompts with a step, again where there are fewer than fill a wave of each part.
     with_steps = np.flatnonzero(np.diff(case.trace.offsets) > 0)
     waves = max(PARTS, num_prompts // batch)
-    chosen = in_waves(case.trace, np.resize(with_steps, waves * batch), batch)
+    chosen = in_waves(case.trace, np.resize(with_steps, waves * batch), batch)  # type: ignore[arg-type]
     requests = sampled(case, requests_of(case, chosen))
     trees = [tree, OFF, *chains(case, batch, tree)]
     needed = max(
