@@ -6,12 +6,13 @@
 
 What has a results file of this code and of this GPU is not run again, so a second call goes on
 where the first one ended, on another machine of the same kind as well once the files are there. A
-file is replaced when its benchmark has ended well; the output is in build/measured/NAME.log. The
-tests that need a GPU run once, before the first benchmark. `--peers` is a folder of unpacked wheels
-of other projects, without which benchmarks beside them are left out. `--pack` gathers all files
-that were written into one archive with their paths in the checkout, and build/gate-passed, by which
-the next machine of the kind knows that the tests passed. Exit status 1 when something that was
-asked for is missing.
+file is replaced when its benchmark has ended well; the output is in build/measured/NAME.log. Of a
+measurement in parts (parts.py) that ends early the whole parts are kept, and the next call measures
+the others. The tests that need a GPU run once, before the first benchmark. `--peers` is a folder of
+unpacked wheels of other projects, without which benchmarks beside them are left out. `--pack`
+gathers all files that were written into one archive with their paths in the checkout, and
+build/gate-passed, by which the next machine of the kind knows that the tests passed. Exit status 1
+when something that was asked for is missing.
 """
 
 from __future__ import annotations
@@ -20,37 +21,48 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tarfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import fingerprint
 import torch
 from gate import STAMP, require_green
+from parts import Parts, parts_of
+from report import Row, header, is_of_this_run, read
 from sources import MEASUREMENTS, RESULTS, Measurement
-from stale import Verdict, judge, write_revision
+from stale import CUT_SHORT, judge, write_revision
 
 from stree_core.drafting.pair import device_name, short_gpu_name
+from stree_core.files import write_atomically
 
 WORK = fingerprint.ROOT / "build" / "measured"
 NO_GPU = "h200"
 """The GPU whose files are listed on a machine without one."""
 NO_PEERS = "needs --peers FOLDER, other projects' wheels"
 TAIL_LINES = 12
+SECONDS_TO_END = 20.0
+"""What a benchmark has after an interrupt to write down what it measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A measurement, its results file, why it has to run (empty: it has not), and how long."""
+    """A measurement, its results file, why it has to run (empty: it has not), and how long.
+
+    Of one in parts, what an earlier run has `kept` is not measured again.
+    """
 
     measurement: Measurement
     path: Path
     reason: str
     minutes: float
+    parts: Parts | None = None
+    kept: Sequence[Row] = ()
 
     def line(self) -> str:
         """Return what a list says of it."""
@@ -107,8 +119,14 @@ def task_of(measurement: Measurement, gpu: str, results: Path = RESULTS) -> Task
     path, minutes = results / measurement.file(gpu), measurement.minutes
     if not path.exists():
         return Task(measurement, path, "not measured", minutes)
-    seconds = json.loads(path.read_text()).get("seconds")
-    return Task(measurement, path, judge(path).reason, seconds / 60 if seconds else minutes)
+    document, reason = read(path), judge(path).reason
+    minutes = document.get("seconds", 60 * minutes) / 60
+    parts = parts_of(measurement, gpu)
+    kept = parts.whole(document["rows"]) if parts and reason == CUT_SHORT else []
+    if parts and kept:
+        left = parts.share_left(kept)
+        minutes *= left / (1 - left)
+    return Task(measurement, path, reason, minutes, parts, kept)
 
 
 def run_all(
@@ -128,45 +146,87 @@ def run_all(
             failure = run(task, options, remaining)
             if failure:
                 left.append((task, failure))
-            else:
+            if not failure or (task.parts and task.path.exists()):
                 written += [task.path, *made_by(task.path)]
                 pack(options.pack, written)
     return left
 
 
 def run(task: Task, options: argparse.Namespace, seconds: float) -> str:
-    """Run a benchmark and put its file in place; return why there is none, empty when there is."""
+    """Run a benchmark and put its file in place; return why it is not whole, empty when it is."""
     WORK.mkdir(parents=True, exist_ok=True)
     output, log = WORK / task.path.name, WORK / f"{task.measurement.name}.log"
     output.unlink(missing_ok=True)
-    command = command_of(task.measurement, options, output)
-    with log.open("w") as file:
-        try:
-            done = subprocess.run(
-                command,
-                cwd=fingerprint.ROOT,
-                stdout=file,
-                stderr=file,
-                timeout=seconds,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return f"stopped after {seconds:.0f} s"
-    if done.returncode:
-        print(*log.read_text().splitlines()[-TAIL_LINES:], sep="\n", file=sys.stderr, flush=True)
-        return f"ended with {done.returncode}, see {log.relative_to(fingerprint.ROOT)}"
-    verdict = judge(output) if output.exists() else Verdict(output.name, "wrote no file")
-    if verdict.is_stale:
-        return verdict.reason
+    if task.kept and not is_of_this_run(task.path, header()):
+        print(f"{task.path.name} is of another machine: all of it is measured again", flush=True)
+        task = replace(task, kept=())
+    failure = ended(command_of(task, options, output), log, seconds)
+    if not output.exists():
+        return failure or "wrote no file"
+    if task.parts is not None:
+        write_whole(output, task, task.parts, failure)
+    elif failure:
+        return failure
+    reason = judge(output).reason
+    if reason not in ("", CUT_SHORT) or not read(output)["rows"]:
+        return failure or reason or "measured nothing"
     write_revision(output)
     os.replace(output, task.path)
-    return ""
+    return failure
 
 
-def command_of(measurement: Measurement, options: argparse.Namespace, output: Path) -> list[str]:
+def ended(command: Sequence[str], log: Path, seconds: float) -> str:
+    """Run a command for so long at most; return why it did not end well, empty when it did."""
+    with log.open("w") as file:
+        running = subprocess.Popen(
+            command, cwd=fingerprint.ROOT, stdout=file, stderr=file, start_new_session=True
+        )
+        try:
+            running.wait(seconds)
+        except subprocess.TimeoutExpired:
+            stop(running)
+            return f"stopped after {seconds:.0f} s"
+    if running.returncode == 0:
+        return ""
+    print(*log.read_text().splitlines()[-TAIL_LINES:], sep="\n", file=sys.stderr, flush=True)
+    return f"ended with {running.returncode}, see {log.relative_to(fingerprint.ROOT)}"
+
+
+def stop(running: subprocess.Popen[bytes]) -> None:
+    """Interrupt a command and what it started, and kill those that have not ended soon after."""
+    os.killpg(running.pid, signal.SIGINT)
+    try:
+        running.wait(SECONDS_TO_END)
+    except subprocess.TimeoutExpired:
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
+
+
+def write_whole(output: Path, task: Task, parts: Parts, failure: str) -> None:
+    """Put those that an earlier run kept beside a run's rows; of one that failed whole parts."""
+    document, kept = read(output), []
+    rows = parts.whole(document["rows"]) if failure else document["rows"]
+    if task.kept:
+        earlier = read(task.path)
+        kept = [{"date": earlier["date"], **row} for row in task.kept]
+        document["seconds"] += earlier["seconds"]
+    words = shlex.split(document["command"])
+    skipped = [word for word in words if word == "--skip-gate"]
+    document["command"] = shlex.join([*words[:2], *task.measurement.arguments, *skipped])
+    document["rows"] = [*kept, *rows]
+    if failure and parts.share_left(document["rows"]):
+        document["cut_short"] = True
+    write_atomically(output, (json.dumps(document, indent=1) + "\n").encode())
+
+
+def command_of(task: Task, options: argparse.Namespace, output: Path) -> list[str]:
     """Return the words of a benchmark's command."""
+    measurement = task.measurement
     script = fingerprint.ROOT / "benchmarks" / f"{measurement.script}.py"
-    words = [sys.executable, str(script), *measurement.arguments, "--output", str(output)]
+    arguments: Sequence[str] = measurement.arguments
+    if task.parts and task.kept:
+        arguments = task.parts.options_left(arguments, task.kept)
+    words = [sys.executable, str(script), *arguments, "--output", str(output)]
     for flag, glob in measurement.peers:
         path = options.peers if glob == "." else next(options.peers.glob(glob), None)
         if path is None:

@@ -8,6 +8,7 @@ import tarfile
 import threading
 import time
 from argparse import Namespace
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -24,6 +25,8 @@ from stree_core.tree import Tree
 runner = script("all")
 shipped = script("shipped")
 sources = script("sources")
+parts = script("parts")
+stale = script("stale")
 gpus = script("gpus")
 
 OPTIONS = Namespace(peers=None, pack=None, skip_gate=False, only=[], gpu=False)
@@ -41,13 +44,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkout of nothing, where every file that was written is fresh."""
     monkeypatch.setattr(runner.fingerprint, "ROOT", tmp_path)
     monkeypatch.setattr(runner, "WORK", tmp_path / "build")
-    monkeypatch.setattr(runner, "judge", lambda path: runner.Verdict(path.name))
+    monkeypatch.setattr(runner, "judge", lambda path: stale.Verdict(path.name))
     return tmp_path
 
 
 def run_with(monkeypatch: pytest.MonkeyPatch, code: str, *words: str) -> None:
-    def command(_: Any, options: Namespace, output: Path) -> list[str]:
-        return [sys.executable, "-c", code, str(output), *words]
+    def command(task: Any, options: Namespace, output: Path) -> list[str]:
+        left = task.parts.options_left((), task.kept) if task.parts else []
+        return [sys.executable, "-c", code, str(output), *words, *left]
 
     monkeypatch.setattr(runner, "command_of", command)
 
@@ -82,6 +86,81 @@ def test_one_that_takes_too_long_is_stopped(place: Path, monkeypatch: pytest.Mon
     assert runner.run(task(place), OPTIONS, 0.2) == "stopped after 0 s"
 
 
+STEADY = """
+import json, pathlib, sys, time
+out, *names = sys.argv[1], *sys.argv[3:]
+rows = []
+for name in names:
+    for number in range(2):
+        rows.append({"model": name, "number": number})
+        document = {"command": "python benchmarks/x.py --models " + name, "date": "today"}
+        document |= {"gpu": "G", "versions": {}, "seconds": 5, "rows": rows}
+        pathlib.Path(out).write_text(json.dumps(document))
+        if name == "slow":
+            time.sleep(60)
+"""
+
+
+def test_what_is_whole_of_one_that_ends_early_is_kept_and_the_rest_is_measured_later(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "SECONDS_TO_END", 0.2)
+    monkeypatch.setattr(runner, "is_of_this_run", lambda path, head: True)
+    names = ["a", "slow", "b"]
+    whole = parts.Parts("--models", "model", dict.fromkeys(names, 2))
+    first = replace(task(place), parts=whole)
+    first = replace(first, measurement=replace(first.measurement, arguments=("--models", *names)))
+    run_with(monkeypatch, STEADY)
+    assert runner.run(first, OPTIONS, 2.0) == "stopped after 2 s"
+    document = json.loads(first.path.read_text())
+    assert [row["model"] for row in document["rows"]] == ["a", "a"]
+    assert document["cut_short"]
+    rest = replace(first, kept=whole.whole(document["rows"]))
+    run_with(monkeypatch, STEADY.replace("slow", "never"))
+    assert runner.run(rest, OPTIONS, 60.0) == ""
+    document = json.loads(first.path.read_text())
+    assert [row["model"] for row in document["rows"]] == ["a", "a", "slow", "slow", "b", "b"]
+    assert document["command"] == "python benchmarks/x.py --models a slow b"
+    assert document["seconds"] == 10
+    assert "cut_short" not in document
+
+
+def test_parts_of_another_machine_are_measured_again(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "is_of_this_run", lambda path, head: False)
+    whole = parts.Parts("--models", "model", {"a": 2, "b": 2})
+    rows = [{"model": "a", "number": number} for number in (8, 9)]
+    run_with(monkeypatch, STEADY)
+    assert runner.run(replace(task(place), parts=whole, kept=rows), OPTIONS, 60.0) == ""
+    document = json.loads((place / "timed.json").read_text())
+    assert [row["number"] for row in document["rows"]] == [0, 1, 0, 1]
+
+
+def test_the_rest_of_a_run_is_told_with_its_time(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "judge", lambda path: stale.Verdict(path.name, runner.CUT_SHORT))
+    arguments = ("--models", "a", "b", "c", "--batches", "1", "--tokens", "1", "4", "--quick")
+    measurement = sources.Measurement("shapes", "forward", (), arguments)
+    rows = [{"model": name} for name in ("a", "a", "b")]
+    (place / "shapes-h200.json").write_text(json.dumps({"seconds": 60, "rows": rows}))
+    found = runner.task_of(measurement, "h200", place)
+    assert found.kept == rows[:2]
+    assert found.minutes == pytest.approx(2.0)
+    assert found.parts.options_left(arguments, found.kept) == [
+        "--batches", "1", "--tokens", "1", "4", "--quick", "--models", "b", "c",
+    ]  # fmt: skip
+
+
+def test_a_profile_has_a_row_for_every_batch_size_that_speculates() -> None:
+    live = json.loads((runner.RESULTS / "live-h200.json").read_text())
+    found = parts.rows_of_profiles("h200")
+    for row in live["rows"]:
+        assert row["profile"] in found
+    assert sum(found.values()) >= len(live["rows"])
+
+
 def test_what_does_not_fit_or_lacks_its_peers_is_told(place: Path) -> None:
     tasks = [task(place, "long"), task(place, "beside", peers=(("--peers", "."),))]
     left = runner.run_all(tasks, OPTIONS, time.monotonic() + 30)
@@ -104,7 +183,8 @@ def test_commands_name_the_peers_files(place: Path) -> None:
     options = Namespace(**{**vars(OPTIONS), "peers": place, "skip_gate": True})
     peers = (("--sglang", "**/mamba_ssm.py"), ("--wheels", "."), ("--absent", "fla"))
     measurement = sources.Measurement("kernels", "kernels", (), ("--quick",), peers=peers)
-    words = runner.command_of(measurement, options, Path("kernels-h200.json"))
+    asked = runner.Task(measurement, place / "kernels-h200.json", "not measured", 1.0)
+    words = runner.command_of(asked, options, Path("kernels-h200.json"))
     expected = ["--quick", "--output", "kernels-h200.json"]
     expected += ["--sglang", str(place / "sglang" / "mamba_ssm.py"), "--wheels", str(place)]
     assert words[2:] == [*expected, "--skip-gate"]
