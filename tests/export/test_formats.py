@@ -22,10 +22,11 @@ from synthetic_data import make_profile, policy_row
 from synthetic_profile import NAME, RAGGED, write_profile
 
 from stree_autotune.export.compatibility import limit_notes, markdown_table, model_notes
-from stree_autotune.export.deployment import Deployment
+from stree_autotune.export.deployment import Deployment, chains
 from stree_autotune.export.formats import FORMATS
 from stree_autotune.export.trees import export_choices, export_sequoia
 from stree_autotune.store.library import Library
+from stree_autotune.trace.typed_rates import rates_source
 from stree_core.errors import MissingMeasurement, NoFeasibleTree
 from stree_core.profile import Sampling
 from stree_core.tree import DEFAULT_TREE, Tree
@@ -272,8 +273,57 @@ def test_speculation_profile(deploy: Deploy) -> None:
 def test_speculation_profile_is_of_this_draft_alone(tmp_path: Path) -> None:
     profile = write_profile(tmp_path, borrowed=True)
     deployment = Deployment(profile, Library((tmp_path,)), "t", "d")
-    with pytest.raises(MissingMeasurement, match="trace is borrowed"):
+    with pytest.raises(MissingMeasurement, match="acceptance is borrowed"):
         exported(deployment, "speculation-profile")
+
+
+TYPED = (0.8, 0.6, 0.4)
+
+
+@pytest.fixture
+def typed(deploy: Deploy) -> Deployment:
+    """Rows of two lengths, so that one setting for all has to be judged by typed rates."""
+    deployment = deploy({1: Tree.chain(1), 4: CHAIN})
+    sources = deployment.profile.sources
+    sources = sources.model_copy(update={"trace": rates_source(TYPED, "; chains only")})
+    return replace(deployment, profile=deployment.profile.model_copy(update={"sources": sources}))
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "speculation-profile"])
+def test_typed_rates_are_enough_for_a_server(typed: Deployment, name: str) -> None:
+    assert FORMATS[name].export(typed).content
+    for length in range(4):
+        chain = Tree.chain(length)
+        assert typed.acceptance.tokens_per_step(chain) == pytest.approx(1 + sum(TYPED[:length]))
+
+
+def test_what_typed_rates_do_not_say_is_no_candidate(typed: Deployment) -> None:
+    assert typed.acceptance.covers(CHAIN)
+    assert not typed.acceptance.covers(Tree.chain(4))
+    assert not typed.acceptance.covers(STAR)
+
+    def rate(tree: Tree) -> float:
+        return typed.mean_log_rate({1: tree, 4: tree})
+
+    chosen = typed.one_setting(lambda tree: True, [*chains(8), STAR])
+    assert chosen == max(chains(3), key=rate)
+
+
+def test_typed_rates_replay_as_they_were_typed(typed: Deployment) -> None:
+    config = json.loads(exported(typed, "vllm-synthetic"))
+    assert config["synthetic_acceptance_rates"] == list(TYPED)
+    longest_at_4 = replace(typed, batch_size=4)
+    assert exported(longest_at_4, "aiconfigurator").splitlines()[-1] == (
+        "--nextn 3 --nextn-accepted 1.8"
+    )
+    assert exported(longest_at_4, "dynamo").splitlines()[-1] == (
+        "--ais-nextn 3 --ais-nextn-accept-rates 0.8,0.75,0.666667"
+    )
+
+
+def test_a_speculation_profile_is_not_made_of_typed_rates(typed: Deployment) -> None:
+    with pytest.raises(MissingMeasurement, match=r"is typed; record .*--dataset mine"):
+        exported(typed, "speculation-profile")
 
 
 def test_simulators_get_one_short_chain(deploy: Deploy) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stree_autotune.search.profile_sources import profile_cost, profile_trace
+from stree_autotune.search.profile_sources import profile_cost, profile_runtime, profile_trace
 from stree_autotune.search.request import TuneRequest
 from stree_autotune.search.times import FROM_SHAPES
 from stree_autotune.search.tuning import tune
@@ -20,6 +20,7 @@ from stree_autotune.store.runtime_table import (
     save_runtime_table,
 )
 from stree_autotune.store.show import title
+from stree_autotune.trace.typed_rates import rates_of, rates_source
 from stree_core.errors import CheckpointError, ConfigError, MissingMeasurement, NoFeasibleTree
 from stree_core.families.shape_spec import load_shape_spec
 from stree_core.profile import Sampling
@@ -116,7 +117,42 @@ def test_nothing_pretends_that_files_are_behind_it() -> None:
     with pytest.raises(MissingMeasurement, match="its acceptance was typed; record a trace"):
         profile_trace(profile, LIBRARY)
     with pytest.raises(MissingMeasurement, match="its times are of shapes alone; measure"):
+        profile_runtime(profile, LIBRARY)
+
+
+def test_times_of_shapes_are_estimated_again_as_they_were() -> None:
+    profile = tune(REQUEST)
+    cost = profile_cost(profile, LIBRARY)
+    for row in profile.policy:
+        tree, tokens = row.tree.build(), row.predicted.tokens_per_step
+        again = cost.step_ms(row.batch_size, tree, tokens)
+        assert again == pytest.approx(row.predicted.step_ms, rel=1e-5)
+
+
+def test_times_of_other_shapes_are_not_taken(tmp_path: Path) -> None:
+    """The config is told by name or by flag, and has to be the one of then."""
+    path = tmp_path / "mine.json"
+    config = dict(load_shape_spec(LIBRARY.find_shape("qwen3.5-35b-a3b")).config)
+    path.write_text(json.dumps(config))
+    profile = tune(replace(REQUEST, target=str(path)))
+    lost = "name the models' folders with --target"
+    with pytest.raises(MissingMeasurement, match=lost):
         profile_cost(profile, LIBRARY)
+    assert profile_cost(profile, LIBRARY, str(path)).batch_sizes == (1, 8)
+    other = tmp_path / "other.json"
+    wider = {**config["text_config"], "shared_expert_intermediate_size": 1024}
+    other.write_text(json.dumps({**config, "text_config": wider}))
+    with pytest.raises(MissingMeasurement, match=lost):
+        profile_cost(profile, LIBRARY, str(other))
+
+
+def test_rates_are_read_back_from_a_profile_or_refused() -> None:
+    for rates in ((0.8, 0.6, 0.4), (1.0,), (0.123456, 0.0)):
+        assert rates_of(rates_source(rates, "; more")) == rates
+        assert rates_of(rates_source(rates)) == rates
+    for rates in ((1 / 3,), tuple(0.987654 for _ in range(64))):
+        with pytest.raises(MissingMeasurement, match="up to six digits"):
+            rates_of(rates_source(rates))
 
 
 def test_measured_times_stay_measured() -> None:

@@ -1,9 +1,10 @@
 """A profile on its way to a server: what it says, and what any other setting is worth.
 
 What a server's format can say is taken over from the profile as it is. In place of what it cannot
-say stands the fastest of the settings that it can: each is walked over the profile's own trace and
-timed with its own step cost. Where one setting has to do for several batch sizes, fastest means the
-largest geometric mean of tokens/s, every row of the profile counting the same.
+say stands the fastest of the settings that it can: each is judged by the profile's own acceptance,
+walked over its trace or added up from typed rates, and timed with its own step cost. Where one
+setting has to do for several batch sizes, fastest means the largest geometric mean of tokens/s,
+every row of the profile counting the same.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from stree_autotune.cost import StepCost
+from stree_autotune.export.acceptance import Acceptance, acceptance_of
 from stree_autotune.search import profile_cost, profile_trace
 from stree_autotune.store import Library, digits, percent, title
-from stree_autotune.trace import Trace, walk
+from stree_autotune.trace import Trace
 from stree_core.errors import MissingMeasurement, NoFeasibleTree
 from stree_core.models import MTP
 from stree_core.profile import PolicyRow, Profile
@@ -59,9 +61,14 @@ class Deployment:
         return profile_trace(self.profile, self.library)
 
     @cached_property
+    def acceptance(self) -> Acceptance:
+        """What the profile was tuned with; raises MissingMeasurement when it is not at hand."""
+        return acceptance_of(self.profile, self.library)
+
+    @cached_property
     def cost(self) -> StepCost:
         """The profile's step cost; raises MissingMeasurement when it is not at hand."""
-        return profile_cost(self.profile, self.library)
+        return profile_cost(self.profile, self.library, self.target, self.draft)
 
     @cached_property
     def rows(self) -> tuple[PolicyRow, ...]:
@@ -90,7 +97,7 @@ class Deployment:
     def tokens_per_s(self, batch_size: int, tree: Tree) -> float:
         """Return the rate of all sequences together, as tuning predicts it."""
         if tree not in self.walked:
-            self.walked[tree] = walk(self.trace, tree).tokens_per_step
+            self.walked[tree] = self.acceptance.tokens_per_step(tree)
         step_ms = self.cost.step_ms(batch_size, tree, self.walked[tree])
         return 1000 * batch_size * self.walked[tree] / step_ms
 
@@ -108,8 +115,7 @@ class Deployment:
         rated: list[tuple[float, int, Tree]] = []
         untimed: MissingMeasurement | None = None
         for tree in candidates:
-            meta = self.trace.meta
-            if tree.max_children > meta.num_children or tree.depth > meta.max_depth:
+            if not self.acceptance.covers(tree):
                 continue
             try:
                 rate = self.mean_log_rate({row.batch_size: tree for row in rows})

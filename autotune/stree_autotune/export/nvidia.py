@@ -15,7 +15,7 @@ import numpy as np
 
 from stree_autotune.export.deployment import LONGEST_CHAIN, Deployment, Exported, chains, comments
 from stree_autotune.store import PairWords, trace_command
-from stree_autotune.trace import conditional_rates, emitted_per_step, marginal_rates, walk
+from stree_autotune.trace import RATES, conditional_rates, emitted_per_step, marginal_rates, walk
 from stree_core.errors import MissingMeasurement
 from stree_core.profile import ModelRef
 from stree_core.tree import Tree
@@ -34,15 +34,17 @@ def export_speculation_profile(deployment: Deployment) -> Exported:
     """Return how good the draft is, whatever the verdict: chains of 1 to 8 tokens, all walked.
 
     Every length was walked by itself, so `accept_length_model` is measured_per_k. Raises
-    MissingMeasurement for a borrowed trace: the file speaks of this very draft.
+    MissingMeasurement for borrowed or typed acceptance: the file speaks of this very draft.
     """
     if deployment.profile.sources.trace.status != "measured":
         profile = deployment.profile
+        typed = profile.sources.trace.name == RATES
+        made, dataset = ("typed", "mine") if typed else ("borrowed", profile.dataset)
         words = PairWords(deployment.target, deployment.draft)
-        command = trace_command(words, profile.dataset, profile.sampling)
+        command = trace_command(words, dataset, profile.sampling)
         raise MissingMeasurement(
             "speculation_profile.json says what was measured of this draft, and this profile's "
-            f"trace is borrowed; record one of the pair with `{command}` and tune again"
+            f"acceptance is {made}; record a trace of the pair with `{command}` and tune again"
         )
     longest = min(LONGEST_CHAIN, deployment.trace.meta.max_depth)
     lengths = range(1, longest + 1)
@@ -124,7 +126,7 @@ def _conditions(deployment: Deployment) -> dict[str, Any]:
 def export_aiconfigurator(deployment: Deployment) -> Exported:
     """Return `--nextn K --nextn-accepted A`: accepted draft tokens per step, bonus not counted."""
     tree, notes = _short_chain(deployment)
-    accepted = walk(deployment.trace, tree).tokens_per_step - 1
+    accepted = deployment.acceptance.tokens_per_step(tree) - 1
     flags = f"--nextn {tree.num_nodes} --nextn-accepted {round(accepted, DIGITS)}"
     return _flags(deployment, flags, notes)
 
@@ -132,7 +134,7 @@ def export_aiconfigurator(deployment: Deployment) -> Exported:
 def export_dynamo(deployment: Deployment) -> Exported:
     """Return `--ais-nextn K --ais-nextn-accept-rates C` for Dynamo's mocker, rates conditional."""
     tree, notes = _short_chain(deployment)
-    rates = conditional_rates(marginal_rates(deployment.trace, tree.num_nodes))
+    rates = conditional_rates(deployment.acceptance.rates(tree.num_nodes))
     text = ",".join(f"{round(rate, DIGITS):g}" for rate in rates)
     flags = f"--ais-nextn {tree.num_nodes} --ais-nextn-accept-rates {shlex.quote(text)}"
     return _flags(deployment, flags, notes)

@@ -17,7 +17,7 @@ from stree_autotune.server import (
     rates_by_size,
 )
 from stree_autotune.store import Library
-from stree_autotune.trace import RATES, TYPED, parse_rates
+from stree_autotune.trace import RATES, rates_of
 from stree_core.errors import MissingMeasurement
 from stree_core.profile import PolicyRow, Profile
 from stree_core.tree import OFF, Tree
@@ -50,8 +50,7 @@ class ServedDeployment(Deployment):
         )
         source = self.profile.sources.trace
         if source.name == RATES:
-            typed = str(source.note).removeprefix(f"{TYPED}: ").replace(" ", "")
-            return rates_by_size(table, from_rates(parse_rates(typed)))
+            return rates_by_size(table, from_rates(rates_of(source)))
         if source.name.endswith(".safetensors"):
             counts = sorted({cell.draft_tokens for cell in table.cells} - {0})
             return rates_by_size(table, from_trace(self.trace, counts))

@@ -58,7 +58,8 @@ def longest_first(deployment: Deployment, chosen: Mapping[int, Tree]) -> dict[in
     if all(tree.num_nodes <= first.num_nodes for tree in later):
         return dict(chosen)
     options = [dict.fromkeys(chosen, OFF)]
-    for longest in range(1, max(LONGEST_CHAIN, *(tree.num_nodes for tree in later)) + 1):
+    tried = min(LONGEST_CHAIN, deployment.acceptance.max_depth)
+    for longest in range(1, max(tried, *(tree.num_nodes for tree in later)) + 1):
         options.append(_capped(deployment, chosen, longest))
     best = max(options, key=deployment.mean_log_rate)
     if best == options[0]:

@@ -13,7 +13,6 @@ import json
 from typing import Any
 
 from stree_autotune.export.deployment import Deployment, Exported, ranges
-from stree_autotune.trace import marginal_rates
 from stree_core.tree import Tree
 
 RATE_DIGITS = 6
@@ -42,13 +41,13 @@ def export_vllm(deployment: Deployment) -> Exported:
 
 
 def export_vllm_synthetic(deployment: Deployment) -> Exported:
-    """Return the config that replays the trace's acceptance, for benchmarks on any GPU.
+    """Return the config that replays the profile's acceptance, for benchmarks on any GPU.
 
     The rates are marginal, those of the longest chain in the config.
     """
     chosen = deployment.chains()
     config = _config(deployment, chosen)
-    rates = marginal_rates(deployment.trace, config["num_speculative_tokens"])
+    rates = deployment.acceptance.rates(config["num_speculative_tokens"])
     config["rejection_sample_method"] = "synthetic"
     config["synthetic_acceptance_rates"] = [round(rate, RATE_DIGITS) for rate in rates]
     return Exported(_line(config), (*deployment.changes(chosen, CHAINS_NOTE), SYNTHETIC_NOTE))

@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 
 from stree_autotune.cost import RuntimeInputs, StepCost, read_runtime, runtime_cost
-from stree_autotune.search.times import FROM_SHAPES
+from stree_autotune.search.request import TuneRequest
+from stree_autotune.search.times import FROM_SHAPES, times_of_shapes
 from stree_autotune.store import Library, RuntimeSource, command
 from stree_autotune.trace import RATES, Trace, load_trace
 from stree_core.errors import MissingMeasurement
 from stree_core.files import sha256_of
 from stree_core.profile import Profile, Source
+
+MOST_NODES = 64
+"""The largest trees whose times are estimated, as far as tuning does by default."""
 
 
 def profile_trace(profile: Profile, library: Library) -> Trace:
@@ -27,13 +31,49 @@ def profile_runtime(profile: Profile, library: Library) -> RuntimeInputs:
     return read_runtime(library, RuntimeSource(path), profile.gpu.name)
 
 
-def profile_cost(profile: Profile, library: Library) -> StepCost:
+def profile_cost(profile: Profile, library: Library, target: str = "", draft: str = "") -> StepCost:
     """Return the step cost that `profile` was tuned with, carried over where tuning did so.
 
-    Raises MissingMeasurement when the table, or a GPU's spec, is not at hand.
+    Times of shapes alone are estimated again; `target` and `draft` then tell where the models'
+    configs are, if the library does not know them by the profile's names.
+
+    Raises MissingMeasurement when the table, a GPU's spec or a config is not at hand.
     """
+    if FROM_SHAPES in profile.sources.runtime.name:
+        return _shapes_cost(profile, library, target, draft)
     inputs = profile_runtime(profile, library)
     return runtime_cost(inputs, profile.sampling, profile.context)[0]
+
+
+def _shapes_cost(profile: Profile, library: Library, target: str, draft: str) -> StepCost:
+    """Estimate a profile's times again, from the same tables and shapes."""
+    missing = MissingMeasurement(
+        "this needs the tables and the configs that the profile's times were estimated from, and "
+        "they are not at hand or others now; name the models' folders with --target and --draft, "
+        "or tune again"
+    )
+    own = profile.target.name, profile.draft.name
+    for target_name, draft_name in (own, (target or own[0], draft or own[1])):
+        request = TuneRequest(
+            gpu=profile.gpu.name,
+            dataset=profile.dataset,
+            target=target_name,
+            draft=draft_name,
+            sampling=profile.sampling,
+            context=profile.context,
+            batch_sizes=tuple(row.batch_size for row in profile.policy),
+            max_nodes=max(MOST_NODES, *(row.tree.build().num_nodes for row in profile.policy)),
+            data=(),
+            acceptance_from="",
+            seed=profile.provenance.seed,
+        )
+        try:
+            times = times_of_shapes(library, request, missing)
+        except MissingMeasurement:
+            continue
+        if times.source.sha256 == profile.sources.runtime.sha256:
+            return times.cost
+    raise missing
 
 
 def find_source_file(source: Source, folder: str, library: Library) -> Path:

@@ -67,7 +67,7 @@ def load_times(library: Library, request: TuneRequest, read: Sequence[ModelSourc
     try:
         found = library.find_runtime(request.gpu, target, draft, command)
     except MissingMeasurement as missing:
-        return _of_shapes(library, request, missing)
+        return times_of_shapes(library, request, missing)
     inputs = read_runtime(library, found, request.gpu, read)
     table = inputs.table
     label = library.label(inputs.path)
@@ -76,7 +76,7 @@ def load_times(library: Library, request: TuneRequest, read: Sequence[ModelSourc
             f"a table needs whole steps of trees, {label} has none since its probe was cut short; "
             f"go on with it by `{command}`"
         )
-        return _of_shapes(library, request, cut_short)
+        return times_of_shapes(library, request, cut_short)
     cost, estimate = runtime_cost(inputs, request.sampling, request.context, request.words)
     note = f"{table.gpu_name}, {table.number_types}, {table.backend}"
     if estimate is not None:
@@ -90,7 +90,7 @@ def load_times(library: Library, request: TuneRequest, read: Sequence[ModelSourc
     return Times(table, inputs.wanted, cost, source)
 
 
-def _of_shapes(library: Library, request: TuneRequest, missing: MissingMeasurement) -> Times:
+def times_of_shapes(library: Library, request: TuneRequest, missing: MissingMeasurement) -> Times:
     """Estimate from what the models' configs say; raise `missing` where that is not known."""
     spec = library.gpu_spec(request.gpu)
     if spec is None:

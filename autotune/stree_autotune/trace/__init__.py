@@ -57,6 +57,7 @@ if TYPE_CHECKING:
         RATES as RATES,
         TYPED as TYPED,
         parse_rates as parse_rates,
+        rates_of as rates_of,
         rates_source as rates_source,
     )
 
@@ -101,6 +102,6 @@ __getattr__, __dir__ = exports(
             "walk",
             "walk_nested",
         ],
-        "typed_rates": ["RATES", "TYPED", "parse_rates", "rates_source"],
+        "typed_rates": ["RATES", "TYPED", "parse_rates", "rates_of", "rates_source"],
     },
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from itertools import pairwise
 
-from stree_core.errors import ConfigError
+from stree_core.errors import ConfigError, MissingMeasurement
 from stree_core.profile import Source
 
 MAX_RATES = 64
@@ -33,6 +33,27 @@ def parse_rates(text: str) -> tuple[float, ...]:
 
 def rates_source(rates: tuple[float, ...], more: str = "") -> Source:
     """Return how a profile names typed rates, with what else its note says."""
-    digest = hashlib.sha256(repr(rates).encode()).hexdigest()
     note = f"{TYPED}: {', '.join(f'{rate:g}' for rate in rates)[:300]}{more}"
-    return Source(name=RATES, sha256=digest, status="estimated", note=note)
+    return Source(name=RATES, sha256=_digest(rates), status="estimated", note=note)
+
+
+def rates_of(source: Source) -> tuple[float, ...]:
+    """Return the typed rates that a profile names.
+
+    Raises MissingMeasurement when its note has not all of them, or not all of their digits.
+    """
+    words = str(source.note).removeprefix(f"{TYPED}: ").partition(";")[0].replace(" ", "")
+    try:
+        rates = parse_rates(words)
+    except ConfigError:
+        rates = ()
+    if _digest(rates) != source.sha256:
+        raise MissingMeasurement(
+            f"this needs the typed rates, and the profile's note {str(source.note)[:60]!r} does "
+            "not hold them whole; tune again with --rates of up to six digits each"
+        )
+    return rates
+
+
+def _digest(rates: tuple[float, ...]) -> str:
+    return hashlib.sha256(repr(rates).encode()).hexdigest()
