@@ -9,7 +9,7 @@ from stree_autotune.search.request import TuneRequest
 from stree_autotune.search.times import FROM_SHAPES, times_of_shapes
 from stree_autotune.store import Library, RuntimeSource, command
 from stree_autotune.trace import RATES, Trace, load_trace
-from stree_core.errors import MissingMeasurement
+from stree_core.errors import MissingMeasurement, StreeError
 from stree_core.files import sha256_of
 from stree_core.profile import Profile, Source
 
@@ -50,7 +50,7 @@ def _shapes_cost(profile: Profile, library: Library, target: str, draft: str) ->
     missing = MissingMeasurement(
         "this needs the tables and the configs that the profile's times were estimated from, and "
         "they are not at hand or others now; name the models' folders with --target and --draft, "
-        "or tune again"
+        "export one row with --batch-size, or tune again"
     )
     own = profile.target.name, profile.draft.name
     for target_name, draft_name in (own, (target or own[0], draft or own[1])):
@@ -69,7 +69,7 @@ def _shapes_cost(profile: Profile, library: Library, target: str, draft: str) ->
         )
         try:
             times = times_of_shapes(library, request, missing)
-        except MissingMeasurement:
+        except StreeError:
             continue
         if times.source.sha256 == profile.sources.runtime.sha256:
             return times.cost
