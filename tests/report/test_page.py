@@ -21,7 +21,8 @@ from stree_autotune.report.verdict import Alternative, Verdicts
 from stree_autotune.store.library import Library, shipped_root
 from stree_autotune.trace.file import Trace
 from stree_autotune.trace.tree_walk import walk
-from stree_core.profile import Measured, MeasuredBlock, Profile, load_profile
+from stree_autotune.trace.typed_rates import rates_source
+from stree_core.profile import Measured, MeasuredBlock, Profile, TreeText, load_profile
 from stree_core.tree import Tree
 
 MEASURED = "h200--demo-target--demo-draft--demo"
@@ -254,6 +255,21 @@ def test_what_is_not_at_hand_is_left_out_and_named(changes: dict[str, str], word
     (sentence,) = section.missing
     assert words in sentence
     assert sentence in "".join(Page(render([section])).words)
+
+
+def test_typed_rates_are_the_shares_of_a_chain(tmp_path: Path) -> None:
+    profile = shipped(MEASURED)
+    chain, rates = Tree.chain(2), (0.8, 0.6, 0.4)
+    rows = tuple(
+        row.model_copy(update={"verdict": "chain", "tree": TreeText(paths=chain.paths)})
+        for row in profile.policy
+    )
+    sources = profile.sources.model_copy(update={"trace": rates_source(rates)})
+    typed = profile.model_copy(update={"policy": rows, "sources": sources})
+    section = make_section(typed, "p.yaml", "p", Library((tmp_path,)))
+    (figure,) = [figure for figure in section.figures if figure.key == "trees"]
+    assert [row[-1] for row in figure.rows] == ["80.0 %", "60.0 %"]
+    assert any("its acceptance was typed" in sentence for sentence in section.missing)
 
 
 def test_a_profile_alone_still_gives_a_report(tmp_path: Path) -> None:

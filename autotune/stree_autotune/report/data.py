@@ -24,7 +24,15 @@ from stree_autotune.search import (
     search_batch,
 )
 from stree_autotune.store import Library, RuntimeTable
-from stree_autotune.trace import FlatTrace, Ints, Trace, longest_paths, walk
+from stree_autotune.trace import (
+    RATES,
+    FlatTrace,
+    Ints,
+    Trace,
+    longest_paths,
+    rates_of,
+    walk,
+)
 from stree_core.errors import StreeError
 from stree_core.profile import PolicyRow, Profile
 from stree_core.tree import OFF, Tree
@@ -173,9 +181,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """The very files that a profile names, and why some are missing."""
+    """The very files that a profile names, and why some are missing; typed rates need no file."""
 
     trace: Trace | None
+    rates: tuple[float, ...]
     table: RuntimeTable | None
     cost: StepCost | None
     missing: tuple[str, ...]
@@ -184,12 +193,15 @@ class Evidence:
 def find_evidence(profile: Profile, library: Library) -> Evidence:
     """Return what can be found of the files that a profile was made from."""
     missing: list[str] = []
+    source, rates = profile.sources.trace, None
+    if source.name == RATES:
+        rates = _attempt(lambda: rates_of(source), [])
     trace = _attempt(lambda: profile_trace(profile, library), missing)
     inputs = _attempt(lambda: profile_runtime(profile, library), missing)
     if inputs is None:
-        return Evidence(trace, None, None, tuple(missing))
+        return Evidence(trace, rates or (), None, None, tuple(missing))
     cost = _attempt(lambda: runtime_cost(inputs, profile.sampling, profile.context)[0], missing)
-    return Evidence(trace, inputs.table, cost, tuple(missing))
+    return Evidence(trace, rates or (), inputs.table, cost, tuple(missing))
 
 
 def _attempt(load: Callable[[], T], missing: list[str]) -> T | None:

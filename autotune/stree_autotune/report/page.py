@@ -168,10 +168,13 @@ def _trees(
     if scans:
         nearest = max(scans, key=lambda s: s.fastest_speculation.tokens_per_s / s.off.tokens_per_s)
         rival = nearest.row.batch_size, nearest.fastest_speculation.tree
-    shares = {}
+    trees = {row.tree.build() for row in profile.policy} | ({rival[1]} if rival else set())
+    speculating = [tree for tree in trees if tree.num_nodes]
+    shares: dict[Tree, tuple[float, ...]] = {}
     if evidence.trace is not None:
-        trees = {row.tree.build() for row in profile.policy} | ({rival[1]} if rival else set())
-        shares = {tree: reach_shares(evidence.trace, tree) for tree in trees if tree.num_nodes}
+        shares = {tree: reach_shares(evidence.trace, tree) for tree in speculating}
+    elif evidence.rates:
+        shares = {tree: (1.0, *evidence.rates[: tree.num_nodes]) for tree in speculating}
     return trees_figure(profile.policy, shares, rival, borrowed=marks.tokens)
 
 

@@ -22,7 +22,7 @@ TREES_LEAD = (
 )
 SHARES_LEAD = (
     " The number at a node is the share of steps in which the target accepts it, walked over the "
-    "trace; together they are the accept length."
+    "trace or as it was typed; together they are the accept length."
 )
 
 
