@@ -33,7 +33,7 @@ def parse_yaml(text: bytes, name: str) -> Any:
     """
     try:
         _refuse_surprises(text, name)
-        return yaml.load(text, Loader=_StrictLoader)
+        content = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as err:
         problem = getattr(err, "problem", None) or "not valid YAML"
         mark = getattr(err, "problem_mark", None)
@@ -41,6 +41,9 @@ def parse_yaml(text: bytes, name: str) -> Any:
         raise ConfigError(f"{name} must be plain YAML: {problem}{where}; mend that line") from err
     except (UnicodeDecodeError, ValueError) as err:
         raise ConfigError(f"{name} must be plain YAML in UTF-8: {err}; mend it") from err
+    if content is None:
+        raise ConfigError(f"{name} holds no YAML, it may have been cut short; make it again")
+    return content
 
 
 def format_yaml(content: Any) -> bytes:

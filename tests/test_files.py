@@ -96,7 +96,7 @@ def test_round_trip(tmp_path: Path) -> None:
         (b"inner: {size: 0}", "inner.size: Input should be greater than or equal to 1, got 0"),
         (b"inner: {size: .nan}", "inner.size"),
         (b"[]", "the file"),
-        (b"", "the file"),
+        (b"", "holds no YAML"),
         (b"inner: !!python/object/apply:os.system [echo]", "plain YAML"),
         (b"inner: !!python/name:os.system", "plain YAML"),
         (b"inner: !custom {size: 1}", "plain YAML"),
@@ -145,6 +145,12 @@ def test_endless_nesting_is_refused_without_recursion() -> None:
         parse_yaml(b"[" * 1_000_000, "text")
     with pytest.raises(ConfigError, match="levels"):
         parse_yaml(b"- " * 1_000_000, "text")
+
+
+@pytest.mark.parametrize("text", [b"", b"\n", b"# a comment\n", b"---\n", b"null\n"])
+def test_a_file_without_yaml_says_so(text: bytes) -> None:
+    with pytest.raises(ConfigError, match=r"text holds no YAML, .* make it again"):
+        parse_yaml(text, "text")
 
 
 def test_size_limit(tmp_path: Path) -> None:

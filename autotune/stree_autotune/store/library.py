@@ -196,7 +196,7 @@ class Library:
         names = {path.parent.name for path in self._files("models/*", "json")}
         raise ConfigError(
             f"a model is a folder with config.json, a Hugging Face id or a shipped name, got "
-            f"{name}; {nearest(name, names)}"
+            f"{name}; name another with --target or --draft; {nearest(name, names)}"
         )
 
     def find_shape(self, name: str) -> Path:
