@@ -93,9 +93,40 @@ def test_a_trace_can_give_the_acceptance(imported: Call) -> None:
     trace = "demo-target--demo-draft--gsm8k--greedy"
     code, out, _ = imported("--server", "vllm", "--acceptance-from", trace)
     assert code == 0
-    assert "trace, walked as chains" in " ".join(out.split())
+    borrowed = "borrowed from demo-target + demo-draft, gsm8k, walked as chains"
+    assert f"gsm8k (estimated, {borrowed})" in " ".join(out.split())
+    assert load_profile("stree-profile.yaml").estimated
     code, out, _ = imported("export", "stree-profile.yaml", "--to", "sglang", "--draft", "a/b")
     assert code in (0, 1)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--max-token-ms", "8"), ("--max-nodes", "1"), ("--context", "2048"), ("--trials", "3"),
+        ("--prefer", "fast"), ("--top-k", "4"), ("--measure",), ("--storage", "here.log"),
+    ],
+)  # fmt: skip
+def test_what_changes_nothing_on_a_server_is_refused(
+    imported: Call, words: tuple[str, ...]
+) -> None:
+    code, _, err = imported("--server", "vllm", *PAIR, *words)
+    assert code == 2
+    assert f"{words[0]} changes none of them; drop it" in err
+
+
+def test_acceptance_that_a_server_counted_is_exported(imported: Call) -> None:
+    imported("--server", "vllm", *PAIR)
+    for name in ("vllm-synthetic", "aiconfigurator", "dynamo"):
+        code, out, _ = imported("export", "stree-profile.yaml", "--to", name)
+        assert code == 0
+        if name == "vllm-synthetic":
+            rates = json.loads(out)["synthetic_acceptance_rates"]
+            truth = SyntheticServer(5).rates[: len(rates)]
+            assert rates == pytest.approx(truth, abs=0.02)
+    code, _, err = imported("export", "stree-profile.yaml", "--to", "speculation-profile")
+    assert code == 2
+    assert "a server measured it; tune without --server" in err
 
 
 @pytest.mark.parametrize("verb", ["decode", "validate"])

@@ -148,6 +148,25 @@ def test_the_verb(
     assert "--dataset" in err
 
 
+def test_a_trace_of_few_prompts_is_called_unreliable_and_an_empty_one_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(analyze, "_other_gpus", lambda *_: [])
+    table = make_table(target="toy-target", draft="toy-draft")
+    asked = ("--gpu", "h200", "--dataset", "gsm8k", *TOY, "--json")
+    few = make_trace("toy-target", "toy-draft", num_prompts=2)
+    write_library(folder / "stree-data", table, few)
+    code, out, _ = run(monkeypatch, capsys, *asked)
+    assert code == 0
+    assert "tokens per step are unreliable: only 2 prompts" in " ".join(out.split())
+    assert json.loads(out.splitlines()[-1])["reliable"] is False
+    nothing = make_trace("toy-target", "toy-draft", num_prompts=2, length=0)
+    write_library(folder / "stree-data", table, nothing)
+    code, _, err = run(monkeypatch, capsys, *asked)
+    assert code != 0
+    assert "the trace has none; record it again" in err
+
+
 @pytest.mark.parametrize(("gpu", "estimated"), [("h200", False), ("h100", True)])
 def test_the_picture_shows_every_batch_size_and_marks_estimates(
     folder: Path,

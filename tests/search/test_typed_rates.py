@@ -129,6 +129,11 @@ def test_times_of_shapes_are_estimated_again_as_they_were() -> None:
         assert again == pytest.approx(row.predicted.step_ms, rel=1e-5)
 
 
+def test_one_draft_token_is_enough_of_a_question() -> None:
+    profile = tune(replace(REQUEST, max_nodes=1))
+    assert {row.tree.build().num_nodes for row in profile.policy} <= {0, 1}
+
+
 def test_times_of_other_shapes_are_not_taken(tmp_path: Path) -> None:
     """The config is told by name or by flag, and has to be the one of then."""
     path = tmp_path / "mine.json"

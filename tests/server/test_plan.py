@@ -153,3 +153,9 @@ def test_what_a_plan_refuses() -> None:
         Plan("vllm", "", "d", "h100", (1,))
     with pytest.raises(ConfigError, match="K is at most 64"):
         Plan("vllm", "t", "d", "h100", (1,), draft_tokens=(0, 65))
+
+
+@pytest.mark.parametrize(("server", "draft"), [("sglang", "suffix"), ("vllm", "eagle3:")])
+def test_drafts_that_a_server_has_not_are_refused(server: str, draft: str) -> None:
+    with pytest.raises(ConfigError, match=r"--draft is a model, mtp, ngram.* name another"):
+        Plan(server, "t", draft, "h100", (1,))

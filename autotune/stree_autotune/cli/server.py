@@ -21,6 +21,11 @@ logger = logging.getLogger(__name__)
 
 NO_FILES: list[Path] = []
 PLAN_SIZES = [1, 4, 16, 64]
+WITHOUT_EFFECT = (
+    "context", "max_nodes", "measure", "storage", "trials", "max_token_ms", "prefer", "top_k",
+    "min_p", "repetition_penalty",
+)  # fmt: skip
+"""Parameters of tuning that choosing among a server's own runs has no use for."""
 
 ServerFlag = Annotated[
     str, typer.Option("--server", metavar="NAME", help="The server that serves: vllm or sglang.")
@@ -171,6 +176,12 @@ def _server_request(ctx: typer.Context) -> ServerRequest:
     given = ctx.params
     if not given["server"]:
         raise ConfigError("--smooth belongs to --server NAME, it was not given; add it")
+    for name in WITHOUT_EFFECT:
+        if not flags.is_default(ctx, name):
+            raise ConfigError(
+                f"--server chooses among the chains that ran there, and --{name.replace('_', '-')} "
+                "changes none of them; drop it"
+            )
     is_open = flags.is_default(ctx, "batch_size")
     return ServerRequest(
         server=given["server"],

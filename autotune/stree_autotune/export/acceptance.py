@@ -1,4 +1,4 @@
-"""What a profile knows of acceptance: a trace, or the rates of a chain that were typed."""
+"""What a profile knows of acceptance: a trace, typed rates of a chain, or a server's counts."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from stree_autotune.search import profile_trace
+from stree_autotune.search import find_source_file, profile_trace
+from stree_autotune.server import AcceptedRun, ServerAcceptance, load_server_acceptance
 from stree_autotune.store import Library
 from stree_autotune.trace import RATES, Trace, marginal_rates, rates_of, walk
+from stree_core.errors import MissingMeasurement
 from stree_core.profile import Profile
 from stree_core.tree import Tree
+
+TRACE_SUFFIX = ".safetensors"
 
 
 class Acceptance(Protocol):
@@ -78,11 +82,50 @@ class TypedAcceptance:
         return list(self.typed[:length])
 
 
+@dataclass(frozen=True, slots=True)
+class CountedAcceptance:
+    """That which a server counted, of the chains that ran there."""
+
+    counted: ServerAcceptance
+
+    @property
+    def max_depth(self) -> int:
+        """The longest chain that ran."""
+        return max(run.draft_tokens for run in self.counted.runs)
+
+    def covers(self, tree: Tree) -> bool:
+        """True for off and for chains that ran."""
+        return tree.is_chain and bool(self._runs(tree.num_nodes) or not tree.num_nodes)
+
+    def tokens_per_step(self, tree: Tree) -> float:
+        """Return what was counted over all loads."""
+        runs = self._runs(tree.num_nodes)
+        steps = sum(run.steps for run in runs)
+        return 1 + (sum(run.accepted for run in runs) / steps if steps else 0.0)
+
+    def rates(self, length: int) -> list[float]:
+        """Return what was counted by position; raise MissingMeasurement where it was not."""
+        rates = self.counted.marginal_rates(length)
+        if len(rates) < length:
+            raise MissingMeasurement(
+                f"this needs the acceptance of a chain of {length} by position, which the server "
+                "did not count; tune again with --rates"
+            )
+        return list(rates)
+
+    def _runs(self, length: int) -> list[AcceptedRun]:
+        return [run for run in self.counted.runs if run.draft_tokens == length]
+
+
 def acceptance_of(profile: Profile, library: Library) -> Acceptance:
     """Return the acceptance that a profile was tuned with.
 
     Raises MissingMeasurement when its trace is not at hand.
     """
-    if profile.sources.trace.name == RATES:
-        return TypedAcceptance(rates_of(profile.sources.trace))
+    source = profile.sources.trace
+    if source.name == RATES:
+        return TypedAcceptance(rates_of(source))
+    if profile.server is not None and not source.name.endswith(TRACE_SUFFIX):
+        path = find_source_file(source, "servers", library)
+        return CountedAcceptance(load_server_acceptance(path))
     return TracedAcceptance(profile_trace(profile, library))

@@ -187,8 +187,9 @@ class Deployment:
         where = f"at batch size {sizes[0]}"
         if len(sizes) > 1:
             where = f"over batch sizes {sizes[0]} to {sizes[-1]}"
-        speculating = [row.batch_size for row in self.profile.policy if row.verdict != "off"]
-        others = [size for size in speculating if [size] != sizes]
+        # A chain is what every format can say.
+        sayable = [row.batch_size for row in self.profile.policy if row.verdict == "chain"]
+        others = [size for size in sayable if size not in sizes or len(sizes) > 1]
         remedy = "start the server without speculation"
         if others:
             remedy += f", or export for one that speculates, as with --batch-size {others[0]}"

@@ -61,6 +61,10 @@ def run_analyze(request: TuneRequest, picture: Path | None, *, as_json: bool) ->
     with Working("walking trees of every size"):
         question = ask(request)
         request = question.request
+        if not question.trace.num_positions:
+            raise MissingMeasurement(
+                "this needs positions, and the trace has none; record it again with longer texts"
+            )
         space = TreeSpace.of(question.trace, request.max_nodes)
         asked = _case(question, space, request.sampling.label)
         cases = [asked, *_other_samplings(question), *_other_gpus(question, space)]
@@ -98,6 +102,8 @@ def _notes(question: Question) -> list[str]:
         notes.append(f"≈ step times are estimated: {question.runtime.source.note}")
     if marks.tokens:
         notes.append(f"≈ tokens per step are {question.acceptance.source.note}")
+    elif not question.trace.reliable:
+        notes.append(f"tokens per step are unreliable: {question.acceptance.source.note}")
     return notes
 
 
@@ -273,6 +279,7 @@ def _print_json(question: Question, cases: list[Case]) -> None:
         "target": question.refs[0].name,
         "draft": question.refs[1].name,
         "dataset": question.trace.meta.dataset,
+        "reliable": question.trace.reliable,
         "cases": [
             {
                 "gpu": case.gpu,

@@ -111,7 +111,7 @@ def _deploy(profile: Profile, file_name: str) -> Iterator[tuple[str, str]]:
         yield f"Settings of {name}", command("export", file_name, "--to", name)
         return
     yield "Try it", command("decode", "--profile", file_name, "--prompt", "Tom has 3 apples.")
-    yield "Check it on this machine", command("validate", "--profile", file_name)
+    yield "Check it on this machine", command("validate", "--profile", file_name, "--write")
     for name in ("vllm", "sglang"):
         yield f"Settings of {name}", command("export", file_name, "--to", name)
 

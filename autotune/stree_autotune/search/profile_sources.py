@@ -13,6 +13,8 @@ from stree_core.errors import MissingMeasurement, StreeError
 from stree_core.files import sha256_of
 from stree_core.profile import Profile, Source
 
+SERVERS = "servers"
+"""The folder of what servers measured."""
 MOST_NODES = 64
 """The largest trees whose times are estimated, as far as tuning does by default."""
 
@@ -87,6 +89,11 @@ def find_source_file(source: Source, folder: str, library: Library) -> Path:
         raise MissingMeasurement(
             f"this needs a file of {folder}, and the profile has none: its {made}; {made_by} and "
             "tune again"
+        )
+    if folder not in SERVERS and SERVERS in PurePosixPath(source.name).parts:
+        raise MissingMeasurement(
+            f"this needs a file of {folder}, and the profile has none: a server measured it; tune "
+            "without --server for one"
         )
     name = PurePosixPath(source.name).name
     found = [path for root in library.roots if (path := root / folder / name).is_file()]

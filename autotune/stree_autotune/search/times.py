@@ -26,6 +26,9 @@ from stree_core.profile import Source
 FROM_SHAPES = "*"
 """Stands for the pair in the name of a table that was made from shapes, which no file holds."""
 
+FEWEST_NODES = 2
+"""Times of shapes are estimated for no fewer: a step cost takes two whole steps."""
+
 
 @dataclass(frozen=True, slots=True)
 class Times:
@@ -111,7 +114,7 @@ def times_of_shapes(library: Library, request: TuneRequest, missing: MissingMeas
         draft,
         spec,
         request.batch_sizes,
-        request.max_nodes,
+        max(FEWEST_NODES, request.max_nodes),
         request.context,
     )
     estimate = estimate_shapes(question, measured, request.words)

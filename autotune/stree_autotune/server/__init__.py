@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from stree_autotune.server.gather import Names as Names, import_files as import_files
     from stree_autotune.server.plan import Plan as Plan, plan_script as plan_script
     from stree_autotune.server.tables import (
+        AcceptedRun as AcceptedRun,
         ServerAcceptance as ServerAcceptance,
         ServerTable as ServerTable,
         acceptance_path as acceptance_path,
@@ -37,6 +38,7 @@ __getattr__, __dir__ = exports(
         "gather": ["Names", "import_files"],
         "plan": ["Plan", "plan_script"],
         "tables": [
+            "AcceptedRun",
             "ServerAcceptance",
             "ServerTable",
             "acceptance_path",

@@ -50,6 +50,12 @@ class Plan:
             )
         if not self.target:
             raise ConfigError("a plan serves a target, none was named; pass --target")
+        foreign = {name for names in LOOKUPS.values() for name in names} - {*LOOKUPS[self.server]}
+        if self.draft in foreign or self.draft == EAGLE:
+            raise ConfigError(
+                f"--draft is a model, mtp, {', '.join(LOOKUPS[self.server])}, eagle3:MODEL or none "
+                f"on {self.server}, got {self.draft}; name another"
+            )
         if max(self.draft_tokens) > MAX_DRAFT_TOKENS:
             raise ConfigError(f"K is at most {MAX_DRAFT_TOKENS}, got {max(self.draft_tokens)}")
 

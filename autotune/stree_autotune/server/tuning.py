@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -98,7 +99,7 @@ def tune_server(request: ServerRequest) -> ServerVerdict:
     path = find_one(library.roots, pattern, "times.yaml", _plan_command(request))
     table = load_server_table(path)
     rng = np.random.default_rng(request.seed)
-    tokens, source = _tokens(request, library, table, rng)
+    tokens, source, dataset = _tokens(request, library, table, rng)
     options = options_by_size(fit_steps(table), tokens, rng)
     _say_left_out(table, sorted(options))
     choices: Sequence[Choice] = [choose(each) for each in options.values()]
@@ -107,7 +108,8 @@ def tune_server(request: ServerRequest) -> ServerVerdict:
     runtime = Source(
         name=library.label(path), sha256=sha256_of(path), status="measured", note=_measured(table)
     )
-    profile = _profile(request, table, choices, Sources(runtime=runtime, trace=source))
+    sources = Sources(runtime=runtime, trace=source)
+    profile = _profile(request, table, choices, sources, dataset)
     return ServerVerdict(profile, next_measurement(choices))
 
 
@@ -139,19 +141,22 @@ def shown_date(date: str) -> str:
 
 def _tokens(
     request: ServerRequest, library: Library, table: ServerTable, rng: np.random.Generator
-) -> tuple[TokensPerStep, Source]:
+) -> tuple[TokensPerStep, Source, str]:
+    """Return the acceptance that was asked for, its source, and the dataset that it is of."""
     if request.rates and request.acceptance_from:
         raise ConfigError("acceptance has one source, got --rates and --acceptance-from; drop one")
     if request.rates:
         rates = parse_rates(request.rates)
-        return from_rates(rates), rates_source(rates)
+        return from_rates(rates), rates_source(rates), request.dataset or TYPED
     if request.acceptance_from:
         path = library.find_trace_file(request.acceptance_from)
         counts = sorted({cell.draft_tokens for cell in table.cells} - {0})
-        return from_trace(load_trace(path), counts), _source(
-            library, path, "trace, walked as chains"
-        )
-    return _counted(request, library, table, rng)
+        trace = load_trace(path)
+        lender = f"{trace.meta.target.name} + {trace.meta.draft.name}, {trace.meta.dataset}"
+        note = f"borrowed from {lender}, walked as chains"
+        source = _source(library, path, note, estimated=True)
+        return from_trace(trace, counts), source, request.dataset or trace.meta.dataset
+    return *_counted(request, library, table, rng), request.dataset
 
 
 def _counted(
@@ -183,19 +188,24 @@ def _counted(
     return from_server(acceptance, rng), _source(library, path, "counted by the server")
 
 
-def _source(library: Library, path: Path, note: str) -> Source:
-    return Source(name=library.label(path), sha256=sha256_of(path), status="measured", note=note)
+def _source(library: Library, path: Path, note: str, *, estimated: bool = False) -> Source:
+    status: Literal["estimated", "measured"] = "estimated" if estimated else "measured"
+    return Source(name=library.label(path), sha256=sha256_of(path), status=status, note=note)
 
 
 def _profile(
-    request: ServerRequest, table: ServerTable, choices: Sequence[Choice], sources: Sources
+    request: ServerRequest,
+    table: ServerTable,
+    choices: Sequence[Choice],
+    sources: Sources,
+    dataset: str,
 ) -> Profile:
     served = table.served
     return Profile(
         target=_ref(served.target),
         draft=_ref(served.draft),
         gpu=GpuRef(name=served.gpu, status="measured"),
-        dataset=request.dataset or TYPED,
+        dataset=dataset,
         sampling=request.sampling,
         context=table.context,
         policy=tuple(_row(choice) for choice in choices),

@@ -133,7 +133,8 @@ def title(profile: Profile) -> str:
     """Return the line that names pair, GPU, dataset and rule, and says what is estimated."""
     gpu, dataset = profile.gpu.name, profile.dataset
     if profile.sources.runtime.status == "estimated":
-        gpu += f" (estimated from {measured_gpu(profile.sources.runtime)})"
+        measured = measured_gpu(profile.sources.runtime)
+        gpu += " (estimated)" if measured == gpu else f" (estimated from {measured})"
     if profile.sources.trace.status == "estimated":
         dataset += f" (estimated, {profile.sources.trace.note})"
     few = _FEW_PROMPTS.search(profile.sources.trace.note or "")
