@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from stree_core.engine.rules import SamplingSupport
 from stree_core.engine.sampling import SamplingParams
 from stree_core.engine.stop import StopRule
 from stree_core.errors import ConfigError, brief
+from stree_core.given import whole_number
 from stree_core.models import MTP, ModelSource, find_source
 from stree_core.profile import Profile, load_own_profile, policy_of
 from stree_core.shipped import shipped_path
@@ -70,16 +71,19 @@ class TextDecoder:
         `sampling` and `chat` (the tokenizer's chat template) are the profile's by default. Raises
         ConfigError for a prompt that cannot be served, or sampling that the profile has not.
         """
-        given = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not given or not all(isinstance(prompt, str) for prompt in given):
+        given = [prompts] if isinstance(prompts, str) else prompts
+        texts = list(given) if isinstance(given, Iterable) else []
+        if not texts or not all(isinstance(prompt, str) for prompt in texts):
             raise ConfigError(f"prompts are one or more texts, got {brief(prompts)}; pass texts")
+        if chat is not None and not isinstance(chat, bool):
+            raise ConfigError(f"chat is True, False or None, got {brief(chat)}; pass one of them")
         as_chat = self.profile.chat if chat is None else chat
-        rule = StopRule(max_new_tokens, self.pair.target.shape.eos_token_ids, tuple(stop))
+        rule = StopRule(max_new_tokens, self.pair.target.shape.eos_token_ids, stop)
         run = generate(
             self.engine,
-            self.pair.encode(given, chat=as_chat),
+            self.pair.encode(texts, chat=as_chat),
             rule,
-            sampling=sampling or SamplingParams.of(self.profile.sampling),
+            sampling=SamplingParams.of(self.profile.sampling) if sampling is None else sampling,
             decode=self.pair.decode,
         )
         return TextRun(tuple(self.pair.decode(each.tokens) for each in run.generations), run)
@@ -100,6 +104,12 @@ def load(
     A draft `mtp` is the target's own head. At most `num_slots` sequences run at a time, each of up
     to the profile's context. Raises ConfigError when the models are not those of the profile.
     """
+    if not isinstance(profile, str | Path | Profile) or not str(profile):
+        raise ConfigError(
+            f"a profile is a file, a name or a Profile, got {brief(profile)}; pass one"
+        )
+    if whole_number("num_slots", num_slots) < 1:
+        raise ConfigError(f"num_slots must be at least 1, got {num_slots}; pass more")
     known = profile if isinstance(profile, Profile) else load_own_profile(_profile_path(profile))
     source = _source(target, known.target.name)
     runtime = Runtime(device)

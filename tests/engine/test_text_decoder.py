@@ -54,7 +54,35 @@ def test_a_pair_of_ones_own_is_named(tmp_path: Path) -> None:
         stree_core.load(profile, target=other, device="cpu")
 
 
-@pytest.mark.parametrize("prompts", [[], "", [b"text"], [1]])
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"stop": "Question:"}, "got one text, 'Question:'; put it into a list"),
+        ({"stop": [""]}, "a stop string holds some text"),
+        ({"stop": None}, "strings are a list of texts, got None"),
+        ({"chat": "no"}, "chat is True, False or None, got 'no'"),
+    ],
+)
+def test_what_has_another_meaning_is_refused(
+    decoder: TextDecoder, given: dict[str, object], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        decoder.generate("Count to", max_new_tokens=4, **given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("num_slots", [0, -1, "8", 1.5, True])
+def test_slots_are_one_or_more(num_slots: object) -> None:
+    with pytest.raises(ConfigError, match="num_slots must be"):
+        stree_core.load(PROFILE, num_slots=num_slots)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("profile", [5, None, b"x", ""])
+def test_a_profile_is_named(profile: object) -> None:
+    with pytest.raises(ConfigError, match="a profile is a file, a name or a Profile"):
+        stree_core.load(profile)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("prompts", [[], "", [b"text"], [1], 5, None])
 def test_prompts_are_texts(decoder: TextDecoder, prompts: object) -> None:
     with pytest.raises(ConfigError):
         decoder.generate(prompts)  # type: ignore[arg-type]
