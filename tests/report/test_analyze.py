@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from synthetic import FakeCost, latent_trace, trace_of
 from synthetic_data import make_table, make_trace, memory_for, write_library
@@ -165,6 +167,23 @@ def test_a_trace_of_few_prompts_is_called_unreliable_and_an_empty_one_refused(
     code, _, err = run(monkeypatch, capsys, *asked)
     assert code != 0
     assert "the trace has none; record it again" in err
+
+
+def test_prompts_without_output_are_not_resampled(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A resample of such prompts alone has no rate."""
+    monkeypatch.setattr(analyze, "_other_gpus", lambda *_: [])
+    trace = make_trace("toy-target", "toy-draft", num_prompts=2)
+    meta = trace.meta.model_copy(update={"num_prompts": 4})
+    offsets = np.append(trace.offsets, [trace.offsets[-1]] * 2)
+    mostly_empty = replace(trace, offsets=offsets, meta=meta)
+    table = make_table(target="toy-target", draft="toy-draft")
+    write_library(folder / "stree-data", table, mostly_empty)
+    code, _, err = run(
+        monkeypatch, capsys, "--gpu", "h200", "--dataset", "gsm8k", *TOY, "--plot", "tree.svg"
+    )
+    assert (code, err) == (0, "")
 
 
 @pytest.mark.parametrize(("gpu", "estimated"), [("h200", False), ("h100", True)])

@@ -11,11 +11,12 @@ import pytest
 from synthetic_data import make_profile, make_table, make_trace, write_library
 
 from stree_autotune.cli.commands import main
-from stree_autotune.search.draft_choice import TunedDraft, choose
+from stree_autotune.search.draft_choice import TunedDraft, at_common_sizes, choose
 from stree_autotune.search.study import open_storage
 from stree_autotune.store.library import trace_file_name
 from stree_autotune.store.runtime_table import load_runtime_table, save_runtime_table
 from stree_autotune.trace.file import NO_RANK, save_trace
+from stree_core.errors import MissingMeasurement
 from stree_core.profile import Interval, Sampling, load_profile
 
 ASKED = ("--gpu", "h200", "--dataset", "gsm8k", "--target", "toy-target", "--max-nodes", "8")
@@ -94,9 +95,12 @@ def test_drafts_and_rules_are_categories_of_a_study(
     assert profile.sampling.rule == "mss"
     assert (profile.sources.trace.note or "").startswith("good-draft mss 1.")
     storage = open_storage("studies.log")
-    study = optuna.load_study(study_name="drafts of toy-target on h200, gsm8k", storage=storage)
+    name = "drafts of toy-target on h200, gsm8k: good-draft by naive, mss"
+    study = optuna.load_study(study_name=name, storage=storage)
     assert [trial.params["rule"] for trial in study.trials] == ["naive", "mss"]
     assert study.best_trial.params == {"draft": "good-draft", "rule": "mss"}
+    # another question in the same storage is a study of its own
+    assert tune(monkeypatch, capsys, *asked, "--rule", "mss,naive")[0] == 0
     code, err = tune(monkeypatch, capsys, "--draft", "good-draft", "--rule", "naive,naive")
     assert (code, "list each once" in err) == (2, True)
 
@@ -136,6 +140,21 @@ def test_the_head_wins_a_tie(head: float, sibling: float, expected: str) -> None
     drafts = [tuned("sibling", sibling, 0.05), tuned("mtp", head, 0.05)]
     for order in (drafts, drafts[::-1]):
         assert choose(order).name == expected
+
+
+def test_drafts_are_compared_where_all_were_measured(caplog: pytest.LogCaptureFixture) -> None:
+    """A draft of one good batch size does not beat another that is better there."""
+    wide, narrow = tuned("wide", 1.2, 0.01), tuned("narrow", 1.3, 0.01)
+    first, *rest = wide.profile.policy
+    assert rest
+    best = first.model_copy(update={"predicted": tuned("", 1.35, 0.01).profile.policy[0].predicted})
+    wide = replace(wide, profile=wide.profile.model_copy(update={"policy": (best, *rest)}))
+    narrow = narrow.at([first.batch_size])
+    assert choose([wide, narrow]).name == "narrow"
+    assert choose(at_common_sizes([wide, narrow])).name == "wide"
+    assert f"at batch sizes {first.batch_size} alone" in caplog.text
+    with pytest.raises(MissingMeasurement, match="share none; tune one at a time"):
+        at_common_sizes([narrow, wide.at([rest[0].batch_size])])
 
 
 def test_naive_sampling_wins_a_tie_with_mss() -> None:

@@ -37,7 +37,7 @@ def analyze(
 ) -> None:
     """Say what each further node of a tree brings and costs, and up to which size it pays."""
     if not gpu or not (dataset or acceptance_from):
-        raise flags.needs_gpu_and_dataset("an analysis", gpu, dataset)
+        raise flags.needs_gpu_and_dataset("an analysis", gpu, dataset or acceptance_from)
     target, draft = flags.pair_names(target, draft)
     from stree_autotune.report import run_analyze
     from stree_autotune.search import TuneRequest

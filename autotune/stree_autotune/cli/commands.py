@@ -86,7 +86,7 @@ def tune_command(
         tune_on_server(ctx)
         return
     if not gpu or not (dataset or acceptance_from or rates):
-        raise flags.needs_gpu_and_dataset("tuning", gpu, dataset or rates)
+        raise flags.needs_gpu_and_dataset("tuning", gpu, dataset or acceptance_from or rates)
     target, draft = flags.pair_names(target, draft)
     from stree_autotune.search import TuneRequest  # loads optuna and scipy
     from stree_autotune.store import data_folder

@@ -84,14 +84,15 @@ def scan(profile: Profile, trace: Trace, cost: StepCost) -> tuple[Scan, ...]:
     batch_sizes = [row.batch_size for row in profile.policy]
     seed, most = profile.provenance.seed, cost.most_nodes(batch_sizes, MOST_NODES) or 1
     space = TreeSpace.of(trace, most)
+    spoken_P = walk(space.flat, OFF).starts_P > 0
     bootstrap = PairedBootstrap.of(
-        len(space.flat.first_P),
+        int(spoken_P.sum()),
         cost,
         num_resamples=NUM_RESAMPLES,
         num_draws=NUM_COST_DRAWS,
         seed=seed,
     )
-    paired = _PairedTimes(space.flat, bootstrap, {})
+    paired = _PairedTimes(space.flat, spoken_P, bootstrap, {})
     scans = []
     for row in profile.policy:
         result = search_batch(space, cost, row.batch_size, seed=seed)
@@ -144,9 +145,10 @@ def trial_of(trace: Trace, cost: StepCost, batch_size: int, tree: Tree) -> Trial
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _PairedTimes:
-    """Times of trees on the resamples of a trace's prompts; each tree is walked once."""
+    """Times of trees on the resamples of prompts with output; each tree is walked once."""
 
     flat: FlatTrace
+    spoken_P: NDArray[np.bool_]
     bootstrap: PairedBootstrap
     starts: dict[Tree, Ints]
 
@@ -160,7 +162,7 @@ class _PairedTimes:
 
     def _ms_R(self, batch_size: int, tree: Tree) -> NDArray[np.float64]:
         if tree not in self.starts:
-            self.starts[tree] = walk(self.flat, tree).starts_P
+            self.starts[tree] = walk(self.flat, tree).starts_P[self.spoken_P]
         starts_P = self.starts[tree]
         rate = self.flat.num_positions / float(starts_P.sum())
         return self.bootstrap.times_R(starts_P, batch_size, tree, rate)

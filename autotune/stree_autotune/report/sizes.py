@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from stree_autotune.cost import MemoryModel
 from stree_autotune.search import CostModel, PairedBootstrap, TreeSpace, Trial, interval
@@ -160,24 +161,28 @@ class Bands:
     """Draws that all trees share: which prompts, and what a step costs."""
 
     flat: FlatTrace
+    spoken_P: NDArray[np.bool_]
     bootstrap: PairedBootstrap
     known: dict[Tree, tuple[float, float]]
 
     @classmethod
     def of(cls, space: TreeSpace, cost: CostModel) -> Bands:
-        """Draw resamples of the trace's prompts, and costs."""
-        num_prompts = len(space.flat.first_P)
+        """Draw resamples of the trace's prompts that have output, and costs."""
+        spoken_P = walk(space.flat, OFF).starts_P > 0
+        num_prompts = int(spoken_P.sum())
         bootstrap = PairedBootstrap.of(
             num_prompts, cost, num_resamples=NUM_RESAMPLES, num_draws=NUM_COST_DRAWS, seed=0
         )
-        return cls(space.flat, bootstrap, {OFF: (1.0, 1.0)})
+        return cls(space.flat, spoken_P, bootstrap, {OFF: (1.0, 1.0)})
 
     def around(self, batch_size: int, trial: Trial) -> Banded:
         """Return a trial with its bands."""
         tree = trial.tree
         if tree not in self.known:
             weights_RP, result = self.bootstrap.weights_RP, walk(self.flat, tree)
-            tokens_R = (weights_RP @ result.positions_P) / (weights_RP @ result.starts_P)
+            positions_P = result.positions_P[self.spoken_P]
+            starts_P = result.starts_P[self.spoken_P]
+            tokens_R = (weights_RP @ positions_P) / (weights_RP @ starts_P)
             self.known[tree] = interval(tokens_R)
         drawn = [
             cost.step_ms(batch_size, tree, trial.tokens_per_step) for cost in self.bootstrap.costs

@@ -1,9 +1,9 @@
 """Which of several drafts and rules a profile is for: each is tuned, the simplest of the best kept.
 
 A draft that needs no second model is simpler than one that does, and naive sampling than MSS.
-Options are compared by the geometric mean over batch sizes of their speed over off, which is the
-same for all. Intervals of two are combined as if independent, and those of one option's rows as if
-they erred together. Both make a tie likelier than it is.
+Options are compared by the geometric mean of their speed over off, which is the same for all, over
+the batch sizes that all of them have. Intervals of two are combined as if independent, and those of
+one option's rows as if they erred together. Both make a tie likelier than it is.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import itertools
 import logging
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import optuna
 
 from stree_autotune.search.request import TuneRequest
 from stree_autotune.search.study import StudyPlace, open_storage, optimize
-from stree_core.errors import ConfigError, NoFeasibleTree
+from stree_core.errors import ConfigError, MissingMeasurement, NoFeasibleTree
 from stree_core.models import MTP
 from stree_core.profile import Profile, Sampling
 
@@ -64,6 +64,11 @@ class TunedDraft:
         """What it needs: a second model, and a rule that comes later in the list."""
         return self.name != MTP, _SIMPLEST_RULES.index(self.profile.sampling.rule)
 
+    def at(self, batch_sizes: Collection[int]) -> TunedDraft:
+        """Return what is compared: the rows of these batch sizes."""
+        rows = tuple(row for row in self.profile.policy if row.batch_size in batch_sizes)
+        return replace(self, profile=self.profile.model_copy(update={"policy": rows}))
+
     def ties_with(self, best: TunedDraft) -> bool:
         """True when the interval of how much faster `best` is includes not at all."""
         behind = best.log_speed - self.log_speed
@@ -104,13 +109,34 @@ def best_draft(request: TuneRequest, tune: Callable[[TuneRequest], Profile]) -> 
         logger.info("draft %s, mean of batch sizes", tuned[-1].words)
         return tuned[-1].log_speed
 
-    question = f"drafts of {request.target} on {request.gpu}, {request.dataset}"
+    options = f"{', '.join(names)} by {', '.join(samplings)}"
+    question = f"drafts of {request.target} on {request.gpu}, {request.dataset}: {options}"
     study = StudyPlace(open_storage(request.storage), question, request.seed).open()
     first = len(study.get_trials(deepcopy=False))
     for name, rule in pairs:
         study.enqueue_trial({"draft": name, "rule": rule})
     optimize(study, objective, len(pairs))
-    return _noted(choose(tuned), tuned)
+    compared = at_common_sizes(tuned)
+    chosen = choose(compared)
+    return _noted(tuned[compared.index(chosen)].profile, chosen, compared)
+
+
+def at_common_sizes(tuned: Sequence[TunedDraft]) -> list[TunedDraft]:
+    """Return the options at the batch sizes that all have; MissingMeasurement where none is."""
+    sizes = [{row.batch_size for row in draft.profile.policy} for draft in tuned]
+    common = sorted(set.intersection(*sizes))
+    if not common:
+        raise MissingMeasurement(
+            f"drafts are compared at batch sizes that all have, and "
+            f"{', '.join(draft.name for draft in tuned)} share none; tune one at a time"
+        )
+    if any(len(each) > len(common) for each in sizes):
+        logger.warning(
+            "drafts are compared at batch sizes %s alone, which all have; tune one draft for "
+            "the others",
+            ", ".join(map(str, common)),
+        )
+    return [draft.at(common) for draft in tuned]
 
 
 def choose(tuned: Sequence[TunedDraft]) -> TunedDraft:
@@ -122,9 +148,8 @@ def choose(tuned: Sequence[TunedDraft]) -> TunedDraft:
     return max(alike, key=lambda draft: draft.log_speed)
 
 
-def _noted(chosen: TunedDraft, tuned: Sequence[TunedDraft]) -> Profile:
+def _noted(profile: Profile, chosen: TunedDraft, tuned: Sequence[TunedDraft]) -> Profile:
     """Return the profile of the chosen draft, whose trace's note names the others."""
-    profile = chosen.profile
     others = ", ".join(draft.words for draft in tuned if draft is not chosen)
     if not others:
         return profile
