@@ -13,6 +13,8 @@ from stree_core.extras import install_command
 TEXT_FILES = (
     "config.json",
     "mamba_config.json",
+    "hf_quant_config.json",
+    "mtp_config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer.model",

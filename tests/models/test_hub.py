@@ -16,6 +16,7 @@ from huggingface_hub import errors
 
 from stree_core.errors import CheckpointError
 from stree_core.extras import install_command
+from stree_core.families import HF_QUANT_CONFIG_FILE, MTP_FILE
 from stree_core.models.hub import (
     PICKLES,
     SAFETENSORS,
@@ -25,6 +26,7 @@ from stree_core.models.hub import (
     fetch_model,
     is_hub_id,
 )
+from stree_core.models.source import CONFIG, GENERATION_CONFIG, MAMBA_CONFIG
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 NAME = "org/some-model_1.5"
@@ -102,6 +104,11 @@ def test_pickles_are_fetched_only_without_safetensors(
     assert not any("bin" in pattern for pattern in calls[0]["allow_patterns"])
     assert all("config.json" in call["allow_patterns"] for call in calls)
     assert ("pytorch_model*.bin" in calls[-1]["allow_patterns"]) == (num_calls == 2)
+
+
+def test_what_says_how_a_model_is_built_is_fetched() -> None:
+    read = {CONFIG, MAMBA_CONFIG, GENERATION_CONFIG, HF_QUANT_CONFIG_FILE, MTP_FILE}
+    assert read <= set(TEXT_FILES)
 
 
 def test_patterns_select_the_wanted_files() -> None:
