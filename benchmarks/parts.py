@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import fingerprint
 from report import Row
-from sources import Measurement
+from sources import Measurement, values, without
 
 from stree_core.profile import load_profile
 
@@ -65,20 +65,3 @@ def rows_of_profiles(gpu: str) -> dict[str, int]:
         if speculating:
             found[path.stem] = len(speculating)
     return found
-
-
-def values(words: Sequence[str], flag: str) -> list[str]:
-    """Return the values of an option that takes several."""
-    if flag not in words:
-        return []
-    rest = list(words[words.index(flag) + 1 :])
-    ends = (index for index, word in enumerate(rest) if word.startswith("--"))
-    return rest[: next(ends, len(rest))]
-
-
-def without(words: Sequence[str], flag: str) -> list[str]:
-    """Return options without one that takes several values."""
-    if flag not in words:
-        return list(words)
-    at = words.index(flag)
-    return [*words[:at], *words[at + 1 + len(values(words, flag)) :]]

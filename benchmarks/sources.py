@@ -8,6 +8,7 @@ none. References are sources of what runs on a CPU alone.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -371,3 +372,20 @@ def measurement_of(file: str) -> Measurement | None:
     # The longest name that fits: `lossless-cpu` is also a `lossless` of a GPU called cpu.
     fitting = [each for each in MEASUREMENTS if each.makes(file)]
     return max(fitting, key=lambda each: len(each.name), default=None)
+
+
+def values(words: Sequence[str], flag: str) -> list[str]:
+    """Return the values of an option that takes several."""
+    if flag not in words:
+        return []
+    rest = list(words[words.index(flag) + 1 :])
+    ends = (index for index, word in enumerate(rest) if word.startswith("--"))
+    return rest[: next(ends, len(rest))]
+
+
+def without(words: Sequence[str], flag: str) -> list[str]:
+    """Return options without one that takes several values."""
+    if flag not in words:
+        return list(words)
+    at = words.index(flag)
+    return [*words[:at], *words[at + 1 + len(values(words, flag)) :]]

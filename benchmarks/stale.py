@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import fingerprint
-from sources import MEASUREMENTS, RESULTS, Measurement, measurement_of
+from sources import MEASUREMENTS, RESULTS, Measurement, measurement_of, without
 
 from stree_core.files import write_atomically
 
@@ -84,10 +84,8 @@ def options_of(command: str, measurement: Measurement) -> tuple[str, ...]:
     A run that made some files alone (`--only`) has kept those of others, as `rewritten` finds.
     """
     words = shlex.split(command)[2:]
-    if "--only" in words and measurement.script == "shipped":
-        at = words.index("--only")
-        names = [word for word in words[at + 1 :] if not word.startswith("-")]
-        del words[at : at + 1 + len(names)]
+    if measurement.script == "shipped":
+        words = without(words, "--only")
     for flag, _ in measurement.peers:
         if flag in words:
             at = words.index(flag)
