@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from stree_autotune.search import find_source_file, profile_trace
-from stree_autotune.server import AcceptedRun, ServerAcceptance, load_server_acceptance
-from stree_autotune.store import Library
+from stree_autotune.search import find_source_file, is_of_server, profile_trace
+from stree_autotune.server import ServerAcceptance, load_server_acceptance
+from stree_autotune.store import SERVERS, Library
 from stree_autotune.trace import RATES, Trace, marginal_rates, rates_of, walk
 from stree_core.errors import MissingMeasurement
 from stree_core.profile import Profile
 from stree_core.tree import Tree
-
-TRACE_SUFFIX = ".safetensors"
 
 
 class Acceptance(Protocol):
@@ -91,17 +89,15 @@ class CountedAcceptance:
     @property
     def max_depth(self) -> int:
         """The longest chain that ran."""
-        return max(run.draft_tokens for run in self.counted.runs)
+        return max(self._lengths)
 
     def covers(self, tree: Tree) -> bool:
         """True for off and for chains that ran."""
-        return tree.is_chain and bool(self._runs(tree.num_nodes) or not tree.num_nodes)
+        return tree.is_chain and tree.num_nodes in {0, *self._lengths}
 
     def tokens_per_step(self, tree: Tree) -> float:
         """Return what was counted over all loads."""
-        runs = self._runs(tree.num_nodes)
-        steps = sum(run.steps for run in runs)
-        return 1 + (sum(run.accepted for run in runs) / steps if steps else 0.0)
+        return self.counted.tokens_per_step(tree.num_nodes) if tree.num_nodes else 1.0
 
     def rates(self, length: int) -> list[float]:
         """Return what was counted by position; raise MissingMeasurement where it was not."""
@@ -113,8 +109,9 @@ class CountedAcceptance:
             )
         return list(rates)
 
-    def _runs(self, length: int) -> list[AcceptedRun]:
-        return [run for run in self.counted.runs if run.draft_tokens == length]
+    @property
+    def _lengths(self) -> set[int]:
+        return {run.draft_tokens for run in self.counted.runs}
 
 
 def acceptance_of(profile: Profile, library: Library) -> Acceptance:
@@ -125,7 +122,7 @@ def acceptance_of(profile: Profile, library: Library) -> Acceptance:
     source = profile.sources.trace
     if source.name == RATES:
         return TypedAcceptance(rates_of(source))
-    if profile.server is not None and not source.name.endswith(TRACE_SUFFIX):
-        path = find_source_file(source, "servers", library)
+    if is_of_server(source):
+        path = find_source_file(source, SERVERS, library)
         return CountedAcceptance(load_server_acceptance(path))
     return TracedAcceptance(profile_trace(profile, library))

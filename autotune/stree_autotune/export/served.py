@@ -7,17 +7,8 @@ from functools import cached_property
 
 from stree_autotune.export.deployment import RATES_NOTE, Deployment
 from stree_autotune.search import find_source_file
-from stree_autotune.server import (
-    NAMES,
-    from_rates,
-    from_server,
-    from_trace,
-    load_server_acceptance,
-    load_server_table,
-    rates_by_size,
-)
-from stree_autotune.store import Library
-from stree_autotune.trace import RATES, rates_of
+from stree_autotune.server import NAMES, exact, load_server_table, rates_by_size
+from stree_autotune.store import SERVERS, Library
 from stree_core.errors import MissingMeasurement
 from stree_core.profile import PolicyRow, Profile
 from stree_core.tree import OFF, Tree
@@ -26,7 +17,6 @@ OWN_TIMES_NOTE = (
     "times are stree's; a server spends others on the same tree, so measure there with the "
     "verb plan before you rely on these settings"
 )
-SEED = 0
 
 
 def deployment_of(
@@ -43,20 +33,16 @@ class ServedDeployment(Deployment):
     @cached_property
     def rates(self) -> dict[int, dict[int, float]]:
         """Tokens/s by batch size and K; raises MissingMeasurement without the profile's files."""
-        import numpy as np
-
         table = load_server_table(
-            find_source_file(self.profile.sources.runtime, "servers", self.library)
+            find_source_file(self.profile.sources.runtime, SERVERS, self.library)
         )
-        source = self.profile.sources.trace
-        if source.name == RATES:
-            return rates_by_size(table, from_rates(rates_of(source)))
-        if source.name.endswith(".safetensors"):
-            counts = sorted({cell.draft_tokens for cell in table.cells} - {0})
-            return rates_by_size(table, from_trace(self.trace, counts))
-        path = find_source_file(source, "servers", self.library)
-        accepted = from_server(load_server_acceptance(path), np.random.default_rng(SEED))
-        return rates_by_size(table, accepted)
+        ran = map(Tree.chain, sorted({cell.draft_tokens for cell in table.cells}))
+        values = {
+            chain.num_nodes: self.acceptance.tokens_per_step(chain)
+            for chain in ran
+            if self.acceptance.covers(chain)
+        }
+        return rates_by_size(table, exact(values, "the profile's"))
 
     def tokens_per_s(self, batch_size: int, tree: Tree) -> float:
         """Return the measured rate of a chain; raise MissingMeasurement where it did not run."""

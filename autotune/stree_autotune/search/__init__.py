@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from stree_autotune.search.draft_choice import best_draft as best_draft
     from stree_autotune.search.profile_sources import (
         find_source_file as find_source_file,
+        is_of_server as is_of_server,
         profile_cost as profile_cost,
         profile_runtime as profile_runtime,
         profile_trace as profile_trace,
@@ -64,7 +65,13 @@ __getattr__, __dir__ = exports(
             "has_certificate",
         ],
         "draft_choice": ["best_draft"],
-        "profile_sources": ["find_source_file", "profile_cost", "profile_runtime", "profile_trace"],
+        "profile_sources": [
+            "find_source_file",
+            "is_of_server",
+            "profile_cost",
+            "profile_runtime",
+            "profile_trace",
+        ],
         "request": ["TuneRequest"],
         "study": [
             "Candidates",

@@ -7,14 +7,12 @@ from pathlib import Path, PurePosixPath
 from stree_autotune.cost import RuntimeInputs, StepCost, read_runtime, runtime_cost
 from stree_autotune.search.request import TuneRequest
 from stree_autotune.search.times import FROM_SHAPES, times_of_shapes
-from stree_autotune.store import Library, RuntimeSource, command
+from stree_autotune.store import SERVERS, Library, RuntimeSource, command
 from stree_autotune.trace import RATES, Trace, load_trace
 from stree_core.errors import MissingMeasurement, StreeError
 from stree_core.files import sha256_of
 from stree_core.profile import Profile, Source
 
-SERVERS = "servers"
-"""The folder of what servers measured."""
 MOST_NODES = 64
 """The largest trees whose times are estimated, as far as tuning does by default."""
 
@@ -50,9 +48,9 @@ def profile_cost(profile: Profile, library: Library, target: str = "", draft: st
 def _shapes_cost(profile: Profile, library: Library, target: str, draft: str) -> StepCost:
     """Estimate a profile's times again, from the same tables and shapes."""
     missing = MissingMeasurement(
-        "this needs the tables and the configs that the profile's times were estimated from, and "
-        "they are not at hand or others now; name the models' folders with --target and --draft, "
-        "export one row with --batch-size, or tune again"
+        "this needs the tables and the configs that the profile's times were estimated from, which "
+        "are missing or have changed; name the models' folders with --target and --draft, export "
+        "one row with --batch-size, or tune again"
     )
     own = profile.target.name, profile.draft.name
     for target_name, draft_name in (own, (target or own[0], draft or own[1])):
@@ -78,6 +76,11 @@ def _shapes_cost(profile: Profile, library: Library, target: str, draft: str) ->
     raise missing
 
 
+def is_of_server(source: Source) -> bool:
+    """True for a file of what a server measured."""
+    return SERVERS in PurePosixPath(source.name).parts
+
+
 def find_source_file(source: Source, folder: str, library: Library) -> Path:
     """Return the file with the name and the digest of `source`, from `folder` of any root.
 
@@ -90,7 +93,7 @@ def find_source_file(source: Source, folder: str, library: Library) -> Path:
             f"this needs a file of {folder}, and the profile has none: its {made}; {made_by} and "
             "tune again"
         )
-    if folder not in SERVERS and SERVERS in PurePosixPath(source.name).parts:
+    if folder != SERVERS and is_of_server(source):
         raise MissingMeasurement(
             f"this needs a file of {folder}, and the profile has none: a server measured it; tune "
             "without --server for one"

@@ -7,15 +7,10 @@ from typing import TYPE_CHECKING
 from stree_kernels.lazy import exports
 
 if TYPE_CHECKING:
-    from stree_autotune.server.acceptance import (
-        from_rates as from_rates,
-        from_server as from_server,
-        from_trace as from_trace,
-    )
+    from stree_autotune.server.acceptance import exact as exact
     from stree_autotune.server.gather import Names as Names, import_files as import_files
     from stree_autotune.server.plan import Plan as Plan, plan_script as plan_script
     from stree_autotune.server.tables import (
-        AcceptedRun as AcceptedRun,
         ServerAcceptance as ServerAcceptance,
         ServerTable as ServerTable,
         acceptance_path as acceptance_path,
@@ -34,11 +29,10 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = exports(
     __name__,
     {
-        "acceptance": ["from_rates", "from_server", "from_trace"],
+        "acceptance": ["exact"],
         "gather": ["Names", "import_files"],
         "plan": ["Plan", "plan_script"],
         "tables": [
-            "AcceptedRun",
             "ServerAcceptance",
             "ServerTable",
             "acceptance_path",

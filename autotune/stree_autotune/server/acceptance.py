@@ -7,7 +7,7 @@ tokens per step as one plus the sum of the rates; typed ones have no spread.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,7 +50,7 @@ def from_server(acceptance: ServerAcceptance, rng: np.random.Generator) -> Token
     for count in sorted({run.draft_tokens for run in acceptance.runs}):
         runs = [run for run in acceptance.runs if run.draft_tokens == count]
         steps_L, accepted_L = _by_load(runs, loads)
-        values[count] = 1 + float(accepted_L.sum() / steps_L.sum())
+        values[count] = acceptance.tokens_per_step(count)
         steps_R, accepted_R = picked_RL @ steps_L, picked_RL @ accepted_L
         share_R = np.divide(
             accepted_R, steps_R, out=np.full(NUM_DRAWS, values[count] - 1), where=steps_R > 0
@@ -73,19 +73,21 @@ def _by_load(
 
 def from_trace(trace: Trace, draft_tokens: Sequence[int]) -> TokensPerStep:
     """Return what chains of these lengths keep on a trace, by walking each."""
-    values = {
-        count: float(walk(trace, Tree.chain(count)).tokens_per_step) for count in draft_tokens
-    }
-    values[0] = 1.0
-    draws = {count: np.full(NUM_DRAWS, value) for count, value in values.items()}
-    return TokensPerStep(values, draws, "walked on a trace")
+    values = {count: walk(trace, Tree.chain(count)).tokens_per_step for count in draft_tokens}
+    return exact(values, "walked on a trace")
 
 
 def from_rates(rates: Sequence[float]) -> TokensPerStep:
     """Return what marginal rates give, typed by a user for positions 1, 2, ..."""
-    values = {count: 1 + float(sum(rates[:count])) for count in range(len(rates) + 1)}
-    draws = {count: np.full(NUM_DRAWS, value) for count, value in values.items()}
-    return TokensPerStep(values, draws, "typed")
+    values = {count: 1 + sum(rates[:count]) for count in range(1, len(rates) + 1)}
+    return exact(values, "typed")
+
+
+def exact(values: Mapping[int, float], source: str) -> TokensPerStep:
+    """Return tokens per step by K as known without a spread; off is added."""
+    known = {0: 1.0} | {count: float(value) for count, value in values.items()}
+    draws = {count: np.full(NUM_DRAWS, value) for count, value in known.items()}
+    return TokensPerStep(known, draws, source)
 
 
 def _listed(counts: Sequence[int]) -> str:

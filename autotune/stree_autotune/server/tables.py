@@ -10,7 +10,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
-from stree_autotune.store import SEPARATOR, check_name
+from stree_autotune.store import SEPARATOR, SERVERS, check_name
 from stree_core.errors import ConfigError, MissingMeasurement
 from stree_core.files import dump_yaml, load_yaml, write_atomically
 from stree_core.profile import BatchSize, Context, Ms, Name, Note, Positive, Strict
@@ -18,7 +18,6 @@ from stree_core.profile import BatchSize, Context, Ms, Name, Note, Positive, Str
 MAX_ROUNDS = 100
 MAX_CELLS = 1024
 MAX_DRAFT_TOKENS = 64
-FOLDER = "servers"
 
 ServerName = Literal["vllm", "sglang"]
 Round = Annotated[int, Field(ge=0, le=10_000)]
@@ -140,6 +139,11 @@ class ServerAcceptance(Strict):
     findings: Findings = ()
     runs: Annotated[tuple[AcceptedRun, ...], Field(min_length=1, max_length=100_000)]
 
+    def tokens_per_step(self, draft_tokens: int) -> float:
+        """Return the mean over all runs of a K that ran, the bonus token counted."""
+        runs = [run for run in self.runs if run.draft_tokens == draft_tokens]
+        return 1 + sum(run.accepted for run in runs) / sum(run.steps for run in runs)
+
     def marginal_rates(self, draft_tokens: int) -> tuple[float, ...]:
         """Return the share of steps that keep at least 1, 2, ... tokens at a K; () if unknown."""
         runs = [run for run in self.runs if run.draft_tokens == draft_tokens and run.by_position]
@@ -166,13 +170,13 @@ def short_name(name: str) -> str:
 
 def table_path(folder: Path, served: Served) -> Path:
     """Return where a server table is kept in a data folder."""
-    return folder / FOLDER / f"{file_stem(served)}.times.yaml"
+    return folder / SERVERS / f"{file_stem(served)}.times.yaml"
 
 
 def acceptance_path(folder: Path, served: Served, dataset: str) -> Path:
     """Return where a server's acceptance on a dataset is kept in a data folder."""
     name = f"{file_stem(served)}{SEPARATOR}{check_name(dataset, 'dataset')}.acceptance.yaml"
-    return folder / FOLDER / name
+    return folder / SERVERS / name
 
 
 def save(content: ServerTable | ServerAcceptance, path: Path) -> None:
@@ -197,7 +201,7 @@ def find_one(folders: Iterable[Path], pattern: tuple[str, ...], suffix: str, com
     """
     wanted = SEPARATOR.join(part or "*" for part in pattern)
     for folder in folders:
-        found = sorted((folder / FOLDER).glob(f"{wanted}.{suffix}"))
+        found = sorted((folder / SERVERS).glob(f"{wanted}.{suffix}"))
         if len(found) > 1:
             names = ", ".join(path.name for path in found[:4])
             raise ConfigError(

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         require_new as require_new,
     )
     from stree_autotune.store.origin import (
+        SERVERS as SERVERS,
         command_line as command_line,
         git_sha as git_sha,
         provenance as provenance,
@@ -126,7 +127,15 @@ __getattr__, __dir__ = exports(
             "open_sources",
             "require_new",
         ],
-        "origin": ["command_line", "git_sha", "provenance", "utc_now", "version_of", "versions"],
+        "origin": [
+            "SERVERS",
+            "command_line",
+            "git_sha",
+            "provenance",
+            "utc_now",
+            "version_of",
+            "versions",
+        ],
         "progress": ["ProgressBar", "Working", "time_left"],
         "prompts": ["PromptSet", "parse_rows"],
         "runtime_table": [

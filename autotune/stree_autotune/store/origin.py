@@ -14,6 +14,8 @@ from stree_core.extras import DISTRIBUTION
 from stree_core.profile import Provenance
 from stree_core.shown_text import MAX_COMMAND_CHARS, clean_word, printable
 
+SERVERS = "servers"
+"""The folder, in a data folder, of what servers measured."""
 PACKAGES = ("torch", "triton", "numpy", "scipy", "optuna")
 
 
